@@ -1,0 +1,37 @@
+"""NeuralEraser takes one concept out of a text-to-image diffusion model and proves how well it stays out.
+
+Public names are loaded when first used, so `import neuraleraser` itself loads neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Every public name and the module it lives in: to publish a name, add one line here.
+_HOME: dict[str, str] = {
+    "ConceptError": "errors",
+    "DataError": "errors",
+    "FileError": "errors",
+    "NeuralEraserError": "errors",
+    "NotApplied": "errors",
+    "SettingsError": "errors",
+    "SiteError": "errors",
+    "SplitError": "errors",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

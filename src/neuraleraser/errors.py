@@ -1,0 +1,48 @@
+"""Everything this package raises on purpose, as one tree.
+
+    NeuralEraserError
+    ├── FileError       a file is missing, damaged, of another kind, or could not be written
+    ├── SiteError       a site does not exist in this pipeline, or does not fit (width, stream, architecture)
+    ├── ConceptError    a concept or phrase is unknown, or has too few prompts
+    ├── SplitError      selection and test prompts, phrasings, seeds or concepts overlap
+    ├── NotApplied      an attached eraser did not act, so no image may be returned
+    ├── DataError       values that cannot be used: NaN, no rows, a wrong shape
+    └── SettingsError   settings that are out of range or contradict each other
+
+Each message is one sentence: what was passed, what was expected, what to do next. Catch
+`NeuralEraserError` to catch them all; a bug in this package is never one of these.
+"""
+
+from __future__ import annotations
+
+
+class NeuralEraserError(Exception):
+    """The root: any failure that this package foresaw."""
+
+
+class FileError(NeuralEraserError):
+    """A file is missing, truncated, of another kind or version, or could not be written."""
+
+
+class SiteError(NeuralEraserError):
+    """A site does not exist in this pipeline, or an artifact made for another one does not fit it."""
+
+
+class ConceptError(NeuralEraserError):
+    """A concept is unknown (the near ones are named), or its prompts are too few to use."""
+
+
+class SplitError(NeuralEraserError):
+    """What was used for selection would also be used for testing."""
+
+
+class NotApplied(NeuralEraserError):
+    """An eraser is attached but did not act; raised before an image is returned."""
+
+
+class DataError(NeuralEraserError):
+    """Values that cannot be used: NaN or infinity, no rows at all, a shape that does not fit."""
+
+
+class SettingsError(NeuralEraserError):
+    """A setting is out of its range, or two settings contradict each other."""
