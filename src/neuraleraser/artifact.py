@@ -8,6 +8,7 @@ sentence; nothing in it is ever executed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,13 +27,26 @@ from neuraleraser.errors import DataError, FileError
 
 VERSION = 1
 MAX_HEADER = 16 * 2**20  # bytes; safetensors' own bound is 100 MB
+# What every torch can check for NaN; float8, float4 and complex are refused rather than half supported.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _AGAIN = "fetch or make it again"
 
 
 def save(
     path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
-    """Write `tensors` (any shapes, dtypes and devices; every number finite) and `header` (JSON) to `path`.
+    """Write `tensors` (up to 8 dimensions, any device, every number finite) and `header` (JSON) to `path`.
 
     Written aside and renamed, so `path` holds the old file or the new one, never half of one. Folders on the
     way are made. Raises DataError for what `load` would refuse, FileError when the disk does.
@@ -43,6 +57,13 @@ def save(
     except (TypeError, ValueError, RecursionError) as e:
         raise DataError(f"the header for {path} is not JSON ({e}): pass text, finite numbers, lists") from e
     for name, x in tensors.items():
+        if name == "__metadata__":
+            raise DataError(f"no tensor for {path} may be called {name!r}: the format keeps that name")
+        if x.dtype not in _DTYPES.values() or x.layout != torch.strided or x.is_meta or x.ndim > 8:
+            raise DataError(
+                f"tensor {name!r} for {path} is {x.dtype}, {x.layout}, {x.ndim}-d on {x.device}: pass a "
+                "dense bool, integer or 16- to 64-bit float tensor of at most 8 dimensions"
+            )
         if not _finite(x):
             raise DataError(f"tensor {name!r} for {path} holds NaN or infinity, so it was not written")
     # Cloned, because safetensors takes neither strided tensors nor two that share memory.
@@ -59,7 +80,8 @@ def save(
     except (OSError, SafetensorError) as e:
         raise FileError(f"{path} could not be written ({e}): check the path, permissions and space") from e
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already, after a rename, or never made
+            aside.unlink()
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,10 +95,14 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     try:
         with safe_open(path, framework="pt", device="cpu") as f:
             header = _read_header(path, kind, f.metadata() or {})
+            for name in f.keys():
+                part = f.get_slice(name)
+                if part.get_dtype() not in _DTYPES or len(part.get_shape()) > 8:
+                    raise FileError(f"{path} holds tensor {_short(name)} of an unknown type: {_AGAIN}")
             # Cloned, because the library maps the file: overwritten, it would change under its reader.
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
-    except (OSError, SafetensorError) as e:
-        raise FileError(f"{path} is not a whole safetensors file ({e}): {_AGAIN}") from e
+    except (OSError, SafetensorError, TypeError) as e:  # TypeError: a dimension beyond 64 bits
+        raise FileError(f"{path} is not a whole safetensors file ({_short(str(e))}): {_AGAIN}") from e
     for name, x in tensors.items():
         if not _finite(x):
             raise FileError(f"{path} holds NaN or infinity in tensor {_short(name)}: {_AGAIN}")
@@ -137,13 +163,12 @@ def _number(text: str) -> float:
 
 def _finite(x: Tensor) -> bool:
     """Whether every number of `x` (any shape) is finite, by its extremes: no copy of a large tensor."""
-    if x.numel() == 0 or not (x.is_floating_point() or x.is_complex()):
+    if x.numel() == 0 or not x.is_floating_point():
         return True
-    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    low, high = torch.aminmax(x.float() if x.itemsize == 1 else x)  # float8 has no aminmax
+    low, high = torch.aminmax(x)  # NaN propagates
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _short(text: str) -> str:
     """A stranger's string, safe to print in one line."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    return repr(text if len(text) <= 100 else text[:97] + "...")

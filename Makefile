@@ -1,0 +1,41 @@
+# Every target sets up .venv by itself. PYTHON names the interpreter to set it up with (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup test check check-full demo clean
+
+setup: $(READY)
+
+# torch comes first and by itself, because it is the large one: with the pin in constraints.txt a failure shows
+# at once. The pin has no "+cpu": where pip's index or find-links offers the CPU build of that version, that is
+# what it gets, as in CI. PyPI's own wheel for Linux is the CUDA build: larger, and just as good here. For the
+# CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Bits are compared only within one process, so the number of threads is left to torch.
+test: $(READY)
+	env -u OMP_NUM_THREADS $(BIN)/python -m pytest -q -m "not slow" --durations=15
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check-full: check
+	env -u OMP_NUM_THREADS $(BIN)/python -m pytest -q --durations=15
+
+demo: $(READY)
+	$(BIN)/neuraleraser demo
+
+# What make itself made. Results (demo/, runs/) stay.
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
