@@ -1,0 +1,160 @@
+"""`record` and `edit`: hooks on, checks around the pipeline's own call, hooks off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from neuraleraser.errors import SiteError
+from neuraleraser.sites.hooks import Call, Edit, State, Tap, forward_arguments
+from neuraleraser.sites.place import DENOISERS, Site, check_stream, resolve, unwrap
+
+
+def record(
+    pipe: Any, sites: Iterable[Site], on: Callable[[Site, Tensor, Call], None]
+) -> AbstractContextManager[None]:
+    """Context manager: calls `on(site, x, call)` with x [B, positions, d] at each pass through each site.
+
+    x is a view of the model's own tensor where its layout allows, in the model's dtype, with its gradient:
+    copy what you keep, change nothing. Raises as `edit` does.
+    """
+    return edit(pipe, {site: _Tell(site, on) for site in sites})
+
+
+@contextmanager
+def edit(pipe: Any, edits: Mapping[Site, Edit]) -> Iterator[None]:
+    """Context manager: adds to each site what its callable returns.
+
+    Each callable gets x [B, positions, d], the tap's value in the model's dtype, and a `Call`; it returns a
+    delta [B, positions, d], or None to leave the output alone. The delta is cast to the output's dtype, and
+    where it is 0 the output keeps its bits. Adding to an update is adding to the output.
+
+    Raises SiteError for a site that this pipeline has not; NotApplied where an edit did not run in a denoiser
+    forward or in a whole call of the pipeline, found no timestep, returned another shape, or met NaN or
+    infinity (on a CPU at the end of the forward; on a GPU or compiled, at the end of the pipeline's call or
+    of this context, whichever comes first).
+    """
+    roots = _plan(pipe, edits)  # nothing is touched before every site is found
+    watch = _watch(pipe)
+    watch.roots.extend(roots)
+    handles = []
+    try:
+        for root in roots:
+            handles.append(root.module.register_forward_pre_hook(root.state.enter, with_kwargs=True))
+            for module, tap in root.taps:
+                handles.append(module.register_forward_hook(tap, with_kwargs=True))
+            handles.append(root.module.register_forward_hook(root.state.leave))
+        yield
+        for root in roots:
+            root.state.check_finite()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for root in roots:
+            watch.roots.remove(root)
+            for _, tap in root.taps:
+                tap.live = False
+        if not watch.roots:
+            watch.restore(pipe)
+
+
+@dataclass
+class _Tell:
+    """An edit that only reports. A class, so that a copied or pickled model can carry it."""
+
+    site: Site
+    on: Callable[[Site, Tensor, Call], None]
+
+    def __call__(self, x: Tensor, call: Call) -> None:
+        self.on(self.site, x, call)
+
+
+@dataclass(eq=False)
+class _Root:
+    """One component of the pipeline, and what one context hangs in it."""
+
+    module: nn.Module
+    state: State
+    taps: list[tuple[nn.Module, Tap]]
+
+
+def _plan(pipe: Any, edits: Mapping[Site, Edit]) -> list[_Root]:
+    for site in edits:
+        if not isinstance(site, Site):
+            raise SiteError(
+                f"{site!r} is a {type(site).__name__}, expected a Site; Site.parse(text) makes one."
+            )
+    roots: dict[str, _Root] = {}
+    found: dict[nn.Module, list[tuple[Site, Edit]]] = {}
+    for site in sorted(edits):  # an order that does not depend on the caller's
+        module = resolve(pipe, site)
+        check_stream(site, module)
+        found.setdefault(module, []).append((site, edits[site]))
+    for module, here in found.items():
+        name = here[0][0].path.split(".")[0]
+        if name not in roots:
+            component = unwrap(getattr(pipe, name))
+            arguments = forward_arguments(component)
+            if name in DENOISERS and "timestep" not in arguments:
+                raise SiteError(
+                    f"{type(component).__name__} is no denoiser that is known: its forward takes no argument "
+                    f"named timestep, only {', '.join(arguments)}."
+                )
+            index = arguments.index("timestep") if "timestep" in arguments else None
+            roots[name] = _Root(component, State(name, index), [])
+        root = roots[name]
+        tap = Tap(root.state, module, here)
+        root.state.taps.append(tap)
+        root.taps.append((module, tap))
+    return list(roots.values())
+
+
+class _Watch:
+    """Checks around the pipeline's call, shared by all contexts open on it.
+
+    diffusers calls `progress_bar` before it denoises and `maybe_free_model_hooks` just before it returns:
+    both are shadowed on the instance. A call in which no hook ran (a denoiser compiled before, or replaced)
+    is noticed at its end, even where an earlier forward did run them.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.roots: list[_Root] = []
+        self.own = {name: vars(pipe)[name] for name in _SHADOWED if name in vars(pipe)}
+        self.progress_bar, self.free = pipe.progress_bar, pipe.maybe_free_model_hooks
+
+    def begin(self, *args: Any, **kwargs: Any) -> Any:
+        for root in self.roots:
+            if root.state.timestep_index is not None:  # text encoders ran before this
+                root.state.forget()
+        return self.progress_bar(*args, **kwargs)
+
+    def end(self) -> None:
+        self.free()  # first, so that offloaded models leave the device whatever follows
+        try:
+            for root in self.roots:
+                root.state.check_visited("this call of the pipeline")
+                root.state.check_finite()
+        finally:
+            for root in self.roots:
+                root.state.forget()
+
+    def restore(self, pipe: Any) -> None:
+        for name in _SHADOWED:
+            if getattr(vars(pipe).get(name), "__self__", None) is self:
+                del vars(pipe)[name]
+                vars(pipe).update({key: own for key, own in self.own.items() if key == name})
+
+
+_SHADOWED = ("progress_bar", "maybe_free_model_hooks")
+
+
+def _watch(pipe: Any) -> _Watch:
+    watch = getattr(vars(pipe).get("maybe_free_model_hooks"), "__self__", None)
+    if not isinstance(watch, _Watch):
+        watch = _Watch(pipe)
+        vars(pipe).update(progress_bar=watch.begin, maybe_free_model_hooks=watch.end)
+    return watch

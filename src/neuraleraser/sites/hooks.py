@@ -1,0 +1,221 @@
+"""The hooks: what runs inside a model's forward while a context is open.
+
+Module-level classes that hold no module, so that a deep copy or a pickle of a hooked model carries its own.
+Only tensor operations and plain flags: torch.compile traces them without a break.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuraleraser.errors import NotApplied, SiteError
+from neuraleraser.sites.layout import added, swapped, to_positions
+from neuraleraser.sites.place import TEXT_FIRST, Site, is_text_first
+
+
+@dataclass
+class Call:
+    """What an edit knows of the forward it runs in.
+
+    timestep: [B] float32 on the activation's device, as the denoiser got it; zeros outside the denoiser.
+    memo: one dict for one forward of the denoiser (or text encoder), shared by this context's sites.
+    """
+
+    timestep: Tensor
+    memo: dict[Any, Any]
+
+
+Edit = Callable[[Tensor, Call], Tensor | None]
+
+
+@dataclass
+class _Forward:
+    timestep: Tensor | None  # [] or [B] float32
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+class State:
+    """What one context's hooks inside one component (a denoiser, a text encoder) share."""
+
+    def __init__(self, name: str, timestep_index: int | None) -> None:
+        self.name = name
+        self.timestep_index = timestep_index  # among forward's arguments; None: this component has no time
+        self.forward: _Forward | None = None
+        self.taps: list[Tap] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the component: binds the timestep."""
+        timestep = None
+        if self.timestep_index is not None:
+            timestep = _argument(args, kwargs, "timestep", self.timestep_index)
+            if timestep is None:
+                raise NotApplied(f"{self.name} was called without a timestep, which the sites in it need.")
+            timestep = torch.as_tensor(timestep, dtype=torch.float32)
+        for tap in self.taps:
+            tap.visited = False
+        self.forward = _Forward(timestep)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the component: everything in it must have run."""
+        self.forward = None
+        self.check_visited(f"a forward of {self.name}")
+        if not torch.compiler.is_compiling():
+            self.check_finite(on="cpu")
+
+    def check_visited(self, where: str) -> None:
+        missed = [str(site) for tap in self.taps if not tap.visited for site, _ in tap.edits]
+        if missed:
+            raise NotApplied(
+                f"{', '.join(missed)} did not run in {where}: its module was compiled before (attach first, "
+                "or call torch._dynamo.reset()), was replaced, was skipped, or was not needed because its "
+                "result was passed in (prompt_embeds)."
+            )
+
+    def check_finite(self, on: str | None = None) -> None:
+        """NotApplied for NaN or infinity met so far. Waits for the device; `on` limits to one kind."""
+        for tap in self.taps:
+            if on in (None, tap.poison.device.type) and not math.isfinite(tap.poison.item()):
+                tap.poison = torch.zeros_like(tap.poison)
+                raise NotApplied(
+                    f"{', '.join(str(site) for site, _ in tap.edits)}: NaN or infinity in the activations or "
+                    "in the edit; look at the model's dtype (fp16 overflows), its input and the edit's strength."
+                )
+
+    def forget(self) -> None:
+        """Start a new call of the pipeline."""
+        for tap in self.taps:
+            tap.visited = False
+            tap.poison = torch.zeros_like(tap.poison)
+
+
+class Tap:
+    """Forward hook of one module: all that one context reads and edits there."""
+
+    def __init__(self, state: State, module: nn.Module, edits: list[tuple[Site, Edit]]) -> None:
+        names = forward_arguments(module)
+        self.state = state
+        self.edits = edits
+        self.kind = type(module).__name__
+        self.text_first = is_text_first(module)
+        self.image_name = names[0] if names else ""
+        self.text_index = names.index("encoder_hidden_states") if "encoder_hidden_states" in names else None
+        self.live = True  # a compiled graph guards on this, so that it is not used once the hook is gone
+        self.visited = False
+        # 0 while all is finite, NaN from then on. A tensor: asking at each step would stall a GPU.
+        parameter = next(module.parameters(), None)
+        self.poison = torch.zeros((), device=None if parameter is None else parameter.device)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output with the edits' deltas, or None (leave it) where no edit returned one."""
+        if not self.live:
+            return None
+        forward = self.state.forward
+        if forward is None:
+            if self.state.timestep_index is not None:
+                raise NotApplied(
+                    f"{self.edits[0][0]}: no timestep is bound, as the block ran outside a forward of "
+                    f"{self.state.name}. Gradient checkpointing does that in the backward pass: turn it off."
+                )
+            forward = _Forward(None)  # such as a VAE, of which pipelines call encode and decode
+        self.visited = True
+        changes: list[tuple[str, Tensor]] = []
+        for site, change in self.edits:  # all see the same activations
+            x = self._read(site, args, kwargs, output)
+            delta = change(x, Call(_rows(forward.timestep, x, site), forward.memo))
+            if delta is None:
+                self._note(x)
+            elif delta.shape != x.shape:
+                raise NotApplied(f"{site}: the edit returned {list(delta.shape)}, expected {list(x.shape)}.")
+            else:
+                changes.append((site.stream, delta))
+        if not changes:
+            return None
+        for stream, delta in changes:
+            old = self._stream(output, stream)
+            new = added(old, delta)
+            self._note(new)  # NaN in what was read or in the delta ends here too
+            output = swapped(output, old, new)
+        return output
+
+    def _read(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+        """The tap's value, [B, positions, d]."""
+        after = self._stream(output, site.stream)
+        if site.tap == "output":
+            return to_positions(after)
+        if site.stream == "text":
+            before = _argument(args, kwargs, "encoder_hidden_states", self.text_index)
+        else:
+            before = _argument(args, kwargs, self.image_name, 0)
+        if not isinstance(before, Tensor) or before.shape != after.shape:
+            shape = list(before.shape) if isinstance(before, Tensor) else type(before).__name__
+            raise SiteError(
+                f"{site}: an update is output minus input, but {self.kind} takes {shape} and returns "
+                f"{list(after.shape)}; use the tap 'output'."
+            )
+        return to_positions(after) - to_positions(before)
+
+    def _stream(self, output: Any, stream: str) -> Tensor:
+        if self.text_first:
+            part = output[0 if stream == "text" else 1]
+        elif isinstance(output, dict):
+            part = next(iter(output.values()))
+        elif isinstance(output, tuple):
+            part = output[0]
+            if self.text_index is not None and len(output) == 2 and _alike(part, output[1]):
+                raise SiteError(
+                    f"{self.edits[0][0]}: {self.kind} returns two sequences, and which is the text is not "
+                    f"known; blocks with known streams are {', '.join(sorted(TEXT_FIRST))}."
+                )
+        else:
+            part = output
+        if not isinstance(part, Tensor):
+            raise SiteError(
+                f"{self.edits[0][0]}: {self.kind} returns {type(part).__name__} there, no tensor."
+            )
+        return part
+
+    def _note(self, x: Tensor) -> None:
+        # 0 * sum is 0, or NaN once a value is NaN or infinite: one reduction, and no answer is waited for
+        if self.poison.device != x.device:
+            self.poison = torch.zeros((), device=x.device)
+        self.poison = self.poison + x.detach().sum(dtype=torch.float32) * 0
+
+
+def forward_arguments(module: nn.Module) -> list[str]:
+    """The names of forward's arguments, without self. Of the class: offloading shadows the instance's."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Two sequences [B, N, d] of one width: two streams, not a sequence and its attention bias."""
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and one.ndim == other.ndim == 3
+        and one.shape[2] == other.shape[2]
+    )
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, index: int | None) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    return args[index] if index is not None and index < len(args) else None
+
+
+def _rows(timestep: Tensor | None, x: Tensor, site: Site) -> Tensor:
+    """The forward's timestep as [B], on the device of x [B, positions, d]."""
+    rows = x.shape[0]
+    if timestep is None:
+        return torch.zeros(rows, device=x.device)
+    if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, rows)):
+        raise NotApplied(
+            f"{site}: the timesteps have shape {list(timestep.shape)}, expected one or {rows}, one a row."
+        )
+    return timestep.to(x.device).expand(rows)

@@ -1,0 +1,143 @@
+"""Naming a place in a pipeline, and finding its module."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from neuraleraser.errors import SiteError
+
+DENOISERS = ("unet", "transformer")
+
+# Blocks that take hidden_states and encoder_hidden_states and return (text, image). Named, not guessed: other
+# models return the two the other way round (CogVideoX, HunyuanVideo), and nothing in the tensors tells.
+TEXT_FIRST = {"FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock"}
+
+_TAPS = ("output", "update")
+_STREAMS = ("image", "text")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in a pipeline: the module at `path` (dotted from the pipeline), `tap` and `stream`.
+
+    `output` is what the block returns, `update` what it adds to its input. A block with one stream, such as a
+    text encoder's, has the stream "image". Sites are blocks: a tensor of four dimensions is read as
+    [B, C, H, W], which the parts of an attention need not be.
+    """
+
+    path: str
+    tap: Literal["output", "update"] = "output"
+    stream: Literal["image", "text"] = "image"
+
+    def __post_init__(self) -> None:
+        if self.tap not in _TAPS or self.stream not in _STREAMS:
+            raise SiteError(
+                f"Site {self.path!r} with tap {self.tap!r} and stream {self.stream!r}: "
+                f"a tap is one of {_TAPS}, a stream one of {_STREAMS}."
+            )
+        if ":" in self.path or not all(self.path.split(".")):
+            raise SiteError(
+                f"{self.path!r} is no module path; one looks like 'unet.up_blocks.1.attentions.0'."
+            )
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.tap}:{self.stream}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The inverse of str(); short forms are "path", "path:update" and "path:text". Or SiteError."""
+        path, *marks = text.split(":")
+        tap = marks.pop(0) if marks and marks[0] in _TAPS else "output"
+        stream = marks.pop(0) if marks and marks[0] in _STREAMS else "image"
+        if marks:
+            raise SiteError(f"{text!r} is no site; expected path, path:tap, path:stream or path:tap:stream.")
+        return cls(path, tap, stream)  # type: ignore[arg-type]
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The pipeline's UNet or transformer, as the pipeline holds it. SiteError where it has neither."""
+    return getattr(pipe, _denoiser_name(pipe))
+
+
+def candidate_sites(pipe: Any) -> list[Site]:
+    """The text-conditioned blocks in the order they run: a UNet's Transformer2DModels, a DiT's blocks."""
+    name = _denoiser_name(pipe)
+    root = unwrap(denoiser(pipe))
+    if name == "unet":
+        # a UNet registers its mid block after the up blocks, so named_modules() alone is out of order
+        paths = [
+            f"{part}.{path}"
+            for part in ("down_blocks", "mid_block", "up_blocks")
+            for path, module in (getattr(root, part, None) or nn.Module()).named_modules()
+            if type(unwrap(module)).__name__ == "Transformer2DModel"
+        ]
+    else:
+        paths = [
+            f"{part}.{i}"
+            for part in ("transformer_blocks", "single_transformer_blocks")
+            for i in range(len(getattr(root, part, ())))
+        ]
+    return [Site(f"{name}.{path}") for path in paths]
+
+
+def resolve(pipe: Any, site: Site) -> nn.Module:
+    """The module of a site. SiteError names the nearest that exist."""
+    names = site.path.split(".")
+    owner: Any = pipe
+    children: Mapping[str, nn.Module | None] = {
+        name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)
+    }
+    for depth, name in enumerate(names):
+        found = children.get(name)
+        if found is None:
+            near = [".".join([*names[:depth], other]) for other in _nearest(name, list(children))]
+            raise SiteError(
+                f"{site}: {type(pipe).__name__} has no module {'.'.join(names[: depth + 1])!r}; "
+                + (f"the nearest are {', '.join(near)}." if near else f"{type(owner).__name__} has no parts.")
+            )
+        owner = unwrap(found)
+        children = owner._modules
+    return owner
+
+
+def check_stream(site: Site, module: nn.Module) -> None:
+    """SiteError for the text stream of a block that has, or returns, none."""
+    if site.stream == "text":
+        kind = type(module).__name__
+        if not is_text_first(module):
+            raise SiteError(
+                f"{site}: {kind} has one stream; use stream 'image' ({Site(site.path, site.tap)})."
+            )
+        if getattr(module, "context_pre_only", False):
+            raise SiteError(f"{site}: this is the last {kind}, which returns no text; use an earlier one.")
+
+
+def is_text_first(module: nn.Module) -> bool:
+    """Whether this block carries two streams and returns (text, image)."""
+    return not TEXT_FIRST.isdisjoint(base.__name__ for base in type(module).__mro__)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself where torch.compile(module) wrapped it: its hooks are the ones that run."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    numbers = [other for other in names if other.isdigit()]
+    if numbers:  # what helps is the range, not the spelling
+        return [numbers[0], numbers[-1]] if len(numbers) > 1 else numbers
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+
+
+def _denoiser_name(pipe: Any) -> str:
+    for name in DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    raise SiteError(
+        f"{type(pipe).__name__} has neither a unet nor a transformer, only {', '.join(pipe.components)}."
+    )
