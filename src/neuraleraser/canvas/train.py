@@ -1,0 +1,290 @@
+"""Training the canvas from nothing: autoencoder, then denoiser and text encoder together, then the judges.
+
+    neuraleraser canvas train --folder runs/canvas
+
+Each stage checkpoints every minute into the folder and goes on from there when run again; finished stages are
+skipped. On two CPU cores the autoencoder takes about a quarter of an hour and the denoiser hours; both stop
+decaying their learning rate only at the end, so a longer run may start from a shorter one's weights.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from neuraleraser import artifact
+from neuraleraser.canvas.data import Renders, render_set
+from neuraleraser.canvas.pipeline import (
+    MAX_TOKENS,
+    WEIGHTS,
+    assemble,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    load_pipeline,
+)
+from neuraleraser.canvas.settings import TrainCanvas
+from neuraleraser.canvas.words import caption
+
+CHECKPOINT_SECONDS = 60.0
+
+
+def learning_rate(step: int, steps: int, peak: float, warm: int = 100, decay: float = 0.3) -> float:
+    """Warm up, hold, then fall to nothing over the last `decay` of the run (trapezoid)."""
+    fall = (steps - step) / max(1, round(steps * decay))
+    return peak * min((step + 1) / warm, 1.0, max(fall, 0.0))
+
+
+class Trainee:
+    """A module with its optimiser, its running average and its checkpoint on disk."""
+
+    def __init__(self, module: nn.Module, path: Path, peak: float, steps: int, ema: float = 0.9995) -> None:
+        self.module, self.path, self.peak, self.steps, self.ema = module, path, peak, steps, ema
+        self.params = dict(module.named_parameters())
+        self.average = {k: p.detach().clone() for k, p in self.params.items()}
+        self.adam = torch.optim.AdamW(self.params.values(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.step = 0
+        self._saved = time.monotonic()
+        if path.exists():
+            self._load()
+
+    def update(self) -> None:
+        """One optimiser step from the gradients at hand; checkpoints when a minute has passed."""
+        torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(self.step, self.steps, self.peak)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.step += 1
+        rate = min(self.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - rate)
+        if time.monotonic() - self._saved > CHECKPOINT_SECONDS or self.step == self.steps:
+            self.save()
+
+    def save(self) -> None:
+        tensors = {f"param/{k}": p.detach() for k, p in self.params.items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.items()}
+        for k, p in self.params.items():
+            state = self.adam.state[p]
+            tensors |= {f"{name}/{k}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        artifact.save(self.path, "checkpoint", tensors, {"step": self.step})
+        self._saved = time.monotonic()
+
+    def _load(self) -> None:
+        tensors, header = artifact.load(self.path, "checkpoint")
+        self.step = int(header["step"])
+        with torch.no_grad():
+            for k, p in self.params.items():
+                p.copy_(tensors[f"param/{k}"])
+                self.average[k] = tensors[f"average/{k}"].clone()
+                self.adam.state[p] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": tensors[f"exp_avg/{k}"].clone(),
+                    "exp_avg_sq": tensors[f"exp_avg_sq/{k}"].clone(),
+                }
+
+    def use_average(self) -> None:
+        """Put the running average into the module (for use, not for more training)."""
+        with torch.no_grad():
+            for k, p in self.params.items():
+                p.copy_(self.average[k])
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def batches(n: int, size: int, start: int, seed: int) -> Iterator[np.ndarray]:
+    """Index batches from step `start` on: a pure function of (seed, step), each epoch its own permutation."""
+    per_epoch = n // size
+    step = start
+    while True:
+        order = np.random.default_rng((seed, step // per_epoch)).permutation(n)
+        for i in range(step % per_epoch, per_epoch):
+            yield np.sort(order[i * size : (i + 1) * size])
+            step += 1
+
+
+def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
+    """Absolute and squared error of pixels, absolute error of their slopes, and a weak pull of the latents
+    towards a unit normal."""
+    posterior = vae.encode(x).latent_dist  # pyright: ignore
+    y = vae.decode(posterior.mean + posterior.std * noise).sample.float()  # pyright: ignore
+    slopes = sum((a - b).abs().mean() for a, b in zip(_slopes(y), _slopes(x), strict=True))
+    kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.2 * slopes + 1e-4 * kl
+
+
+def _calm(vae: AutoencoderKL) -> None:
+    """Start with little noise in the latents and small residual branches: otherwise the first thousand steps
+    go by before the autoencoder draws more than the mean colour."""
+    with torch.no_grad():
+        vae.quant_conv.bias[8:] -= 6  # pyright: ignore  # log-variance of the posterior
+        vae.quant_conv.weight[8:] *= 0.1  # pyright: ignore
+        for module in vae.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.conv2.weight.mul_(0.1)
+                nn.init.zeros_(module.conv2.bias)  # pyright: ignore
+
+
+def train_vae(renders: Renders, settings: TrainCanvas) -> AutoencoderKL:
+    """Train the autoencoder on renders; sets its scaling factor so that latents have unit spread."""
+    torch.manual_seed(settings.seed)
+    vae = build_vae()
+    _calm(vae)
+    run = Trainee(vae, settings.folder / "vae.safetensors", 1e-3, settings.vae_steps, ema=0.998)
+    vae.to(memory_format=torch.channels_last)  # pyright: ignore
+    stream = batches(len(renders.images), 32, run.step, settings.seed)
+    with tqdm(total=settings.vae_steps, initial=run.step, desc="autoencoder", mininterval=5) as bar:
+        while run.step < settings.vae_steps:
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + run.step)
+            # Convolutions are local: quarter-size crops teach as much a pixel and let more pictures in.
+            top, left = (4 * int(torch.randint(0, 9, (), generator=generator)) for _ in range(2))
+            x = pixels(renders.images[next(stream), top : top + 32, left : left + 32])
+            x = x.to(memory_format=torch.channels_last)
+            noise = torch.randn(len(x), 8, 8, 8, generator=generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = vae_loss(vae, x, noise)
+            loss.backward()
+            run.update()
+            bar.update()
+            if run.step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+    run.use_average()
+    vae.eval()
+    spread = encode(vae, renders.images[:2000]).std().item()
+    vae.register_to_config(scaling_factor=1 / spread)
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: np.ndarray, size: int = 100) -> Tensor:
+    """Posterior means of renders, unscaled: uint8 [N, S, S, 3] -> bfloat16 [N, 8, S/4, S/4]."""
+    out = []
+    for i in tqdm(range(0, len(images), size), desc="latents", mininterval=5, disable=len(images) < 5000):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = pixels(images[i : i + size]).to(memory_format=torch.channels_last)
+            out.append(vae.encode(x).latent_dist.mean.bfloat16())  # pyright: ignore
+    return torch.cat(out)
+
+
+def time_weights() -> Tensor:
+    """How often each timestep is trained on, float64 [1000], sums to 1.
+
+    Velocity loss weighs the error of the clean image by snr + 1; capping that at 6 keeps nearly clean
+    steps from taking the budget (after min-SNR weighting, Hang et al. 2023), by drawing them less often.
+    """
+    alphas = build_scheduler().alphas_cumprod.double()
+    inverse = 1 - alphas  # = 1 / (snr + 1)
+    w = torch.clamp(6 * inverse, max=1)
+    return w / w.sum()
+
+
+def denoiser_loss(net: nn.ModuleDict, z: Tensor, ids: Tensor, noise: Tensor, t: Tensor, alphas: Tensor) -> Tensor:
+    """Velocity prediction (Salimans and Ho 2022, section 4): v = sqrt(a) noise - sqrt(1 - a) z."""
+    a = alphas[t].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * z + (1 - a).sqrt() * noise
+    target = a.sqrt() * noise - (1 - a).sqrt() * z
+    text = net["text_encoder"](ids)[0]
+    return F.mse_loss(net["unet"](noisy, t, text).sample.float(), target)
+
+
+def train_denoiser(renders: Renders, vae: AutoencoderKL, settings: TrainCanvas) -> StableDiffusionPipeline:
+    """Train UNet and text encoder together with classifier-free guidance (10 % empty captions)."""
+    torch.manual_seed(settings.seed)
+    tokenizer = build_tokenizer()
+    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    if settings.warm_start:
+        shipped = load_pipeline()
+        unet.load_state_dict(shipped.unet.state_dict())
+        text_encoder.load_state_dict(shipped.text_encoder.state_dict())
+    net = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+    run = Trainee(net, settings.folder / "denoiser.safetensors", settings.learning_rate, settings.steps)
+    if run.step < settings.steps:
+        path = settings.folder / "latents.safetensors"
+        if path.exists():
+            latents = artifact.load(path, "latents")[0]["latents"]
+        else:
+            latents = encode(vae, renders.images)
+            artifact.save(path, "latents", {"latents": latents}, {})
+        # Backward through the fused attention kernel is three times slower than plain products on a CPU.
+        unet.set_attn_processor(AttnProcessor())
+        unet.to(memory_format=torch.channels_last)  # pyright: ignore
+        loss_of = torch.compile(denoiser_loss) if settings.compile else denoiser_loss
+        alphas, weights = build_scheduler().alphas_cumprod.float(), time_weights().numpy()
+        scale = float(vae.config["scaling_factor"])
+        stream = batches(len(latents), settings.batch, run.step, settings.seed + 1)
+        mean, started = None, time.monotonic()
+        with tqdm(total=settings.steps, initial=run.step, desc="denoiser", mininterval=5) as bar:
+            while run.step < settings.steps:
+                index = next(stream)
+                rng = random.Random(settings.seed * 7_777_777 + run.step)
+                texts = [
+                    "" if rng.random() < 0.1 else caption(c.objects, c.style, rng)
+                    for c in (renders.content(int(i)) for i in index)
+                ]
+                ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+                generator = torch.Generator().manual_seed(settings.seed * 3_000_017 + run.step)
+                z = latents[torch.from_numpy(index)].float() * scale
+                noise = torch.randn(z.shape, generator=generator)
+                u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)  # stratified
+                t = torch.from_numpy(np.searchsorted(np.cumsum(weights), u.numpy()).clip(0, 999))
+                z, noise = (x.to(memory_format=torch.channels_last) for x in (z, noise))
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = loss_of(net, z, ids, noise, t, alphas)
+                loss.backward()
+                run.update()
+                bar.update()
+                if not math.isfinite(value := loss.item()):
+                    raise RuntimeError(f"loss became {value} at step {run.step}: lower learning_rate and run again")
+                mean = value if mean is None else 0.99 * mean + 0.01 * value
+                if run.step % 50 == 0:
+                    bar.set_postfix(loss=f"{mean:.4f}")
+                if settings.minutes and time.monotonic() - started > settings.minutes * 60:
+                    run.save()
+                    break
+        unet.set_attn_processor(AttnProcessor2_0())
+    run.use_average()
+    return assemble(unet.eval(), vae, text_encoder.eval(), tokenizer)
+
+
+def save_pipeline(pipe: StableDiffusionPipeline, folder: Path = WEIGHTS / "pipeline") -> None:
+    """Save in diffusers' layout as fp16 safetensors, beside the old one first, then in its place."""
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(aside, safe_serialization=True)
+    pipe.to(dtype=torch.float32)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def train(settings: TrainCanvas) -> StableDiffusionPipeline:
+    """The whole recipe, from renders to a saved pipeline in `settings.folder`."""
+    torch.set_float32_matmul_precision("high")
+    renders = render_set(settings.renders, seed=1, folder=settings.folder)
+    vae = train_vae(renders, settings)
+    pipe = train_denoiser(renders, vae, settings)
+    save_pipeline(pipe, settings.folder / "pipeline")
+    return pipe

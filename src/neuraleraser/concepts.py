@@ -1,0 +1,182 @@
+"""Concepts: what to erase, as prompts that show it and matched prompts that do not; and what features say of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neuraleraser.canvas import words
+from neuraleraser.errors import ConceptError
+
+SUBJECTS = (
+    "a cat", "a dog", "a horse", "a house", "a tree", "a flower", "a car", "a woman", "a man", "a bird",
+    "a mountain lake", "a street in the rain", "a bowl of fruit", "a castle", "a ship at sea", "a portrait",
+)  # fmt: skip
+"""Subjects for styles on a pipeline whose vocabulary is not known."""
+SETTINGS = (
+    "", "in a forest", "on a table", "in a city street", "at the beach", "in the snow", "as an oil painting",
+    "as a pencil sketch", "as a photograph", "in a garden", "at night", "in a museum",
+)  # fmt: skip
+"""What an object is placed in on a pipeline whose vocabulary is not known."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt that shows the concept, and the same prompt without it."""
+
+    shows: str
+    without: str
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A name, its kind ("style", "object" or "other") and matched pairs of prompts."""
+
+    name: str
+    kind: str
+    pairs: tuple[Pair, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ConceptError(f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it")
+        same = [p.shows for p in self.pairs if p.shows.strip() == p.without.strip()]
+        if same:
+            raise ConceptError(f"concept {self.name!r}: {same[0]!r} is its own match; the match must lack the concept")
+
+
+def resolve(phrase: str) -> str | None:
+    """The canvas's own name for a phrase ("Van Gogh style", "cat", "Fire"), or None."""
+    text = " ".join(phrase.replace("_", " ").lower().split())
+    bare = text.removesuffix(" style").removeprefix("the ").removeprefix("a ").removeprefix("an ")
+    if bare in words.ALIASES:
+        return words.ALIASES[bare]
+    for name in (*words.STYLES, *words.OBJECTS):
+        if bare == name.replace("_", " ").lower():
+            return name
+    for name, phrases in (words.OBJECT_PHRASES | words.STYLE_PHRASES).items():
+        if text in {p.lower() for p in phrases} or bare in {p.lower().split(" ", 1)[-1] for p in phrases}:
+            return name
+    return None
+
+
+def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
+    """The concept `name` of the canvas: its phrasings with every style or object, matched without it.
+
+    A style's match is the same object in no style; an object's match is an empty scene in the same style, or,
+    with a second object, that object alone. Raises ConceptError for a name the canvas has not.
+    """
+    which = range(4)[phrasings]
+    pairs: list[Pair] = []
+    if name in words.STYLES and name != words.PLAIN:
+        for i in which:
+            for obj in words.OBJECTS:
+                what = words.OBJECT_PHRASES[obj][i]
+                how = words.STYLE_PHRASES[name][i]
+                pairs.append(Pair(f"{what} {how}", what))
+                pairs.append(Pair(f"{how}, {what}", what))
+        return Concept(name, "style", tuple(pairs))
+    if name in words.OBJECTS:
+        for i in which:
+            what, nothing = words.OBJECT_PHRASES[name][i], words.EMPTY_PHRASES[i]
+            for k, style in enumerate(words.STYLES):
+                how = "" if style == words.PLAIN else " " + words.STYLE_PHRASES[style][i]
+                pairs.append(Pair(what + how, nothing + how))
+                others = [o for o in words.OBJECTS if o != name]
+                other = words.OBJECT_PHRASES[others[(3 * k + 7 * i) % len(others)]][i]
+                pairs.append(Pair(f"{what} and {other}{how}" if k % 2 else f"{other} and {what}{how}", other + how))
+        return Concept(name, "object", tuple(pairs))
+    near = ", ".join((*words.STYLES, *words.OBJECTS))
+    raise ConceptError(f"the canvas has no concept {name!r}. It knows: {near}")
+
+
+def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> Concept:
+    """A concept of any pipeline from a phrase: "Van Gogh style" with many subjects, "a cat" in many settings.
+
+    `kind` is read from the phrase (a style says "style" or "painting") unless given. An object's match puts
+    `instead` (by default "an empty scene") in its place.
+    """
+    text = " ".join(phrase.split())
+    if not text:
+        raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
+    kind = kind or ("style" if any(w in text.lower() for w in ("style", "painting", "drawing", "art")) else "object")
+    if kind == "style":
+        pairs = tuple(Pair(f"{s} in {text}", s) for s in SUBJECTS) + tuple(Pair(f"{text}, {s}", s) for s in SUBJECTS)
+    else:
+        other = instead or "an empty scene"
+        pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in SETTINGS)
+    return Concept(text, kind, pairs)
+
+
+def file_concept(path: str | Path) -> Concept:
+    """A concept from a JSON file: {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}.
+
+    Raises ConceptError saying which field is wrong.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise ConceptError(f"{path} is no readable JSON file ({e}): expected name, kind and pairs") from e
+    try:
+        pairs = tuple(Pair(str(a), str(b)) for a, b in data["pairs"])
+        return Concept(str(data["name"]), str(data.get("kind", "other")), pairs)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ConceptError(
+            f'{path}: field {e} is missing or malformed; expected {{"name": ..., "kind": "style" or "object", '
+            '"pairs": [["a prompt that shows it", "the same without"], ...]}'
+        ) from e
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Statistics of every feature at one site for several concepts, by timestep.
+
+    names [C]; times [T] ascending; mean [C, T, n]: the mean over images and positions, zeros included;
+    spread [C, T, n]: standard deviation over images of the image means.
+    """
+
+    names: tuple[str, ...]
+    times: Tensor
+    mean: Tensor
+    spread: Tensor
+
+
+def profile(pooled: Tensor, times: Tensor, labels: Sequence[str]) -> Profile:
+    """From pooled feature activations [N images, T, n] with one label an image."""
+    names = tuple(dict.fromkeys(labels))
+    if pooled.shape[0] != len(labels) or pooled.shape[1] != len(times):
+        raise ConceptError(
+            f"activations {tuple(pooled.shape)} for {len(labels)} labels, {len(times)} times: expected [N, T, n]"
+        )
+    rows = [torch.tensor([i for i, label in enumerate(labels) if label == name]) for name in names]
+    mean = torch.stack([pooled[r].float().mean(0) for r in rows])
+    spread = torch.stack([pooled[r].float().std(0, unbiased=False) for r in rows])
+    return Profile(names, times, mean, spread)
+
+
+def share_score(profile: Profile, name: str) -> Tensor:
+    """SAeUron's score (arXiv 2501.18052, equation 4) -> [T, n].
+
+    The feature's share of all activation on the concept, minus its share on all other concepts together.
+    """
+    c = profile.names.index(name)
+    others = [i for i in range(len(profile.names)) if i != c]
+    on, off = profile.mean[c], profile.mean[others].mean(0)
+    return on / (on.sum(-1, keepdim=True) + 1e-8) - off / (off.sum(-1, keepdim=True) + 1e-8)
+
+
+def neighbour_score(profile: Profile, name: str) -> Tensor:
+    """Ours -> [T, n]: the gap to the worst neighbouring concept, in units of the pooled spread.
+
+    (mean_c - max over other concepts of mean) / (spread_c + spread of that neighbour + eps): a feature that
+    one neighbour shares scores low however rare it is among all, so that erasing cats keeps dogs.
+    """
+    c = profile.names.index(name)
+    others = [i for i in range(len(profile.names)) if i != c]
+    worst, which = profile.mean[others].max(0)
+    spread = profile.spread[others].gather(0, which.unsqueeze(0))[0]
+    return (profile.mean[c] - worst) / (profile.spread[c] + spread + 1e-3 * profile.mean[c].amax() + 1e-8)

@@ -1,0 +1,76 @@
+"""Making images: the only code that calls a pipeline.
+
+Every image has its own seed and its own generator, and short batches are padded to full ones, so that at
+equal batch shape an image's bits depend on its own prompt and seed alone (DESIGN.md, law 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neuraleraser.errors import SettingsError
+from neuraleraser.settings import Sampling
+
+Images = NDArray[np.uint8]
+"""uint8 [N, H, W, 3]."""
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    init: Images | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+    each: Callable[[range, Images], None] | None = None,
+) -> Images:
+    """Draw one image a prompt with its seed -> uint8 [N, H, W, 3].
+
+    `init` uint8 [N, H, W, 3] starts an image-to-image pipeline. `on_batch(start, real)` is told before each
+    batch which images come (their first index, and how many are not padding); `each(indices, images)` gets
+    each finished batch. Raises SettingsError if the lengths differ.
+    """
+    s = sampling or Sampling()
+    if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):
+        raise SettingsError(
+            f"{len(prompts)} prompts, {len(seeds)} seeds"
+            + (f", {len(init)} init images" if init is not None else "")
+            + ": pass as many of each"
+        )
+    extra: dict[str, Any] = {}
+    if s.height:
+        extra["height"] = s.height
+    if s.width:
+        extra["width"] = s.width
+    if init is not None:
+        extra = {"strength": s.strength}
+    out: list[Images] = []
+    size = min(s.batch, max(len(prompts), 1)) if not s.pad else s.batch
+    for start in range(0, len(prompts), size):
+        real = min(size, len(prompts) - start)
+        # Padding repeats the last image: same batch shape, same kernels, same bits.
+        index = [*range(start, start + real), *[start + real - 1] * (size - real)]
+        if on_batch:
+            on_batch(start, real)
+        if init is not None:
+            extra["image"] = torch.from_numpy(init[index]).permute(0, 3, 1, 2).float().div(255)
+        with torch.no_grad():
+            result = pipe(
+                [prompts[i] for i in index],
+                num_inference_steps=s.steps,
+                guidance_scale=s.guidance,
+                generator=[torch.Generator("cpu").manual_seed(int(seeds[i])) for i in index],
+                output_type="np",
+                **extra,
+            ).images
+        images = np.asarray(np.clip(np.asarray(result) * 255 + 0.5, 0, 255), np.uint8)[:real]
+        out.append(images)
+        if each:
+            each(range(start, start + real), images)
+    return np.concatenate(out) if out else np.zeros((0, 0, 0, 3), np.uint8)
