@@ -1,0 +1,118 @@
+"""The sparse autoencoder itself: a dictionary of features that fire each on its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuraleraser import artifact
+from neuraleraser.errors import DataError, FileError
+
+KIND = "sae"
+_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+
+
+class SAE(nn.Module):
+    """n features on activations of width d:
+
+        pre   = (x - b_dec) W_enc^T + b_enc        [..., n]
+        z     = pre where pre > threshold, else 0  [..., n]
+        x_hat = z W_dec + b_dec                    [..., d]
+
+    Every feature has its own threshold >= 0 (a JumpReLU), so whether it fires depends on x alone and never
+    on other features or vectors. Rows of W_dec have norm 1. Acts on raw activations: the scaling used in
+    training is folded into the weights. `header` holds what is known about it (site, time scale, settings,
+    measures) and is saved with it. Weights come frozen; gradients flow to x.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        header: Mapping[str, Any] | None = None,
+    ) -> None:
+        """W_enc [n, d], b_enc [n], W_dec [n, d] with rows of norm 1, b_dec [d], threshold [n] >= 0.
+
+        Raises DataError where shapes disagree, a row has another norm, or a threshold is negative.
+        """
+        super().__init__()
+        given: dict[str, Tensor] = dict(zip(_NAMES, (W_enc, b_enc, W_dec, b_dec, threshold), strict=True))
+        _check(given)
+        for name, value in given.items():
+            self.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+        self.header: dict[str, Any] = dict(header or {})
+
+    @property
+    def n(self) -> int:
+        """Features."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d(self) -> int:
+        """Width of the activations."""
+        return self.W_enc.shape[1]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., d] raw activations -> z [..., n] >= 0, mostly zeros. Raises DataError for another width."""
+        if x.shape[-1:] != (self.d,):
+            raise DataError(f"activations have shape {tuple(x.shape)}: this SAE takes [..., {self.d}]")
+        pre = torch.nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
+        return torch.where(pre > self.threshold, pre, 0.0)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [..., n] -> x_hat [..., d] raw activations."""
+        return z @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> x_hat [..., d], its reconstruction."""
+        return self.decode(self.encode(x))
+
+    def save(self, path: str | os.PathLike[str], header: Mapping[str, Any] | None = None) -> None:
+        """Write the SAE, with its own header and what `header` adds or replaces. Raises FileError."""
+        tensors = {name: getattr(self, name) for name in _NAMES}
+        artifact.save(path, KIND, tensors, {**self.header, **(header or {})})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SAE:
+        """Read one from `path`, on the CPU. Raises FileError for anything that is not a sound SAE file."""
+        tensors, header = artifact.load(path, KIND)
+        if set(tensors) != set(_NAMES):
+            raise FileError(f"{path} holds tensors {sorted(tensors)[:8]}: an SAE has {sorted(_NAMES)}")
+        try:
+            return cls(**tensors, header=header)
+        except DataError as e:
+            raise FileError(f"{path} is not a sound SAE: {e}") from e
+
+    def extra_repr(self) -> str:
+        return f"n={self.n}, d={self.d}"
+
+
+def _check(t: Mapping[str, Tensor]) -> None:
+    """Raise DataError where the five tensors do not make an SAE."""
+    shapes = {name: tuple(x.shape) for name, x in t.items()}
+    shape = shapes["W_enc"]
+    if len(shape) != 2 or 0 in shape:
+        raise DataError(f"W_enc has shape {shape}: expected [n, d]")
+    n, d = shape
+    if shapes != {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}:
+        raise DataError(f"shapes {shapes} do not fit W_enc's n = {n}, d = {d}")
+    if not all(x.is_floating_point() for x in t.values()):
+        raise DataError(f"dtypes {[str(x.dtype) for x in t.values()]}: an SAE's tensors are floating point")
+    off = (t["W_dec"].float().norm(dim=1) - 1).abs().max().item()
+    if not off <= 1e-2:  # bfloat16 rows are off by up to 0.004
+        raise DataError(f"a row of W_dec has a norm {off:.2g} away from 1: divide each row by its norm")
+    if not bool((t["threshold"] >= 0).all()):
+        raise DataError("a threshold is negative or NaN: a feature may fire for positive values only")

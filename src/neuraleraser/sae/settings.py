@@ -1,0 +1,85 @@
+"""The settings of SAE training, without torch, so that a command line can show them at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from neuraleraser.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides a training run besides its data; saved with the SAE.
+
+    Raises SettingsError for a value out of range.
+    """
+
+    n: int
+    """Features of the SAE."""
+    k: int
+    """Features that fire for an activation vector, on average over a batch (BatchTopK)."""
+    steps: int
+    """Batches to train on; the learning rate falls to zero over the last fifth of them."""
+    lr: float | None = None
+    """Adam's learning rate, for data scaled to E||x||^2 = d; None: 2e-4 * sqrt(2^14 / n), at most 2e-3."""
+    dead_after: int = 500_000
+    """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it."""
+    k_aux: int | None = None
+    """Dead features that explain a vector's residual in the auxiliary loss; None: d / 2, 0: no such loss."""
+    init_vectors: int = 2**15
+    """Vectors from the start of the stream that set the data scale and the decoder bias."""
+    seed: int = 0
+    """Decides the initial weights; the stream has its own seed."""
+    bf16: bool = True
+    """Large matrix products in bfloat16 (weights stay float32): faster on processors that have it."""
+    log_every: int = 50
+    """Steps from one call of `on_step` to the next."""
+    checkpoint_every: int = 1000
+    """Steps from one checkpoint to the next, where a checkpoint file is asked for."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "k", "steps", "dead_after", "init_vectors", "log_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SettingsError(f"{name} is {value!r}: pass a whole number of at least 1")
+        if self.k > self.n:
+            raise SettingsError(f"k is {self.k} but there are only n = {self.n} features: pass k <= n")
+        if self.k_aux is not None and self.k_aux < 0:
+            raise SettingsError(f"k_aux is {self.k_aux}: pass 0 (off), a positive number, or None for d / 2")
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
+            raise SettingsError(f"lr is {self.lr}: pass a positive number, or None for the default")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError(f"seed is {self.seed}: pass a whole number from 0 to 2^63 - 1")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 0 <= step < steps: constant, then linear to zero over the last fifth."""
+        lr = self.lr
+        if lr is None:
+            # The 1/sqrt(n) law comes from large SAEs (Gao et al. 2024); the bound is for n < 164.
+            lr = min(2e-4 * math.sqrt(2**14 / self.n), 2e-3)
+        return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What `on_step` is told: plain numbers of one training step, in units of the scaled data."""
+
+    step: int
+    """Steps done, so the last one is `settings.steps`."""
+    vectors: int
+    """Activation vectors in this step's batch."""
+    fvu: float
+    """Fraction of variance unexplained: mean ||x - x_hat||^2 over the variance of the first vectors."""
+    aux: float
+    """||e - e_hat||^2 / ||e||^2 of the dead features' reconstruction of the residual; 0 with none dead."""
+    l0: float
+    """Features kept for a vector, on average."""
+    dead: float
+    """Share of features that are dead."""
+    threshold: float
+    """Moving average of the smallest kept activation: what a feature must exceed after training."""
+    lr: float
+    """The learning rate of this step."""
+    grad_norm: float
+    """Norm of the whole gradient before it was clipped to 1."""
