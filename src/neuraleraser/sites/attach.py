@@ -50,6 +50,7 @@ def edit(pipe: Any, edits: Mapping[Site, Edit]) -> Iterator[None]:
             handles.append(root.module.register_forward_hook(root.state.leave))
         yield
         for root in roots:
+            root.state.check_missed("a compiled forward")
             root.state.check_finite()
     finally:
         for handle in handles:
@@ -136,7 +137,7 @@ class _Watch:
         self.free()  # first, so that offloaded models leave the device whatever follows
         try:
             for root in self.roots:
-                root.state.check_visited("this call of the pipeline")
+                root.state.check_visited()
                 root.state.check_finite()
         finally:
             for root in self.roots:

@@ -49,6 +49,7 @@ class State:
         self.timestep_index = timestep_index  # among forward's arguments; None: this component has no time
         self.forward: _Forward | None = None
         self.taps: list[Tap] = []
+        self.missed: list[str] = []  # sites that a compiled forward passed over: a graph cannot raise itself
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the component: binds the timestep."""
@@ -65,13 +66,21 @@ class State:
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the component: everything in it must have run."""
         self.forward = None
-        self.check_visited(f"a forward of {self.name}")
+        missed = [tap.name for tap in self.taps if not tap.visited]
+        if missed:
+            self.missed = missed
         if not torch.compiler.is_compiling():
+            self.check_missed(f"a forward of {self.name}")
             self.check_finite(on="cpu")
 
-    def check_visited(self, where: str) -> None:
-        missed = [str(site) for tap in self.taps if not tap.visited for site, _ in tap.edits]
-        if missed:
+    def check_visited(self) -> None:
+        """NotApplied for a tap that nothing ran through since the call began, or that a forward left out."""
+        self.missed = [tap.name for tap in self.taps if not tap.visited] or self.missed
+        self.check_missed("this call of the pipeline")
+
+    def check_missed(self, where: str) -> None:
+        if self.missed:
+            missed, self.missed = self.missed, []
             raise NotApplied(
                 f"{', '.join(missed)} did not run in {where}: its module was compiled before (attach first, "
                 "or call torch._dynamo.reset()), was replaced, was skipped, or was not needed because its "
@@ -84,12 +93,13 @@ class State:
             if on in (None, tap.poison.device.type) and not math.isfinite(tap.poison.item()):
                 tap.poison = torch.zeros_like(tap.poison)
                 raise NotApplied(
-                    f"{', '.join(str(site) for site, _ in tap.edits)}: NaN or infinity in the activations or "
-                    "in the edit; look at the model's dtype (fp16 overflows), its input and the edit's strength."
+                    f"{tap.name}: NaN or infinity in the activations or in the edit; "
+                    "look at the model's dtype (fp16 overflows), its input and the edit's strength."
                 )
 
     def forget(self) -> None:
         """Start a new call of the pipeline."""
+        self.missed = []
         for tap in self.taps:
             tap.visited = False
             tap.poison = torch.zeros_like(tap.poison)
@@ -102,6 +112,7 @@ class Tap:
         names = forward_arguments(module)
         self.state = state
         self.edits = edits
+        self.name = ", ".join(str(site) for site, _ in edits)
         self.kind = type(module).__name__
         self.text_first = is_text_first(module)
         self.image_name = names[0] if names else ""
@@ -120,7 +131,7 @@ class Tap:
         if forward is None:
             if self.state.timestep_index is not None:
                 raise NotApplied(
-                    f"{self.edits[0][0]}: no timestep is bound, as the block ran outside a forward of "
+                    f"{self.name}: no timestep is bound, as the block ran outside a forward of "
                     f"{self.state.name}. Gradient checkpointing does that in the backward pass: turn it off."
                 )
             forward = _Forward(None)  # such as a VAE, of which pipelines call encode and decode
@@ -170,15 +181,13 @@ class Tap:
             part = output[0]
             if self.text_index is not None and len(output) == 2 and _alike(part, output[1]):
                 raise SiteError(
-                    f"{self.edits[0][0]}: {self.kind} returns two sequences, and which is the text is not "
+                    f"{self.name}: {self.kind} returns two sequences, and which is the text is not "
                     f"known; blocks with known streams are {', '.join(sorted(TEXT_FIRST))}."
                 )
         else:
             part = output
         if not isinstance(part, Tensor):
-            raise SiteError(
-                f"{self.edits[0][0]}: {self.kind} returns {type(part).__name__} there, no tensor."
-            )
+            raise SiteError(f"{self.name}: {self.kind} returns {type(part).__name__} there, no tensor.")
         return part
 
     def _note(self, x: Tensor) -> None:
