@@ -1,9 +1,9 @@
 """A measured value: a ratio of two sums over images, with a bootstrap interval.
 
 The interval is a percentile bootstrap: images are drawn with replacement, an image and its twin together,
-1000 times, and the interval holds the middle 95 %. A draw in which the lower sum is zero has no value and is left
-out. At a value of exactly 0 or 1 such an interval has no width; read `n` then: the true share may still be
-off by about 3/n.
+1000 times, and the interval holds the middle 95 %. A draw in which the lower sum is zero has no value and is
+left out. At a value of exactly 0 or 1 such an interval has no width; read `n` then: the true share may still
+be off by about 3/n.
 """
 
 from __future__ import annotations

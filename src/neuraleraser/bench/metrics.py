@@ -284,7 +284,7 @@ def accuracy(table: Verdicts, kind: str, thresholds: Thresholds | None = None, *
         DataError: no image asks for one.
     """
     asks = _asks(table, kind)
-    return ratio(_right(table, kind, thresholds) & asks, asks, asks, f"images that ask for a {kind}", seed)
+    return ratio(_right(table, kind, thresholds) & asks, asks, asks, f"images that ask for {_A[kind]}", seed)
 
 
 def accuracy_by_class(
@@ -319,6 +319,9 @@ def base_quality(
 
 
 # --- shared pieces
+
+
+_A = {"style": "a style", "object": "an object"}
 
 
 def _other(kind: str) -> str:
@@ -367,4 +370,4 @@ def _accuracy_ratio(
 ) -> Measure:
     rows = rows & _asks(t.after, kind)
     after, base = (_right(v, kind, thresholds) & rows for v in (t.after, t.base))
-    return ratio(after, base, rows, f"images with a {kind} to check for {t.concept!r} ({name})", seed)
+    return ratio(after, base, rows, f"images that ask for {_A[kind]}, erasing {t.concept!r} ({name})", seed)

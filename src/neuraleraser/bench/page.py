@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from neuraleraser.bench.files import write_bytes
 from neuraleraser.bench.measure import Measure
 from neuraleraser.bench.pictures import GAIN, difference, png
 from neuraleraser.bench.report import (
@@ -62,6 +64,17 @@ INTRO = (
 )
 TIMES, TO = "\u00d7", "\u2013"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def save_html(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the page atomically.
+
+    Raises:
+        DataError: as `Report.to_dict` does, so that no page shows what report.json would refuse.
+        FileError: the system refuses the file.
+    """
+    report.to_dict()
+    write_bytes(path, page(report).encode())
 
 
 def page(report: Report) -> str:

@@ -1,6 +1,6 @@
 """The report: metrics with intervals, pictures, settings and versions, as plain data.
 
-`Report.save_json` writes `report.json`, `Report.save_html` a self-contained page with the same figures and
+`Report.save_json` writes `report.json`, `page.save_html` a self-contained page with the same figures and
 the pictures, `terminal_table` the figures for a console. Nothing here computes a metric.
 """
 
@@ -127,13 +127,6 @@ class Report:
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write report.json atomically. Raises DataError as `to_dict` does, FileError if it cannot write."""
         write_bytes(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
-
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the self-contained page atomically. Raises as `save_json` does."""
-        from neuraleraser.bench.page import page  # the page needs these dataclasses
-
-        self.to_dict()  # the same refusals
-        write_bytes(path, page(self).encode())
 
 
 def terminal_table(concepts: Sequence[ConceptSection]) -> str:

@@ -230,7 +230,10 @@ def _probabilities(rows: list[Any], name: str, width: int) -> np.ndarray:
             raise DataError(
                 f"Row {number} has {name} of shape {np.shape(row)}; expected ({width},), one a class name."
             )
-    return np.array(rows, dtype=np.float32).reshape(len(rows), width)
+    try:
+        return np.array(rows, dtype=np.float32).reshape(len(rows), width)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"Column {name!r} does not hold numbers only: {error}.") from error
 
 
 def _checked(table: Verdicts) -> Verdicts:
@@ -246,7 +249,9 @@ def _checked(table: Verdicts) -> Verdicts:
     def refuse(bad: np.ndarray, column: str, expected: str) -> None:
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise DataError(f"Row {row} has {column} = {getattr(table, column)[row]!r}; expected {expected}.")
+            value = getattr(table, column)[row]
+            value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+            raise DataError(f"Row {row} has {column} = {value!r}; expected {expected}.")
 
     for name in _TEXT:
         refuse(
@@ -337,7 +342,7 @@ def _header(path: str | os.PathLike[str], metadata: dict[bytes, bytes]) -> dict[
     try:
         head = json.loads(metadata.get(_META, b"{}"))
         kind, version = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
-    except ValueError:
+    except (ValueError, RecursionError):
         head, kind, version = {}, None, None
     if kind != "verdicts" or not isinstance(version, int):
         raise FileError(
