@@ -32,14 +32,14 @@ MAX_STRENGTH = 2.0
 def nearest(times: Tensor, timestep: Tensor) -> Tensor:
     """Index of the nearest entry of ascending `times` [T] for each timestep [B] -> int64 [B], on the device."""
     middles = (times[1:] + times[:-1]) / 2
-    return torch.bucketize(timestep, middles.to(timestep.device))
+    return torch.bucketize(timestep.contiguous(), middles.to(timestep.device))
 
 
 @dataclass(frozen=True)
 class Gate:
     """When an eraser acts: selected features at one site, their pooled evidence, and its bounds by timestep.
 
-    evidence = mean over the strongest `share` of positions of sum_i weight_i z_i, with
+    evidence = sum_i weight_i * (mean of z_i over its strongest `share` of positions), with
     z_i = pre_i where pre_i = row_i . x + bias_i exceeds threshold_i, else 0;
     gate = clamp((evidence - low_t) / (high_t - low_t), 0, 1): exactly 0 up to low_t.
 
@@ -65,13 +65,10 @@ class Gate:
 
     def evidence(self, x: Tensor) -> Tensor:
         """x [B, P, d] -> pooled evidence [B]."""
-        return self.pool(self.fires(x) @ self.weight.to(x.dtype))
-
-    def pool(self, map_: Tensor) -> Tensor:
-        """[B, P] -> [B]: the mean over the strongest `share` of positions."""
-        if self.share >= 1:
-            return map_.mean(-1)
-        return map_.topk(max(1, round(map_.shape[-1] * self.share)), -1).values.mean(-1)
+        z = self.fires(x)
+        if self.share < 1:
+            z = z.topk(max(1, round(z.shape[1] * self.share)), 1).values
+        return z.mean(1) @ self.weight.to(x.dtype)
 
     def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
         """How far the gate is open for each row: x [B, P, d], timestep [B] -> [B] in 0..1."""

@@ -39,7 +39,7 @@ from neuraleraser.canvas.pipeline import (
     load_pipeline,
 )
 from neuraleraser.canvas.settings import TrainCanvas
-from neuraleraser.canvas.words import caption
+from neuraleraser.canvas.words import STYLES, caption
 
 CHECKPOINT_SECONDS = 60.0
 

@@ -20,7 +20,19 @@ same activations.
 from __future__ import annotations
 
 from neuraleraser.sites.attach import edit, record
+from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.hooks import Call, Edit
 from neuraleraser.sites.place import Site, candidate_sites, denoiser
 
-__all__ = ["Call", "Edit", "Site", "candidate_sites", "denoiser", "edit", "record"]
+__all__ = [
+    "Call",
+    "DenoiserCall",
+    "Edit",
+    "Site",
+    "candidate_sites",
+    "denoiser",
+    "denoiser_calls",
+    "edit",
+    "record",
+    "replay",
+]

@@ -1,0 +1,108 @@
+"""What is known of a pipeline before a concept is named: made once per pipeline and site, then shared by all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser import artifact
+from neuraleraser.canvas import words
+from neuraleraser.errors import FileError
+from neuraleraser.fit.states import SHARES, pooled_features
+from neuraleraser.sae import SAE
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Site
+
+KEPT = 128
+"""Features of a row that are kept on disk; the weaker ones are zero to any gate that could be made of them."""
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """An SAE at the gate's site, the sites to edit with their widths, and how the SAE's features fire on prompts
+    of everything else.
+
+    pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending; objects and styles [M]
+    name what each row's prompt shows ("Cats+Trees" for two objects, "" for none).
+    """
+
+    sae: SAE
+    site: Site
+    edits: dict[Site, int]
+    pooled: Tensor
+    times: Tensor
+    objects: Sequence[str]
+    styles: Sequence[str]
+
+    def save(self, folder: Path) -> None:
+        """Write `sae.safetensors` and `background.safetensors` (the strongest features of each row, in 8 bits)."""
+        self.sae.save(folder / "sae.safetensors", {"site": str(self.site)})
+        values, index = self.pooled.float().topk(min(KEPT, self.pooled.shape[-1]), -1)
+        scale = values.amax() / 255
+        # Square roots: small activations keep their precision.
+        coded = (values / (255 * scale)).sqrt().mul(255).round().to(torch.uint8)
+        artifact.save(
+            folder / "background.safetensors",
+            "background",
+            {"values": coded, "index": index.to(torch.int16), "times": self.times.float(), "scale": scale.reshape(1)},
+            {
+                "site": str(self.site),
+                "n": self.pooled.shape[-1],
+                "edits": {str(k): v for k, v in self.edits.items()},
+                "objects": list(self.objects),
+                "styles": list(self.styles),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Dictionary:
+        """Read what `save` wrote. Raises FileError."""
+        sae = SAE.load(folder / "sae.safetensors")
+        tensors, header = artifact.load(folder / "background.safetensors", "background")
+        try:
+            values = (tensors["values"].float() / 255).square() * (255 * tensors["scale"])
+            pooled = torch.zeros(*values.shape[:-1], int(header["n"]), dtype=torch.float16)
+            pooled.scatter_(-1, tensors["index"].long(), values.half())
+            edits = {Site.parse(k): int(v) for k, v in header["edits"].items()}
+            site = Site.parse(header["site"])
+            return cls(sae, site, edits, pooled, tensors["times"], header["objects"], header["styles"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise FileError(f"{folder} holds no complete dictionary ({e!r}): make it again") from e
+
+
+def canvas_background(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Prompts of the canvas with what they show: (prompt, objects joined by "+", style), seen phrasings only."""
+    rng = random.Random(seed)
+    out = []
+    for i in range(count):
+        style = words.STYLES[i % len(words.STYLES)]
+        r = rng.random()
+        names = rng.sample(words.OBJECTS, 0 if r < 0.06 else 2 if r < 0.25 else 1)
+        p = rng.randrange(2)
+        out.append((words.prompt(names, style, p), "+".join(names), style))
+    return out
+
+
+def make_dictionary(
+    pipe: Any,
+    sae: SAE,
+    site: Site,
+    edits: dict[Site, int],
+    background: Sequence[tuple[str, str, str]],
+    sampling: Sampling,
+    seed: int = 500,
+) -> Dictionary:
+    """Draw the background prompts (selection seeds from `seed` on) and keep how the SAE's features fire."""
+    prompts = [p for p, _, _ in background]
+    pooled, _ = pooled_features(pipe, sae, site, prompts, [seed + i for i in range(len(prompts))], sampling)
+    n, t, b, q, f = pooled.values.shape
+    assert q == len(SHARES)
+    values = pooled.values.movedim(2, 1).reshape(n * b, t, q, f)
+    rows = [(o, s) for _, o, s in background for _ in range(b)]
+    return Dictionary(sae, site, edits, values, pooled.times, [o for o, _ in rows], [s for _, s in rows])

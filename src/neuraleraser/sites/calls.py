@@ -1,0 +1,71 @@
+"""The denoiser's own calls, as data: state, timestep, conditioning and prediction, to replay one with another's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from neuraleraser.sites.place import denoiser, unwrap
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """One forward of the denoiser: `state` [B, ...] noisy latents, `timestep` as it was given, `conditioning`
+    (all other arguments by name), `prediction` [B, ...]."""
+
+    state: Tensor
+    timestep: Tensor
+    conditioning: Mapping[str, Any]
+    prediction: Tensor
+
+    def rows(self, index: Any) -> DenoiserCall:
+        """The same call of some images: what has one row an image is indexed, all else kept."""
+        b = self.state.shape[0]
+        timestep = self.timestep[index] if self.timestep.ndim and len(self.timestep) == b else self.timestep
+        return DenoiserCall(
+            self.state[index],
+            timestep,
+            {k: _rows(k, v, b, index) for k, v in self.conditioning.items()},
+            self.prediction[index],
+        )
+
+
+def _rows(name: str, value: Any, b: int, index: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _rows(k, v, b, index) for k, v in value.items()}
+    # FLUX's img_ids and txt_ids number positions, not images.
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == b and not name.endswith("_ids"):
+        return value[index]
+    return value
+
+
+@contextmanager
+def denoiser_calls(pipe: Any, on: Callable[[DenoiserCall], None]) -> Iterator[None]:
+    """Context manager: calls `on` after each forward of the denoiser."""
+    module = denoiser(pipe)
+    names = list(inspect.signature(type(unwrap(module)).forward).parameters)[1:]
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        state, timestep = given.pop(names[0]), given.pop("timestep")
+        given.pop("return_dict", None)
+        out = output[0] if isinstance(output, tuple) else next(iter(output.values()))
+        on(DenoiserCall(state, timestep, given, out))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replay(pipe: Any, state: Tensor, timestep: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+    """The denoiser's prediction at `state` with `conditioning`, hooks and gradients as they are."""
+    module = denoiser(pipe)
+    first = next(iter(list(inspect.signature(type(unwrap(module)).forward).parameters)[1:]))
+    return module(**{first: state, "timestep": timestep}, **conditioning, return_dict=False)[0]
