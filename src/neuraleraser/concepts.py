@@ -43,10 +43,14 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not self.pairs:
-            raise ConceptError(f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it")
+            raise ConceptError(
+                f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it"
+            )
         same = [p.shows for p in self.pairs if p.shows.strip() == p.without.strip()]
         if same:
-            raise ConceptError(f"concept {self.name!r}: {same[0]!r} is its own match; the match must lack the concept")
+            raise ConceptError(
+                f"concept {self.name!r}: {same[0]!r} is its own match; the match must lack the concept"
+            )
 
 
 def resolve(phrase: str) -> str | None:
@@ -88,7 +92,9 @@ def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
                 pairs.append(Pair(what + how, nothing + how))
                 others = [o for o in words.OBJECTS if o != name]
                 other = words.OBJECT_PHRASES[others[(3 * k + 7 * i) % len(others)]][i]
-                pairs.append(Pair(f"{what} and {other}{how}" if k % 2 else f"{other} and {what}{how}", other + how))
+                pairs.append(
+                    Pair(f"{what} and {other}{how}" if k % 2 else f"{other} and {what}{how}", other + how)
+                )
         return Concept(name, "object", tuple(pairs))
     near = ", ".join((*words.STYLES, *words.OBJECTS))
     raise ConceptError(f"the canvas has no concept {name!r}. It knows: {near}")
@@ -102,10 +108,16 @@ def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> C
     """
     text = " ".join(phrase.split())
     if not text:
-        raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
-    kind = kind or ("style" if any(w in text.lower() for w in ("style", "painting", "drawing", "art")) else "object")
+        raise ConceptError(
+            "the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'"
+        )
+    kind = kind or (
+        "style" if any(w in text.lower() for w in ("style", "painting", "drawing", "art")) else "object"
+    )
     if kind == "style":
-        pairs = tuple(Pair(f"{s} in {text}", s) for s in SUBJECTS) + tuple(Pair(f"{text}, {s}", s) for s in SUBJECTS)
+        pairs = tuple(Pair(f"{s} in {text}", s) for s in SUBJECTS) + tuple(
+            Pair(f"{text}, {s}", s) for s in SUBJECTS
+        )
     else:
         other = instead or "an empty scene"
         pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in SETTINGS)

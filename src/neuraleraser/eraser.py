@@ -99,7 +99,9 @@ class Correction:
         index = nearest(self.times, timestep)
         if self.mode == "learnt":
             low = torch.bmm(x, t["down"].index_select(0, index))
-            return torch.baddbmm(t["bias_out"].index_select(0, index).unsqueeze(1), low, t["up"].index_select(0, index))
+            return torch.baddbmm(
+                t["bias_out"].index_select(0, index).unsqueeze(1), low, t["up"].index_select(0, index)
+            )
         pre = torch.nn.functional.linear(x, t["rows"], t["bias"])
         z = torch.where(pre > t["threshold"], pre, torch.zeros_like(pre))
         if self.mode == "scale":
@@ -174,13 +176,19 @@ class Eraser:
                     Site.parse(e["site"]),
                     str(e["mode"]),
                     t[f"edit{i}/times"],
-                    {k.split("/", 1)[1]: v for k, v in t.items() if k.startswith(f"edit{i}/") and not k.endswith("/times")},
+                    {
+                        k.split("/", 1)[1]: v
+                        for k, v in t.items()
+                        if k.startswith(f"edit{i}/") and not k.endswith("/times")
+                    },
                 )
                 for i, e in enumerate(header["edits"])
             )
             str(header["concept"])
         except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{path} is no complete eraser ({error!r} is missing or malformed): make it again") from error
+            raise FileError(
+                f"{path} is no complete eraser ({error!r} is missing or malformed): make it again"
+            ) from error
         eraser = cls(gate, edits, {k: v for k, v in header.items() if k not in ("gate", "edits")})
         eraser._check(path)
         return eraser
@@ -199,13 +207,23 @@ class Eraser:
                 d, r = shapes["down"][1:] if len(shapes["down"]) == 3 else (0, 0)
                 ok = ok and shapes == {"down": (bins, d, r), "up": (bins, r, d), "bias_out": (bins, d)}
             elif c.mode == "scale" and shapes.keys() == {"rows", "bias", "threshold", "decoder", "factor"}:
-                ok = ok and shapes["rows"] == shapes["decoder"] and shapes["factor"] == (bins, shapes["rows"][0])
+                ok = (
+                    ok
+                    and shapes["rows"] == shapes["decoder"]
+                    and shapes["factor"] == (bins, shapes["rows"][0])
+                )
             elif c.mode == "replace" and shapes.keys() == {"rows", "bias", "threshold", "basis", "centre"}:
-                ok = ok and shapes["centre"] == (bins, shapes["rows"][1]) and shapes["basis"][0] == shapes["rows"][1]
+                ok = (
+                    ok
+                    and shapes["centre"] == (bins, shapes["rows"][1])
+                    and shapes["basis"][0] == shapes["rows"][1]
+                )
             else:
                 ok = False
         if not ok:
-            raise FileError(f"{path} is an eraser whose parts do not fit together: it is damaged, make it again")
+            raise FileError(
+                f"{path} is an eraser whose parts do not fit together: it is damaged, make it again"
+            )
 
 
 @dataclass
@@ -252,9 +270,15 @@ class Trace:
 
 
 def _strengths(erasers: Sequence[Eraser], strength: float | Sequence[float]) -> list[float]:
-    values = [float(strength)] * len(erasers) if isinstance(strength, (int, float)) else [float(s) for s in strength]
+    values = (
+        [float(strength)] * len(erasers)
+        if isinstance(strength, (int, float))
+        else [float(s) for s in strength]
+    )
     if len(values) != len(erasers) or not all(0 <= s <= MAX_STRENGTH for s in values):
-        raise SettingsError(f"strengths {values} for {len(erasers)} erasers: pass one each, from 0 to {MAX_STRENGTH:g}")
+        raise SettingsError(
+            f"strengths {values} for {len(erasers)} erasers: pass one each, from 0 to {MAX_STRENGTH:g}"
+        )
     return values
 
 
@@ -283,7 +307,9 @@ def attach(
     if not many:
         yield trace
         return
-    device = next(iter(pipe.components[n] for n in ("unet", "transformer") if pipe.components.get(n) is not None))
+    device = next(
+        iter(pipe.components[n] for n in ("unet", "transformer") if pipe.components.get(n) is not None)
+    )
     placed = [_to(e, next(device.parameters()).device) for e in many]
     gates: dict[Site, list[int]] = {}
     edits: dict[Site, list[tuple[int, Correction]]] = {}
@@ -307,8 +333,12 @@ def attach(
             total: Tensor | None = None
             for i, c in work:
                 if i not in memo:
-                    raise NotApplied(f"{site} ran before {placed[i].gate.site}, whose gate it waits for: swap the sites")
-                if values[i] == 0 or (x.device.type == "cpu" and not torch.compiler.is_compiling() and not memo[i].any()):
+                    raise NotApplied(
+                        f"{site} ran before {placed[i].gate.site}, whose gate it waits for: swap the sites"
+                    )
+                if values[i] == 0 or (
+                    x.device.type == "cpu" and not torch.compiler.is_compiling() and not memo[i].any()
+                ):
                     continue  # exactly 0; asking costs nothing on a CPU, and would stall a GPU
                 part = c.delta(x, call.timestep) * (values[i] * memo[i].to(x.dtype)).view(-1, 1, 1)
                 total = part if total is None else total + part
@@ -324,8 +354,12 @@ def attach(
 def _to(eraser: Eraser, device: torch.device) -> Eraser:
     """The eraser with its tensors on `device`."""
     g = eraser.gate
-    gate = Gate(g.site, *(v.to(device) for v in (g.features, g.rows, g.bias, g.threshold, g.weight)), g.share,
-                *(v.to(device) for v in (g.times, g.low, g.high)))
+    gate = Gate(
+        g.site,
+        *(v.to(device) for v in (g.features, g.rows, g.bias, g.threshold, g.weight)),
+        g.share,
+        *(v.to(device) for v in (g.times, g.low, g.high)),
+    )
     edits = tuple(
         Correction(c.site, c.mode, c.times.to(device), {k: v.to(device) for k, v in c.tensors.items()})
         for c in eraser.corrections

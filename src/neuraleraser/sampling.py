@@ -29,12 +29,14 @@ def generate(
     init: Images | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     each: Callable[[range, Images], None] | None = None,
+    callback: Callable[..., dict[str, Any]] | None = None,
 ) -> Images:
     """Draw one image a prompt with its seed -> uint8 [N, H, W, 3].
 
     `init` uint8 [N, H, W, 3] starts an image-to-image pipeline. `on_batch(start, real)` is told before each
     batch which images come (their first index, and how many are not padding); `each(indices, images)` gets
-    each finished batch. Raises SettingsError if the lengths differ.
+    each finished batch; `callback` is diffusers' own `callback_on_step_end`. Raises SettingsError if the lengths
+    differ.
     """
     s = sampling or Sampling()
     if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):
@@ -50,6 +52,8 @@ def generate(
         extra["width"] = s.width
     if init is not None:
         extra = {"strength": s.strength}
+    if callback:
+        extra["callback_on_step_end"] = callback
     out: list[Images] = []
     size = min(s.batch, max(len(prompts), 1)) if not s.pad else s.batch
     for start in range(0, len(prompts), size):

@@ -50,7 +50,12 @@ class Dictionary:
         artifact.save(
             folder / "background.safetensors",
             "background",
-            {"values": coded, "index": index.to(torch.int16), "times": self.times.float(), "scale": scale.reshape(1)},
+            {
+                "values": coded,
+                "index": index.to(torch.int16),
+                "times": self.times.float(),
+                "scale": scale.reshape(1),
+            },
             {
                 "site": str(self.site),
                 "n": self.pooled.shape[-1],

@@ -23,7 +23,6 @@ from neuraleraser.sites import DenoiserCall, Site, record, replay
 Progress = Callable[[str, float], None]
 
 
-
 def fit(
     pipe: Any,
     concept: Concept,
@@ -62,7 +61,9 @@ def fit(
     say("fitting the edit", 0.3)
     target = [_retarget(a, b) for a, b in zip(crossed, plain, strict=True)]
     back = [_teach(pipe, a, b) for a, b in zip(shown, plain, strict=True)]
-    states = [pair for pair in zip(crossed, target, strict=True)] * 2 + [pair for pair in zip(shown, back, strict=True)]
+    states = [pair for pair in zip(crossed, target, strict=True)] * 2 + [
+        pair for pair in zip(shown, back, strict=True)
+    ]
     losses: list[float] = []
 
     def on_step(step: int, loss: float) -> None:
@@ -113,7 +114,9 @@ def _rows(values: Tensor) -> Tensor:
 def _others(known: Dictionary, concept: Concept) -> tuple[Tensor, list[str]]:
     """Rows of the dictionary that lack the concept, each with the neighbour that it shows."""
     names = known.styles if concept.kind == "style" else known.objects
-    keep = [i for i in range(len(names)) if concept.name not in (known.styles[i], *known.objects[i].split("+"))]
+    keep = [
+        i for i in range(len(names)) if concept.name not in (known.styles[i], *known.objects[i].split("+"))
+    ]
     return known.pooled[keep], [names[i] or "none" for i in keep]
 
 

@@ -51,7 +51,9 @@ def choose(shows: Tensor, lacks: Tensor, labels: list[str], count: int = FEATURE
             best = Detector(features, weight, share, separation)
     assert best is not None
     if best.weight.sum() == 0:
-        raise ConceptError("no feature tells the concept from its neighbours: give more prompts, or another site")
+        raise ConceptError(
+            "no feature tells the concept from its neighbours: give more prompts, or another site"
+        )
     return best
 
 
@@ -63,7 +65,9 @@ def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     """
     top, high_quantile = lacks.amax(0), lacks.quantile(0.995, 0)
     typical, weak = shows.median(0).values, shows.quantile(0.05, 0)
-    low = torch.where(weak > top, top + 0.3 * (weak - top), torch.maximum(high_quantile, torch.minimum(top, 0.9 * typical)))
+    low = torch.where(
+        weak > top, top + 0.3 * (weak - top), torch.maximum(high_quantile, torch.minimum(top, 0.9 * typical))
+    )
     high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
     return torch.where(shut, SHUT, low.clamp(min=1e-6)), torch.where(shut, 2 * SHUT, high.clamp(min=2e-6))
