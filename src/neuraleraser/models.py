@@ -1,0 +1,114 @@
+"""Opening pipelines by name, and the sites where each family is best read and edited."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuraleraser.canvas import words
+from neuraleraser.canvas.pipeline import load_pipeline
+from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.sites import Site
+
+CANVAS = "canvas"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HELP = "pass 'canvas', a folder with a model_index.json, or a Hub id such as 'stabilityai/sdxl-turbo'"
+
+
+def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Open a diffusers pipeline: "canvas" is the one that ships, else a folder, else an id on the Hub.
+
+    Only safetensors weights are read, and no code that comes with them is run. Raises FileError where there
+    is no such pipeline, it is damaged, or the Hub does not answer.
+    """
+    if name == CANVAS:
+        return load_pipeline(dtype=dtype)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise FileError(f"the folder {name!r} holds no pipeline (no model_index.json): {_HELP}")
+        pipe = _opened(name, str(folder), dtype, "from that folder", local_files_only=True)
+    elif _HUB_ID.fullmatch(name):
+        pipe = _opened(name, name, dtype, "from the Hub (check the id, the network, and access to it)")
+    else:
+        raise FileError(f"there is no pipeline {name!r}: {_HELP}")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _opened(name: str, source: str, dtype: torch.dtype, where: str, **settings: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **settings)
+    except Exception as error:  # diffusers, transformers and the Hub's client each raise kinds of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 200 else reason[:197] + "..."
+        raise FileError(f"the pipeline {name!r} could not be opened {where}: {reason}") from error
+
+
+def image_to_image(pipe: Any) -> Any:
+    """The image-to-image pipeline of the same modules as `pipe`; nothing is copied.
+
+    Raises SettingsError where diffusers has none for this kind of pipeline.
+    """
+    from diffusers import AutoPipelineForImage2Image
+
+    try:
+        made = AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise SettingsError(f"{type(pipe).__name__} has no image-to-image form in diffusers") from error
+    made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return made
+
+
+def speaks_canvas(pipe: Any) -> bool:
+    """Whether `pipe` has the canvas's small vocabulary, so that its concepts, cells and judges fit."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None or len(tokenizer) > 5000:
+        return False
+    names = (*words.OBJECTS, *(style for style in words.STYLES if style != words.PLAIN))
+    known = {word for name in names for word in words.phrases_of(name)[0].split()}
+    return all(len(tokenizer.tokenize(word)) == 1 for word in known)
+
+
+# The canvas: to be set from the ceilings measured on the shipped weights.
+_CANVAS: tuple[Site, ...] = ()
+# Stable Diffusion 1: SAeUron (arXiv 2501.18052) erases objects at up.1.1 and styles at up.1.2, block outputs.
+_SD1 = (Site("unet.up_blocks.1.attentions.1"), Site("unet.up_blocks.1.attentions.2"))
+# SDXL: "Unpacking SDXL Turbo" (arXiv 2410.22366) reads block updates: composition, spatial relations, details,
+# and style, in this order.
+_SDXL = (
+    Site("unet.down_blocks.2.attentions.1", "update"),
+    Site("unet.mid_block.attentions.0", "update"),
+    Site("unet.up_blocks.0.attentions.0", "update"),
+    Site("unet.up_blocks.0.attentions.1", "update"),
+)
+# FLUX: the image stream of the last double block, as the same authors' FLUX branch has it.
+_FLUX = (Site("transformer.transformer_blocks.18"),)
+
+
+def preset_sites(pipe: Any) -> tuple[Site, ...]:
+    """The sites of the pipeline's family that were found good, those of them that it has; () where none are known."""
+    unet = getattr(pipe, "unet", None)
+    if speaks_canvas(pipe):
+        family = _CANVAS
+    elif unet is not None:
+        family = _SDXL if unet.config.get("addition_embed_type") == "text_time" else _SD1
+    elif type(getattr(pipe, "transformer", None)).__name__ == "FluxTransformer2DModel":
+        family = _FLUX
+    else:
+        family = ()
+    return tuple(site for site in family if _has(pipe, site))
+
+
+def _has(pipe: Any, site: Site) -> bool:
+    part, path = site.path.split(".", 1)
+    try:
+        getattr(pipe, part).get_submodule(path)
+    except AttributeError:
+        return False
+    return True
