@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neuraleraser.eraser import Correction
-from neuraleraser.sites import Call, DenoiserCall, Site, denoiser, edit, replay
+from neuraleraser.sae import SAE
+from neuraleraser.sites import Call, DenoiserCall, Site, denoiser, edit, record, replay
 
 
 def groups(times: Sequence[float], count: int) -> Tensor:
@@ -110,3 +111,48 @@ def _gather(calls: Sequence[DenoiserCall], rows: Sequence[int]) -> DenoiserCall:
         cat([dict(p.conditioning) for p in parts]),
         torch.cat([p.prediction for p in parts]),
     )
+
+
+def scale(sae: SAE, site: Site, features: Tensor, times: Tensor, factor: float = 0.0) -> Correction:
+    """Multiply the selected features: z'_i = factor z_i, so delta = (factor - 1) sum_i z_i d_i. 0 ablates, a
+    negative factor steers away as SAeUron does (arXiv 2501.18052, equation 6)."""
+    return Correction(
+        site,
+        "scale",
+        times.sort().values[:1].float(),
+        _rows(sae, features)
+        | {"decoder": sae.W_dec[features].clone(), "factor": torch.full((1, len(features)), float(factor))},
+    )
+
+
+def replace(
+    pipe: Any, sae: SAE, site: Site, features: Tensor, plain: Sequence[DenoiserCall]
+) -> Correction:
+    """Within the span of the selected decoder rows, put the mean over matched prompts without the concept:
+    delta = P (c_t - x), with c_t the mean activation at timestep t."""
+    centres: list[Tensor] = []
+
+    def note(_: Site, x: Tensor, call: Call) -> None:
+        centres.append(x.detach().float().mean((0, 1)))
+
+    with record(pipe, [site], note), torch.no_grad():
+        for call in plain:
+            replay(pipe, call.state, call.timestep, call.conditioning)
+    times = torch.tensor([float(c.timestep.flatten()[0]) for c in plain])
+    order = times.argsort()
+    basis = torch.linalg.qr(sae.W_dec[features].float().T).Q
+    return Correction(
+        site,
+        "replace",
+        times[order],
+        _rows(sae, features) | {"basis": basis.contiguous(), "centre": torch.stack(centres)[order]},
+    )
+
+
+def _rows(sae: SAE, features: Tensor) -> dict[str, Tensor]:
+    rows = sae.W_enc[features].float()
+    return {
+        "rows": rows.clone(),
+        "bias": sae.b_enc[features].float() - rows @ sae.b_dec.float(),
+        "threshold": sae.threshold[features].float().clone(),
+    }
