@@ -72,6 +72,8 @@ class Gate:
 
     def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
         """How far the gate is open for each row: x [B, P, d], timestep [B] -> [B] in 0..1."""
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()  # a bound a few bits wide would flicker
         index = nearest(self.times, timestep)
         low, high = (v.to(x.dtype).index_select(0, index) for v in (self.low, self.high))
         return ((self.evidence(x) - low) / (high - low)).clamp(0, 1)

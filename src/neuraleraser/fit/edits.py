@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,13 @@ def learnt(
     lr: float = 4e-3,
     seconds: float = 60.0,
     seed: int = 0,
+    spans: Mapping[Site, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[Correction, ...]:
     """Fit delta = x V_t U_t + b_t at all `sites` (site -> width d) together.
+
+    At a site in `spans` (decoder rows [q, d] of an SAE) U_t and b_t stay in the span of those rows, so that the
+    edit reads as features put in place of features.
 
     Each element of `states` is one sampling step: a call whose conditioning shows the concept, at the states to
     be corrected, and a call whose prediction is the target: the frozen model's own for the matched prompt at
@@ -45,17 +49,24 @@ def learnt(
     generator = torch.Generator().manual_seed(seed)
     times = groups([float(c.timestep.flatten()[0]) for c, _ in states], bins)
     device, g = states[0][0].state.device, len(times)
+    spans = spans or {}
     params: dict[Site, dict[str, Tensor]] = {}
     for site, d in sites.items():
+        q = len(spans[site]) if site in spans else d
         params[site] = {
             "down": torch.randn(g, d, rank, generator=generator).div(d**0.5).to(device).requires_grad_(),
-            "up": torch.zeros(g, rank, d, device=device, requires_grad=True),
-            "bias_out": torch.zeros(g, d, device=device, requires_grad=True),
+            "up": torch.zeros(g, rank, q, device=device, requires_grad=True),
+            "bias_out": torch.zeros(g, q, device=device, requires_grad=True),
         }
-    corrections = tuple(Correction(site, "learnt", times.to(device), p) for site, p in params.items())
 
-    def at(correction: Correction) -> Callable[[Tensor, Call], Tensor]:
-        return lambda x, call: correction.delta(x, call.timestep)
+    def correction(site: Site) -> Correction:
+        p = params[site]
+        if site in spans:
+            p = {"down": p["down"], "up": p["up"] @ spans[site], "bias_out": p["bias_out"] @ spans[site]}
+        return Correction(site, "learnt", times.to(device), p)
+
+    def at(site: Site) -> Callable[[Tensor, Call], Tensor]:
+        return lambda x, call: correction(site).delta(x, call.timestep)
 
     n = states[0][0].state.shape[0]
     net = denoiser(pipe)
@@ -68,7 +79,7 @@ def learnt(
         for p, _ in frozen:
             p.requires_grad_(False)
         # Plain products: on a CPU the fused kernel's backward pass is several times slower.
-        with sdpa_kernel([SDPBackend.MATH]), edit(pipe, {c.site: at(c) for c in corrections}):
+        with sdpa_kernel([SDPBackend.MATH]), edit(pipe, {site: at(site) for site in sites}):
             for step in range(steps):
                 which = torch.randint(len(states), (batch,), generator=generator).tolist()
                 rows = torch.randint(n, (batch,), generator=generator).tolist()
@@ -90,9 +101,9 @@ def learnt(
     finally:
         for p, needs in frozen:
             p.requires_grad_(needs)
+    fitted = (correction(site) for site in sites)
     return tuple(
-        Correction(c.site, c.mode, c.times, {k: v.detach() for k, v in c.tensors.items()})
-        for c in corrections
+        Correction(c.site, c.mode, c.times, {k: v.detach() for k, v in c.tensors.items()}) for c in fitted
     )
 
 
@@ -125,9 +136,7 @@ def scale(sae: SAE, site: Site, features: Tensor, times: Tensor, factor: float =
     )
 
 
-def replace(
-    pipe: Any, sae: SAE, site: Site, features: Tensor, plain: Sequence[DenoiserCall]
-) -> Correction:
+def replace(pipe: Any, sae: SAE, site: Site, features: Tensor, plain: Sequence[DenoiserCall]) -> Correction:
     """Within the span of the selected decoder rows, put the mean over matched prompts without the concept:
     delta = P (c_t - x), with c_t the mean activation at timestep t."""
     centres: list[Tensor] = []
