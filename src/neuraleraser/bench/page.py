@@ -60,7 +60,7 @@ HEADS = {
 INTRO = (
     "Each concept below was taken out of an image model by editing a few of the model's own features. "
     "Every picture after erasure stands beside the one that the untouched model draws for the same prompt "
-    "and seed, and every figure comes from comparing such twins."
+    "and seed, and the figures come from comparing many such twins."
 )
 TIMES, TO = "\u00d7", "\u2013"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
