@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from neuraleraser import artifact
+from neuraleraser.activations import bank
 from neuraleraser.canvas import words
+from neuraleraser.canvas.pipeline import WEIGHTS
 from neuraleraser.errors import FileError
 from neuraleraser.fit.states import SHARES, pooled_features
-from neuraleraser.sae import SAE
+from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 
@@ -79,6 +81,38 @@ class Dictionary:
             return cls(sae, site, edits, pooled, tensors["times"], header["objects"], header["styles"])
         except (KeyError, RuntimeError, TypeError, ValueError) as e:
             raise FileError(f"{folder} holds no complete dictionary ({e!r}): make it again") from e
+
+
+CANVAS = WEIGHTS / "dictionary"
+CANVAS_GATE = Site("unet.down_blocks.1.attentions.0")
+CANVAS_EDITS = {
+    Site("unet.mid_block.attentions.0"): 256,
+    Site("unet.up_blocks.1.attentions.0"): 128,
+    Site("unet.up_blocks.1.attentions.1"): 128,
+    Site("unet.up_blocks.2.attentions.0"): 64,
+    Site("unet.up_blocks.2.attentions.1"): 64,
+}
+"""The canvas's sites and their widths, chosen by `benchmarks/sites.py` (figures in docs/SITES.md)."""
+
+
+def load_dictionary(folder: Path = CANVAS) -> Dictionary:
+    """The canvas's dictionary, or another. Raises FileError."""
+    return Dictionary.load(folder)
+
+
+def make_canvas_dictionary(
+    pipe: Any, folder: Path = CANVAS, images: int = 300, n: int = 2048, k: int = 16
+) -> Dictionary:
+    """Train the canvas's SAE from its own images and draw the background; minutes on two cores."""
+    sampling = Sampling(batch=40)
+    background = canvas_background(images, 1)
+    vectors = bank(pipe, [p for p, _, _ in background], range(500, 500 + images), [CANVAS_GATE], 1600, sampling)
+    x = vectors[CANVAS_GATE]
+    sae = train(pool_batches(x, 4096), TrainSettings(n=n, k=k, steps=1500))
+    sae.header["measures"] = measure(sae, x[:50_000])
+    known = make_dictionary(pipe, sae, CANVAS_GATE, CANVAS_EDITS, canvas_background(images, 2), sampling, 500)
+    known.save(folder)
+    return known
 
 
 def canvas_background(count: int, seed: int) -> list[tuple[str, str, str]]:

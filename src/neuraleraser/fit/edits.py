@@ -71,9 +71,7 @@ def learnt(
     n = states[0][0].state.shape[0]
     net = denoiser(pipe)
     frozen = [(p, p.requires_grad) for p in net.parameters()]
-    adam = torch.optim.Adam(
-        [p for group in params.values() for p in group.values()], lr=lr, betas=(0.9, 0.98)
-    )
+    adam = torch.optim.Adam([p for group in params.values() for p in group.values()], lr=lr, betas=(0.9, 0.98))
     started = time.monotonic()
     try:
         for p, _ in frozen:
@@ -102,9 +100,7 @@ def learnt(
         for p, needs in frozen:
             p.requires_grad_(needs)
     fitted = (correction(site) for site in sites)
-    return tuple(
-        Correction(c.site, c.mode, c.times, {k: v.detach() for k, v in c.tensors.items()}) for c in fitted
-    )
+    return tuple(Correction(c.site, c.mode, c.times, {k: v.detach() for k, v in c.tensors.items()}) for c in fitted)
 
 
 def _gather(calls: Sequence[DenoiserCall], rows: Sequence[int]) -> DenoiserCall:

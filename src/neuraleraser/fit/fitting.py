@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser
-from neuraleraser.fit.dictionary import Dictionary
+from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.edits import learnt
 from neuraleraser.fit.gate import Detector, bounds, build, choose
 from neuraleraser.fit.states import SHARES, conditional, pool, recorded
@@ -26,12 +26,13 @@ Progress = Callable[[str, float], None]
 def fit(
     pipe: Any,
     concept: Concept,
-    known: Dictionary,
     settings: FitSettings | None = None,
-    sampling: Sampling | None = None,
     progress: Progress | None = None,
+    *,
+    known: Dictionary | None = None,
+    sampling: Sampling | None = None,
 ) -> Eraser:
-    """Make an eraser of `concept` for `pipe`.
+    """Make an eraser of `concept` for `pipe`, with what is `known` of it (the canvas's own dictionary if not given).
 
     1. Draw matched prompts with and without the concept at the same seeds, keeping every denoiser call.
     2. Choose the features that fire with the concept and not with its neighbours; set the gate's bounds above
@@ -41,7 +42,7 @@ def fit(
 
     `progress(what, share)` is told how far it is. Raises ConceptError if no feature detects the concept.
     """
-    s, sampling = settings or FitSettings(), sampling or Sampling()
+    s, sampling, known = settings or FitSettings(), sampling or Sampling(), known or load_dictionary()
     say = progress or (lambda what, share: None)
     started = time.monotonic()
     pairs = _some(concept.pairs, s.pairs, s.seed)
@@ -61,9 +62,7 @@ def fit(
     say("fitting the edit", 0.3)
     target = [_retarget(a, b) for a, b in zip(crossed, plain, strict=True)]
     back = [_teach(pipe, a, b) for a, b in zip(shown, plain, strict=True)]
-    states = [pair for pair in zip(crossed, target, strict=True)] * 2 + [
-        pair for pair in zip(shown, back, strict=True)
-    ]
+    states = [pair for pair in zip(crossed, target, strict=True)] * 2 + [pair for pair in zip(shown, back, strict=True)]
     losses: list[float] = []
 
     def on_step(step: int, loss: float) -> None:
@@ -114,9 +113,7 @@ def _rows(values: Tensor) -> Tensor:
 def _others(known: Dictionary, concept: Concept) -> tuple[Tensor, list[str]]:
     """Rows of the dictionary that lack the concept, each with the neighbour that it shows."""
     names = known.styles if concept.kind == "style" else known.objects
-    keep = [
-        i for i in range(len(names)) if concept.name not in (known.styles[i], *known.objects[i].split("+"))
-    ]
+    keep = [i for i in range(len(names)) if concept.name not in (known.styles[i], *known.objects[i].split("+"))]
     return known.pooled[keep], [names[i] or "none" for i in keep]
 
 

@@ -51,9 +51,7 @@ def choose(shows: Tensor, lacks: Tensor, labels: list[str], count: int = FEATURE
             best = Detector(features, weight, share, separation)
     assert best is not None
     if best.weight.sum() == 0:
-        raise ConceptError(
-            "no feature tells the concept from its neighbours: give more prompts, or another site"
-        )
+        raise ConceptError("no feature tells the concept from its neighbours: give more prompts, or another site")
     return best
 
 

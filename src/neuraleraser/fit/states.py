@@ -50,9 +50,7 @@ def pooled_features(
 
     def on(s: Seen) -> None:
         z = sae.encode(s.x.float())
-        seen.setdefault((s.timestep, s.branch), []).append(
-            torch.stack([pool(z, q) for q in SHARES], 1).half()
-        )
+        seen.setdefault((s.timestep, s.branch), []).append(torch.stack([pool(z, q) for q in SHARES], 1).half())
 
     images = collect(pipe, prompts, seeds, [site], on, sampling, init)
     times = sorted({t for t, _ in seen}, reverse=True)
@@ -87,9 +85,7 @@ def recorded(
         real = min(size, len(prompts) - size * (len(batches) - 1))
         batches[-1].append(call.rows(torch.arange(rows - size, rows - size + real, device=call.state.device)))
 
-    len_steps = [
-        sampling.steps if init is None else min(int(sampling.steps * sampling.strength), sampling.steps)
-    ]
+    len_steps = [sampling.steps if init is None else min(int(sampling.steps * sampling.strength), sampling.steps)]
     with denoiser_calls(pipe, on):
         pooled, _ = pooled_features(pipe, sae, site, prompts, seeds, sampling, init)
     return [join(parts) for parts in zip(*batches, strict=True)], pooled
