@@ -165,6 +165,16 @@ def prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
     return what if style == PLAIN else f"{what} {STYLE_PHRASES[style][phrasing]}"
 
 
+def test_prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
+    """A prompt that erasers are tested with: the object in one phrasing, the style in another of the same half.
+
+    Erasers are made with `prompt`, so the two never meet: `test_prompt(["Cats"], "Van_Gogh")` is 'a cat as a Van
+    Gogh painting'.
+    """
+    what = " and ".join(OBJECT_PHRASES[o][phrasing] for o in objects) if objects else EMPTY_PHRASES[phrasing]
+    return f"a picture of {what}" if style == PLAIN else f"{what} {STYLE_PHRASES[style][phrasing ^ 1]}"
+
+
 def caption(objects: Sequence[str], style: str, rng: Rng) -> str:
     """A training caption: free phrasing, free word order, now and then only implying the style or the object."""
     what = (

@@ -21,7 +21,7 @@ from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 
-KEPT = 128
+KEPT = 64
 """Features of a row that are kept on disk; the weaker ones are zero to any gate that could be made of them."""
 
 
@@ -108,7 +108,7 @@ def make_canvas_dictionary(
     background = canvas_background(images, 1)
     vectors = bank(pipe, [p for p, _, _ in background], range(500, 500 + images), [CANVAS_GATE], 1600, sampling)
     x = vectors[CANVAS_GATE]
-    sae = train(pool_batches(x, 4096), TrainSettings(n=n, k=k, steps=1500))
+    sae = train(pool_batches(x, 4096), TrainSettings(n=n, k=12, steps=1500))
     sae.header["measures"] = measure(sae, x[:50_000])
     known = make_dictionary(pipe, sae, CANVAS_GATE, CANVAS_EDITS, canvas_background(images, 2), sampling, 500)
     known.save(folder)
