@@ -165,10 +165,10 @@ def prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
     return what if style == PLAIN else f"{what} {STYLE_PHRASES[style][phrasing]}"
 
 
-def test_prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
+def fresh_prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
     """A prompt that erasers are tested with: the object in one phrasing, the style in another of the same half.
 
-    Erasers are made with `prompt`, so the two never meet: `test_prompt(["Cats"], "Van_Gogh")` is 'a cat as a Van
+    Erasers are made with `prompt`, so the two never meet: `fresh_prompt(["Cats"], "Van_Gogh")` is 'a cat as a Van
     Gogh painting'.
     """
     what = " and ".join(OBJECT_PHRASES[o][phrasing] for o in objects) if objects else EMPTY_PHRASES[phrasing]
