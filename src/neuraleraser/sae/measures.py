@@ -11,6 +11,7 @@ from neuraleraser.errors import DataError
 from neuraleraser.sae.model import SAE
 
 _EDGES = [-6.0 + 0.5 * i for i in range(13)]  # log10 of firing rates, 1e-6 to 1
+_CHUNK = 2**22  # activations of features held at a time
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def measure(sae: SAE, x: Tensor) -> dict[str, Any]:
     mean = x.double().mean(0)
     error = total = 0.0
     fired = torch.zeros(sae.n, dtype=torch.int64, device=x.device)
-    for part in x.split(max(1, 2**22 // sae.n)):
+    for part in x.split(max(1, _CHUNK // sae.n)):
         part = part.to(sae.W_enc.dtype)
         z = sae.encode(part)
         error += float((part - sae.decode(z)).double().square().sum())

@@ -81,14 +81,14 @@ def train(
     return _fold(state, settings)
 
 
-def revival_loss(
-    w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype
-) -> Tensor:
+def revival_loss(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
     """||e - e_hat||^2 / ||e||^2 (scalar), where e = `residual` [B, d] = x - x_hat, held fixed, and e_hat is
     what the k_aux largest pre-activations of each vector among the `dead` features [m] decode to, without
     b_dec. Large products are made in dtype `low`.
 
-    AuxK of Gao et al. 2024. It teaches dead features, and only them, to add what is missing.
+    AuxK of Gao et al. 2024. It teaches dead features, and only them, to add what is missing. Their values are
+    taken with their sign: after a ReLU, a feature that is negative everywhere would have no gradient to
+    return by (seen in a trial with strong dense directions: 1 % dead against 18 %, and 21 % without this loss).
     """
     e = residual.detach()
     into = (x - w.b_dec.detach()).to(low)
@@ -216,9 +216,7 @@ def _next(stream: Iterator[Tensor], step: int, d: int | None, steps: int) -> Ten
     if x is None:
         if step == 0:
             raise DataError("the stream of activations is empty: pass at least one batch [B, d]")
-        raise DataError(
-            f"the stream ended after {step} batches: pass a longer one, or fewer steps than {steps}"
-        )
+        raise DataError(f"the stream ended after {step} batches: pass a longer one, or fewer steps than {steps}")
     if x.ndim != 2 or 0 in x.shape or (d is not None and x.shape[1] != d):
         raise DataError(f"batch {step} has shape {tuple(x.shape)}: expected [B, {d or 'd'}] with B > 0")
     if bad := int((~torch.isfinite(x)).sum()):
@@ -273,10 +271,17 @@ def _resume(path: Path, settings: TrainSettings) -> _State:
         raise SettingsError(f"{path} was made with {'; '.join(other)}: pass those, or another checkpoint")
     try:
         state = _rebuilt(tensors, header)
+        if not 0 < state.step <= settings.steps:
+            raise ValueError(f"step {state.step}")
+        # Checked to the last tensor: the fused optimiser trusts shapes.
         n, d = settings.n, len(state.weights.b_dec)
-        shapes = [tuple(p.shape) for p in state.weights]
-        if shapes != [(n, d), (n,), (n, d), (d,)] or not 0 < state.step <= settings.steps:
-            raise ValueError(f"shapes {shapes} at step {state.step}")
+        shapes = {"idle": (n,)}
+        for name, shape in zip(Weights._fields, ((n, d), (n,), (n, d), (d,)), strict=True):
+            shapes |= {name: shape, f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape, f"{name}.step": ()}
+        for name, shape in shapes.items():
+            dtype = torch.int64 if name == "idle" else torch.float32
+            if tensors[name].shape != shape or tensors[name].dtype != dtype:
+                raise ValueError(f"tensor {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}")
     except (KeyError, TypeError, ValueError) as e:
         raise FileError(f"{path} is not a whole checkpoint ({e}): delete it to start over") from e
     return state
