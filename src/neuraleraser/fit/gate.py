@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neuraleraser.concepts import neighbour_score, profile
@@ -15,14 +17,15 @@ from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 
 FEATURES = 16
+CANDIDATES = 64
 SHUT = 1e9
 """A bound that no evidence reaches: the gate stays shut at timesteps where it could not tell."""
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Features, their weights, and how well they tell: `separation` [T] is the share of positive rows above all
-    negatives' 99.5th percentile."""
+    """Features [f], their weights [f] >= 0, the index of the pooling in SHARES, and how well they tell:
+    `separation` [T] is the share of rows with the concept above the 99.5th percentile of rows without."""
 
     features: Tensor
     weight: Tensor
@@ -30,29 +33,52 @@ class Detector:
     separation: Tensor
 
 
-def choose(shows: Tensor, lacks: Tensor, labels: list[str], count: int = FEATURES) -> Detector:
-    """Choose features: shows [N, T, shares, n] on prompts with the concept, lacks [M, T, shares, n] without it,
-    `labels` [M] naming what each of those shows instead (its style or its object).
+def choose(shows: Tensor, lacks: Tensor, labels: Sequence[str], count: int = FEATURES) -> Detector:
+    """Choose features and weights for both ways of pooling; the one that separates better is kept.
 
-    For each way of pooling, the `count` features with the largest gap to their worst neighbouring concept,
-    weighted by that gap over their spread; the pooling that separates better is kept.
+    shows [N, T, shares, n] from prompts with the concept, lacks [M, T, shares, n] without it, `labels` [M] naming
+    what each of those shows in its place (its style, or its objects). Candidates are the features with the
+    largest gap to their worst neighbouring concept (`concepts.neighbour_score`); the `count` that a logistic
+    regression with weights >= 0 leans on most are kept, and weighed by it.
+
+    Raises ConceptError if no feature fires more with the concept than without.
     """
-    best: Detector | None = None
+    found: list[Detector] = []
     for share in range(len(SHARES)):
         on, off = shows[:, :, share].float(), lacks[:, :, share].float()
         stats = profile(torch.cat([on, off]), torch.arange(on.shape[1]), [*["?shows"] * len(on), *labels])
-        score = neighbour_score(stats, "?shows").mean(0)  # over timesteps
-        features = score.topk(count).indices
-        scale = on[..., features].std((0, 1)) + off[..., features].std((0, 1)) + 1e-6
-        weight = score[features].clamp(min=0) / scale
+        candidates = neighbour_score(stats, "?shows").mean(0).topk(min(CANDIDATES, on.shape[-1])).indices
+        candidates = candidates[on[..., candidates].mean((0, 1)) > off[..., candidates].mean((0, 1))]
+        if not len(candidates):
+            continue
+        weight = regress(on[..., candidates], off[..., candidates])
+        features = candidates[weight.topk(min(count, len(candidates))).indices]
+        weight = regress(on[..., features], off[..., features])
         a, b = on[..., features] @ weight, off[..., features] @ weight
         separation = (a > b.quantile(0.995, 0)).float().mean(0)
-        if best is None or separation.mean() > best.separation.mean():
-            best = Detector(features, weight, share, separation)
-    assert best is not None
-    if best.weight.sum() == 0:
-        raise ConceptError("no feature tells the concept from its neighbours: give more prompts, or another site")
-    return best
+        found.append(Detector(features, weight, share, separation))
+    if not found:
+        raise ConceptError("no feature fires more with the concept than without: give other prompts, or another site")
+    return max(found, key=lambda d: float(d.separation.mean()))
+
+
+def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
+    """Weights [f] >= 0 of a logistic regression of on [N, T, f] against off [M, T, f], with an intercept for each
+    timestep, both classes weighing the same, `penalty` times the squared weights (of features in units of their
+    spread). Deterministic."""
+    spread = on.std((0, 1)) + off.std((0, 1)) + 1e-4
+    a, b = on / spread, off / spread
+    raw = torch.full((a.shape[-1],), -1.0, requires_grad=True)
+    intercept = torch.zeros(a.shape[1], requires_grad=True)
+    adam = torch.optim.Adam([raw, intercept], lr=0.1)
+    with torch.enable_grad():
+        for _ in range(steps):
+            weight = F.softplus(raw)
+            loss = F.softplus(-(a @ weight + intercept)).mean() + F.softplus(b @ weight + intercept).mean()
+            adam.zero_grad(set_to_none=True)
+            (loss + penalty * weight.square().sum()).backward()
+            adam.step()
+    return F.softplus(raw).detach() / spread
 
 
 def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
