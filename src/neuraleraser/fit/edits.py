@@ -18,7 +18,7 @@ from neuraleraser.sites import Call, DenoiserCall, Site, denoiser, edit, record,
 
 def groups(times: Sequence[float], count: int) -> Tensor:
     """Ascending centres [count] of `count` groups of neighbouring timesteps."""
-    ordered = torch.tensor(sorted(times), dtype=torch.float32)
+    ordered = torch.tensor(list(times), dtype=torch.float32).unique()
     return torch.stack([part.mean() for part in ordered.tensor_split(min(count, len(ordered)))])
 
 
