@@ -42,17 +42,18 @@ def collect(
 ) -> Images:
     """Draw the images and tell `on` all activations at `sites`; returns the images.
 
-    With guidance in one batch the first half of a call's rows is the unconditional branch; without guidance
-    all rows are conditional. `x` is the model's own tensor: copy what you keep.
+    With guidance in one batch the first half of a call's rows is the unconditional branch; else all rows count
+    as conditional (so a text encoder's pass over the negative prompt does too). `x` is the model's own tensor:
+    copy what you keep.
     """
     s = sampling or Sampling()
-    now = {"first": 0, "real": 0, "rows": 0}
+    now = {"first": 0, "real": 0}
 
     def begin(first: int, real: int) -> None:
         now.update(first=first, real=real)
 
     def note(site: Site, x: Tensor, call: Call) -> None:
-        size = s.batch if s.pad else min(s.batch, len(prompts))
+        size = s.batch if s.pad else now["real"]
         t = float(call.timestep[0])
         images = range(now["first"], now["first"] + now["real"])
         if x.shape[0] == 2 * size:
@@ -74,11 +75,14 @@ def bank(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> dict[Site, Tensor]:
-    """A random sample of `per_image` activation vectors an image and site, over steps, positions and branches.
+    """A random sample of activation vectors, at most `per_image` an image on average, over steps, positions and
+    branches: as many of every call, so fewer in all where calls have few positions or only one branch.
 
-    -> {site: [images * about per_image, d]}, in random order. Raises DataError on NaN or infinity, naming the
-    site, timestep and prompts.
+    -> {site: [up to images * per_image, d]}, in random order. Raises DataError where there are no prompts, and on
+    NaN or infinity, naming the site, timestep and prompts.
     """
+    if not prompts:
+        raise DataError("there are no prompts, so there are no activations: pass at least one")
     s = sampling or Sampling()
     kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
     calls = s.steps * (2 if s.guidance > 1 else 1)
@@ -86,7 +90,7 @@ def bank(
 
     def on(seen: Seen) -> None:
         b, p, _ = seen.x.shape
-        n = max(1, round(per_image / calls))
+        n = -(-per_image // calls)
         # Every image of the call gives its own n positions.
         index = torch.rand((b, p), generator=generator).topk(min(n, p), -1).indices.to(seen.x.device)
         x = seen.x[torch.arange(b, device=seen.x.device)[:, None], index].flatten(0, 1).float().cpu()
@@ -102,5 +106,5 @@ def bank(
     out = {}
     for site, parts in kept.items():
         x = torch.cat(parts)
-        out[site] = x[torch.randperm(len(x), generator=order)]
+        out[site] = x[torch.randperm(len(x), generator=order)[: per_image * len(prompts)]]
     return out

@@ -25,6 +25,12 @@ SETTINGS = (
 """What an object is placed in on a pipeline whose vocabulary is not known."""
 
 
+KINDS = ("style", "object", "other")
+_STYLE_WORDS = {"style", "styles", "painting", "paintings", "drawing", "drawings", "art"}
+MAX_FILE = 2**20
+"""Bytes of a concept's file, at most."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt that shows the concept, and the same prompt without it."""
@@ -42,15 +48,13 @@ class Concept:
     pairs: tuple[Pair, ...]
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConceptError(f"concept {self.name!r} is of kind {self.kind!r}: pass one of {', '.join(KINDS)}")
         if not self.pairs:
-            raise ConceptError(
-                f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it"
-            )
+            raise ConceptError(f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it")
         same = [p.shows for p in self.pairs if p.shows.strip() == p.without.strip()]
         if same:
-            raise ConceptError(
-                f"concept {self.name!r}: {same[0]!r} is its own match; the match must lack the concept"
-            )
+            raise ConceptError(f"concept {self.name!r}: {same[0]!r} is its own match; the match must lack the concept")
 
 
 def resolve(phrase: str) -> str | None:
@@ -92,32 +96,24 @@ def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
                 pairs.append(Pair(what + how, nothing + how))
                 others = [o for o in words.OBJECTS if o != name]
                 other = words.OBJECT_PHRASES[others[(3 * k + 7 * i) % len(others)]][i]
-                pairs.append(
-                    Pair(f"{what} and {other}{how}" if k % 2 else f"{other} and {what}{how}", other + how)
-                )
+                pairs.append(Pair(f"{what} and {other}{how}" if k % 2 else f"{other} and {what}{how}", other + how))
         return Concept(name, "object", tuple(pairs))
-    near = ", ".join((*words.STYLES, *words.OBJECTS))
+    near = ", ".join(n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN)
     raise ConceptError(f"the canvas has no concept {name!r}. It knows: {near}")
 
 
 def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> Concept:
     """A concept of any pipeline from a phrase: "Van Gogh style" with many subjects, "a cat" in many settings.
 
-    `kind` is read from the phrase (a style says "style" or "painting") unless given. An object's match puts
-    `instead` (by default "an empty scene") in its place.
+    `kind` is read from the phrase (a style says "style", "painting", "drawing" or "art") unless given. An object's
+    match puts `instead` (by default "an empty scene") in its place.
     """
     text = " ".join(phrase.split())
     if not text:
-        raise ConceptError(
-            "the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'"
-        )
-    kind = kind or (
-        "style" if any(w in text.lower() for w in ("style", "painting", "drawing", "art")) else "object"
-    )
+        raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
+    kind = kind or ("object" if _STYLE_WORDS.isdisjoint(text.lower().split()) else "style")
     if kind == "style":
-        pairs = tuple(Pair(f"{s} in {text}", s) for s in SUBJECTS) + tuple(
-            Pair(f"{text}, {s}", s) for s in SUBJECTS
-        )
+        pairs = tuple(Pair(f"{s} in {text}", s) for s in SUBJECTS) + tuple(Pair(f"{text}, {s}", s) for s in SUBJECTS)
     else:
         other = instead or "an empty scene"
         pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in SETTINGS)
@@ -130,17 +126,33 @@ def file_concept(path: str | Path) -> Concept:
     Raises ConceptError saying which field is wrong.
     """
     try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
+        with open(path, "rb") as f:
+            text = f.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise ValueError(f"it is over {MAX_FILE} bytes")
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError) as e:
         raise ConceptError(f"{path} is no readable JSON file ({e}): expected name, kind and pairs") from e
     try:
-        pairs = tuple(Pair(str(a), str(b)) for a, b in data["pairs"])
-        return Concept(str(data["name"]), str(data.get("kind", "other")), pairs)
-    except (KeyError, TypeError, ValueError) as e:
+        pairs = tuple(Pair(_text(a), _text(b)) for a, b in map(_list, data["pairs"]))
+        return Concept(_text(data["name"]), _text(data.get("kind", "other")), pairs)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ConceptError(
             f'{path}: field {e} is missing or malformed; expected {{"name": ..., "kind": "style" or "object", '
             '"pairs": [["a prompt that shows it", "the same without"], ...]}'
         ) from e
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:40]!r}, not a text,")
+    return value
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise TypeError(f"{str(value)[:40]!r}, not a pair,")
+    return value
 
 
 @dataclass(frozen=True)
@@ -170,13 +182,20 @@ def profile(pooled: Tensor, times: Tensor, labels: Sequence[str]) -> Profile:
     return Profile(names, times, mean, spread)
 
 
+def _others(profile: Profile, name: str) -> tuple[int, list[int]]:
+    """The concept's number and those of all others."""
+    if name not in profile.names or len(profile.names) < 2:
+        raise ConceptError(f"a profile of {', '.join(profile.names)} cannot score {name!r}: profile it and one other")
+    c = profile.names.index(name)
+    return c, [i for i in range(len(profile.names)) if i != c]
+
+
 def share_score(profile: Profile, name: str) -> Tensor:
     """SAeUron's score (arXiv 2501.18052, equation 4) -> [T, n].
 
     The feature's share of all activation on the concept, minus its share on all other concepts together.
     """
-    c = profile.names.index(name)
-    others = [i for i in range(len(profile.names)) if i != c]
+    c, others = _others(profile, name)
     on, off = profile.mean[c], profile.mean[others].mean(0)
     return on / (on.sum(-1, keepdim=True) + 1e-8) - off / (off.sum(-1, keepdim=True) + 1e-8)
 
@@ -187,8 +206,7 @@ def neighbour_score(profile: Profile, name: str) -> Tensor:
     (mean_c - max over other concepts of mean) / (spread_c + spread of that neighbour + eps): a feature that
     one neighbour shares scores low however rare it is among all, so that erasing cats keeps dogs.
     """
-    c = profile.names.index(name)
-    others = [i for i in range(len(profile.names)) if i != c]
+    c, others = _others(profile, name)
     worst, which = profile.mean[others].max(0)
     spread = profile.spread[others].gather(0, which.unsqueeze(0))[0]
     return (profile.mean[c] - worst) / (profile.spread[c] + spread + 1e-3 * profile.mean[c].amax() + 1e-8)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from neuraleraser.errors import SettingsError
+from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.settings import Sampling
 
 Images = NDArray[np.uint8]
@@ -36,9 +36,11 @@ def generate(
     `init` uint8 [N, H, W, 3] starts an image-to-image pipeline. `on_batch(start, real)` is told before each
     batch which images come (their first index, and how many are not padding); `each(indices, images)` gets
     each finished batch; `callback` is diffusers' own `callback_on_step_end`. Raises SettingsError if the lengths
-    differ.
+    differ or a batch or the steps are fewer than one, DataError for an image of NaN or infinity.
     """
     s = sampling or Sampling()
+    if s.batch < 1 or s.steps < 1:
+        raise SettingsError(f"batch is {s.batch} and steps is {s.steps}: pass at least 1 of each")
     if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):
         raise SettingsError(
             f"{len(prompts)} prompts, {len(seeds)} seeds"
@@ -73,7 +75,12 @@ def generate(
                 output_type="np",
                 **extra,
             ).images
-        images = np.asarray(np.clip(np.asarray(result) * 255 + 0.5, 0, 255), np.uint8)[:real]
+        result = np.asarray(result)
+        if not np.isfinite(result).all():
+            raise DataError(
+                f"NaN or infinity in an image of {[prompts[i] for i in index[:real]][:3]}: use float32 or bfloat16"
+            )
+        images = np.asarray(np.clip(result * 255 + 0.5, 0, 255), np.uint8)[:real]
         out.append(images)
         if each:
             each(range(start, start + real), images)

@@ -38,8 +38,8 @@ class DenoiserCall:
 def _rows(name: str, value: Any, b: int, index: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _rows(k, v, b, index) for k, v in value.items()}
-    # FLUX's img_ids and txt_ids number positions, not images.
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == b and not name.endswith("_ids"):
+    # FLUX's img_ids and txt_ids number positions, not images (SDXL's time_ids have one row an image).
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == b and name not in ("img_ids", "txt_ids"):
         return value[index]
     return value
 

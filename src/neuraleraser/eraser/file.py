@@ -1,0 +1,161 @@
+"""One eraser as a value and as a file of kilobytes, with the checks that a stranger's file must pass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser import artifact
+from neuraleraser.eraser.parts import MODES, Correction, Gate
+from neuraleraser.errors import DataError, FileError, SiteError
+from neuraleraser.sites import Site
+
+
+@dataclass(frozen=True)
+class Eraser:
+    """The gate and the corrections of one concept, with all that is needed to apply them; a file of kilobytes.
+
+    `header` holds what a reader wants to know: concept, kind, base model, time scale, how it was fitted and
+    what was measured. Plain JSON values.
+    """
+
+    gate: Gate
+    corrections: tuple[Correction, ...]
+    header: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The concept's name."""
+        return str(self.header["concept"])
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that acts: erasers are added in its order, whatever order they are given in."""
+        h = hashlib.sha256(json.dumps(self._layout()).encode())
+        for name, tensor in sorted(self._tensors().items()):
+            h.update(f"{name} {list(tensor.shape)}".encode())
+            h.update(tensor.detach().cpu().double().numpy().tobytes())
+        return h.hexdigest()
+
+    def _layout(self) -> dict[str, Any]:
+        """What acts beside the tensors, as JSON."""
+        return {
+            "gate": {"site": str(self.gate.site), "share": self.gate.share},
+            "edits": [{"site": str(c.site), "mode": c.mode} for c in self.corrections],
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        out = {f"gate/{n}": getattr(self.gate, n) for n in _GATE}
+        for i, c in enumerate(self.corrections):
+            out[f"edit{i}/times"] = c.times
+            out |= {f"edit{i}/{k}": v for k, v in c.tensors.items()}
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; floats in half precision but for the gate, whose bounds are exact.
+
+        Raises DataError for an eraser that `load` would refuse.
+        """
+        problem = self.problem()
+        if problem:
+            raise DataError(f"the eraser of {self.name!r} was not written ({problem}): make it again")
+        tensors = {
+            k: v.half() if v.is_floating_point() and k.startswith("edit") and not k.endswith("times") else v
+            for k, v in self._tensors().items()
+        }
+        artifact.save(path, "eraser", tensors, dict(self.header) | self._layout())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Eraser:
+        """Read an eraser. Raises FileError for a file that is not one, or one whose parts do not fit."""
+        tensors, header = artifact.load(path, "eraser")
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = tensor.float() if tensor.is_floating_point() else tensor
+        try:
+            gate = Gate(Site.parse(header["gate"]["site"]), share=float(header["gate"]["share"]), **parts.pop("gate"))
+            edits = []
+            for i, entry in enumerate(header["edits"]):
+                mine = parts.pop(f"edit{i}")
+                edits.append(Correction(Site.parse(entry["site"]), str(entry["mode"]), mine.pop("times"), mine))
+            if parts or not isinstance(header["concept"], str):
+                raise ValueError(f"{next(iter(parts), 'concept')}")
+        except (ArithmeticError, AttributeError, KeyError, SiteError, TypeError, ValueError) as error:
+            raise FileError(
+                f"{path} is no complete eraser ({error!r} is missing or malformed): make it again"
+            ) from error
+        eraser = cls(gate, tuple(edits), {k: v for k, v in header.items() if k not in ("gate", "edits")})
+        problem = eraser.problem()
+        if problem:
+            raise FileError(f"{path} is an eraser whose parts do not fit together ({problem}): make it again")
+        return eraser
+
+    def problem(self) -> str | None:
+        """What keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""
+        g, sites = self.gate, [c.site for c in self.corrections]
+        if not sites or len(set(sites)) < len(sites):
+            return f"edits at {[str(s) for s in sites]}, expected one or more, each at a site of its own"
+        strange = [s for s in sites if s.path.split(".")[0] != g.site.path.split(".")[0]]
+        if strange:
+            return f"an edit at {strange[0]}, in another component than the gate's {g.site}"
+        groups = [("gate", {n: getattr(g, n) for n in _GATE}, _GATE)]
+        for i, c in enumerate(self.corrections):
+            if c.mode not in MODES:
+                return f"mode {c.mode!r}, expected one of {', '.join(MODES)}"
+            groups.append((f"edit{i}", {"times": c.times, **c.tensors}, _EDITS[c.mode]))
+        for where, tensors, axes in groups:
+            found = _misfit(tensors, axes)
+            if found:
+                return f"{where}/{found}"
+        if any(c.site == g.site and c.width != g.rows.shape[1] for c in self.corrections):
+            return f"a gate and an edit of different widths at {g.site}"
+        if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
+            return "the gate's share is outside 0 to 1, or its bounds are not 0 <= low < high"
+        if not bool((g.weight >= 0).all()):
+            return "a weight is negative"
+        return None
+
+
+# The axes of each tensor; equal letters are equal lengths.
+_GATE = {
+    "features": "f", "rows": "fd", "bias": "f", "threshold": "f", "weight": "f", "times": "t", "low": "t", "high": "t",
+}  # fmt: skip
+_FIRES = {"times": "t", "rows": "fd", "bias": "f", "threshold": "f"}
+_EDITS = {
+    "scale": _FIRES | {"decoder": "fd", "factor": "tf"},
+    "replace": _FIRES | {"basis": "dq", "centre": "td"},
+    "learnt": {"times": "t", "down": "tdr", "up": "trd", "bias_out": "td"},
+}
+
+
+def _misfit(tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> str | None:
+    """The first tensor that cannot be what `axes` says, and why."""
+    size: dict[str, int] = {}
+    for name in sorted(tensors.keys() ^ axes.keys()):
+        return f"{name} is {'missing' if name in axes else 'unknown'}"
+    for name, letters in axes.items():
+        x = tensors[name]
+        fits = x.ndim == len(letters) and all(
+            size.setdefault(a, n) == n > 0 for a, n in zip(letters, x.shape, strict=True)
+        )
+        if not fits or x.is_floating_point() == (name == "features"):
+            return f"{name} is {x.dtype} {list(x.shape)} beside {size}"
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            return f"{name} holds NaN or infinity"
+    if not bool((tensors["times"].diff() > 0).all()):
+        return "times do not ascend"
+    if "threshold" in tensors and not bool((tensors["threshold"] >= 0).all()):
+        return "threshold is negative"
+    if "basis" in tensors:
+        q = tensors["basis"].float()
+        if not bool(((q.T @ q - torch.eye(q.shape[1], device=q.device)).abs() < 1e-2).all()):
+            return "basis is not orthonormal"
+    return None
