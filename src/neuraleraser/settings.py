@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SELECTION_SEEDS = range(0, 1000)
+"""Seeds that erasers are made and defaults are chosen with."""
+TEST_SEEDS = range(10_000, 110_000)
+"""Seeds that erasers are tested with, and never made (DESIGN.md, law 12)."""
 
 
 @dataclass(frozen=True)
@@ -45,3 +51,63 @@ class FitSettings:
     """Peak learning rate of the correction."""
     seed: int = 0
     """First of the selection seeds (0 to 999) that images are drawn with."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is drawn to measure erasers. A round is one image of every cell of a group, each with its own seed."""
+
+    grid: int = 3
+    """Rounds of every style with every object; made once, shared by all erasers."""
+    own: int = 2
+    """More rounds of the erased concept with everything of the other domain."""
+    two_objects: int = 2
+    """Rounds of prompts that name an erased object beside each other one."""
+    held_out: int = 2
+    """Rounds of the erased concept in phrasings that no eraser is made with."""
+    image_to_image: int = 1
+    """Rounds that start from a render of what the prompt says."""
+    held_out_grid: int = 1
+    """Rounds of the whole grid in held-out phrasings, without any eraser."""
+    timings: int = 7
+    """How often plain sampling and sampling with the eraser are timed against each other."""
+    timed_images: int = 16
+    """Images in a timed batch."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(batch=40))
+    """How all images are drawn."""
+    styles: tuple[str, ...] = ()
+    """Only these styles; none named: all."""
+    objects: tuple[str, ...] = ()
+    """Only these objects; none named: all."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Erase five concepts one at a time, from phrases, and measure it."""
+
+    folder: Path = Path("demo")
+    """Where report.html, report.json, contact.png and the erasers go."""
+    phrases: tuple[str, ...] = ("Van Gogh style", "Sponge dabbed style", "Superstring style", "Fire", "cat")
+    """What to erase, in words."""
+    model: str = "canvas"
+    """The pipeline: 'canvas', or a folder with another canvas."""
+    dictionary: Path | None = None
+    """Folder of the SAE and its background to fit with; None: the one that ships."""
+    resume: bool = False
+    """Go on where an interrupted demo stopped, instead of starting anew."""
+    fit: FitSettings = field(default_factory=FitSettings)
+    """How erasers are made."""
+    evaluate: EvaluateSettings = field(
+        default_factory=lambda: EvaluateSettings(
+            grid=1,
+            own=2,
+            two_objects=1,
+            held_out=1,
+            image_to_image=0,
+            held_out_grid=0,
+            timings=3,
+            timed_images=8,
+            sampling=Sampling(batch=40),
+        )
+    )
+    """How much is measured."""

@@ -52,13 +52,14 @@ def _seed(group: str, round: int, number: int, seeds: range) -> int:
     return seeds[(_BLOCK * GROUPS.index(group) + _CELLS * round + number) % len(seeds)]
 
 
-def _number(style: str, name: str) -> int:
-    return words.STYLES.index(style) * len(words.OBJECTS) + words.OBJECTS.index(name)
+def _indices(style: str, name: str) -> tuple[int, int]:
+    return words.STYLES.index(style), words.OBJECTS.index(name)
 
 
 def _cell(group: str, round: int, style: str, name: str, phrasing: int, seeds: range) -> Cell:
-    prompt = words.prompt([name], style, phrasing)
-    return Cell(prompt, _seed(group, round, _number(style, name), seeds), style, (name,), group)
+    prompt = words.fresh_prompt([name], style, phrasing)
+    i, j = _indices(style, name)
+    return Cell(prompt, _seed(group, round, i * len(words.OBJECTS) + j, seeds), style, (name,), group)
 
 
 def base_cells(
@@ -98,7 +99,7 @@ def erasure_cells(
     for k in range(settings.held_out):
         # Neighbouring cells take turns, and every cell changes its phrasing from round to round.
         cells += [
-            _cell(HELD_OUT, k, s, o, held_out[(i + k) % len(held_out)], seeds) for i, (s, o) in enumerate(pairs)
+            _cell(HELD_OUT, k, s, o, held_out[(sum(_indices(s, o)) + k) % len(held_out)], seeds) for s, o in pairs
         ]
     cells += [_cell(IMAGE_TO_IMAGE, k, s, o, 0, seeds) for k in range(settings.image_to_image) for s, o in pairs]
     return cells
@@ -113,7 +114,7 @@ def _beside(name: str, rounds: int, styles: Sequence[str], others: Sequence[str]
             pair = (name, other) if (i + k) % 2 else (other, name)
             number = words.OBJECTS.index(name) * len(words.OBJECTS) + words.OBJECTS.index(other)
             seed = _seed(TWO_OBJECTS, k, number, seeds)
-            cells.append(Cell(words.prompt(pair, style), seed, style, pair, TWO_OBJECTS))
+            cells.append(Cell(words.fresh_prompt(pair, style), seed, style, pair, TWO_OBJECTS))
     return cells
 
 
@@ -121,8 +122,8 @@ def check_split(eraser: Eraser, cells: Iterable[Cell]) -> None:
     """Raise SplitError where what the eraser was made with overlaps the cells (DESIGN.md, law 12).
 
     The eraser's header says what it was made with, in "split" or at its top: "seeds" [first, last], and
-    optionally "phrasings" (numbers) and "prompts" (texts). No seed may be shared, and no held-out phrasing may
-    have been used.
+    optionally "prompts" (texts) and "phrasings" (numbers). No seed and no prompt may be shared, and where
+    held-out phrasings are tested, none may have been used.
     """
     split = eraser.header.get("split", eraser.header)
     try:
@@ -136,7 +137,8 @@ def check_split(eraser: Eraser, cells: Iterable[Cell]) -> None:
         ) from error
     known = eraser.name in words.OBJECTS or eraser.name in words.STYLES
     reserved = words.phrases_of(eraser.name)[words.HELD_OUT] if known else ()
-    leaked = [p for p in prompts if any(phrase in p for phrase in reserved)]
+    leaked = [f"the phrasing {number}" for number in sorted(phrasings & set(range(4)[words.HELD_OUT]))]
+    leaked += [repr(prompt) for prompt in sorted(prompts) if any(phrase in prompt for phrase in reserved)]
     for cell in cells:
         if first <= cell.seed <= last:
             raise SplitError(
@@ -144,11 +146,13 @@ def check_split(eraser: Eraser, cells: Iterable[Cell]) -> None:
                 f"be tested with seed {cell.seed}: make it with seeds of {SELECTION_SEEDS.start} to "
                 f"{SELECTION_SEEDS.stop - 1}"
             )
-        if cell.group in (HELD_OUT, HELD_OUT_GRID):
-            used = sorted(phrasings & set(range(4)[words.HELD_OUT]))
-            if used or leaked or cell.prompt in prompts:
-                raise SplitError(
-                    f"the eraser of {eraser.name!r} was made with "
-                    + (f"the phrasings {used}" if used else repr([*leaked, cell.prompt][0]))
-                    + ", which are held out for testing: make it with the first two phrasings of each list only"
-                )
+        if cell.prompt in prompts:
+            raise SplitError(
+                f"the eraser of {eraser.name!r} was made with {cell.prompt!r}, which would test it: "
+                "make it with other prompts"
+            )
+        if leaked and cell.group in (HELD_OUT, HELD_OUT_GRID):
+            raise SplitError(
+                f"the eraser of {eraser.name!r} was made with {leaked[0]}, which is held out for testing: "
+                "make it with the first two phrasings of each concept only"
+            )

@@ -9,7 +9,7 @@ goes on where it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,8 +50,10 @@ class Judge(Protocol):
     styles: Sequence[str]
     objects: Sequence[str]
     style_threshold: float
-    object_thresholds: Any
-    artefact_threshold: float
+    object_thresholds: Any  # one a name of `objects`
+    artefact_threshold: float | None
+    figures: Mapping[str, Any]
+    """Accuracies on held-out renders, "style" and "object" among them."""
 
     def __call__(self, images: Images, /) -> Any:
         """uint8 [N, S, S, 3] -> p_style [N, styles], p_object [N, objects], artefact [N]."""
@@ -106,13 +108,11 @@ def evaluate(
     tables = {e.name: _verdicts(e, cells[e.name], base, store) for e in erasers}
     whole = concat([base, *tables.values()])
     whole.save(store.folder / "verdicts.parquet")
-    level = thresholds(judge)
-    sections = [
-        _section(pipe, e, concat([base, tables[e.name]]), cells[e.name], s, judge, level, store) for e in erasers
-    ]
+    level, far = thresholds(judge), float(judge.artefact_threshold or 0)
+    sections = [_section(pipe, e, concat([base, tables[e.name]]), cells[e.name], s, far, level, store) for e in erasers]
     return Report(
-        base=_base(base, judge, level),
-        judge=judge_quality(judge, grid, _size(pipe)),
+        base=_base(base, far, level),
+        judge={f"{kind}_accuracy": float(judge.figures[kind]) for kind in ("style", "object")},
         concepts=sections,
         settings={**asdict(s), "images of the base": len(base), "images in all": len(whole)},
         versions=versions(pipe),
@@ -121,23 +121,13 @@ def evaluate(
 
 def thresholds(judge: Judge) -> dict[str, float]:
     """Class name to the probability above which the judge sees it."""
-    given = judge.object_thresholds
-    objects = given if isinstance(given, dict) else dict(zip(judge.objects, given, strict=True))
-    return {s: float(judge.style_threshold) for s in judge.styles} | {o: float(v) for o, v in objects.items()}
-
-
-def judge_quality(judge: Judge, cells: Sequence[Cell], size: int = 64) -> dict[str, Number]:
-    """style_accuracy and object_accuracy of the judge on one render a cell, none of which it was trained on."""
-    rows = []
-    for start in range(0, len(cells), 200):
-        part = cells[start : start + 200]
-        rows += _rows(judge, part, _renders(part, size), method=BASE)
-    table = Verdicts.of(judge.styles, judge.objects, rows)
-    level = thresholds(judge)
-    return {f"{kind}_accuracy": metrics.accuracy(table, kind, level) for kind in ("style", "object")}
+    objects = zip(judge.objects, judge.object_thresholds, strict=True)
+    return {s: float(judge.style_threshold) for s in judge.styles} | {name: float(level) for name, level in objects}
 
 
 def _check(erasers: Sequence[Eraser], s: EvaluateSettings, judge: Judge) -> None:
+    if judge.artefact_threshold is None:
+        raise SettingsError("this judge measures no artefacts: pass the second canvas judge, or none")
     names = [e.name for e in erasers]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
@@ -151,6 +141,10 @@ def _check(erasers: Sequence[Eraser], s: EvaluateSettings, judge: Judge) -> None
             )
         if not isinstance(_make_seconds(e), int | float):
             raise DataError(f"the eraser of {e.name!r} does not say how many seconds it took to make: make it again")
+    if not s.sampling.pad:
+        raise SettingsError(
+            "without padding an image's bits depend on its company, so twins cannot be told: leave pad on"
+        )
     if s.grid < 1 or s.timings < 1 or s.timed_images < 1:
         raise SettingsError(
             f"grid is {s.grid}, timings {s.timings}, timed_images {s.timed_images}: each must be at least 1"
@@ -293,9 +287,9 @@ def _group(table: Verdicts, *groups: str) -> Verdicts:
     return table.where(np.isin(table.prompt_group, groups))
 
 
-def _base(base: Verdicts, judge: Judge, level: dict[str, float]) -> dict[str, Number]:
+def _base(base: Verdicts, far: float, level: dict[str, float]) -> dict[str, Number]:
     grid = _group(base, GRID)
-    figures: dict[str, Number] = dict(metrics.base_quality(grid, judge.artefact_threshold, level))
+    figures: dict[str, Number] = dict(metrics.base_quality(grid, far, level))
     held_out = _group(base, HELD_OUT_GRID)
     for kind in ("style", "object"):
         if len(held_out):
@@ -311,12 +305,12 @@ def _section(
     table: Verdicts,
     cells: Sequence[Cell],
     s: EvaluateSettings,
-    judge: Judge,
+    far: float,
     level: dict[str, float],
     store: Store,
 ) -> ConceptSection:
     main = metrics.twins(_group(table, *MAIN), METHOD, eraser.name)
-    figures: dict[str, Number] = dict(metrics.erasure(main, judge.artefact_threshold, level))
+    figures: dict[str, Number] = dict(metrics.erasure(main, far, level))
     for group, suffix in ((HELD_OUT, "held_out"), (IMAGE_TO_IMAGE, "image_to_image")):
         part = _group(table, group)
         if len(part):

@@ -1,4 +1,4 @@
-"""What a report shows beside its figures: pairs of pictures, where features fire, and versions."""
+"""What a report shows beside its figures: pairs of pictures, where features fire, versions; and writing it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from neuraleraser.activations import CONDITIONAL, Seen, collect
 from neuraleraser.bench.cells import Cell
-from neuraleraser.bench.report import FeaturePanel, Pair
+from neuraleraser.bench.page import save_html
+from neuraleraser.bench.pictures import INK, MUTED, PAPER, contact_sheet
+from neuraleraser.bench.report import FeaturePanel, Pair, Report
 from neuraleraser.bench.store import Store
 from neuraleraser.eraser import Eraser
 from neuraleraser.settings import Sampling
@@ -113,6 +116,37 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     colour = np.concatenate([80 + 175 * value, 255 * value**1.5, 40 * value], -1)
     mix = np.minimum(1.0, 2.5 * value) * 0.75
     return np.clip(grey * (1 - mix) + colour * mix, 0, 255).astype(np.uint8)
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write report.json, report.html and contact.png (a row a concept); returns their paths. Raises FileError."""
+    paths = [folder / name for name in ("report.html", "report.json", "contact.png")]
+    save_html(report, paths[0])
+    report.save_json(paths[1])
+    contact_sheet([(section.name, section.pairs[:4]) for section in report.concepts if section.pairs], paths[2])
+    return paths
+
+
+def grid_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence[str]) -> np.ndarray:
+    """A contact sheet uint8 [H, W, 3]: a labelled row of equally large images each, a head above each column."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    tile, gap = rows[0][1][0].shape[0], 4
+    font = ImageFont.load_default(size=max(9, tile // 9))
+    left = gap + max(int(font.getlength(label)) for label, _ in rows) + 2 * gap
+    top = tile // 5
+    size = (left + len(heads) * (tile + gap), top + len(rows) * (tile + gap))
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        x = left + column * (tile + gap)
+        draw.text((x + tile // 2, top // 2), head.replace("_", " "), fill=MUTED, font=font, anchor="mm")
+    for number, (label, images) in enumerate(rows):
+        y = top + number * (tile + gap)
+        draw.text((gap, y + tile // 2), label.replace("_", " "), fill=INK, font=font, anchor="lm")
+        for column, image in enumerate(images):
+            sheet.paste(Image.fromarray(image), (left + column * (tile + gap), y))
+    return np.asarray(sheet)
 
 
 def versions(pipe: Any) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """What a measurement has on disk, after every batch: images, verdicts, and which eraser fired where.
 
-    run.json                              what this folder is a run of
-    images/base/{style}/{objects}/{seed}.png, images/{concept}/...   base twins, and what was drawn again
-    verdicts/base.parquet, verdicts/{concept}.parquet
-    fired.jsonl                           one line a base image: the erasers that watched, and their timesteps
-    erasers/{concept}.safetensors         what was measured
+run.json                              what this folder is a run of
+images/base/{style}/{objects}/{seed}.png, images/{concept}/...   base twins, and what was drawn again
+verdicts/base.parquet, verdicts/{concept}.parquet
+fired.jsonl                           one line a base image: the erasers that watched, and their timesteps
+erasers/{concept}.safetensors         what was measured
 """
 
 from __future__ import annotations

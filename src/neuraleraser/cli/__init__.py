@@ -1,0 +1,44 @@
+"""The command line. Reading it costs no torch: every verb loads what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from neuraleraser.cli import canvas, erasing, inside  # each registers its verbs
+from neuraleraser.cli.verbs import app
+from neuraleraser.errors import NeuralEraserError
+
+__all__ = ["canvas", "erasing", "inside", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for what was foreseen, 130 for Ctrl-C."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    job = app.cli(
+        prog="neuraleraser",
+        description="Take one concept out of a text-to-image diffusion model, and measure how well it stays out.",
+        args=sys.argv[1:] if argv is None else list(argv),
+    )
+    try:
+        job()
+    except NeuralEraserError as error:
+        print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nneuraleraser: stopped. {_GO_ON.get(job.func.__name__, 'Nothing half-written is left.')}",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+_GO_ON = {
+    "demo": "Run `neuraleraser demo --resume` (with the same options) to go on.",
+    "evaluate": "Run the same command again to go on.",
+    "train": "Run the same command again to go on.",
+    "canvas_train": "Run the same command again to go on.",
+    "canvas_judge": "Run the same command again to go on.",
+}

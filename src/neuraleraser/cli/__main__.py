@@ -1,0 +1,10 @@
+"""python -m neuraleraser.cli"""
+
+from __future__ import annotations
+
+import sys
+
+from neuraleraser.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The verbs of the embedded world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from neuraleraser.canvas.settings import TrainCanvas
+from neuraleraser.canvas.words import DEV_OBJECTS, OBJECTS, STYLES
+from neuraleraser.cli.verbs import Flat, app, canvas, verb
+from neuraleraser.errors import ConceptError, NeuralEraserError
+
+
+@verb(canvas, "train")
+def canvas_train(settings: Annotated[TrainCanvas, Flat]) -> None:
+    """Train the canvas pipeline: autoencoder, then denoiser and text encoder. Run again to go on."""
+    from neuraleraser.canvas.train import train as run
+
+    run(settings)
+    print(settings.folder / "pipeline")
+
+
+@verb(canvas, "render")
+def canvas_render(out: Path = Path("renders"), seeds: int = 1, first: int = 0, size: int = 64) -> None:
+    """Render every style with every object into {style}/{object}/{seed}.png, as UnlearnCanvas lays it out.
+
+    Args:
+        out: The folder.
+        seeds: Renders of each style and object.
+        first: The first of their seeds.
+        size: Pixels a side.
+    """
+    from tqdm import tqdm
+
+    _need_renderer()
+    from neuraleraser.canvas.data import write_folder
+
+    seeds_ = range(first, first + seeds)
+    for _ in tqdm(write_folder(out, seeds_, size), total=len(STYLES) * len(OBJECTS) * seeds, desc="render", unit="img"):
+        pass
+    print(out)
+
+
+@verb(canvas, "sheet")
+def canvas_sheet(
+    out: Path = Path("canvas.png"), objects: tuple[str, ...] = ("Cats", *DEV_OBJECTS), seed: int = 0, size: int = 128
+) -> None:
+    """Write a contact sheet: a row a style, a column an object.
+
+    Args:
+        out: The PNG file.
+        objects: Objects to show, by name.
+        seed: Seed of the renders.
+        size: Pixels a side of each render.
+    """
+    _need_renderer()
+    from neuraleraser.bench.files import write_bytes
+    from neuraleraser.bench.panels import grid_sheet
+    from neuraleraser.bench.pictures import png
+    from neuraleraser.canvas.render import Content, render
+
+    if not objects or set(objects) - set(OBJECTS):
+        raise ConceptError(f"{list(objects)} are to be shown: pass objects of {', '.join(OBJECTS)}")
+    rows = [(style, [render(Content((name,), style), seed, size) for name in objects]) for style in STYLES]
+    write_bytes(out, png(grid_sheet(rows, list(objects))))
+    print(out)
+
+
+@verb(canvas, "judge")
+def canvas_judge(folder: Path = Path("runs/judges"), renders: int = 60_000, held_out: int = 6_000) -> None:
+    """Train and calibrate both judges on renders; the finished ones replace those of the package.
+
+    Args:
+        folder: Where renders and checkpoints go; run again with it to go on.
+        renders: Renders to train on.
+        held_out: Renders to calibrate and to measure on.
+    """
+    _need_renderer()
+    from neuraleraser.canvas.data import render_set
+    from neuraleraser.canvas.judge import train_judges
+
+    train_judges(render_set(renders, 1, folder=folder), render_set(held_out, 2, folder=folder), folder)
+
+
+@verb(canvas, "dictionary")
+def canvas_dictionary(model: str = "canvas", out: Path = Path("runs/dictionary"), images: int = 300) -> None:
+    """Train the SAE of a canvas pipeline and record how its features fire on everything (for `erase --dictionary`).
+
+    Args:
+        model: canvas, or a folder with another canvas.
+        out: The dictionary's folder.
+        images: Images to train on, and as many to record.
+    """
+    import torch
+
+    from neuraleraser.fit.dictionary import make_canvas_dictionary
+    from neuraleraser.models import open_pipeline
+
+    make_canvas_dictionary(open_pipeline(model, torch.bfloat16), out, images)
+    print(out)
+
+
+def _need_renderer() -> None:
+    try:
+        import cv2  # noqa: F401
+    except ImportError as error:
+        raise NeuralEraserError(f"rendering needs {error.name}: pip install 'neuraleraser[canvas]'") from error
+
+
+app.command(canvas, name="canvas", help="The embedded world: train it, render it, look at it.")

@@ -1,0 +1,154 @@
+"""The verbs that make, use and measure erasers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
+
+from neuraleraser.cli.verbs import Flat, app, verb
+from neuraleraser.errors import SettingsError
+from neuraleraser.settings import DemoSettings, EvaluateSettings, FitSettings, Sampling
+
+
+@verb(app, "demo")
+def demo(settings: Annotated[DemoSettings, Flat]) -> None:
+    """Erase five concepts from the canvas, one at a time, from phrases; measure and show it."""
+    from neuraleraser.demo import demo as run
+
+    run(settings)
+
+
+@verb(app, "erase")
+def erase(
+    phrase: Positional[str],
+    /,
+    settings: Annotated[FitSettings, Flat],
+    model: str = "canvas",
+    out: Path | None = None,
+    kind: Literal["style", "object"] | None = None,
+    dictionary: Path | None = None,
+) -> None:
+    """Make an eraser for a concept.
+
+    Args:
+        phrase: What to erase: "Van Gogh style", "a cat", or a JSON file {"name", "kind", "pairs": [[with, without]]}.
+        model: The pipeline: canvas, a folder, or a Hub id.
+        out: The eraser's file; None: the concept's name, such as van-gogh.safetensors.
+        kind: What the phrase names, where it does not say so itself (not needed on the canvas).
+        dictionary: Folder of the SAE and its background for this model; None: the canvas's own.
+    """
+    from neuraleraser.bench.report import size_text
+    from neuraleraser.demo import concept_of, progress_bar
+    from neuraleraser.fit import fit
+    from neuraleraser.fit.dictionary import load_dictionary
+    from neuraleraser.models import open_pipeline, speaks_canvas
+
+    pipe = open_pipeline(model)
+    concept = concept_of(pipe, phrase, kind)
+    if dictionary is None and not speaks_canvas(pipe):
+        raise SettingsError(f"no SAE ships for {model!r}: pass the folder of one with --dictionary")
+    path = out or Path(f"{concept.name.replace('_', '-').replace(' ', '-').lower()}.safetensors")
+    known = load_dictionary(dictionary) if dictionary else load_dictionary()
+    with progress_bar(concept.name) as told:
+        eraser = fit(pipe, concept, settings, told, known=known)
+    eraser.save(path)
+    print(f"{path}: erases {concept.name}, {size_text(path.stat().st_size)}, {len(eraser.gate.features)} features")
+    example = concept.pairs[0].shows
+    print(f'Try it: neuraleraser generate "{example}" --model {model} --eraser {path}')
+
+
+@verb(app, "generate")
+def generate(
+    prompt: Positional[str],
+    /,
+    model: str = "canvas",
+    seed: int = 0,
+    eraser: tuple[str, ...] = (),
+    out: Path = Path("image.png"),
+    detect_only: bool = False,
+    steps: int = Sampling.steps,
+    guidance: float = Sampling.guidance,
+) -> None:
+    """Draw one image, with any erasers attached.
+
+    Args:
+        prompt: What to draw.
+        model: The pipeline: canvas, a folder, or a Hub id.
+        seed: Seed of the noise that the image starts from.
+        eraser: Eraser files, each with its strength after a colon if not 1: van-gogh.safetensors:0.5 (0 to 2).
+        out: Where the image goes (PNG).
+        detect_only: Change nothing, and say what would have fired.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance scale; 1 draws without guidance.
+    """
+    from neuraleraser import sampling
+    from neuraleraser.bench.files import write_bytes
+    from neuraleraser.bench.pictures import png
+    from neuraleraser.eraser import Eraser, attach
+    from neuraleraser.models import open_pipeline
+
+    if not prompt.strip():
+        raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
+    if steps < 1 or seed < 0:
+        raise SettingsError(f"steps is {steps} and seed {seed}: pass at least 1 step, and a seed of 0 or more")
+    named = [parse_eraser(text) for text in eraser]
+    erasers = [Eraser.load(path) for path, _ in named]
+    pipe = open_pipeline(model)
+    chosen = Sampling(steps=steps, guidance=guidance, batch=1)
+    with attach(pipe, erasers, [strength for _, strength in named], detect_only=detect_only, batch=1) as trace:
+        images = sampling.generate(pipe, [prompt], [seed], chosen, on_batch=trace.begin)
+    write_bytes(out, png(images[0]))
+    fired = trace.fired.get(0, {})
+    for e in erasers:
+        times = sorted(set(fired.get(e.name, ())), reverse=True)
+        done = "would have acted" if detect_only else "acted"
+        when = (
+            f"{done} at {len(times)} of {steps} steps (t = {times[0]:g} to {times[-1]:g})" if times else "did not fire"
+        )
+        print(f"{e.name}: {when}")
+    print(f"{out}: {prompt!r}, seed {seed}")
+
+
+def parse_eraser(text: str) -> tuple[Path, float]:
+    """ "a.safetensors:0.5" -> (path, 0.5); without a number the strength is 1. Raises SettingsError out of range."""
+    path, colon, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not colon:
+        return Path(text), 1.0
+    if not 0 <= strength <= 2:
+        raise SettingsError(f"{text!r} asks for strength {number}: pass a strength from 0 (nothing) to 2")
+    return Path(path), strength
+
+
+@verb(app, "evaluate")
+def evaluate(
+    erasers: tuple[Path, ...],
+    settings: Annotated[EvaluateSettings, Flat],
+    model: str = "canvas",
+    out: Path = Path("runs/evaluate"),
+) -> None:
+    """Measure erasers with the second judge, on prompts and seeds that none was made with.
+
+    Args:
+        erasers: Eraser files.
+        model: The pipeline: canvas, or a folder with another canvas.
+        out: Folder for pictures, verdicts and the report; run again with it to go on.
+    """
+    from neuraleraser.bench.evaluate import evaluate as run
+    from neuraleraser.bench.panels import write_report
+    from neuraleraser.bench.report import terminal_table
+    from neuraleraser.eraser import Eraser
+    from neuraleraser.models import open_pipeline
+
+    if not erasers:
+        raise SettingsError("there are no erasers to measure: pass their files with --erasers")
+    loaded = [Eraser.load(path) for path in erasers]
+    report = run(open_pipeline(model), loaded, settings, out)
+    paths = write_report(report, out)
+    print("\n" + terminal_table(report.concepts) + "\n")
+    print("\n".join(map(str, paths)))

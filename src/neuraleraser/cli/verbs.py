@@ -1,0 +1,40 @@
+"""How a function becomes a subcommand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tyro.conf import arg
+from tyro.extras import SubcommandApp
+
+app, canvas = SubcommandApp(), SubcommandApp()
+Flat = arg(name="")
+"""The fields of a settings object as options of their own, without a prefix."""
+
+
+def verb(group: SubcommandApp, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a subcommand that is called only after all options were read: otherwise tyro would
+    take a ValueError from inside it for a wrong option."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
+            return functools.partial(function, *args, **kwargs)
+
+        group.command(later, name=name)
+        return function
+
+    return register
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first and the last to the left, others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    last = len(widths) - 1
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, range(len(row)), strict=True)
+        lines.append("  ".join(c.ljust(w) if i in (0, last) else c.rjust(w) for c, w, i in cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""The demo: five concepts taken out of the canvas, one at a time, from phrases; measured, and shown."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from neuraleraser.bench.evaluate import evaluate
+from neuraleraser.bench.panels import write_report
+from neuraleraser.bench.report import Report, size_text, terminal_table
+from neuraleraser.canvas import words
+from neuraleraser.concepts import Concept, canvas_concept, file_concept, phrase_concept, resolve
+from neuraleraser.eraser import Eraser
+from neuraleraser.errors import ConceptError
+from neuraleraser.fit import fit
+from neuraleraser.fit.dictionary import load_dictionary
+from neuraleraser.models import open_pipeline, speaks_canvas
+from neuraleraser.settings import DemoSettings
+
+
+def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = print) -> Report:
+    """Make an eraser for each phrase, measure them all, write the report; returns it.
+
+    Files go to `settings.folder`: erasers/, run/ (pictures and verdicts), report.html, report.json, contact.png.
+    Raises ConceptError for a phrase that names nothing on the canvas, before anything is drawn.
+    """
+    s = settings or DemoSettings()
+    started = time.monotonic()
+    pipe = open_pipeline(s.model, torch.bfloat16)
+    concepts = [(phrase, concept_of(pipe, phrase)) for phrase in s.phrases]
+    known = load_dictionary(s.dictionary) if s.dictionary else load_dictionary()
+    run = s.folder / "run"
+    if not s.resume and (run / "run.json").is_file():  # its own record says that the folder is ours
+        shutil.rmtree(run)
+    say(f"Erasing {len(concepts)} concepts, one at a time. Step 1 of 2: making the erasers.")
+    erasers = []
+    for phrase, concept in concepts:
+        path = s.folder / "erasers" / f"{concept.name}.safetensors"
+        if s.resume and path.exists():
+            say(f"{phrase!r}: {path} is there already")
+        else:
+            with progress_bar(phrase) as told:
+                fit(pipe, concept, s.fit, told, known=known).save(path)
+        erasers.append(Eraser.load(path))
+        made = erasers[-1].header.get("seconds", erasers[-1].header.get("make_seconds", 0))
+        say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {float(made):.0f} s")
+    say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
+    report = evaluate(pipe, erasers, s.evaluate, run)
+    paths = write_report(report, s.folder)
+    say("\n" + terminal_table(report.concepts) + "\n")
+    for path, what in zip(paths, ("pictures, features and figures", "the figures", "before and after"), strict=True):
+        say(f"{path}  {what}")
+    say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
+    return report
+
+
+class progress_bar:
+    """A context manager: what `fit` tells, `told(what, share)`, as a bar with the time left."""
+
+    def __init__(self, label: str) -> None:
+        self._bar = tqdm(total=1.0, bar_format="{desc}: {percentage:3.0f} %|{bar}| {elapsed}, {remaining} left")
+        self._label = label
+
+    def __enter__(self) -> Callable[[str, float], None]:
+        return self._tell
+
+    def _tell(self, what: str, share: float) -> None:
+        self._bar.set_description_str(f"{self._label}: {what}", refresh=False)
+        self._bar.update(max(0.0, min(share, 1.0) - self._bar.n))
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+
+def concept_of(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
+    """What `phrase` means on `pipe`: a concept of the canvas, a JSON file of prompts, or the phrase in templates.
+
+    Raises ConceptError; on the canvas it names the concepts that sound alike.
+    """
+    if not phrase.strip():
+        raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
+    if phrase.endswith(".json"):
+        return file_concept(Path(phrase))
+    if not speaks_canvas(pipe):
+        return phrase_concept(phrase, kind)
+    name = resolve(phrase)
+    if name is None:
+        sounds = {n.replace("_", " ").lower(): n for n in (*words.STYLES, *words.OBJECTS)}
+        sounds |= {p.lower(): n for n in sounds.values() for p in words.phrases_of(n)}
+        near = dict.fromkeys(sounds[m] for m in difflib.get_close_matches(phrase.lower(), sounds, n=5, cutoff=0.5))
+        hint = (
+            f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join((*words.STYLES, *words.OBJECTS))}."
+        )
+        raise ConceptError(f"the canvas has no concept {phrase!r}. {hint}")
+    return canvas_concept(name)
