@@ -12,14 +12,36 @@ __version__ = "0.1.0"
 
 # Every public name and the module it lives in: to publish a name, add one line here.
 _HOME: dict[str, str] = {
+    "CanvasJudge": "judges",
+    "Concept": "concepts",
     "ConceptError": "errors",
     "DataError": "errors",
+    "Dictionary": "fit",
+    "Eraser": "eraser",
     "FileError": "errors",
+    "FitSettings": "settings",
     "NeuralEraserError": "errors",
     "NotApplied": "errors",
+    "SAE": "sae",
+    "Sampling": "settings",
     "SettingsError": "errors",
+    "Site": "sites",
     "SiteError": "errors",
     "SplitError": "errors",
+    "Trace": "eraser",
+    "TrainSettings": "sae",
+    "attach": "eraser",
+    "bank": "activations",
+    "candidate_sites": "sites",
+    "canvas_concept": "concepts",
+    "collect": "activations",
+    "edit": "sites",
+    "file_concept": "concepts",
+    "generate": "sampling",
+    "load_dictionary": "fit",
+    "open_pipeline": "models",
+    "phrase_concept": "concepts",
+    "record": "sites",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

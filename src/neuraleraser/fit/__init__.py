@@ -8,7 +8,7 @@ fitted to the model's own predictions.
 
 from __future__ import annotations
 
-from neuraleraser.fit.dictionary import Dictionary
+from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.fitting import fit
 
-__all__ = ["Dictionary", "fit"]
+__all__ = ["Dictionary", "fit", "load_dictionary"]
