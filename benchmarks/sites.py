@@ -1,0 +1,134 @@
+"""Which sites of the canvas detect concepts, and how much an edit there could do at best.
+
+    python benchmarks/sites.py [--pipeline canvas] [--out benchmarks/results/sites.json]
+
+For every text-conditioned block, on development concepts:
+
+- detect: share of rows (image, step) with the concept above the 99.5th percentile of rows without it, for the
+  phrasings that the features were chosen on and for held-out ones;
+- ceiling: share of images that no longer show the concept (first judge) when the block's conditional activations
+  come from the matched prompt; also for all blocks from this one on;
+- following: text-conditioned blocks that run after it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from neuraleraser.activations import Seen, bank, collect
+from neuraleraser.canvas import words
+from neuraleraser.concepts import canvas_concept
+from neuraleraser.fit.ceilings import following, transplant
+from neuraleraser.fit.dictionary import canvas_background
+from neuraleraser.fit.gate import choose
+from neuraleraser.fit.states import SHARES, pool
+from neuraleraser.judges import CanvasJudge
+from neuraleraser.models import open_pipeline
+from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Site, candidate_sites
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure the canvas's sites."""
+
+    pipeline: str = "canvas"
+    """The pipeline to measure."""
+    out: Path = Path("benchmarks/results/sites.json")
+    """Where the figures go."""
+    images: int = 8
+    """Images a concept for the ceilings."""
+    n: int = 1024
+    """Features of each site's SAE."""
+    ceilings: bool = True
+    """Measure ceilings too (slower)."""
+
+
+def pooled(pipe, saes: dict[Site, SAE], prompts: list[str], seed: int, sampling: Sampling) -> dict[Site, torch.Tensor]:
+    """{site: [N, T, branches, shares, n]}"""
+    seen: dict[tuple[Site, float, int], list[torch.Tensor]] = {}
+
+    def on(s: Seen) -> None:
+        z = saes[s.site].encode(s.x.float())
+        seen.setdefault((s.site, s.timestep, s.branch), []).append(torch.stack([pool(z, q) for q in SHARES], 1).half())
+
+    collect(pipe, prompts, range(seed, seed + len(prompts)), list(saes), on, sampling)
+    times = sorted({t for _, t, _ in seen}, reverse=True)
+    return {
+        site: torch.stack([torch.stack([torch.cat(seen[site, t, b]) for b in (0, 1)], 1) for t in times], 1)
+        for site in saes
+    }
+
+
+def main(s: Settings) -> None:
+    started = time.time()
+    pipe = open_pipeline(s.pipeline)
+    sampling = Sampling(batch=40)
+    sites = candidate_sites(pipe)
+    background = canvas_background(120, 1)
+    prompts = [p for p, _, _ in background]
+    vectors = bank(pipe, prompts[:80], range(600, 680), sites, 1600, sampling)
+    saes = {x: train(pool_batches(v, 4096), TrainSettings(n=s.n, k=12, steps=500)) for x, v in vectors.items()}
+    print(f"SAEs trained, {time.time() - started:.0f} s", flush=True)
+    off = pooled(pipe, saes, prompts, 800, sampling)
+    concepts = [*words.DEV_STYLES, *words.DEV_OBJECTS]
+    own, held = [], []
+    for name in concepts:
+        pairs = canvas_concept(name).pairs
+        own += [pairs[i].shows for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
+        pairs = canvas_concept(name, words.HELD_OUT).pairs
+        held += [pairs[i].shows for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
+    on, on_held = pooled(pipe, saes, own, 0, sampling), pooled(pipe, saes, held, 100, sampling)
+    rows = []
+    for site in sites:
+        detect = {}
+        for i, name in enumerate(concepts):
+            style = name in words.STYLES
+            keep = [j for j, (_, o, st) in enumerate(background) if name not in (st, *o.split("+"))]
+            labels = [(background[j][2] if style else background[j][1]) or "none" for j in keep]
+            lacks = off[site][keep].movedim(2, 1).flatten(0, 1)
+            d = choose(on[site][i * 10 : i * 10 + 10, :, 1], lacks, [x for x in labels for _ in range(2)])
+            e = [
+                (v[i * 10 : i * 10 + 10, :, 1, d.share][..., d.features].float() @ d.weight)
+                for v in (on[site], on_held[site])
+            ]
+            bound = (lacks[:, :, d.share][..., d.features].float() @ d.weight).quantile(0.995, 0)
+            detect[name] = [float((x > bound).float().mean()) for x in e]
+        rows.append({"site": str(site), "following": following(pipe, site), "detect": detect})
+        mean = np.mean(list(detect.values()), 0)
+        print(
+            f"{site.path:36} follow {rows[-1]['following']}  detect seen {mean[0]:.3f} held-out {mean[1]:.3f}",
+            {k: round(v[1], 2) for k, v in detect.items()},
+            flush=True,
+        )
+    print(f"{time.time() - started:.0f} s", flush=True)
+    if s.ceilings:
+        judge = CanvasJudge.load("first")
+        for name in ("Cartoon", "Rust", "Dogs"):
+            pairs = canvas_concept(name).pairs
+            pairs = [pairs[i] for i in np.random.default_rng(1).permutation(len(pairs))[: s.images]]
+            for k, row in enumerate(rows):
+                for key, which in (("ceiling", [sites[k]]), ("ceiling_from_here", sites[k:])):
+                    v = judge(transplant(pipe, pairs, range(200, 200 + s.images), which, Sampling(batch=2 * s.images)))
+                    p = (
+                        v.p_style[:, judge.styles.index(name)]
+                        if name in judge.styles
+                        else v.p_object[:, judge.objects.index(name)]
+                    )
+                    row.setdefault(key, {})[name] = float((p < 0.5).mean())
+                print(name, row["site"], row["ceiling"][name], row["ceiling_from_here"][name], flush=True)
+    s.out.parent.mkdir(parents=True, exist_ok=True)
+    s.out.write_text(json.dumps({"rows": rows, "machine": platform.processor(), "torch": torch.__version__}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
