@@ -82,9 +82,7 @@ OBJECT_STORY = [
 
 def story(rows: Sequence[tuple], erased: tuple[str, str]) -> Verdicts:
     """Base rows and erased rows; the first two erased images and the fifth base image are artefacts."""
-    base = [
-        row(cell, before, i, artefact=12.0 if i == 4 else 1.0) for i, (cell, before, _, _) in enumerate(rows)
-    ]
+    base = [row(cell, before, i, artefact=12.0 if i == 4 else 1.0) for i, (cell, before, _, _) in enumerate(rows)]
     after = [
         row(cell, then, i, erased, artefact=12.0 - i if i < 2 else 1.0, identical=same)
         for i, (cell, _, then, same) in enumerate(rows)

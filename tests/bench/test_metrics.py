@@ -135,9 +135,7 @@ def test_base_quality_and_accuracy_by_class():
     ],
 )
 def test_an_object_is_read_when_shown_and_among_the_leading_ones(asked, p, read):
-    v = Verdict(
-        method=BASE, prompt="p", seed=0, cell_objects=asked, p_style=[0, 0, 0], p_object=p, artefact=0
-    )
+    v = Verdict(method=BASE, prompt="p", seed=0, cell_objects=asked, p_style=[0, 0, 0], p_object=p, artefact=0)
     assert [OBJECTS[i] for i in np.flatnonzero(m.objects_read(table([v]))[0])] == read
 
 
@@ -223,9 +221,7 @@ def random_table(seed: int, extra: int) -> Verdicts:
     return table(rows)
 
 
-def erased(
-    base: Verdicts, concept: str, kind: str, *, method: str = "eraser", damage: int | None = None
-) -> Verdicts:
+def erased(base: Verdicts, concept: str, kind: str, *, method: str = "eraser", damage: int | None = None) -> Verdicts:
     """Rows of a method: the identity, or with `damage` (a seed) random judgements in half of the images."""
     rng = np.random.default_rng(damage)
     hit = rng.random(len(base)) < (0 if damage is None else 0.5)
@@ -234,9 +230,7 @@ def erased(
         columns[name][hit] = rng.random((int(hit.sum()), 3), dtype=np.float32)
     text = {"method": method, "concept": concept, "kind": kind}
     columns |= {name: np.array([value] * len(base), dtype=object) for name, value in text.items()}
-    kept = {
-        name: getattr(base, name) for name in ("prompt", "prompt_group", "seed", "cell_style", "cell_objects")
-    }
+    kept = {name: getattr(base, name) for name in ("prompt", "prompt_group", "seed", "cell_style", "cell_objects")}
     rest = {"fired": hit, "identical": ~hit, "seconds": base.seconds}
     return Verdicts(styles=base.styles, objects=base.objects, **columns, **kept, **rest)
 

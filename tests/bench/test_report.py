@@ -76,9 +76,7 @@ def test_report_json_has_the_promised_keys(tmp_path: Path):
     assert "bystander" not in concept["ci"] and "bytes" not in concept["ci"]
     assert (concept["make_seconds"], concept["bytes"], concept["overhead"]) == (41.5, 48_213, 1.01)
     assert concept["extra"] == 0.5
-    assert concept["became"] == [
-        {"label": "Mosaic", "share": 0.5, "ci": {"share": [0.4, 0.6]}, "ns": {"share": 60}}
-    ]
+    assert concept["became"] == [{"label": "Mosaic", "share": 0.5, "ci": {"share": [0.4, 0.6]}, "ns": {"share": 60}}]
     assert data["settings"] == {"steps": 25, "sites": ["a", "b"], "folder": "x", "fit": {"rank": 8}}
 
 
@@ -142,9 +140,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else():
     for name, attrs in tags:
         assert not [key for key in attrs if key.startswith("on") or key in ("srcset", "poster", "action")]
         if "src" in attrs:
-            assert name == "img" and re.fullmatch(
-                r"data:image/png;base64,[A-Za-z0-9+/]+=*", attrs["src"] or ""
-            )
+            assert name == "img" and re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/]+=*", attrs["src"] or "")
         if "href" in attrs:
             assert (attrs["href"] or "").removeprefix("#") in ids
     style = re.search("<style>(.*)</style>", text, re.DOTALL)
@@ -222,18 +218,12 @@ def test_the_contact_sheet_shows_before_left_of_after(tmp_path: Path):
 def test_the_console_table_is_aligned_and_fits():
     long = section(name="A_very_long_name_of_a_concept", method="another_long_method_name")
     ratio = Measure(1.004, 123_456, 0.991, 1.017)
-    wide = section(
-        metrics={"bystander": ratio, "ira": ratio, "ua": ratio, "make_seconds": 12345, "bytes": 123e6}
-    )
+    wide = section(metrics={"bystander": ratio, "ira": ratio, "ua": ratio, "make_seconds": 12345, "bytes": 123e6})
     lines = terminal_table([section(), long, dataclasses.replace(wide, kind="object")]).splitlines()
     assert len(lines) == 2 + 3 * 2
     assert max(map(len, lines)) <= 120 and all(line.isascii() for line in lines)
     at = lines[0].index("ua") + 2
-    assert (
-        lines[2][at - 4 : at] == "0.50"
-        and lines[3][at - 9 : at] == "0.40-0.60"
-        and lines[6][at - 4 : at] == "1.00"
-    )
+    assert lines[2][at - 4 : at] == "0.50" and lines[3][at - 9 : at] == "0.40-0.60" and lines[6][at - 4 : at] == "1.00"
     assert "48 kB" in lines[2] and "x1.01" in lines[2] and "60" in lines[2] and "style, eraser" in lines[3]
 
 

@@ -28,9 +28,7 @@ def same(one: Verdicts, two: Verdicts) -> bool:
 
 def test_a_table_comes_back_from_disk_as_it_was(tmp_path: Path):
     whole = style_story()
-    odd = dataclasses.replace(
-        PLAIN, prompt="ünï \n'\"", seed=-(2**62), cell_objects=("Cats", "Dogs"), cell_style=""
-    )
+    odd = dataclasses.replace(PLAIN, prompt="ünï \n'\"", seed=-(2**62), cell_objects=("Cats", "Dogs"), cell_style="")
     for v in (whole, table([]), table([odd])):
         v.save(tmp_path / "deep" / "verdicts.parquet")
         assert same(Verdicts.load(tmp_path / "deep" / "verdicts.parquet"), v)
@@ -192,9 +190,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         raise failure
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(
-        FileError if isinstance(failure, OSError) else KeyboardInterrupt, match=r"No space left|^$"
-    ):
+    with pytest.raises(FileError if isinstance(failure, OSError) else KeyboardInterrupt, match=r"No space left|^$"):
         style_story().save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]

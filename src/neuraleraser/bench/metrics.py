@@ -190,9 +190,7 @@ def bystander(t: Twins, thresholds: Thresholds | None = None, *, seed: int = 0) 
     if t.kind == "object":
         stays[:, t.after.objects.index(t.concept)] = False
     after, base = ((objects_read(v, thresholds) & stays).any(axis=1) for v in (t.after, t.base))
-    return ratio(
-        after & rows, base & rows, rows, f"prompts with {t.concept!r} and one more object (bystander)", seed
-    )
+    return ratio(after & rows, base & rows, rows, f"prompts with {t.concept!r} and one more object (bystander)", seed)
 
 
 def artefact_rate(table: Verdicts, threshold: float, *, seed: int = 0) -> Measure:
@@ -216,9 +214,7 @@ def unchanged_share(t: Twins, thresholds: Thresholds | None = None, *, seed: int
         DataError: there are no such images.
     """
     without = ~own_cells(t.after, t.concept) & ~shows(t.base, t.kind, t.concept, thresholds)
-    return ratio(
-        t.after.identical & without, without, without, f"images without {t.concept!r} (unchanged_share)", seed
-    )
+    return ratio(t.after.identical & without, without, without, f"images without {t.concept!r} (unchanged_share)", seed)
 
 
 def became(t: Twins, thresholds: Thresholds | None = None, *, seed: int = 0) -> list[tuple[str, Measure]]:
@@ -236,9 +232,7 @@ def became(t: Twins, thresholds: Thresholds | None = None, *, seed: int = 0) -> 
     names, values = _domain(after, t.kind)
     values = np.where(values > _levels(after, names, thresholds), values, -1.0)
     if t.kind == "object":
-        beside = _asked(after)
-        beside[:, names.index(t.concept)] = False
-        values = np.where(beside, -1.0, values)
+        values = np.where(_asked(after), -1.0, values)
     best = values.argmax(axis=1)
     labels = np.array([*names, NOTHING], dtype=object)[np.where(values.max(axis=1) < 0, len(names), best)]
     labels[shows(after, t.kind, t.concept, thresholds)] = t.concept
@@ -296,9 +290,7 @@ def accuracy_by_class(
     """
     names = _domain(table, kind)[0]
     rows = {name: own_cells(table, name) for name in names}
-    good = (
-        np.tile(style_right(table), (len(names), 1)).T if kind == "style" else objects_read(table, thresholds)
-    )
+    good = np.tile(style_right(table), (len(names), 1)).T if kind == "style" else objects_read(table, thresholds)
     return {
         name: ratio(good[:, column] & mask, mask, mask, f"images that ask for {name!r}", seed)
         for column, (name, mask) in enumerate(rows.items())
@@ -341,8 +333,7 @@ def _levels(table: Verdicts, names: tuple[str, ...], thresholds: Thresholds | No
     unknown = sorted(set(thresholds) - {*table.styles, *table.objects})
     if unknown:
         raise DataError(
-            f"Thresholds for {unknown}, which the judge does not know; it knows "
-            f"{[*table.styles, *table.objects]}."
+            f"Thresholds for {unknown}, which the judge does not know; it knows {[*table.styles, *table.objects]}."
         )
     wrong = {name: level for name, level in thresholds.items() if not 0 <= level < 1}
     if wrong:

@@ -45,8 +45,7 @@ HEADS = {
     ),
     "bystander": (
         "Bystander",
-        "In prompts with two objects, one of them erased: accuracy of the one that stays, "
-        "divided by the base model's.",
+        "In prompts with two objects, one of them erased: accuracy of the one that stays, divided by the base model's.",
     ),
     "artefact_rate": (
         "Artefacts",
@@ -79,9 +78,7 @@ def save_html(report: Report, path: str | os.PathLike[str]) -> None:
 
 def page(report: Report) -> str:
     """The whole HTML document."""
-    style = (
-        resources.files(__package__ or "neuraleraser.bench").joinpath("page.css").read_text(encoding="utf-8")
-    )
+    style = resources.files(__package__ or "neuraleraser.bench").joinpath("page.css").read_text(encoding="utf-8")
     sections = "".join(_section(section, number) for number, section in enumerate(report.concepts))
     return f"""<!doctype html>
 <html lang="en">
@@ -130,9 +127,7 @@ def _overview(report: Report) -> str:
             )
         ),
     ]
-    facts = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{_figure(figure)}</dd></div>" for label, figure in tiles
-    )
+    facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{_figure(figure)}</dd></div>" for label, figure in tiles)
     heads = "".join(
         f'<th scope="col" title="{escape(text)}">{escape(head)}<small>{name}</small></th>'
         for name, (head, text) in HEADS.items()
@@ -161,9 +156,7 @@ be off by about 3/n. Cost is sampling time as a multiple of plain sampling.</p>
 
 def _row(section: ConceptSection, number: int) -> str:
     cells = "".join(f"<td>{_figure(section.metrics.get(name), line=True)}</td>" for name in METRICS)
-    seconds, size, overhead = (
-        value_of(section.metrics.get(name)) for name in ("make_seconds", "bytes", "overhead")
-    )
+    seconds, size, overhead = (value_of(section.metrics.get(name)) for name in ("make_seconds", "bytes", "overhead"))
     ua = section.metrics.get("ua")
     count = f", n = {ua.n}" if isinstance(ua, Measure) else ""
     under = escape(section.kind if section.method == "eraser" else f"{section.kind}, {section.method}")
@@ -196,9 +189,7 @@ def _section(section: ConceptSection, number: int) -> str:
             f'<div class="others">{figures}</div>'
         )
     if section.features:
-        parts.append(
-            f'<h3>Features used</h3><div class="features">{"".join(map(_feature, section.features))}</div>'
-        )
+        parts.append(f'<h3>Features used</h3><div class="features">{"".join(map(_feature, section.features))}</div>')
     if section.became:
         parts.append(f"<h3>What it became</h3>{_became(section.became)}")
     method = "" if section.method == "eraser" else f'<span class="chip">{escape(section.method)}</span>'
@@ -217,9 +208,7 @@ def _pair(pair: Pair) -> str:
         ("after", pair.after, f"After erasure: {shown}"),
         (gap, difference(pair), f"Difference of the two: {shown}"),
     )
-    cells = "".join(
-        f"<div>{_img(image, alt)}<span>{escape(label)}</span></div>" for label, image, alt in images
-    )
+    cells = "".join(f"<div>{_img(image, alt)}<span>{escape(label)}</span></div>" for label, image, alt in images)
     return f'<figure class="pair"><div class="trio">{cells}</div>{_caption(pair)}</figure>'
 
 
@@ -228,9 +217,7 @@ def _other(pair: Pair) -> str:
         f"<div>{_img(image, f'{when} erasure: {pair.prompt}, seed {pair.seed}')}</div>"
         for when, image in (("Before", pair.before), ("After", pair.after))
     )
-    tag = (
-        '<span class="tag">same bits</span>' if pair.identical else '<span class="tag changed">changed</span>'
-    )
+    tag = '<span class="tag">same bits</span>' if pair.identical else '<span class="tag changed">changed</span>'
     return f'<figure class="other"><div class="duo">{cells}</div>{_caption(pair, tag)}</figure>'
 
 

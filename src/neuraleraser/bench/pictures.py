@@ -33,9 +33,7 @@ def difference(pair: Pair) -> np.ndarray:
     return np.minimum(gap * GAIN, 255).astype(np.uint8)
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Pair]]], path: str | os.PathLike[str], *, tile: int = 128
-) -> None:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Pair]]], path: str | os.PathLike[str], *, tile: int = 128) -> None:
     """Write a PNG: one row a concept, its label on the left, then its pairs, before and after side by side.
 
     Each picture fills a square of `tile` pixels, its proportions kept.

@@ -68,9 +68,7 @@ def _top_right(table: Verdicts, kind: str) -> np.ndarray:
     if kind == "style":
         return np.array(table.styles, dtype=object)[table.p_style.argmax(axis=1)] == table.cell_style
     top = np.array(table.objects, dtype=object)[table.p_object.argmax(axis=1)]
-    return np.array(
-        [name in objects for name, objects in zip(top, table.cell_objects, strict=True)], dtype=bool
-    )
+    return np.array([name in objects for name, objects in zip(top, table.cell_objects, strict=True)], dtype=bool)
 
 
 def _share(true: np.ndarray, rows: np.ndarray, what: str, seed: int) -> Measure:

@@ -112,9 +112,7 @@ class Report:
         seen: set[tuple[str, str]] = set()
         for section in self.concepts:
             if (section.method, section.name) in seen:
-                raise DataError(
-                    f"Concept {section.name!r} of method {section.method!r} is in the report twice."
-                )
+                raise DataError(f"Concept {section.name!r} of method {section.method!r} is in the report twice.")
             seen.add((section.method, section.name))
         return {
             "base": _figures(self.base, BASE_METRICS, "base"),
@@ -167,8 +165,7 @@ def terminal_table(concepts: Sequence[ConceptSection]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
         )
         return " ".join([first, *rest]).rstrip()
 
@@ -178,9 +175,7 @@ def terminal_table(concepts: Sequence[ConceptSection]) -> str:
 def check_image(image: Any, what: str) -> None:
     """Raises DataError unless `image` is [height, width, 3] uint8."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = (
-            f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        )
+        got = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(f"{what[0].upper()}{what[1:]} is {got}; expected a uint8 array [height, width, 3].")
     if not image.size:
         raise DataError(f"{what[0].upper()}{what[1:]} has shape {image.shape}, which holds no pixels.")
@@ -244,9 +239,7 @@ def _plain(value: Any, where: str) -> Any:
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise DataError(
-                f"The report's {where} is {value}; expected a finite number, so look at what computed it."
-            )
+            raise DataError(f"The report's {where} is {value}; expected a finite number, so look at what computed it.")
         return value
     if isinstance(value, Path):
         return str(value)
@@ -255,6 +248,4 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Sequence | set | frozenset):
         items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(items)]
-    raise DataError(
-        f"The report's {where} is a {type(value).__name__}; expected numbers, text, lists or mappings."
-    )
+    raise DataError(f"The report's {where} is a {type(value).__name__}; expected numbers, text, lists or mappings.")

@@ -171,9 +171,7 @@ class Verdicts:
             with pq.ParquetFile(path) as file:
                 head = _header(path, file.schema_arrow.metadata or {})
                 if file.metadata.num_rows > MAX_ROWS:
-                    raise FileError(
-                        f"{str(path)!r} claims {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,}."
-                    )
+                    raise FileError(f"{str(path)!r} claims {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,}.")
                 table = file.read()
             empty = cls.of(head["styles"], head["objects"])
             if table.schema.remove_metadata() != _schema(pa, empty).remove_metadata():
@@ -227,9 +225,7 @@ def _objects(values: Sequence[Any]) -> np.ndarray:
 def _probabilities(rows: list[Any], name: str, width: int) -> np.ndarray:
     for number, row in enumerate(rows):
         if np.shape(row) != (width,):
-            raise DataError(
-                f"Row {number} has {name} of shape {np.shape(row)}; expected ({width},), one a class name."
-            )
+            raise DataError(f"Row {number} has {name} of shape {np.shape(row)}; expected ({width},), one a class name.")
     try:
         return np.array(rows, dtype=np.float32).reshape(len(rows), width)
     except (TypeError, ValueError) as error:
@@ -240,9 +236,7 @@ def _checked(table: Verdicts) -> Verdicts:
     """`table` itself, once every value is one that a metric can count."""
     for what, names in (("styles", table.styles), ("objects", table.objects)):
         if not names or "" in names or len(set(names)) != len(names):
-            raise DataError(
-                f"The class names of {what} are {list(names)}; expected at least one, none empty or twice."
-            )
+            raise DataError(f"The class names of {what} are {list(names)}; expected at least one, none empty or twice.")
     if both := sorted(set(table.styles) & set(table.objects)):
         raise DataError(f"{both} are class names of styles and of objects; a cell could not tell them apart.")
 
@@ -254,9 +248,7 @@ def _checked(table: Verdicts) -> Verdicts:
             raise DataError(f"Row {row} has {column} = {value!r}; expected {expected}.")
 
     for name in _TEXT:
-        refuse(
-            np.array([not isinstance(value, str) for value in getattr(table, name)], dtype=bool), name, "text"
-        )
+        refuse(np.array([not isinstance(value, str) for value in getattr(table, name)], dtype=bool), name, "text")
     refuse(~np.isin(table.kind, KINDS), "kind", f"one of {KINDS}")
     refuse(table.method == "", "method", "a name")
     refuse(
@@ -282,9 +274,7 @@ def _checked(table: Verdicts) -> Verdicts:
     seen: set[Key] = set()
     for row, key in enumerate(table.keys()):
         if key in seen:
-            raise DataError(
-                f"Row {row} is the second verdict on {key}; ask done() first, or leave one of them out."
-            )
+            raise DataError(f"Row {row} is the second verdict on {key}; ask done() first, or leave one of them out.")
         seen.add(key)
     return table
 
@@ -295,9 +285,7 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise FileError(
-            "Verdicts are Parquet files, which need pyarrow: pip install 'neuraleraser[bench]'."
-        ) from error
+        raise FileError("Verdicts are Parquet files, which need pyarrow: pip install 'neuraleraser[bench]'.") from error
     return pyarrow, pyarrow.parquet
 
 
@@ -310,16 +298,12 @@ def _schema(pa: Any, table: Verdicts) -> Any:
     types = {name: pa.string() for name in _TEXT} | special
     types |= {name: pa.from_numpy_dtype(np.dtype(dtype)) for name, dtype in _SCALARS.items()}
     head = {"kind": "verdicts", "version": VERSION, "styles": table.styles, "objects": table.objects}
-    return pa.schema(
-        [(name, types[name]) for name in _columns()], metadata={_META: json.dumps(head).encode()}
-    )
+    return pa.schema([(name, types[name]) for name in _columns()], metadata={_META: json.dumps(head).encode()})
 
 
 def _to_arrow(pa: Any, column: np.ndarray, dtype: Any) -> Any:
     if column.ndim == 2:
-        return pa.FixedSizeListArray.from_arrays(
-            pa.array(np.ascontiguousarray(column).reshape(-1)), type=dtype
-        )
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(column).reshape(-1)), type=dtype)
     return pa.array(column.tolist() if column.dtype == object else column, type=dtype)
 
 
@@ -328,8 +312,7 @@ def _from_arrow(column: Any, like: np.ndarray) -> np.ndarray:
         raise DataError(f"{column.null_count} rows hold nothing in a column of type {column.type}")
     if like.ndim == 2:
         flat = np.concatenate(
-            [np.asarray(chunk.flatten(), dtype=like.dtype) for chunk in column.chunks]
-            or [like[0:0].reshape(-1)]
+            [np.asarray(chunk.flatten(), dtype=like.dtype) for chunk in column.chunks] or [like[0:0].reshape(-1)]
         )
         return flat.reshape(len(column), like.shape[1])
     if like.dtype != object:
@@ -345,9 +328,7 @@ def _header(path: str | os.PathLike[str], metadata: dict[bytes, bytes]) -> dict[
     except (ValueError, RecursionError):
         head, kind, version = {}, None, None
     if kind != "verdicts" or not isinstance(version, int):
-        raise FileError(
-            f"{str(path)!r} is a Parquet file, but not of verdicts; pass one that `evaluate` wrote."
-        )
+        raise FileError(f"{str(path)!r} is a Parquet file, but not of verdicts; pass one that `evaluate` wrote.")
     if version > VERSION:
         raise FileError(
             f"{str(path)!r} holds verdicts of version {version}, newer than {VERSION}: update neuraleraser."
