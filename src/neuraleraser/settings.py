@@ -25,7 +25,7 @@ class Sampling:
     """Height in pixels (0: the pipeline's own)."""
     width: int = 0
     """Width in pixels (0: the pipeline's own)."""
-    strength: float = 0.6
+    strength: float = 0.8
     """For image-to-image: how much of the way back to noise the start image is taken."""
     pad: bool = True
     """Fill the last batch up, so that its images have the same bits in any company."""
