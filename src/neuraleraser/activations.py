@@ -53,7 +53,7 @@ def collect(
         now.update(first=first, real=real)
 
     def note(site: Site, x: Tensor, call: Call) -> None:
-        size = s.batch if s.pad else now["real"]
+        size = s.batch if s.pad else min(s.batch, len(prompts))
         t = float(call.timestep[0])
         images = range(now["first"], now["first"] + now["real"])
         if x.shape[0] == 2 * size:

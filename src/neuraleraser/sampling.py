@@ -57,7 +57,8 @@ def generate(
     if callback:
         extra["callback_on_step_end"] = callback
     out: list[Images] = []
-    size = min(s.batch, max(len(prompts), 1)) if not s.pad else s.batch
+    # The last batch is filled up in any case; without `pad` no batch is larger than there are images.
+    size = s.batch if s.pad else min(s.batch, max(len(prompts), 1))
     for start in range(0, len(prompts), size):
         real = min(size, len(prompts) - start)
         # Padding repeats the last image: same batch shape, same kernels, same bits.

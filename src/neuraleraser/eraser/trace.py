@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from neuraleraser.eraser.file import Eraser
@@ -44,8 +45,8 @@ class Trace:
         key = eraser, opening.shape[0]
         before = self._opened.get(key)
         if before is None:
-            before = opening.new_zeros(len(self._times[eraser]), opening.shape[0])
-        self._opened[key] = before.scatter_reduce(0, index.unsqueeze(0), opening.detach().unsqueeze(0), "amax")
+            before = torch.zeros(len(self._times[eraser]), opening.shape[0], device=opening.device)
+        self._opened[key] = before.scatter_reduce(0, index.unsqueeze(0), opening.detach().float().unsqueeze(0), "amax")
 
     def finish(self) -> None:
         """Turn what was noted since the batch began into `fired`."""
