@@ -1,0 +1,159 @@
+"""The fitted edits, and the states they are fitted on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from handmade import random
+from neuraleraser.fit.edits import groups, learnt, replace, scale
+from neuraleraser.fit.states import SHARES, conditional, pool, pooled_features, recorded
+from neuraleraser.sae import SAE
+from neuraleraser.sampling import generate
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import DenoiserCall, Site, replay
+
+AT, ON = Site("unet.mid_block.attentions.0"), Site("unet.up_blocks.0.attentions.1")
+SAMPLING = Sampling(steps=3, batch=2)
+PLAIN, SHOWS, SEEDS = ["a", "b", "c"], ["a x", "b x", "c x"], [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny.stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def sae() -> SAE:
+    w = torch.nn.functional.normalize(random(40, 32, seed=1), dim=1)
+    return SAE(w, random(40, seed=2), w, 0.1 * random(32, seed=3), torch.full((40,), 0.2))
+
+
+def test_states_are_the_conditional_half_of_every_step(pipe: Any, sae: SAE) -> None:
+    calls, pooled = recorded(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
+    assert len(calls) == 3 and [c.state.shape[0] for c in calls] == [3, 3, 3]
+    assert [float(c.timestep[0]) for c in calls] == pooled.times.tolist() == pipe.scheduler.timesteps.tolist()
+    assert pooled.values.shape == (3, 3, 2, len(SHARES), 40) and conditional(pooled).shape == (3, 3, len(SHARES), 40)
+    other, _ = recorded(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
+    assert torch.equal(other[0].state, calls[0].state)  # the same seeds
+    for a, b in zip(calls, other, strict=True):
+        words = "encoder_hidden_states"
+        assert not torch.equal(a.conditioning[words][0], b.conditioning[words][0])
+        with torch.no_grad():
+            again = replay(pipe, a.state, a.timestep, a.conditioning)
+        torch.testing.assert_close(again, a.prediction, atol=1e-4, rtol=1e-4)
+
+
+def test_pooled_features_are_those_of_the_stream(pipe: Any, sae: SAE) -> None:
+    from neuraleraser.activations import collect
+
+    want: dict[Any, torch.Tensor] = {}
+
+    def on(seen: Any) -> None:
+        for i, x in zip(seen.images, sae.encode(seen.x), strict=True):
+            want[i, seen.timestep, seen.branch] = torch.stack([pool(x[None], q)[0] for q in SHARES])
+
+    images = collect(pipe, PLAIN, SEEDS, [AT], on, SAMPLING)
+    pooled, same = pooled_features(pipe, sae, AT, PLAIN, SEEDS, SAMPLING)
+    assert (images == same).all()
+    for i in range(3):
+        for k, t in enumerate(pooled.times.tolist()):
+            for branch in (0, 1):
+                torch.testing.assert_close(
+                    pooled.values[i, k, branch].float(), want[i, t, branch], atol=1e-2, rtol=1e-2
+                )
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=40), st.integers(1, 12))
+def test_groups_of_times_ascend(times: list[int], count: int) -> None:
+    centres = groups([float(t) for t in times], count)
+    assert len(centres) == min(count, len(set(times)))
+    assert bool((centres.diff() > 0).all()) and min(times) <= centres[0] and centres[-1] <= max(times)
+
+
+def states(pipe: Any, sae: SAE) -> list[tuple[DenoiserCall, DenoiserCall]]:
+    plain, _ = recorded(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
+    shown, _ = recorded(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
+    return [
+        (DenoiserCall(a.state, a.timestep, b.conditioning, b.prediction), a) for a, b in zip(plain, shown, strict=True)
+    ]
+
+
+def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
+    base = generate(pipe, PLAIN, SEEDS, SAMPLING)
+    needs = [p.requires_grad for p in pipe.unet.parameters()]
+    losses: list[float] = []
+    made = learnt(
+        pipe,
+        {AT: 32, ON: 32},
+        states(pipe, sae),
+        rank=2,
+        bins=2,
+        steps=12,
+        batch=6,
+        lr=2e-2,
+        seconds=math.inf,
+        on_step=lambda step, loss: losses.append(loss),
+    )
+    assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
+    assert [c.site for c in made] == [AT, ON]
+    for c in made:
+        shapes = {k: tuple(v.shape) for k, v in c.tensors.items()}
+        assert shapes == {"down": (2, 32, 2), "up": (2, 2, 32), "bias_out": (2, 32)} and c.mode == "learnt"
+        assert not any(v.requires_grad for v in c.tensors.values())
+    assert [p.requires_grad for p in pipe.unet.parameters()] == needs
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    assert (generate(pipe, PLAIN, SEEDS, SAMPLING) == base).all()
+
+
+def test_a_learnt_edit_repeats_and_stays_in_its_span(pipe: Any, sae: SAE) -> None:
+    given: dict[str, Any] = {"rank": 2, "bins": 1, "steps": 2, "batch": 2, "seconds": math.inf}
+    span = sae.W_dec[:3].detach()
+    with_states = states(pipe, sae)
+    one, same = (learnt(pipe, {AT: 32}, with_states, spans={AT: span}, **given)[0] for _ in range(2))
+    assert all(torch.equal(one.tensors[k], same.tensors[k]) for k in one.tensors)
+    added = torch.cat([one.tensors["up"].flatten(0, 1), one.tensors["bias_out"]])
+    assert added.abs().sum() > 0
+    q = torch.linalg.qr(span.T).Q
+    torch.testing.assert_close(added @ q @ q.T, added, atol=1e-5, rtol=1e-4)
+
+
+def test_a_fit_that_fails_leaves_the_model_as_it_was(pipe: Any, sae: SAE) -> None:
+    def stop(step: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    needs = [p.requires_grad for p in pipe.unet.parameters()]
+    with_states = states(pipe, sae)
+    with pytest.raises(KeyboardInterrupt):
+        learnt(pipe, {AT: 32}, with_states, rank=1, bins=1, steps=2, batch=1, seconds=math.inf, on_step=stop)
+    assert [p.requires_grad for p in pipe.unet.parameters()] == needs and not pipe.unet._forward_hooks
+
+
+def test_replacing_puts_the_mean_of_prompts_without_the_concept(pipe: Any, sae: SAE) -> None:
+    plain, _ = recorded(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
+    c = replace(pipe, sae, AT, torch.tensor([2, 9]), plain)
+    assert c.times.tolist() == sorted(pipe.scheduler.timesteps.tolist())
+    x = 20 * random(3, 16, 32)
+    t = torch.tensor([1000.0, 500.0, 0.0])
+    delta = c.delta(x, t)
+    fires = (sae.encode(x)[..., [2, 9]] > 0).any(-1)
+    assert fires.any() and not fires.all() and not delta[~fires].any()
+    span = sae.W_dec[[2, 9]].detach()
+    centre = c.tensors["centre"].flip(0).unsqueeze(1)
+    want = (centre @ span.T).expand(3, 16, 2)[fires]
+    torch.testing.assert_close(((x + delta) @ span.T)[fires], want, atol=1e-3, rtol=1e-3)
+
+
+def test_scaling_by_one_is_nothing_and_by_nought_takes_away(sae: SAE) -> None:
+    x, chosen, t = 3 * random(2, 9, 32), torch.tensor([4, 8]), torch.tensor([1.0, 999.0])
+    assert not scale(sae, AT, chosen, t, 1.0).delta(x, t).any()
+    z = sae.encode(x)[..., chosen]
+    assert z.any()
+    want = -z @ sae.W_dec[chosen]
+    torch.testing.assert_close(scale(sae, AT, chosen, t).delta(x, t), want, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,106 @@
+"""Erasers made by hand, of random rows: what they erase means nothing, what they do is known exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.eraser import Correction, Eraser, Gate
+from neuraleraser.sites import Site
+
+# Of each small pipeline: where the gate looks, where the edit acts (it runs later), and how wide both are.
+SITES: dict[str, tuple[Site, Site, int]] = {
+    "stable_diffusion": (Site("unet.mid_block.attentions.0"), Site("unet.up_blocks.0.attentions.1"), 32),
+    "stable_diffusion_xl": (Site("unet.mid_block.attentions.0"), Site("unet.up_blocks.0.attentions.1"), 32),
+    "stable_diffusion_3": (Site("transformer.transformer_blocks.0"), Site("transformer.transformer_blocks.1"), 16),
+    "flux": (Site("transformer.transformer_blocks.1"), Site("transformer.single_transformer_blocks.0"), 16),
+    "pixart": (Site("transformer.transformer_blocks.0"), Site("transformer.transformer_blocks.1"), 16),
+}
+FAMILIES = sorted(SITES)
+SHUT = {"low": 1e6, "high": 2e6}
+"""Bounds that no evidence of a random model reaches."""
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_gate(
+    site: Site,
+    d: int,
+    *,
+    f: int = 3,
+    seed: int = 0,
+    low: float = 0.0,
+    high: float = 1e-3,
+    threshold: float = 0.0,
+    share: float = 1.0,
+    times: Sequence[float] = (250.0, 750.0),
+) -> Gate:
+    """By default it opens wide at the least evidence."""
+    t = torch.tensor(times)
+    return Gate(
+        site=site,
+        features=torch.arange(f),
+        rows=random(f, d, seed=seed + 1),
+        bias=0.1 * random(f, seed=seed + 2),
+        threshold=torch.full((f,), threshold),
+        weight=random(f, seed=seed + 3).abs(),
+        share=share,
+        times=t,
+        low=torch.full_like(t, low),
+        high=torch.full_like(t, high),
+    )
+
+
+def make_correction(
+    site: Site,
+    d: int,
+    mode: str = "learnt",
+    *,
+    f: int = 3,
+    rank: int = 2,
+    seed: int = 0,
+    times: Sequence[float] = (100.0, 500.0, 900.0),
+    **tensors: Tensor,
+) -> Correction:
+    """`tensors` replace those made here."""
+    t = len(times)
+    rows = {
+        "rows": random(f, d, seed=seed + 5),
+        "bias": 0.1 * random(f, seed=seed + 6),
+        "threshold": random(f, seed=seed + 7).abs(),
+    }
+    made = {
+        "scale": rows
+        | {
+            "decoder": torch.nn.functional.normalize(random(f, d, seed=seed + 8), dim=1),
+            "factor": random(t, f, seed=seed + 9),
+        },
+        "replace": rows
+        | {
+            "basis": torch.linalg.qr(random(d, min(f, d), seed=seed + 8)).Q.contiguous(),
+            "centre": random(t, d, seed=seed + 9),
+        },
+        "learnt": {
+            "down": random(t, d, rank, seed=seed + 5) / d**0.5,
+            "up": 0.3 * random(t, rank, d, seed=seed + 6),
+            "bias_out": 0.3 * random(t, d, seed=seed + 7),
+        },
+    }[mode]
+    return Correction(site, mode, torch.tensor(times), made | tensors)
+
+
+def make_eraser(
+    family: str = "stable_diffusion", mode: str = "learnt", *, seed: int = 0, name: str = "Cats", **gate: Any
+) -> Eraser:
+    """An eraser for the small pipeline of a family; `gate` goes to `make_gate`."""
+    at, on, d = SITES[family]
+    scale = 1e-3 if family == "flux" else 1.0  # its time runs from 0 to 1
+    times = [scale * t for t in gate.pop("times", (250.0, 750.0))]
+    correction = make_correction(on, d, mode, seed=seed, times=[scale * t for t in (100.0, 500.0, 900.0)])
+    header = {"concept": name, "kind": "object", "seeds": [0, 9]}
+    return Eraser(make_gate(at, d, seed=seed, times=times, **gate), (correction,), header)

@@ -1,0 +1,205 @@
+"""The twelve laws of the design, one short test each; the tests of each part go further."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from handmade import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate, random
+from neuraleraser.bench.cells import check_split, erasure_cells
+from neuraleraser.canvas import words
+from neuraleraser.concepts import canvas_concept
+from neuraleraser.eraser import MODES, Eraser, attach
+from neuraleraser.errors import FileError, NotApplied, SplitError
+from neuraleraser.fit.edits import scale
+from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
+from neuraleraser.sampling import generate
+from neuraleraser.settings import EvaluateSettings, Sampling
+from neuraleraser.sites import Site, denoiser
+
+family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def hooks(pipe: Any) -> list[str]:
+    """Everything that an eraser could have left behind."""
+    found = [name for name in ("progress_bar", "maybe_free_model_hooks") if name in vars(pipe)]
+    for part in pipe.components.values():
+        for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
+            found += [path for name, held in vars(module).items() if "hooks" in name and held]
+    return found
+
+
+@family
+def test_law_1_identity(family: str) -> None:
+    pipe = tiny.BUILDERS[family]()
+    base = tiny.run(pipe, 0, n=2)
+    acting = make_eraser(family)
+    with attach(pipe, acting):
+        assert not torch.equal(tiny.run(pipe, 0, n=2), base)
+    assert not hooks(pipe) and torch.equal(tiny.run(pipe, 0, n=2), base)
+    with pytest.raises(ZeroDivisionError), attach(pipe, acting):
+        tiny.run(pipe, 0)
+        raise ZeroDivisionError
+    assert not hooks(pipe) and torch.equal(tiny.run(pipe, 0, n=2), base)
+    silent = [make_eraser(family, mode, seed=i, **SHUT) for i, mode in enumerate(MODES)]
+    no_feature = make_eraser(family, threshold=1e6)
+    with attach(pipe, [*silent, no_feature, acting], [1.0, 1.0, 1.0, 2.0, 0.0]) as trace:
+        assert torch.equal(tiny.run(pipe, 0, n=2), base)
+    assert {name for names in trace.fired.values() for name in names} == {"Cats"}  # at strength 0 it is still seen
+
+
+def test_law_2_the_edit() -> None:
+    """Ablating features of an SAE that reconstructs badly subtracts what those features write, and no more."""
+    d = 8
+    decoder = nn.functional.normalize(random(16, d, seed=1), dim=1)
+    sae = SAE(random(16, d, seed=2), random(16, seed=3), decoder, 9 * random(d, seed=4), torch.full((16,), 0.5))
+    x, chosen = random(2, 6, d, seed=5), torch.tensor([0, 3])
+    z = sae.encode(x)
+    assert float((sae.decode(z) - x).norm() / x.norm()) > 0.5
+    edited = x + scale(sae, Site("unet"), chosen, torch.tensor([1.0])).delta(x, torch.zeros(2))
+    torch.testing.assert_close(edited, x - z[..., chosen] @ decoder[chosen], atol=1e-4, rtol=1e-4)
+
+
+@family
+@pytest.mark.parametrize("steps", [2, 5])
+def test_law_3_time_is_data(family: str, steps: int) -> None:
+    """The gate is open in one of two halves of time alone, whatever the number of steps."""
+    pipe = tiny.BUILDERS[family]()
+    e = make_eraser(family, times=(0.0, 400.0))
+    early = dataclasses.replace(e.gate, low=torch.tensor([1e6, 0.0]), high=torch.tensor([2e6, 1e-3]))
+    with attach(pipe, Eraser(early, e.corrections, e.header)) as trace:
+        tiny.run(pipe, 0, steps=steps)
+    assert trace.fired[0] == {"Cats": [float(e.gate.times[1])]}
+    unsorted = dataclasses.replace(e.gate, times=e.gate.times.flip(0))
+    assert Eraser(unsorted, e.corrections, e.header).problem() is not None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_law_4_features_stand_alone(mode: str) -> None:
+    pipe = tiny.stable_diffusion()
+    e = make_eraser(mode=mode, low=0.0, high=20.0)
+    with attach(pipe, e):
+        one, other = (tiny.run(pipe, 0, n=3, generator=seeded(0, *more)) for more in ((1, 2), (8, 9)))
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+@family
+def test_law_5_differentiable(family: str) -> None:
+    pipe = tiny.BUILDERS[family]()
+    given = tiny.embeds(pipe)
+    given["prompt_embeds"].requires_grad_()
+    e = make_eraser(family, low=0.0, high=50.0)  # half open: the gradient has to pass the gate as well
+    with attach(pipe, e):
+        tiny.run(pipe, 0, grad=True, **given).square().sum().backward()
+    slope = given["prompt_embeds"].grad
+    given["prompt_embeds"].grad = None
+    tiny.run(pipe, 0, grad=True, **given).square().sum().backward()
+    assert slope.abs().sum() > 0 and not torch.equal(slope, given["prompt_embeds"].grad)
+
+
+@family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_law_6_any_shape(family: str, dtype: torch.dtype) -> None:
+    pipe = tiny.BUILDERS[family]().to(dtype)
+    settings: dict[str, Any] = {"height": 16, "width": 8, "guidance": 1.0}
+    base = tiny.run(pipe, 0, **settings)
+    with attach(pipe, make_eraser(family, **SHUT)):
+        assert torch.equal(tiny.run(pipe, 0, **settings), base)
+    for mode in MODES:
+        with attach(pipe, make_eraser(family, mode, share=0.1)):
+            out = tiny.run(pipe, 0, **settings)
+        assert out.dtype == dtype and bool(torch.isfinite(out).all()) and not torch.equal(out, base)
+
+
+def test_law_7_seeds_per_image() -> None:
+    pipe = tiny.stable_diffusion()
+    s = Sampling(steps=2, batch=3)
+    prompts, seeds = ["a", "b c", "d", "e f g"], [5, 6, 7, 8]
+    with attach(pipe, make_eraser(low=0.0, high=20.0)):
+        whole = generate(pipe, prompts, seeds, s)
+        turned = generate(pipe, prompts[::-1], seeds[::-1], s)
+        alone = [generate(pipe, [p], [k], s)[0] for p, k in zip(prompts, seeds, strict=True)]
+    assert (turned[::-1] == whole).all() and all((a == w).all() for a, w in zip(alone, whole, strict=True))
+
+
+def test_law_8_resume(tmp_path: Path) -> None:
+    settings = TrainSettings(n=16, k=3, steps=6, checkpoint_every=2, log_every=1, init_vectors=32, bf16=False)
+    bank = random(96, 4)
+    through = train(pool_batches(bank, 32), settings)
+
+    def killed(log: Any) -> None:
+        if log.step >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(pool_batches(bank, 32), settings, tmp_path / "sae", killed)
+    resumed = train(pool_batches(bank, 32), settings, tmp_path / "sae")
+    assert all(torch.equal(a, b) for a, b in zip(through.parameters(), resumed.parameters(), strict=True))
+
+
+def test_law_9_files_from_strangers_are_data(tmp_path: Path) -> None:
+    import pickle
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "run",)
+
+    (tmp_path / "x.safetensors").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(FileError) as caught:
+        Eraser.load(tmp_path / "x.safetensors")
+    assert not (tmp_path / "run").exists() and "\n" not in str(caught.value)
+
+
+@family
+def test_law_10_fail_closed(family: str) -> None:
+    pipe = tiny.BUILDERS[family]()
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    images: list[Tensor] = []
+    with pytest.raises(NotApplied, match="did not run"), attach(pipe, make_eraser(family)):
+        setattr(pipe, name, getattr(tiny.BUILDERS[family](), name))
+        images.append(tiny.run(pipe, 0))
+    broken = tiny.BUILDERS[family]()
+    next(iter(denoiser(broken).parameters())).data.fill_(float("nan"))
+    with pytest.raises(NotApplied, match="NaN"), attach(broken, make_eraser(family)):
+        images.append(tiny.run(broken, 0))
+    assert not images
+
+
+@family
+def test_law_11_erasers_commute(family: str) -> None:
+    pipe = tiny.BUILDERS[family]()
+    given = [make_eraser(family, mode, seed=40 * i, name=str(i)) for i, mode in enumerate(MODES)]
+    with attach(pipe, given):
+        one = tiny.run(pipe, 0)
+    with attach(pipe, given[::-1]):
+        assert torch.equal(tiny.run(pipe, 0), one)
+    at, on, d = SITES[family]
+    same = make_correction(on, d, "scale")
+    a, b = (Eraser(make_gate(at, d, seed=s), (same,), {"concept": str(s)}) for s in (1, 2))
+    with attach(pipe, a):
+        once = tiny.run(pipe, 0)
+    with attach(pipe, [a, b], [1.0, 0.5]):  # b shares a's features and changes them less
+        torch.testing.assert_close(tiny.run(pipe, 0), once)
+
+
+def test_law_12_split() -> None:
+    for name in ("Van_Gogh", "Cats"):
+        reserved = words.phrases_of(name)[words.HELD_OUT]
+        pairs = canvas_concept(name).pairs
+        assert not [p for p in pairs if any(phrase in p.shows for phrase in reserved)]
+        cells = erasure_cells(name, EvaluateSettings())
+        fair = make_eraser(name=name)
+        check_split(fair, cells)
+        for leak in ({"seeds": [0, cells[0].seed]}, {"prompts": [f"a picture of {reserved[0]}"]}, {"seeds": None}):
+            with pytest.raises(SplitError):
+                check_split(Eraser(fair.gate, fair.corrections, {**fair.header, **leak}), cells)

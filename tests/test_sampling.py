@@ -1,0 +1,150 @@
+"""Sampling: an image is its prompt and its seed, in whatever company it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+
+import tiny
+from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.models import image_to_image
+from neuraleraser.sampling import Images, generate
+from neuraleraser.settings import Sampling
+
+# numpy 2 says so of torch tensors, from inside diffusers' Euler schedulers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+PROMPTS, SEEDS = ["a", "b c", "d", "e", "f g h"], [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny.stable_diffusion()
+
+
+@pytest.fixture(params=["deterministic", "ancestral", "image to image"])
+def drawn(pipe: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A function like `generate`: also with a scheduler that draws noise at every step, and from start images."""
+    before = pipe.scheduler
+    if request.param == "ancestral":
+        pipe.scheduler = EulerAncestralDiscreteScheduler(steps_offset=1)
+    if request.param == "image to image":
+        other = image_to_image(pipe)
+        start = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+
+        def draw(prompts: list[str], seeds: list[int], s: Sampling) -> Images:
+            init = np.stack([start[PROMPTS.index(p)] for p in prompts])
+            return generate(other, prompts, seeds, s, init=init)
+
+        yield draw
+    else:
+        yield lambda prompts, seeds, s: generate(pipe, prompts, seeds, s)
+    pipe.scheduler = before
+
+
+def test_order_neighbours_and_padding_do_not_matter(drawn: Any) -> None:
+    s = Sampling(steps=3, batch=3)
+    whole = drawn(PROMPTS, SEEDS, s)
+    assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8 and whole.std() > 0
+    assert (drawn(PROMPTS[::-1], SEEDS[::-1], s)[::-1] == whole).all()
+    assert (drawn(PROMPTS[2:4], SEEDS[2:4], s) == whole[2:4]).all()  # padded by one
+    assert (drawn([PROMPTS[1]] * 4, [SEEDS[1]] * 4, s) == whole[1]).all()
+    assert (drawn([PROMPTS[0]], [99], s)[0] != whole[0]).any()
+
+
+def test_across_batch_shapes_images_agree_closely(drawn: Any) -> None:
+    one = drawn(PROMPTS, SEEDS, Sampling(steps=3, batch=5))
+    for s in (
+        Sampling(steps=3, batch=1),
+        Sampling(steps=3, batch=3, pad=False),
+        Sampling(steps=3, batch=64, pad=False),
+    ):
+        assert np.abs(drawn(PROMPTS, SEEDS, s).astype(int) - one).max() <= 1
+
+
+def test_global_random_state_is_left_alone(pipe: Any) -> None:
+    before = torch.random.get_rng_state()
+    generate(pipe, PROMPTS, SEEDS, Sampling(steps=1, batch=2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_batches_are_announced_and_handed_over(pipe: Any) -> None:
+    events: list[Any] = []
+    sizes: list[int] = []
+
+    def on_step(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        sizes.append(len(given["latents"]))
+        return {}
+
+    out = generate(
+        pipe,
+        PROMPTS,
+        SEEDS,
+        Sampling(steps=1, batch=3),
+        on_batch=lambda first, real: events.append((first, real)),
+        each=lambda indices, images: events.append((list(indices), images)),
+        callback=on_step,
+    )
+    assert sizes == [3, 3]  # filled up
+    assert events[0] == (0, 3) and events[2] == (3, 2)
+    assert events[1][0] == [0, 1, 2] and events[3][0] == [3, 4]
+    assert (np.concatenate([events[1][1], events[3][1]]) == out).all()
+
+
+@pytest.mark.parametrize(("prompts", "pad", "size"), [(2, True, 4), (2, False, 2), (5, False, 4)])
+def test_padding_is_to_the_batch_or_to_what_there_is(pipe: Any, prompts: int, pad: bool, size: int) -> None:
+    rows: list[int] = []
+    handle = pipe.unet.register_forward_hook(lambda m, args, output: rows.append(len(args[0])))
+    s = Sampling(steps=1, guidance=1.0, batch=4, pad=pad)
+    assert len(generate(pipe, PROMPTS[:prompts], SEEDS[:prompts], s)) == prompts
+    handle.remove()
+    assert set(rows) == {size}
+
+
+def test_guidance_and_size(pipe: Any) -> None:
+    rows: list[int] = []
+    handle = pipe.unet.register_forward_hook(lambda m, args, output: rows.append(len(args[0])))
+    shape = generate(pipe, ["a"], [0], Sampling(steps=1, guidance=1.0, batch=2, height=8, width=24)).shape
+    generate(pipe, ["a"], [0], Sampling(steps=1, guidance=3.0, batch=2))
+    handle.remove()
+    assert rows == [2, 4] and shape == (1, 8, 24, 3)
+
+
+def test_nothing_to_draw(pipe: Any) -> None:
+    assert generate(pipe, [], []).shape == (0, 0, 0, 3)
+
+
+def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> None:
+    seen: list[bool] = []
+    handle = pipe.unet.register_forward_hook(lambda m, args, output: seen.append(torch.is_grad_enabled()))
+    generate(pipe, ["a"], [0], Sampling(steps=1, batch=1))
+    handle.remove()
+    assert seen == [False] and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"seeds": [1]}, "2 prompts, 1 seeds"),
+        ({"init": np.zeros((3, 16, 16, 3), np.uint8)}, "3 init images"),
+        ({"sampling": Sampling(batch=0)}, "batch is 0"),
+        ({"sampling": Sampling(batch=-1)}, "batch is -1"),
+        ({"sampling": Sampling(batch=0, pad=False)}, "batch is 0"),
+        ({"sampling": Sampling(steps=0)}, "steps is 0"),
+    ],
+)
+def test_settings_that_do_not_fit(pipe: Any, given: dict[str, Any], word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
+        generate(**{"pipe": pipe, "prompts": ["a", "b"], "seeds": [1, 2], **given})
+
+
+def test_an_image_of_nan_is_no_image() -> None:
+    pipe = tiny.stable_diffusion()
+    pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(DataError, match=r"NaN or infinity in an image of \['a'\]"):
+        generate(pipe, ["a"], [0], Sampling(steps=1, batch=2))
