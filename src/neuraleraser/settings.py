@@ -41,7 +41,7 @@ class FitSettings:
     """Rank of the correction at each site."""
     bins: int = 5
     """Groups of timesteps with a correction of their own."""
-    steps: int = 240
+    steps: int = 160
     """Optimiser steps of the correction, at most."""
     batch: int = 24
     """States in an optimiser step."""

@@ -84,13 +84,13 @@ def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) ->
 def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     """low and high [T] from evidence on rows with the concept [N, T] and without [M, T].
 
-    low lies above every row without the concept, by a tenth of the gap to the rows with it; where the two
+    low lies above every row without the concept, by a seventh of the gap to the rows with it; where the two
     overlap, at the 99.5th percentile; where most rows with the concept lie below that, the gate is shut.
     """
     top, high_quantile = lacks.amax(0), lacks.quantile(0.995, 0)
     typical, weak = shows.median(0).values, shows.quantile(0.05, 0)
     low = torch.where(
-        weak > top, top + 0.3 * (weak - top), torch.maximum(high_quantile, torch.minimum(top, 0.9 * typical))
+        weak > top, top + 0.15 * (weak - top), torch.maximum(high_quantile, torch.minimum(top, 0.9 * typical))
     )
     high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
