@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import secrets
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -14,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from neuraleraser.canvas.render import Content, draw_content, render
+from neuraleraser.canvas.render import HERE, Content, draw_content, render
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import DataError
 
-CHUNK = 250
+CHUNK = 250  # renders a job
 
 
 @dataclass(frozen=True)
@@ -39,50 +41,86 @@ def content_of(seed: int, i: int) -> Content:
     return draw_content(np.random.default_rng((seed, i, 7)))
 
 
-def _chunk(args: tuple[int, int, int, int]) -> tuple[int, NDArray[np.uint8]]:
-    seed, start, stop, size = args
-    return start, np.stack([render(content_of(seed, i), seed * 10_000_000 + i, size) for i in range(start, stop)])
-
-
-def _labels(contents: list[Content]) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    style = np.array([STYLES.index(c.style) for c in contents], np.int16)
-    objects = np.full((len(contents), 2), -1, np.int16)
-    for i, c in enumerate(contents):
-        objects[i, : len(c.objects)] = [OBJECTS.index(o) for o in c.objects]
-    return style, objects
-
-
 def render_set(n: int, seed: int, size: int = 64, folder: Path | None = None, workers: int | None = None) -> Renders:
     """Render `n` pictures of random content. With `folder` they are kept there and found again.
 
-    A set of another seed shares no picture with it. Raises DataError if `folder` holds another set.
+    `workers` processes share the work (None: one a core; 1: this process alone); the pixels do not depend on
+    them. A set of another seed shares no picture with it. Killed halfway, it starts again and leaves no set.
+    Raises DataError if the file in `folder` is damaged or holds another set.
     """
     contents = [content_of(seed, i) for i in range(n)]
-    path = folder and folder / f"renders-{seed}-{n}-{size}-{_version():08x}.npy"
+    style = np.array([STYLES.index(c.style) for c in contents], np.int16)
+    objects = np.full((n, 2), -1, np.int16)
+    for i, c in enumerate(contents):
+        objects[i, : len(c.objects)] = [OBJECTS.index(o) for o in c.objects]
+    path = folder and folder / f"renders-{seed}-{n}-{size}-{_version(size):08x}.npy"
     if path and path.exists():
-        images = np.load(path, mmap_mode="r")
-        if images.shape != (n, size, size, 3):
-            raise DataError(f"{path} holds renders of shape {images.shape}, expected {(n, size, size, 3)}: delete it")
-        return Renders(images, *_labels(contents))
+        return Renders(_open(path, (n, size, size, 3)), style, objects)
+    images = _render_all(n, seed, size, workers)
+    if path:
+        _keep(path, images)
+    return Renders(images, style, objects)
+
+
+def _render_all(n: int, seed: int, size: int, workers: int | None) -> NDArray[np.uint8]:
     images = np.empty((n, size, size, 3), np.uint8)
-    jobs = [(seed, s, min(s + CHUNK, n), size) for s in range(0, n, CHUNK)]
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=n, desc="render", unit="img") as bar:
-        for start, block in pool.map(_chunk, jobs):
+    jobs = [(seed, start, min(start + CHUNK, n), size) for start in range(0, n, CHUNK)]
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    with tqdm(total=n, desc="render", unit="img") as bar:
+
+        def take(start: int, block: NDArray[np.uint8]) -> None:
             images[start : start + len(block)] = block
             bar.update(len(block))
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npy")
-        np.save(part, images)
-        part.replace(path)
-    return Renders(images, *_labels(contents))
+
+        if workers <= 1:
+            for job in jobs:
+                take(*_chunk(job))
+            return images
+        # Spawned, not forked: by now torch may have threads, and a fork of threads can hang.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for start, block in pool.map(_chunk, jobs):
+                take(start, block)
+    return images
 
 
-def _version() -> int:
-    """A number that changes with the renderer, so that stale renders are never read."""
-    here = Path(__file__).parent
-    parts = (here / name for name in ("render.py", "styles.py", "words.py", "sprites.png", "sprites.json"))
-    return zlib.crc32(b"".join(p.read_bytes() for p in parts))
+def _chunk(job: tuple[int, int, int, int]) -> tuple[int, NDArray[np.uint8]]:
+    """Renders `start` to `stop` of a set, and `start`; a job is (seed, start, stop, size)."""
+    seed, start, stop, size = job
+    return start, np.stack([render(content_of(seed, i), seed * 10_000_000 + i, size) for i in range(start, stop)])
+
+
+def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    try:
+        images = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as e:
+        raise DataError(f"{path} is not a whole set of renders ({e}): delete it") from e
+    if images.shape != shape or images.dtype != np.uint8:
+        raise DataError(f"{path} holds {images.dtype} {images.shape}, expected uint8 {shape}: delete it")
+    return images
+
+
+def _keep(path: Path, images: NDArray[np.uint8]) -> None:
+    """Write aside, then rename: `path` never holds part of a set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        np.save(aside, images)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _version(size: int) -> int:
+    """A number that changes with what is drawn, so that stale renders are never read.
+
+    Taken from contents, glyphs and pixels, not from the source: a comment changes no picture. One render a style,
+    each object at least once, at the set's own `size`, since some strokes are rounded to whole pixels.
+    """
+    number = zlib.crc32("".join(str(content_of(0, i)) for i in range(64)).encode())
+    number = zlib.crc32((HERE / "sprites.png").read_bytes(), number)
+    for i, style in enumerate(STYLES):
+        number = zlib.crc32(render(Content((OBJECTS[i % len(OBJECTS)],), style), i, size).tobytes(), number)
+    return number
 
 
 def write_folder(root: Path, seeds: range, size: int = 64) -> Iterator[Path]:
@@ -92,5 +130,10 @@ def write_folder(root: Path, seeds: range, size: int = 64) -> Iterator[Path]:
             for seed in seeds:
                 path = root / style / name / f"{seed}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                PILImage.fromarray(render(Content((name,), style), seed, size)).save(path)
+                aside = path.with_suffix(".part")
+                try:
+                    PILImage.fromarray(render(Content((name,), style), seed, size)).save(aside, "PNG")
+                    aside.replace(path)
+                finally:
+                    aside.unlink(missing_ok=True)
                 yield path

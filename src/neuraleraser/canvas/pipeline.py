@@ -26,30 +26,36 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges make every word of the canvas's captions one token."""
+    """A CLIP tokenizer whose byte-pair merges make every word of the canvas's captions one token.
+
+    It knows printable ASCII; anything else becomes the unknown token, which is CLIP's end of text.
+    """
     rng = random.Random(0)
     corpus = [caption([o], s, rng) for o in OBJECTS for s in STYLES for _ in range(20)]
     corpus += [caption([], s, rng) for s in STYLES for _ in range(20)]
     corpus += [caption([a, b], s, rng) for a, b, s in zip(OBJECTS, OBJECTS[1:], STYLES, strict=False)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    # As CLIPTokenizer splits at run time: words, single digits, runs of anything else.
+    words = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     bpe.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
-    bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True)  # pyright: ignore
+    bpe.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)  # pyright: ignore[reportAttributeAccessIssue]
     alphabet = [chr(c) for c in range(33, 127)]
     trainer = trainers.BpeTrainer(
         vocab_size=2000, special_tokens=[], initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator(corpus, trainer)
     model = json.loads(bpe.to_str())["model"]
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet)]
-    tokens += [t for t in model["vocab"] if t not in set(tokens)]
-    vocab = {t: i for i, t in enumerate([*tokens, START, END])}
+    # Every printable character, inside a word and at its end: a word that no caption holds is split, not lost.
+    letters = [*alphabet, *(c + "</w>" for c in alphabet)]
+    learnt = [t for t in model["vocab"] if t not in set(letters)]
+    vocab = {t: i for i, t in enumerate([*letters, *learnt, START, END])}
     merges = [tuple(m) for m in model["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained CLIP text encoder of width 128, three layers."""
-    end = tokenizer.convert_tokens_to_ids(END)
+    ids = tokenizer.get_vocab()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -58,9 +64,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
         projection_dim=WIDTH,
-        bos_token_id=tokenizer.convert_tokens_to_ids(START),  # pyright: ignore[reportArgumentType]
-        eos_token_id=end,  # pyright: ignore[reportArgumentType]
-        pad_token_id=end,  # pyright: ignore[reportArgumentType]
+        bos_token_id=ids[START],
+        eos_token_id=ids[END],
+        pad_token_id=ids[END],
     )
     return CLIPTextModel(config)
 

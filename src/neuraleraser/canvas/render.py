@@ -1,6 +1,6 @@
 """Rendering a picture of the canvas world: objects on a ground, then a style.
 
-Deterministic: the same (content, seed, size) gives the same pixels everywhere.
+The same (content, seed, size) gives the same pixels, whatever the process, its threads, or what was drawn before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from neuraleraser.canvas.styles import STYLE_OPS, Image
+from neuraleraser.canvas.brushes import Image
+from neuraleraser.canvas.styles import STYLE_OPS
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import SettingsError
 

@@ -1,10 +1,10 @@
-"""Training the canvas from nothing: autoencoder, then denoiser and text encoder together, then the judges.
+"""Training the canvas from nothing: the autoencoder, then the denoiser and the text encoder together.
 
     neuraleraser canvas train --folder runs/canvas
 
 Each stage checkpoints every minute into the folder and goes on from there when run again; finished stages are
-skipped. On two CPU cores the autoencoder takes about a quarter of an hour and the denoiser hours; both stop
-decaying their learning rate only at the end, so a longer run may start from a shorter one's weights.
+skipped. On two CPU cores the autoencoder takes about a quarter of an hour and the denoiser hours. Learning rates
+decay only at the end of a run, so a longer run may start from a shorter one's weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from neuraleraser import artifact
 from neuraleraser.canvas.data import Renders, render_set
@@ -39,9 +40,11 @@ from neuraleraser.canvas.pipeline import (
     load_pipeline,
 )
 from neuraleraser.canvas.settings import TrainCanvas
-from neuraleraser.canvas.words import STYLES, caption
+from neuraleraser.canvas.words import caption
+from neuraleraser.errors import DataError, FileError, SettingsError
 
 CHECKPOINT_SECONDS = 60.0
+_GROUPS = ("param", "average", "exp_avg", "exp_avg_sq")  # of tensors in a checkpoint
 
 
 def learning_rate(step: int, steps: int, peak: float, warm: int = 100, decay: float = 0.3) -> float:
@@ -51,7 +54,11 @@ def learning_rate(step: int, steps: int, peak: float, warm: int = 100, decay: fl
 
 
 class Trainee:
-    """A module with its optimiser, its running average and its checkpoint on disk."""
+    """A module with its optimiser, its running average and its checkpoint on disk.
+
+    Goes on from the checkpoint if there is one; killed and made anew it ends in the same bits, provided that the
+    caller's gradients are a function of `step`. Raises FileError for another module's checkpoint.
+    """
 
     def __init__(self, module: nn.Module, path: Path, peak: float, steps: int, ema: float = 0.9995) -> None:
         self.module, self.path, self.peak, self.steps, self.ema = module, path, peak, steps, ema
@@ -77,6 +84,7 @@ class Trainee:
             self.save()
 
     def save(self) -> None:
+        """Write the checkpoint now: `param/`, `average/`, `exp_avg/` and `exp_avg_sq/` of each parameter."""
         tensors = {f"param/{k}": p.detach() for k, p in self.params.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
         for k, p in self.params.items():
@@ -88,7 +96,10 @@ class Trainee:
 
     def _load(self) -> None:
         tensors, header = artifact.load(self.path, "checkpoint")
-        self.step = int(header["step"])
+        expected = {f"{group}/{k}": p.shape for group in _GROUPS for k, p in self.params.items()}
+        if {k: x.shape for k, x in tensors.items()} != expected or not isinstance(header.get("step"), int):
+            raise FileError(f"{self.path} is a checkpoint of another module: delete it, or train in another folder")
+        self.step = header["step"]
         with torch.no_grad():
             for k, p in self.params.items():
                 p.copy_(tensors[f"param/{k}"])
@@ -112,7 +123,12 @@ def pixels(images: np.ndarray) -> Tensor:
 
 
 def batches(n: int, size: int, start: int, seed: int) -> Iterator[np.ndarray]:
-    """Index batches from step `start` on: a pure function of (seed, step), each epoch its own permutation."""
+    """Index batches [size] from step `start` on: a pure function of (seed, step), each epoch its own permutation.
+
+    The last `n % size` of an epoch's order are left out. Raises SettingsError if there is less than one batch.
+    """
+    if size > n:
+        raise SettingsError(f"{n} renders are fewer than a batch of {size}: render more, or lower batch")
     per_epoch = n // size
     step = start
     while True:
@@ -127,8 +143,11 @@ def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
-    """Absolute and squared error of pixels, absolute error of their slopes, and a weak pull of the latents
-    towards a unit normal."""
+    """How well `x` [B, 3, S, S] survives the autoencoder, `noise` [B, 8, S/4, S/4] being the posterior's draw.
+
+    Absolute and squared error of pixels, absolute error of their slopes, and a weak pull of the latents towards
+    a unit normal.
+    """
     posterior = vae.encode(x).latent_dist  # pyright: ignore
     y = vae.decode(posterior.mean + posterior.std * noise).sample.float()  # pyright: ignore
     slopes = sum((a - b).abs().mean() for a, b in zip(_slopes(y), _slopes(x), strict=True))
@@ -202,7 +221,11 @@ def time_weights() -> Tensor:
 
 
 def denoiser_loss(net: nn.ModuleDict, z: Tensor, ids: Tensor, noise: Tensor, t: Tensor, alphas: Tensor) -> Tensor:
-    """Velocity prediction (Salimans and Ho 2022, section 4): v = sqrt(a) noise - sqrt(1 - a) z."""
+    """Velocity prediction (Salimans and Ho 2022, section 4): v = sqrt(a) noise - sqrt(1 - a) z.
+
+    `net` holds "unet" and "text_encoder"; `z` and `noise` [B, 8, H, W], `ids` and `t` integers [B, tokens] and
+    [B], `alphas` [1000] the scheduler's cumulative products. Returns the mean squared error.
+    """
     a = alphas[t].view(-1, 1, 1, 1)
     noisy = a.sqrt() * z + (1 - a).sqrt() * noise
     target = a.sqrt() * noise - (1 - a).sqrt() * z
@@ -210,8 +233,36 @@ def denoiser_loss(net: nn.ModuleDict, z: Tensor, ids: Tensor, noise: Tensor, t: 
     return F.mse_loss(net["unet"](noisy, t, text).sample.float(), target)
 
 
+def draw_times(n: int, cumulative: np.ndarray, generator: torch.Generator) -> Tensor:
+    """Timesteps int64 [n] by their `cumulative` weights [1000], one from each of n equal shares."""
+    u = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    return torch.from_numpy(np.searchsorted(cumulative, u.numpy()).clip(0, 999))
+
+
+def draw_captions(renders: Renders, index: np.ndarray, rng: random.Random) -> list[str]:
+    """A caption for each of the renders `index`; one in ten is empty, for classifier-free guidance."""
+    contents = [renders.content(int(i)) for i in index]
+    return ["" if rng.random() < 0.1 else caption(c.objects, c.style, rng) for c in contents]
+
+
+def _latents(renders: Renders, vae: AutoencoderKL, path: Path) -> Tensor:
+    """All renders encoded, unscaled: from `path` if it is there, else made and kept there."""
+    if path.exists():
+        latents = artifact.load(path, "latents")[0]["latents"]
+        if len(latents) != len(renders.images):
+            raise DataError(f"{path} holds {len(latents)} latents, expected {len(renders.images)}: delete it")
+        return latents
+    latents = encode(vae, renders.images)
+    artifact.save(path, "latents", {"latents": latents}, {})
+    return latents
+
+
 def train_denoiser(renders: Renders, vae: AutoencoderKL, settings: TrainCanvas) -> StableDiffusionPipeline:
-    """Train UNet and text encoder together with classifier-free guidance (10 % empty captions)."""
+    """Train UNet and text encoder together, with classifier-free guidance.
+
+    Goes on from the checkpoint in `settings.folder`, and stops early after `settings.minutes`. Raises
+    SettingsError if the loss is no longer a number; the checkpoint is then one from before.
+    """
     torch.manual_seed(settings.seed)
     tokenizer = build_tokenizer()
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
@@ -222,55 +273,63 @@ def train_denoiser(renders: Renders, vae: AutoencoderKL, settings: TrainCanvas) 
     net = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     run = Trainee(net, settings.folder / "denoiser.safetensors", settings.learning_rate, settings.steps)
     if run.step < settings.steps:
-        path = settings.folder / "latents.safetensors"
-        if path.exists():
-            latents = artifact.load(path, "latents")[0]["latents"]
-        else:
-            latents = encode(vae, renders.images)
-            artifact.save(path, "latents", {"latents": latents}, {})
+        latents = _latents(renders, vae, settings.folder / "latents.safetensors")
         # Backward through the fused attention kernel is three times slower than plain products on a CPU.
         unet.set_attn_processor(AttnProcessor())
-        unet.to(memory_format=torch.channels_last)  # pyright: ignore
-        loss_of = torch.compile(denoiser_loss) if settings.compile else denoiser_loss
-        alphas, weights = build_scheduler().alphas_cumprod.float(), time_weights().numpy()
-        scale = float(vae.config["scaling_factor"])
-        stream = batches(len(latents), settings.batch, run.step, settings.seed + 1)
-        mean, started = None, time.monotonic()
-        with tqdm(total=settings.steps, initial=run.step, desc="denoiser", mininterval=5) as bar:
-            while run.step < settings.steps:
-                index = next(stream)
-                rng = random.Random(settings.seed * 7_777_777 + run.step)
-                texts = [
-                    "" if rng.random() < 0.1 else caption(c.objects, c.style, rng)
-                    for c in (renders.content(int(i)) for i in index)
-                ]
-                ids = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-                generator = torch.Generator().manual_seed(settings.seed * 3_000_017 + run.step)
-                z = latents[torch.from_numpy(index)].float() * scale
-                noise = torch.randn(z.shape, generator=generator)
-                u = (torch.arange(len(z)) + torch.rand(len(z), generator=generator)) / len(z)  # stratified
-                t = torch.from_numpy(np.searchsorted(np.cumsum(weights), u.numpy()).clip(0, 999))
-                z, noise = (x.to(memory_format=torch.channels_last) for x in (z, noise))
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = loss_of(net, z, ids, noise, t, alphas)
-                loss.backward()
-                run.update()
-                bar.update()
-                if not math.isfinite(value := loss.item()):
-                    raise RuntimeError(f"loss became {value} at step {run.step}: lower learning_rate and run again")
-                mean = value if mean is None else 0.99 * mean + 0.01 * value
-                if run.step % 50 == 0:
-                    bar.set_postfix(loss=f"{mean:.4f}")
-                if settings.minutes and time.monotonic() - started > settings.minutes * 60:
-                    run.save()
-                    break
+        unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        _denoise(net, run, renders, latents, float(vae.config["scaling_factor"]), tokenizer, settings)
         unet.set_attn_processor(AttnProcessor2_0())
     run.use_average()
     return assemble(unet.eval(), vae, text_encoder.eval(), tokenizer)
 
 
+def _denoise(
+    net: nn.ModuleDict,
+    run: Trainee,
+    renders: Renders,
+    latents: Tensor,
+    scale: float,
+    tokenizer: CLIPTokenizer,
+    settings: TrainCanvas,
+) -> None:
+    """The denoiser's steps, from `run.step` on. What a step sees is a pure function of (seed, step)."""
+    loss_of = torch.compile(denoiser_loss) if settings.compile else denoiser_loss
+    alphas = build_scheduler().alphas_cumprod.float()
+    cumulative = np.cumsum(time_weights().numpy())
+    stream = batches(len(latents), settings.batch, run.step, settings.seed + 1)
+    mean, started = None, time.monotonic()
+    with tqdm(total=settings.steps, initial=run.step, desc="denoiser", mininterval=5) as bar:
+        while run.step < settings.steps:
+            index = next(stream)
+            texts = draw_captions(renders, index, random.Random(settings.seed * 7_777_777 + run.step))
+            ids = tokenizer(
+                texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+            ).input_ids
+            generator = torch.Generator().manual_seed(settings.seed * 3_000_017 + run.step)
+            z = latents[torch.from_numpy(index)].float() * scale
+            noise = torch.randn(z.shape, generator=generator)
+            t = draw_times(len(z), cumulative, generator)
+            z, noise = (x.to(memory_format=torch.channels_last) for x in (z, noise))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(net, z, ids, noise, t, alphas)
+            if not math.isfinite(value := loss.item()):
+                raise SettingsError(f"loss became {value} at step {run.step}: lower learning_rate and run again")
+            loss.backward()
+            run.update()
+            bar.update()
+            mean = value if mean is None else 0.99 * mean + 0.01 * value
+            if run.step % 50 == 0:
+                bar.set_postfix(loss=f"{mean:.4f}")
+            if settings.minutes and time.monotonic() - started > settings.minutes * 60:
+                run.save()
+                return
+
+
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path = WEIGHTS / "pipeline") -> None:
-    """Save in diffusers' layout as fp16 safetensors, beside the old one first, then in its place."""
+    """Save in diffusers' layout as fp16 safetensors, beside the old one first, then in its place.
+
+    Leaves `pipe` in float32 with the rounded weights: what was measured is what was saved.
+    """
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     pipe.to(dtype=torch.float16)

@@ -176,10 +176,8 @@ def fresh_prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
 
 
 def caption(objects: Sequence[str], style: str, rng: Rng) -> str:
-    """A training caption: free phrasing, free word order, now and then only implying the style or the object."""
-    what = (
-        " and ".join(rng.choice(OBJECT_PHRASES[o]) for o in objects) if objects else rng.choice(EMPTY_PHRASES)
-    )
+    """A training caption: phrasing, word order and, for a plain picture, naming the style at all are left to `rng`."""
+    what = " and ".join(rng.choice(OBJECT_PHRASES[o]) for o in objects) if objects else rng.choice(EMPTY_PHRASES)
     if style == PLAIN and rng.random() < 0.7:
         how = ""
     else:
@@ -193,6 +191,6 @@ def caption(objects: Sequence[str], style: str, rng: Rng) -> str:
         return f"{how}, {what}"
     if r < 0.9:
         return f"a picture of {what} {how}"
-    # Word order as in a search box: the style's own words first.
+    # As in a search box: the style's own words first, without "in", "as" or "under".
     bare = how.split(" ", 1)[1]
     return f"{bare}, {what}"
