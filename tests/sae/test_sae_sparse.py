@@ -138,7 +138,8 @@ def test_gradients_of_the_whole_loss(k_aux):
 
     assert torch.autograd.gradcheck(value, tuple(w))
     want = torch.autograd.grad(value(*w), w)
-    main, aux = losses(w, x, fired, 2.0, dead, k_aux, torch.float64)
+    main, _ = losses(w, x, fired, 2.0, dead, 0, torch.float64)
+    aux = revival_loss(w, x, x - reconstruct(w, x, fired), dead, k_aux, torch.float64)
     torch.testing.assert_close(main + AUX_WEIGHT * aux, value(*w))
     got = torch.autograd.grad(main + AUX_WEIGHT * aux, w)
     torch.testing.assert_close(got, want)
@@ -149,6 +150,16 @@ def test_gradients_of_the_whole_loss(k_aux):
     flipped = torch.autograd.grad(main + AUX_WEIGHT * wrong, w)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(flipped, want)
+
+
+def test_a_vector_is_explained_by_at_most_an_eighth_of_the_dead():
+    w, x, mask = case(3, n=40)
+    fired, dead = sparse_of(w, x, mask), torch.arange(9, 40)
+    residual = (x - reconstruct(w, x, fired)).detach()
+    for k_aux, used in ((2, 2), (3, 3), (9, 3)):
+        _, aux = losses(w, x, fired, 1.0, dead, k_aux, torch.float64)
+        assert torch.equal(aux, revival_loss(w, x, residual, dead, used, torch.float64))
+    assert losses(w, x, fired, 1.0, dead[:0], 5, torch.float64)[1] == 0
 
 
 def test_gradcheck_of_the_sparse_path_itself():

@@ -26,7 +26,7 @@ class TrainSettings:
     dead_after: int = 500_000
     """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it."""
     k_aux: int | None = None
-    """Dead features that explain a vector's residual in the auxiliary loss; None: d / 2, 0: no such loss."""
+    """Most dead features (and at most 1/8 of them) to explain a vector's residual; None: d / 2, 0: no revival."""
     init_vectors: int = 2**15
     """Vectors from the start of the stream that set the data scale and the decoder bias."""
     seed: int = 0
