@@ -20,7 +20,7 @@ SITES: dict[str, tuple[Site, Site, int]] = {
     "pixart": (Site("transformer.transformer_blocks.0"), Site("transformer.transformer_blocks.1"), 16),
 }
 FAMILIES = sorted(SITES)
-SHUT = {"low": 1e6, "high": 2e6}
+SHUT: dict[str, Any] = {"low": 1e6, "high": 2e6}
 """Bounds that no evidence of a random model reaches."""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuraleraser.eraser.file import Eraser
-from neuraleraser.eraser.parts import Correction, Gate, nearest
+from neuraleraser.eraser.parts import Correction, nearest
 from neuraleraser.eraser.trace import Trace
 from neuraleraser.errors import DataError, NotApplied, SettingsError, SiteError
 from neuraleraser.sites import Call, Site, edit
@@ -150,13 +151,7 @@ def _once(corrections: Sequence[Correction]) -> Callable[[Tensor, Tensor, Sequen
 
 def _to(eraser: Eraser, device: torch.device) -> Eraser:
     """The eraser with its tensors on `device`."""
-    g = eraser.gate
-    gate = Gate(
-        g.site,
-        *(v.to(device) for v in (g.features, g.rows, g.bias, g.threshold, g.weight)),
-        g.share,
-        *(v.to(device) for v in (g.times, g.low, g.high)),
-    )
+    gate = replace(eraser.gate, **{k: v.to(device) for k, v in vars(eraser.gate).items() if isinstance(v, Tensor)})
     edits = tuple(
         Correction(c.site, c.mode, c.times.to(device), {k: v.to(device) for k, v in c.tensors.items()})
         for c in eraser.corrections
