@@ -157,9 +157,7 @@ def versions(pipe: Any) -> dict[str, str]:
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            from neuraleraser import __version__
-
-            out[name] = __version__
+            out[name] = "not installed"
     device = next(pipe.unet.parameters()).device if getattr(pipe, "unet", None) is not None else pipe.device
     return out | {
         "python": platform.python_version(),
