@@ -51,6 +51,8 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         erasers.append(Eraser.load(path))
         made = erasers[-1].header.get("seconds", erasers[-1].header.get("make_seconds", 0))
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {float(made):.0f} s")
+        if said := doubt(erasers[-1]):
+            say(said)
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
     report = evaluate(pipe, erasers, s.evaluate, run)
     paths = write_report(report, s.folder)
@@ -59,6 +61,17 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         say(f"{path}  {what}")
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report
+
+
+def doubt(eraser: Eraser) -> str:
+    """What to tell the user of an eraser whose features could not tell the concept apart; "" if they could."""
+    share = float(eraser.header.get("open_share", 1))
+    if share >= 0.5:
+        return ""
+    return (
+        f"Careful: the features told {eraser.name} from everything else at only {share:.0%} of the timesteps; at the "
+        "others the gate stays shut, so the concept will often stay in."
+    )
 
 
 class progress_bar:

@@ -40,7 +40,7 @@ def erase(
         dictionary: Folder of the SAE and its background for this model; None: the canvas's own.
     """
     from neuraleraser.bench.report import size_text
-    from neuraleraser.demo import concept_of, progress_bar
+    from neuraleraser.demo import concept_of, doubt, progress_bar
     from neuraleraser.fit import fit
     from neuraleraser.fit.dictionary import load_dictionary
     from neuraleraser.models import open_pipeline, speaks_canvas
@@ -55,6 +55,8 @@ def erase(
         eraser = fit(pipe, concept, settings, told, known=known)
     eraser.save(path)
     print(f"{path}: erases {concept.name}, {size_text(path.stat().st_size)}, {len(eraser.gate.features)} features")
+    if said := doubt(eraser):
+        print(said)
     example = concept.pairs[0].shows
     print(f'Try it: neuraleraser generate "{example}" --model {model} --eraser {path}')
 

@@ -15,7 +15,7 @@ from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.edits import learnt
-from neuraleraser.fit.gate import Detector, bounds, build, choose
+from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
 from neuraleraser.fit.states import SHARES, conditional, pool, recorded
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, record, replay
@@ -94,6 +94,7 @@ def fit(
         "settings": asdict(s),
         "sampling": asdict(sampling),
         "separation": [round(float(v), 4) for v in detector.separation],
+        "open_share": round(float((low < SHUT).float().mean()), 3),
         "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)],
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -81,23 +81,17 @@ def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) ->
     return F.softplus(raw).detach() / spread
 
 
-QUANTILES = (1.0, 0.995, 0.98, 0.95, 0.9)
-RECALL = 0.9
-
-
 def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     """low and high [T] from evidence on rows with the concept [N, T] and without [M, T].
 
-    At each timestep low is the strictest of QUANTILES of the rows without the concept that RECALL of the rows with
-    it exceed; the last one where none is. Where the two do not even touch, low stands a seventh into the gap. The
-    gate is shut where a typical row with the concept lies below: it could not tell.
+    low lies above every row without the concept, a seventh into the gap to the weakest twentieth of the rows with
+    it; where the two overlap, at the 99.5th percentile or just under a typical row, whichever is higher but never
+    above all rows without. The gate is shut where a typical row with the concept lies below: it could not tell.
     """
+    top, most = lacks.amax(0), lacks.quantile(0.995, 0)
     typical, weak = shows.median(0).values, shows.quantile(0.05, 0)
-    levels = torch.stack([lacks.quantile(q, 0) for q in QUANTILES])  # [Q, T], strictest first
-    enough = (shows.unsqueeze(0) > levels.unsqueeze(1)).float().mean(1) >= RECALL
-    first = torch.where(enough.any(0), enough.float().argmax(0), len(QUANTILES) - 1)
-    low = levels.gather(0, first.unsqueeze(0))[0]
-    low = torch.where(weak > levels[0], levels[0] + 0.15 * (weak - levels[0]), low)
+    overlap = torch.maximum(most, torch.minimum(top, 0.9 * typical))
+    low = torch.where(weak > top, top + 0.15 * (weak - top), overlap)
     high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
     return torch.where(shut, SHUT, low.clamp(min=1e-6)), torch.where(shut, 2 * SHUT, high.clamp(min=2e-6))
