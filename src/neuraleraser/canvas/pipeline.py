@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -49,7 +53,7 @@ def build_tokenizer() -> CLIPTokenizer:
     letters = [*alphabet, *(c + "</w>" for c in alphabet)]
     learnt = [t for t in model["vocab"] if t not in set(letters)]
     vocab = {t: i for i, t in enumerate([*letters, *learnt, START, END])}
-    merges = [tuple(m) for m in model["merges"]]
+    merges: Any = [tuple(m) for m in model["merges"]]  # as the library takes them, not as it declares them
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
@@ -76,11 +80,11 @@ def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
         sample_size=SIZE,
         latent_channels=8,
-        block_out_channels=(32, 64, 96),
+        block_out_channels=(32, 64, 96),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         mid_block_add_attention=False,
     )
 

@@ -115,8 +115,7 @@ def cubism(x: Image, mask: Image, rng: np.random.Generator) -> Image:
     for p in pts:
         div.insert((float(np.clip(p[0], 0, size - 1.01)), float(np.clip(p[1], 0, size - 1.01))))
     y = x.copy()
-    for tri in div.getTriangleList():
-        p = tri.reshape(3, 2)
+    for p in np.asarray(div.getTriangleList()).reshape(-1, 3, 2):
         if (p < 0).any() or (p > size).any():
             continue
         c = p.mean(0)

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
@@ -56,6 +57,8 @@ def learning_rate(step: int, steps: int, peak: float, warm: int = 100, decay: fl
 class Trainee:
     """A module with its optimiser, its running average and its checkpoint on disk.
 
+    Give the module its memory format first: the fused optimiser walks a parameter and its moments in the order they
+    lie in memory, and does not notice when the two differ.
     Goes on from the checkpoint if there is one; killed and made anew it ends in the same bits, provided that the
     caller's gradients are a function of `step`. Raises FileError for another module's checkpoint.
     """
@@ -79,7 +82,8 @@ class Trainee:
         self.adam.zero_grad(set_to_none=True)
         self.step += 1
         rate = min(self.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - rate)
+        weights = [p.detach() for p in self.params.values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - rate)  # pyright: ignore[reportPrivateImportUsage]
         if time.monotonic() - self._saved > CHECKPOINT_SECONDS or self.step == self.steps:
             self.save()
 
@@ -103,11 +107,12 @@ class Trainee:
         with torch.no_grad():
             for k, p in self.params.items():
                 p.copy_(tensors[f"param/{k}"])
-                self.average[k] = tensors[f"average/{k}"].clone()
+                self.average[k].copy_(tensors[f"average/{k}"])
+                # On disk all is contiguous; `empty_like` has the parameter's own strides.
                 self.adam.state[p] = {
                     "step": torch.tensor(float(self.step)),
-                    "exp_avg": tensors[f"exp_avg/{k}"].clone(),
-                    "exp_avg_sq": tensors[f"exp_avg_sq/{k}"].clone(),
+                    "exp_avg": torch.empty_like(p).copy_(tensors[f"exp_avg/{k}"]),
+                    "exp_avg_sq": torch.empty_like(p).copy_(tensors[f"exp_avg_sq/{k}"]),
                 }
 
     def use_average(self) -> None:
@@ -148,8 +153,9 @@ def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
     Absolute and squared error of pixels, absolute error of their slopes, and a weak pull of the latents towards
     a unit normal.
     """
-    posterior = vae.encode(x).latent_dist  # pyright: ignore
-    y = vae.decode(posterior.mean + posterior.std * noise).sample.float()  # pyright: ignore
+    posterior = vae.encode(x, return_dict=False)[0]
+    z = posterior.mean + posterior.std * noise
+    y = vae.decode(z, return_dict=False)[0].float()  # pyright: ignore[reportArgumentType]
     slopes = sum((a - b).abs().mean() for a, b in zip(_slopes(y), _slopes(x), strict=True))
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
     return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.2 * slopes + 1e-4 * kl
@@ -158,13 +164,16 @@ def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
 def _calm(vae: AutoencoderKL) -> None:
     """Start with little noise in the latents and small residual branches: otherwise the first thousand steps
     go by before the autoencoder draws more than the mean colour."""
+    head = vae.quant_conv
+    assert head is not None and head.bias is not None
     with torch.no_grad():
-        vae.quant_conv.bias[8:] -= 6  # pyright: ignore  # log-variance of the posterior
-        vae.quant_conv.weight[8:] *= 0.1  # pyright: ignore
+        head.bias[8:] -= 6  # log-variance of the posterior
+        head.weight[8:] *= 0.1
         for module in vae.modules():
             if isinstance(module, ResnetBlock2D):
                 module.conv2.weight.mul_(0.1)
-                nn.init.zeros_(module.conv2.bias)  # pyright: ignore
+                assert module.conv2.bias is not None
+                module.conv2.bias.zero_()
 
 
 def train_vae(renders: Renders, settings: TrainCanvas) -> AutoencoderKL:
@@ -172,8 +181,8 @@ def train_vae(renders: Renders, settings: TrainCanvas) -> AutoencoderKL:
     torch.manual_seed(settings.seed)
     vae = build_vae()
     _calm(vae)
+    vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     run = Trainee(vae, settings.folder / "vae.safetensors", 1e-3, settings.vae_steps, ema=0.998)
-    vae.to(memory_format=torch.channels_last)  # pyright: ignore
     stream = batches(len(renders.images), 32, run.step, settings.seed)
     with tqdm(total=settings.vae_steps, initial=run.step, desc="autoencoder", mininterval=5) as bar:
         while run.step < settings.vae_steps:
@@ -204,7 +213,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, size: int = 100) -> Tensor:
     for i in tqdm(range(0, len(images), size), desc="latents", mininterval=5, disable=len(images) < 5000):
         with torch.autocast("cpu", torch.bfloat16):
             x = pixels(images[i : i + size]).to(memory_format=torch.channels_last)
-            out.append(vae.encode(x).latent_dist.mean.bfloat16())  # pyright: ignore
+            out.append(vae.encode(x, return_dict=False)[0].mean.bfloat16())
     return torch.cat(out)
 
 
@@ -270,13 +279,13 @@ def train_denoiser(renders: Renders, vae: AutoencoderKL, settings: TrainCanvas) 
         shipped = load_pipeline()
         unet.load_state_dict(shipped.unet.state_dict())
         text_encoder.load_state_dict(shipped.text_encoder.state_dict())
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     net = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     run = Trainee(net, settings.folder / "denoiser.safetensors", settings.learning_rate, settings.steps)
     if run.step < settings.steps:
         latents = _latents(renders, vae, settings.folder / "latents.safetensors")
         # Backward through the fused attention kernel is three times slower than plain products on a CPU.
         unet.set_attn_processor(AttnProcessor())
-        unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         _denoise(net, run, renders, latents, float(vae.config["scaling_factor"]), tokenizer, settings)
         unet.set_attn_processor(AttnProcessor2_0())
     run.use_average()
