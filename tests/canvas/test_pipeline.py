@@ -17,6 +17,7 @@ from neuraleraser.canvas.pipeline import (
     MAX_TOKENS,
     SIZE,
     START,
+    WEIGHTS,
     WIDTH,
     assemble,
     build_scheduler,
@@ -100,6 +101,13 @@ def test_long_prompts_are_cut_to_the_models_length(tokenizer: CLIPTokenizer):
 
 def test_the_tokenizer_is_the_same_each_time(tokenizer: CLIPTokenizer):
     assert build_tokenizer().get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_words_make(tokenizer: CLIPTokenizer):
+    """A changed phrase moves the ids, and the shipped text encoder would read the wrong words."""
+    shipped = CLIPTokenizer.from_pretrained(WEIGHTS / "pipeline" / "tokenizer", local_files_only=True)
+    assert shipped.get_vocab() == tokenizer.get_vocab()
+    assert shipped(PHRASES)["input_ids"] == tokenizer(PHRASES)["input_ids"]
 
 
 def test_the_parts_are_stable_diffusions_exact_classes_in_its_block_order(pipe: StableDiffusionPipeline):
