@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import BUILDERS, stable_diffusion
 
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.models import image_to_image, open_pipeline, preset_sites, speaks_canvas
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
+from tiny import BUILDERS, stable_diffusion
 
 
 def test_a_saved_folder_opens_to_the_same_bits(tmp_path: Path):
@@ -27,7 +28,7 @@ def test_a_saved_folder_opens_to_the_same_bits(tmp_path: Path):
 
 def test_pickled_weights_are_refused(tmp_path: Path):
     stable_diffusion().save_pretrained(tmp_path / "model", safe_serialization=False)
-    with pytest.raises(FileError, match="could not be opened from that folder"):
+    with pytest.raises(FileError, match=r"could not be opened from that folder.*safetensors"):
         open_pipeline(str(tmp_path / "model"))
 
 
@@ -59,11 +60,8 @@ def test_image_to_image_shares_the_modules():
 
 
 def test_no_image_to_image_form():
-    class Other:
-        config: dict[str, object] = {}
-
     with pytest.raises(SettingsError, match="no image-to-image form"):
-        image_to_image(Other())
+        image_to_image(SimpleNamespace(config={}))
 
 
 def test_presets_name_only_sites_that_exist():

@@ -25,6 +25,7 @@ def open_pipeline(name: str, dtype: torch.dtype | None = None) -> Any:
     Only safetensors weights are read, and no code that comes with them is run. Raises FileError where there
     is no such pipeline, it is damaged, or the Hub does not answer.
     """
+    _quietly()
     if name == CANVAS:
         return load_pipeline(dtype=dtype or torch.bfloat16)
     folder = Path(name).expanduser()
@@ -40,8 +41,17 @@ def open_pipeline(name: str, dtype: torch.dtype | None = None) -> Any:
     return pipe
 
 
+def _quietly() -> None:
+    """No progress bars for loading, which takes a second."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _opened(name: str, source: str, dtype: torch.dtype | None, where: str, **settings: Any) -> Any:
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
         return DiffusionPipeline.from_pretrained(source, dtype=dtype or torch.float32, use_safetensors=True, **settings)
@@ -56,7 +66,7 @@ def image_to_image(pipe: Any) -> Any:
 
     Raises SettingsError where diffusers has none for this kind of pipeline.
     """
-    from diffusers import AutoPipelineForImage2Image
+    from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image
 
     try:
         made = AutoPipelineForImage2Image.from_pipe(pipe)

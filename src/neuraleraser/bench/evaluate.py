@@ -33,7 +33,7 @@ from neuraleraser.bench.panels import feature_panels, pairs_of, spread, versions
 from neuraleraser.bench.published import saeuron, unlearncanvas
 from neuraleraser.bench.report import ConceptSection, Number, Report
 from neuraleraser.bench.store import Store
-from neuraleraser.bench.verdicts import BASE, Verdict, Verdicts, concat
+from neuraleraser.bench.verdicts import BASE, Key, Verdict, Verdicts, concat
 from neuraleraser.canvas import words
 from neuraleraser.eraser import Eraser, attach
 from neuraleraser.errors import ConceptError, DataError, NeuralEraserError, SettingsError
@@ -47,13 +47,18 @@ METHOD = "eraser"
 class Judge(Protocol):
     """What `evaluate` asks of a judge: see `neuraleraser.judges.CanvasJudge`."""
 
-    styles: Sequence[str]
-    objects: Sequence[str]
-    style_threshold: float
-    object_thresholds: Any  # one a name of `objects`
-    artefact_threshold: float | None
-    figures: Mapping[str, Any]
-    """Accuracies on held-out renders, "style" and "object" among them."""
+    @property
+    def styles(self) -> Sequence[str]: ...
+    @property
+    def objects(self) -> Sequence[str]: ...
+    @property
+    def style_threshold(self) -> float: ...
+    @property
+    def object_thresholds(self) -> Any: ...  # one a name of `objects`
+    @property
+    def artefact_threshold(self) -> float | None: ...
+    @property
+    def figures(self) -> Mapping[str, Any]: ...  # accuracies on held-out renders, "style" and "object" among them
 
     def __call__(self, images: Images, /) -> Any:
         """uint8 [N, S, S, 3] -> p_style [N, styles], p_object [N, objects], artefact [N]."""
@@ -76,15 +81,7 @@ def evaluate(
     canvas, DataError where the base shows too little to compare with.
     """
     s = settings or EvaluateSettings()
-    if judge is None:
-        from neuraleraser.judges import CanvasJudge
-
-        if not speaks_canvas(pipe):
-            raise SettingsError(
-                f"this {type(pipe).__name__} is not a canvas, whose judge is the only one here: "
-                "pass model 'canvas', or a judge of your own"
-            )
-        judge = CanvasJudge.load("second")
+    judge = judge or _second_judge(pipe)
     _check(erasers, s, judge)
     styles, objects = s.styles or words.STYLES, s.objects or words.OBJECTS
     grid = base_cells(s.grid, styles=styles, objects=objects)
@@ -119,6 +116,17 @@ def evaluate(
     )
 
 
+def _second_judge(pipe: Any) -> Judge:
+    from neuraleraser.judges import CanvasJudge
+
+    if not speaks_canvas(pipe):
+        raise SettingsError(
+            f"this {type(pipe).__name__} is not a canvas, whose judge is the only one here: "
+            "pass model 'canvas', or a judge of your own"
+        )
+    return CanvasJudge.load("second")
+
+
 def thresholds(judge: Judge) -> dict[str, float]:
     """Class name to the probability above which the judge sees it."""
     objects = zip(judge.objects, judge.object_thresholds, strict=True)
@@ -143,7 +151,7 @@ def _check(erasers: Sequence[Eraser], s: EvaluateSettings, judge: Judge) -> None
             raise DataError(f"the eraser of {e.name!r} does not say how many seconds it took to make: make it again")
     if not s.sampling.pad:
         raise SettingsError(
-            "without padding an image's bits depend on its company, so twins cannot be told: leave pad on"
+            "without padding an image's bits depend on its company, so there are no twins: leave pad on"
         )
     if s.grid < 1 or s.timings < 1 or s.timed_images < 1:
         raise SettingsError(
@@ -331,7 +339,7 @@ def _section(
         "overhead_idle": idle,
     }
     shown = dict(zip(main.base.keys(), metrics.shows(main.base, main.kind, eraser.name, level), strict=True))
-    seen = [c for c in own if shown[(BASE, "", *c.key)]]
+    seen = [c for c in own if shown[Key(BASE, "", *c.key)]]
     return ConceptSection(
         name=eraser.name,
         kind=main.kind,

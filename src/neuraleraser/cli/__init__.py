@@ -16,6 +16,8 @@ __all__ = ["canvas", "erasing", "inside", "main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for what was foreseen, 130 for Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each start that torchvision is missing
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     job = app.cli(
         prog="neuraleraser",
         description="Take one concept out of a text-to-image diffusion model, and measure how well it stays out.",

@@ -23,7 +23,7 @@ def verb(group: SubcommandApp, name: str) -> Callable[[Callable[..., None]], Cal
         def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
             return functools.partial(function, *args, **kwargs)
 
-        group.command(later, name=name)
+        group.command(name=name)(later)
         return function
 
     return register

@@ -55,7 +55,7 @@ def added(out: Tensor, delta: Tensor) -> Tensor:
     # Kernels are chosen by strides, and another kernel gives other bits: keep the layout of the output.
     overlapping = any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True))
     if new.stride() != out.stride() and not overlapping:
-        new = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(new)
+        new = out.new_empty_strided(out.shape, out.stride()).copy_(new)
     return new
 
 

@@ -1,0 +1,271 @@
+"""The command line: quick help without torch, one sentence for what goes wrong, and the verbs on a tiny pipeline."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasers import GATE, open_eraser
+from neuraleraser import artifact
+from neuraleraser.canvas import pipeline as canvas
+from neuraleraser.cli import main
+from neuraleraser.cli.erasing import parse_eraser
+from neuraleraser.cli.inside import read_prompts
+from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.sae import SAE
+from tiny import stable_diffusion
+
+VERBS = ("demo", "erase", "generate", "evaluate", "sites", "collect", "train", "profile")
+CANVAS_VERBS = ("train", "render", "sheet", "judge", "dictionary")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    stable_diffusion().save_pretrained(folder, safe_serialization=True)
+    return str(folder)
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The canvas with random weights in place of the shipped one."""
+    words = canvas.build_tokenizer()
+    pipe = canvas.assemble(canvas.build_unet(), canvas.build_vae(), canvas.build_text_encoder(words), words)
+    monkeypatch.setattr("neuraleraser.models.load_pipeline", lambda *args, **kwargs: pipe)
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys, time\nfrom neuraleraser.cli import main\n"
+        "try: main(['erase', '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
+        "print(sorted({'torch', 'numpy', 'diffusers', 'PIL', 'pyarrow'} & sys.modules.keys()), time.process_time())"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *_, last = done.stdout.splitlines()
+    loaded, seconds = last.rsplit(" ", 1)
+    assert loaded == "[]"
+    assert float(seconds) < 0.6, f"{seconds} s of processor time, {time.monotonic() - started:.1f} s in all"
+
+
+@pytest.mark.parametrize("argv", [[v] for v in VERBS] + [["canvas", v] for v in CANVAS_VERBS])
+def test_every_option_of_every_verb_says_what_it_is(argv: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main([*argv, "--help"])
+    assert caught.value.code == 0
+    text = re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out)
+    options = re.split(r"\n\s+(?=--\w)", text)[1:]
+    assert options or argv == ["sites"]
+    for option in options:
+        # What remains once the flags, the type and the default are taken away is the sentence about it.
+        rest = re.sub(r"--[\w.-]+,?|\(default:.*?\)|\(required\)|[A-Z{}\[\]|.,]+|None", " ", option, flags=re.S)
+        assert len(rest.split()) >= 2, option
+
+
+@pytest.mark.parametrize("argv", [[], ["erays"], ["generate"], ["generate", "a", "--seed", "x"], ["demo", "--nope"]])
+def test_wrong_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run what is wrong: exit code 2, one line on stderr, returned."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("neuraleraser: "), error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "  "], "the prompt is empty"),
+        (["generate", "a cat", "--steps", "0"], "steps is 0"),
+        (["generate", "a cat", "--seed", "-1"], "seed -1"),
+        (["generate", "a cat", "--model", "/nowhere/x"], "there is no pipeline '/nowhere/x'"),
+        (["generate", "a cat", "--eraser", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["generate", "a cat", "--eraser", "x.safetensors:3"], "asks for strength 3: pass a strength from 0"),
+        (["generate", "a cat", "--eraser", "x.safetensors:nan"], "asks for strength nan"),
+        (["evaluate", "--erasers"], "no erasers to measure"),
+        (["evaluate", "--erasers", "a.safetensors"], "a.safetensors does not exist"),
+        (["collect", "--sites"], "0 sites"),
+        (["collect", "--sites", "unet:what"], "'unet:what' is no site"),
+        (["collect", "--sites", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
+        (["profile", "--sae", "no.safetensors"], "no concept was named"),
+        (["profile", "cat", "--sae", "no.safetensors"], "no.safetensors does not exist"),
+        (["canvas", "sheet", "--objects", "Unicorns"], "pass objects of Architectures"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(argv, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["erase", ""], "the concept is an empty phrase"),
+        (["erase", "a unicorn"], "no concept 'a unicorn'"),
+        (["erase", "Van Gog style"], "Did you mean Van_Gogh"),
+        (["erase", "missing.json"], "missing.json is no readable JSON"),
+        (["erase", "cat", "--dictionary", "nowhere"], "sae.safetensors does not exist"),
+        (["collect", "--sites", "unet.mid_block.attention.0"], "the nearest are"),
+    ],
+)
+def test_what_the_canvas_cannot_do_is_one_sentence(
+    argv: list[str],
+    message: str,
+    untrained: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(argv, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_dictionary(model: str, capsys: pytest.CaptureFixture[str]):
+    assert "no SAE ships for" in refused(["erase", "a cat", "--model", model], capsys)
+
+
+def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from dataclasses import replace
+
+    e = open_eraser()
+    gate = replace(e.gate, rows=e.gate.rows.repeat(1, 2))
+    replace(e, gate=gate).save(tmp_path / "wide.safetensors")
+    argv = ["generate", "a", "--model", model, "--eraser", str(tmp_path / "wide.safetensors"), "--steps", "1"]
+    assert "expects 64: use it with the pipeline it was made for" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.5", ("a.safetensors", 0.5)),
+        ("a.safetensors:0", ("a.safetensors", 0.0)),
+        ("dir:x/a.safetensors", ("dir:x/a.safetensors", 1.0)),
+        ("2", ("2", 1.0)),
+    ],
+)
+def test_an_eraser_with_its_strength(text: str, expected: tuple[str, float]):
+    assert parse_eraser(text) == (Path(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize("text", ["a:-1", "a:2.01", "a:inf", "a:1e9"])
+def test_a_strength_out_of_range(text: str):
+    with pytest.raises(SettingsError, match="pass a strength from 0"):
+        parse_eraser(text)
+
+
+def test_generate_with_and_without_erasers(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    open_eraser().save(tmp_path / "vg.safetensors")
+    open_eraser("Cats", "object", seed=1).save(tmp_path / "cat.safetensors")
+
+    def draw(*more: str) -> tuple[np.ndarray, str]:
+        out = tmp_path / "image.png"
+        assert main(["generate", "a cat", "--model", model, "--steps", "2", "--out", str(out), *more]) == 0
+        with Image.open(out) as image:
+            return np.asarray(image), capsys.readouterr().out
+
+    plain, text = draw()
+    assert plain.shape == (16, 16, 3) and "image.png: 'a cat', seed 0" in text
+    other, _ = draw("--seed", "1")
+    assert not np.array_equal(plain, other)
+    both = [str(tmp_path / "vg.safetensors"), str(tmp_path / "cat.safetensors")]
+    seen, text = draw("--eraser", *both, "--detect-only")
+    assert np.array_equal(seen, plain)
+    assert "Van_Gogh: would have acted at 2 of 2 steps" in text and "Cats: would have acted" in text
+    erased, text = draw("--eraser", *both)
+    assert not np.array_equal(erased, plain) and "Van_Gogh: acted at 2 of 2 steps (t = " in text
+    off, _ = draw("--eraser", *(f"{path}:0" for path in both))
+    assert np.array_equal(off, plain)
+
+
+def test_sites_lists_blocks_with_their_shapes(model: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["sites", model]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["site", "positions", "width", "blocks", "after", "it"]
+    assert rows[0].split()[:4] == ["unet.down_blocks.0.attentions.0", "64", "16", "6"]
+    assert any(row.startswith("unet.up_blocks.1.attentions.1") and row.endswith("known good") for row in rows)
+
+
+def test_from_prompts_to_an_sae_and_its_profile(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\n a dog \n")
+    assert read_prompts(prompts) == ["a cat", "a dog"]
+    kept, sae, out = (tmp_path / f"{name}.safetensors" for name in ("kept", "sae", "profile"))
+    drawn = ["--model", model, "--prompts", str(prompts), "--images", "3"]
+    argv = ["collect", "--sites", GATE.path, *drawn, "--per-image", "50", "--batch", "3", "--out", str(kept)]
+    assert main(argv) == 0
+    tensors, header = artifact.load(kept, "activations")
+    assert header["prompts"] == ["a cat", "a dog", "a cat"] and tensors[str(GATE)].shape[1] == 32
+    few = ["--features", "64", "--active", "4", "--steps", "6", "--batch", "32", "--out", str(sae)]
+    assert main(["train", GATE.path, "--activations", str(kept), *few]) == 0
+    assert SAE.load(sae).header["site"] == str(GATE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.safetensors", "prompts.txt", "sae.safetensors"]
+    assert main(["train", "unet.mid_block", "--activations", str(kept), *few]) == 2
+    assert "holds activations of" in capsys.readouterr().err
+    argv = ["profile", "Van Gogh style", "--sae", str(sae), "--model", model, "--images", "2", "--top", "3"]
+    assert main([*argv, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "SAeUron's share score" in text and len(text.splitlines()) == 1 + 4 + 2
+    assert artifact.load(out, "profile")[1]["names"] == ["Van Gogh style", "no Van Gogh style"]
+
+
+def test_prompts_that_are_none(tmp_path: Path):
+    path = tmp_path / "empty.txt"
+    path.write_text("\n \n")
+    with pytest.raises(FileError, match="holds no prompts"):
+        read_prompts(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FileError, match="cannot be read"):
+        read_prompts(path)
+
+
+def test_the_contact_sheet_of_the_canvas(tmp_path: Path):
+    assert main(["canvas", "sheet", "--objects", "Cats", "--size", "32", "--out", str(tmp_path / "s.png")]) == 0
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.height > 25 * 32
+
+
+@pytest.mark.parametrize(
+    ("argv", "home", "message"),
+    [
+        (["demo"], "neuraleraser.demo.demo", "--resume"),
+        (["sites"], "neuraleraser.models.open_pipeline", "Nothing half-written is left"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    argv: list[str], home: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(home, stop)
+    assert main(argv) == 130
+    assert message in capsys.readouterr().err
+
+
+def test_a_bug_is_not_hidden_as_a_wrong_option(monkeypatch: pytest.MonkeyPatch):
+    def bug(*args: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("neuraleraser.models.open_pipeline", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["sites"])

@@ -1,0 +1,98 @@
+"""The demo's own part: from phrases to files, anew or going on. (What it calls is tested where it lives.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from erasers import open_eraser
+from neuraleraser import demo as module
+from neuraleraser.bench.metrics import Measure
+from neuraleraser.bench.report import METRICS, ConceptSection, Pair, Report
+from neuraleraser.concepts import Concept
+from neuraleraser.demo import concept_of, demo
+from neuraleraser.errors import ConceptError
+from neuraleraser.settings import DemoSettings
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand-ins for the slow parts; returns the names that were fitted, as they are."""
+    names: list[str] = []
+
+    def fit(pipe: Any, concept: Concept, settings: Any, told: Callable[[str, float], None], *, known: Any) -> Any:
+        names.append(concept.name)
+        for i in range(4):
+            told("fitting", i / 3)
+        return open_eraser(concept.name, concept.kind, seed=len(names))
+
+    def evaluate(pipe: Any, erasers: Any, settings: Any, folder: Path) -> Report:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text("{}")
+        (folder / "seen").write_text((folder / "seen").read_text() + "again" if (folder / "seen").exists() else "once")
+        one = Measure(1.0, 20, 1.0, 1.0)
+        image = np.zeros((8, 8, 3), np.uint8)
+        sections = [
+            ConceptSection(
+                e.name,
+                e.header["kind"],
+                {**dict.fromkeys(METRICS, one), "make_seconds": 1.0, "bytes": 9.0, "overhead": 1.0},
+                pairs=[Pair("a cat", 1, image, image + 9)],
+            )
+            for e in erasers
+        ]
+        base = {"style_accuracy": one, "object_accuracy": one, "artefact_rate": one}
+        return Report(base, {"style_accuracy": 1.0, "object_accuracy": 1.0}, sections)
+
+    monkeypatch.setattr(module, "open_pipeline", lambda *args: object())
+    monkeypatch.setattr(module, "speaks_canvas", lambda pipe: True)
+    monkeypatch.setattr(module, "load_dictionary", lambda *args: None)
+    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    return names
+
+
+def test_five_concepts_from_phrases(fitted: list[str], tmp_path: Path):
+    said: list[str] = []
+    demo(DemoSettings(folder=tmp_path), said.append)
+    assert fitted == ["Van_Gogh", "Sponge_Dabbed", "Superstring", "On_Fire", "Cats"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["contact.png", "erasers", "report.html", "report.json", "run"]
+    text = "\n".join(said)
+    assert "unchanged" in text and str(tmp_path / "report.html") in text
+    assert f"'Fire' -> {tmp_path / 'erasers' / 'On_Fire.safetensors'}" in text
+
+
+def test_a_demo_starts_anew_unless_told_to_go_on(fitted: list[str], tmp_path: Path):
+    s = DemoSettings(folder=tmp_path, phrases=("cat",))
+    demo(s, lambda text: None)
+    assert fitted == ["Cats"]
+    said: list[str] = []
+    demo(replace(s, resume=True), said.append)
+    assert fitted == ["Cats"] and "is there already" in "\n".join(said)
+    assert (tmp_path / "run" / "seen").read_text() == "onceagain"
+    demo(s, lambda text: None)
+    assert fitted == ["Cats", "Cats"] and (tmp_path / "run" / "seen").read_text() == "once"
+
+
+def test_a_folder_that_is_not_the_demos_is_left_alone(fitted: list[str], tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    demo(DemoSettings(folder=tmp_path, phrases=("cat",)), lambda text: None)
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+
+
+def test_an_unknown_phrase_stops_the_demo_before_anything_is_made(fitted: list[str], tmp_path: Path):
+    with pytest.raises(ConceptError, match="no concept 'unicorn'"):
+        demo(DemoSettings(folder=tmp_path / "demo", phrases=("cat", "unicorn")), lambda text: None)
+    assert fitted == [] and not (tmp_path / "demo").exists()
+
+
+def test_phrases_on_other_pipelines_become_templates():
+    concept = concept_of(object(), "Van Gogh style")
+    assert concept.kind == "style" and len(concept.pairs) > 10
+    assert concept_of(object(), "Van Gogh style", "object").kind == "object"
