@@ -22,7 +22,7 @@ class TrainSettings:
     steps: int
     """Batches to train on; the learning rate falls to zero over the last fifth of them."""
     lr: float | None = None
-    """Adam's learning rate, for data scaled to E||x||^2 = d; None: 2e-4 * sqrt(2^14 / n), at most 2e-3."""
+    """Adam's learning rate, for data scaled to E||x||^2 = d; None: from n, d and steps (see `lr_at`)."""
     dead_after: int = 500_000
     """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it."""
     k_aux: int | None = None
@@ -52,12 +52,17 @@ class TrainSettings:
         if not 0 <= self.seed < 2**63:
             raise SettingsError(f"seed is {self.seed}: pass a whole number from 0 to 2^63 - 1")
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step 0 <= step < steps: constant, then linear to zero over the last fifth."""
+    def lr_at(self, step: int, d: int) -> float:
+        """The learning rate of step 0 <= step < steps for width d: constant, then to zero over the last fifth.
+
+        Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians a step.
+        The default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what
+        lets a row turn by 60 radians over the run, and by no more than 0.045 a step.
+        """
         lr = self.lr
         if lr is None:
-            # The 1/sqrt(n) law comes from large SAEs (Gao et al. 2024); the bound is for n < 164.
-            lr = min(2e-4 * math.sqrt(2**14 / self.n), 2e-3)
+            turn = min(0.045, 60 / self.steps) / math.sqrt(d)
+            lr = max(2e-4 * math.sqrt(2**14 / self.n), turn)
         return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
 
 

@@ -134,7 +134,7 @@ def _step(state: _State, x: Tensor, settings: TrainSettings) -> StepLog:
         norm = float(torch.nn.utils.clip_grad_norm_(w, 1.0))
         if not math.isfinite(norm):
             raise SettingsError(f"training diverged at step {state.step} (gradient {norm}): lower lr")
-        lr = settings.lr_at(state.step)
+        lr = settings.lr_at(state.step, x.shape[1])
         state.optimiser.param_groups[0]["lr"] = lr
         state.optimiser.step()
         w.W_dec.div_(w.W_dec.norm(dim=1, keepdim=True))
