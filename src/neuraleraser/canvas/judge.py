@@ -8,10 +8,10 @@ a picture lies from every kind of real render (`Artefact`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,100 +20,30 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neuraleraser import artifact
+from neuraleraser.canvas.distance import Artefact, Images, damaged, features, fit_artefact, round_half
+from neuraleraser.canvas.judge_nets import Which, build_judge
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import FileError
 
 if TYPE_CHECKING:
     from neuraleraser.canvas.data import Renders
 
-Which = Literal["first", "second"]
+Through = Callable[[Images], Images]
 SIZE = 64
+STEPS: dict[Which, int] = {"first": 2600, "second": 3600}
+"""Training steps of 64 renders; on one core about seven minutes each."""
 WEIGHTS = Path(__file__).parent / "weights"
-Images = NDArray[np.uint8]
-
-
-class Plain(nn.Module):
-    """`first`: convolutions and pooling, no skips; heads on the global maximum and mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 32, 64, 64, 128, 128)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3 if i else 5, 1 if i else 2, 1 if i else 2, bias=False)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
-        self.style = nn.Linear(2 * widths[-1], len(STYLES))
-        self.objects = nn.Linear(2 * widths[-1], len(OBJECTS))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """[B, 3, 64, 64] in -1..1 -> style logits [B, 25], object logits [B, 20], maps after each layer."""
-        maps = []
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = F.relu(norm(conv(x)))
-            maps.append(x)
-            if i in (0, 2):
-                x = F.max_pool2d(x, 2)
-        h = torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
-        return self.style(h), self.objects(h), maps
-
-
-class Block(nn.Module):
-    """Two 3 x 3 convolutions, each after norm and ReLU, and a skip (He et al. 2016, 'Identity mappings')."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride = 1 if inputs == outputs else 2
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.skip = nn.Conv2d(inputs, outputs, 1, bias=False) if self.stride == 2 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm1(x))
-        if self.skip is not None:
-            x = self.skip(F.avg_pool2d(h, 2))
-        return x + self.conv2(F.relu(self.norm2(self.conv1(h))))
-
-
-class ResNet(nn.Module):
-    """`second`: a small pre-activation ResNet, heads on the global average."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (24, 48, 48, 96, 96, 160)
-        self.stem = nn.Conv2d(3, widths[0], 3, 2, 1, bias=False)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.norm = nn.BatchNorm2d(widths[-1])
-        self.style = nn.Linear(widths[-1], len(STYLES))
-        self.objects = nn.Linear(widths[-1], len(OBJECTS))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """[B, 3, 64, 64] in -1..1 -> style logits [B, 25], object logits [B, 20], maps after each block."""
-        x = self.stem(x)
-        maps = [x]
-        for block in self.blocks:
-            x = block(x)
-            maps.append(x)
-        h = F.relu(self.norm(x)).mean((2, 3))
-        return self.style(h), self.objects(h), maps
-
-
-def build_judge(which: Which) -> Plain | ResNet:
-    """An untrained judge."""
-    return Plain() if which == "first" else ResNet()
 
 
 def pixels(images: Images) -> Tensor:
     """uint8 [B, 64, 64, 3] -> float32 [B, 3, 64, 64] in -1..1, channels last."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).div_(127.5).sub_(1)
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+def augment(x: Tensor, generator: torch.Generator, noise: float = 0.03) -> Tensor:
     """What an autoencoder may do to a picture [B, 3, S, S] without changing what it shows.
 
-    Shifts up to 3 px, blur of sigma 0-0.8 px, brightness and contrast by 5 %, noise of sigma 0-0.03 of 0..1.
+    Shifts up to 3 px, blur of sigma 0-0.8 px, brightness and contrast by 5 %, noise of sigma 0-`noise` of 0..1.
     """
     n, size = len(x), x.shape[-1]
 
@@ -133,7 +63,7 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
         a, b, c, d, e = (p.narrow(2 if rows else 3, k, size) for k in range(5))
         x = (c + near * (b + d) + far * (a + e)) / whole
     x = x * draw(0.95, 1.05) + draw(-0.1, 0.1)
-    return x + 2 * draw(0, 0.03) * torch.randn(x.shape, generator=generator)
+    return x + 2 * draw(0, noise) * torch.randn(x.shape, generator=generator)
 
 
 def presence(renders: Renders, index: NDArray[np.integer] | slice) -> Tensor:
@@ -154,7 +84,7 @@ def train_judge(
     which: Which,
     renders: Renders,
     checkpoint: Path,
-    steps: int = 6000,
+    steps: int | None = None,
     batch: int = 64,
     peak: float = 3e-3,
     seed: int = 0,
@@ -167,6 +97,7 @@ def train_judge(
     from neuraleraser.canvas.train import Trainee, batches
 
     torch.manual_seed(seed)
+    steps = STEPS[which] if steps is None else steps
     net = build_judge(which).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     run = Trainee(net, checkpoint, peak, steps, ema=0.998)
     loss_of = torch.compile(judge_loss) if compile else judge_loss
@@ -204,3 +135,233 @@ def settle(net: nn.Module, renders: Renders, seed: int) -> None:
     for i in range(0, min(len(renders.images), 4096), 128):
         net(augment(pixels(renders.images[i : i + 128]), generator))
     net.eval()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained and calibrated judge; `figures` tells how it did on renders that it never saw."""
+
+    which: Which
+    net: nn.Module
+    temperatures: tuple[float, float]
+    style_threshold: float
+    object_thresholds: tuple[float, ...]
+    artefact: Artefact | None
+    artefact_threshold: float | None
+    figures: dict[str, Any]
+
+    @torch.no_grad()
+    def __call__(self, images: Images, batch: int = 100) -> tuple[Tensor, Tensor, Tensor | None]:
+        """uint8 [N, 64, 64, 3] -> P(style) [N, 25], P(object) [N, 20], artefact distance [N] if it has one."""
+        styles, objects, apart = [torch.zeros(0, len(STYLES))], [torch.zeros(0, len(OBJECTS))], [torch.zeros(0)]
+        for i in range(0, len(images), batch):
+            x = pixels(images[i : i + batch])
+            style, present, maps = self.net(x)
+            styles.append((style / self.temperatures[0]).softmax(1))
+            objects.append((present / self.temperatures[1]).sigmoid())
+            if self.artefact:
+                apart.append(self.artefact(features(x, maps)))
+        return torch.cat(styles), torch.cat(objects), torch.cat(apart) if self.artefact else None
+
+
+@torch.no_grad()
+def _seen(
+    net: nn.Module, images: Images, seed: int | None = None, noise: float = 0.03
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Style logits, object logits and features of some renders, augmented if there is a seed."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    found = []
+    for i in range(0, len(images), 100):
+        x = pixels(images[i : i + 100])
+        x = x if seed is None else augment(x, generator, noise)
+        style, present, maps = net(x)
+        found.append((style, present, features(x, maps)))
+    style, present, f = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return style, present, f
+
+
+def best_threshold(p: Tensor, there: Tensor) -> float:
+    """The probability [N] that best tells where `there` [N] holds (largest F1), half way to its neighbour.
+
+    Kept within 0.2-0.8, since beyond it would rest on one picture or two.
+    """
+    p, order = p.double().sort(descending=True)
+    hits = there[order].double().cumsum(0)
+    best = int((2 * hits / (torch.arange(len(p)) + 1 + there.sum())).argmax())
+    middle = (p[best] + p[min(best + 1, len(p) - 1)]) / 2
+    return float(middle.clamp(0.2, 0.8))
+
+
+def _temperature(loss_of: Any) -> float:
+    """The temperature of least loss between 1/4 and 4 (Guo et al. 2017, arXiv 1706.04599)."""
+    grid = torch.logspace(-2, 2, 81, base=2).tolist()
+    return min(grid, key=lambda t: float(loss_of(t)))
+
+
+def fit_judge(
+    which: Which, net: nn.Module, train: Renders, held: Renders, through: Through | None = None, fit: int = 10_000
+) -> Judge:
+    """Make a trained net a judge: temperatures and thresholds from the even renders of `held`, figures from the odd.
+
+    The artefact distance is fitted to `fit` renders of `train` and all that are empty: slightly augmented, half
+    of them clean too, and a quarter as they come out of `through`, the autoencoder whose pictures will be judged.
+    """
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(round_half(p))
+    even = np.arange(0, len(held.images), 2)
+    # As the autoencoder shows them, or augmented: clean renders are judged with hardly an error, which leaves a
+    # temperature and a threshold nothing to go by.
+    shown, seed = (through(held.images[even]), None) if through else (held.images[even], 11)
+    style_logits, object_logits, _ = _seen(net, shown, seed)
+    style, there = torch.from_numpy(held.style[even].astype(np.int64)), presence(held, even)
+    t1 = _temperature(lambda t: F.cross_entropy(style_logits / t, style))
+    t2 = _temperature(lambda t: F.binary_cross_entropy_with_logits(object_logits / t, there))
+    p_style, p_object = (style_logits / t1).softmax(1), (object_logits / t2).sigmoid()
+    style_threshold = best_threshold(p_style.flatten(), F.one_hot(style, len(STYLES)).flatten())
+    object_thresholds = tuple(best_threshold(p_object[:, k], there[:, k]) for k in range(len(OBJECTS)))
+    artefact, threshold = None, None
+    if which == "second":
+        artefact = _fit_distance(net, train, through, fit)
+        threshold = float(artefact(_seen(net, held.images[even])[2]).quantile(0.99))
+    draft = Judge(which, net, (t1, t2), style_threshold, object_thresholds, artefact, threshold, {})
+    figures = validate(draft, held, np.arange(1, len(held.images), 2), through)
+    return Judge(**{**vars(draft), "figures": figures})
+
+
+def _fit_distance(net: nn.Module, train: Renders, through: Through | None, fit: int) -> Artefact:
+    empty = train.objects[:, 0] < 0
+    index = np.union1d(np.arange(min(fit, len(empty))), np.flatnonzero(empty))
+    some, few = index[::2], index[::4]
+    found = [_seen(net, train.images[index], seed=12, noise=0.01)[2], _seen(net, train.images[some])[2]]
+    if through:
+        found.append(_seen(net, through(train.images[few]))[2])
+    chosen = np.concatenate([index, some, few] if through else [index, some])
+    kind = 2 * train.style[chosen].astype(np.int64) + empty[chosen]
+    return fit_artefact(torch.cat(found), torch.from_numpy(kind))
+
+
+def validate(
+    judge: Judge, renders: Renders, index: NDArray[np.integer], through: Through | None = None
+) -> dict[str, Any]:
+    """Figures on some renders: accuracies (0..1) and, if it measures them, the share taken for artefacts.
+
+    An object is right where its probability is the largest and above its threshold; two, where both are above
+    theirs; none, where none is.
+    """
+    images = np.asarray(renders.images[index])
+    style, there = torch.from_numpy(renders.style[index].astype(np.int64)), presence(renders, index).bool()
+    figures: dict[str, Any] = {"renders": len(index)} | _accuracies(judge, images, style, there)
+    made = damaged(images)
+    if through:
+        made["autoencoded"] = through(images)
+        figures["autoencoded"] = _accuracies(judge, made["autoencoded"], style, there)
+    if judge.artefact:
+        figures["flagged"] = {name: flagged(judge, x) for name, x in made.items()}
+    return figures
+
+
+def _accuracies(judge: Judge, images: Images, style: Tensor, there: Tensor) -> dict[str, Any]:
+    p_style, p_object, _ = judge(images)
+    over = p_object > torch.tensor(judge.object_thresholds)
+    count, right = there.sum(1), p_style.argmax(1) == style
+    hit = (there & over).any(1) & there.gather(1, p_object.argmax(1, keepdim=True))[:, 0]
+
+    def share(x: Tensor) -> float | None:
+        return round(x.double().mean().item(), 5) if len(x) else None
+
+    return {
+        "style": share(right),
+        "object": share(hit[count == 1]),
+        "both_objects": share((over | ~there).all(1)[count == 2]),
+        "no_object": share(~over.any(1)[count == 0]),
+        "exact_objects": share((over == there).all(1)),
+        "by_style": {name: share(right[style == i]) for i, name in enumerate(STYLES)},
+        "object_by_style": {name: share(hit[(count == 1) & (style == i)]) for i, name in enumerate(STYLES)},
+        "by_object": {name: share(hit[(count == 1) & there[:, k]]) for k, name in enumerate(OBJECTS)},
+    }
+
+
+def flagged(judge: Judge, images: Images) -> float:
+    """The share of `images` farther from all that is real than 99 % of held-out renders; 0 without a distance."""
+    apart = judge(images)[2]
+    return round((apart > judge.artefact_threshold).double().mean().item(), 5) if apart is not None else 0.0
+
+
+def judge_path(which: Which) -> Path:
+    """Where the shipped judge lies."""
+    return WEIGHTS / f"judge-{which}.safetensors"
+
+
+def save_judge(judge: Judge, path: Path) -> None:
+    """Save in fp16 (the norms' running figures in fp32)."""
+    tensors = {
+        f"net/{k}": v if "running" in k else v.half()
+        for k, v in judge.net.state_dict().items()
+        if not k.endswith("num_batches_tracked")
+    }
+    if judge.artefact:
+        tensors |= {f"artefact/{k}": v.half() for k, v in vars(judge.artefact).items()}
+    kept = {k: v for k, v in vars(judge).items() if k not in ("net", "artefact")}
+    artifact.save(path, "judge", tensors, {**kept, "styles": STYLES, "objects": OBJECTS})
+
+
+def load_judge(path: Path) -> Judge:
+    """Open a judge's file. Raises FileError if it is damaged or knows other styles or objects than the canvas."""
+    tensors, header = artifact.load(path, "judge")
+    if header.get("styles") != [*STYLES] or header.get("objects") != [*OBJECTS]:
+        raise FileError(f"{path} judges other styles or objects than this canvas has: train the judge again")
+    parts: dict[str, dict[str, Tensor]] = {"net": {}, "artefact": {}}
+    try:
+        for name, x in tensors.items():
+            kind, key = name.split("/", 1)
+            parts[kind][key] = x.float()
+        if header["which"] not in STEPS:
+            raise ValueError(header["which"])
+        net = build_judge(header["which"])
+        net.load_state_dict(parts["net"] | {k: v for k, v in net.state_dict().items() if k.endswith("tracked")})
+        artefact = Artefact(**parts["artefact"]) if parts["artefact"] else None
+        net = net.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+        judge = Judge(
+            header["which"],
+            net,
+            (float(header["temperatures"][0]), float(header["temperatures"][1])),
+            float(header["style_threshold"]),
+            tuple(map(float, header["object_thresholds"])),
+            artefact,
+            None if artefact is None else float(header["artefact_threshold"]),
+            dict(header["figures"]),
+        )
+        if len(judge.object_thresholds) != len(OBJECTS):
+            raise ValueError(judge.object_thresholds)
+        judge(np.zeros((1, SIZE, SIZE, 3), np.uint8))  # shows whether its shapes fit together
+        return judge
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as e:
+        raise FileError(f"{path} is not a whole judge ({type(e).__name__}): train it again") from e
+
+
+def autoencoded(vae: Any) -> Through:
+    """Pictures as diffusers' autoencoder `vae` gives them back: uint8 [N, S, S, 3] -> the same."""
+
+    @torch.no_grad()
+    def through(images: Images) -> Images:
+        made = []
+        for i in range(0, len(images), 50):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = vae.decode(vae.encode(pixels(images[i : i + 50])).latent_dist.mean).sample
+            y = ((y.float() + 1) * 127.5 + 0.5).clamp(0, 255)
+            made.append(y.permute(0, 2, 3, 1).numpy().astype(np.uint8))
+        return np.concatenate(made)
+
+    return through
+
+
+def train_judges(train: Renders, held: Renders, folder: Path, out: Path = WEIGHTS) -> None:
+    """The whole recipe, for judges of the shipped pipeline's pictures: train on `train`, calibrate on half of
+    `held`, measure on the other, save into `out`. Goes on from checkpoints in `folder`."""
+    from neuraleraser.canvas.pipeline import load_pipeline
+
+    through = autoencoded(load_pipeline().vae)
+    for which in STEPS:
+        net = train_judge(which, train, folder / f"judge-{which}.safetensors")
+        save_judge(fit_judge(which, net, train, held, through), out / judge_path(which).name)
