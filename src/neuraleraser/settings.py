@@ -100,7 +100,7 @@ class DemoSettings:
     evaluate: EvaluateSettings = field(
         default_factory=lambda: EvaluateSettings(
             grid=1,
-            own=2,
+            own=1,
             two_objects=1,
             held_out=1,
             image_to_image=0,
