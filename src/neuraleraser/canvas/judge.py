@@ -285,7 +285,9 @@ def _accuracies(judge: Judge, images: Images, style: Tensor, there: Tensor) -> d
 def flagged(judge: Judge, images: Images) -> float:
     """The share of `images` farther from all that is real than 99 % of held-out renders; 0 without a distance."""
     apart = judge(images)[2]
-    return round((apart > judge.artefact_threshold).double().mean().item(), 5) if apart is not None else 0.0
+    if apart is None or judge.artefact_threshold is None:
+        return 0.0
+    return round((apart > judge.artefact_threshold).double().mean().item(), 5)
 
 
 def judge_path(which: Which) -> Path:
