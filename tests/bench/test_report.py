@@ -80,12 +80,17 @@ def test_report_json_has_the_promised_keys(tmp_path: Path):
     assert data["settings"] == {"steps": 25, "sites": ["a", "b"], "folder": "x", "fit": {"rank": 8}}
 
 
+def test_a_ratio_that_a_weak_base_leaves_empty_is_null() -> None:
+    data = report(section(metrics={"kept": None, "bystander": None})).to_dict()
+    assert data["concepts"][0]["kept"] is None and "kept" not in data["concepts"][0]["ci"]
+
+
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
         (report(section(metrics={"ua": float("nan")})), r"'Van_Gogh'\.ua is nan"),
         (report(section(metrics={"ua": Measure(0.5, 1, 0.1, float("inf"))})), "ci.ua"),
-        (report(section(metrics={"kept": None})), "has no kept"),
+        (report(section(metrics={"unchanged_share": None})), "has no unchanged_share"),
         (report(section(metrics={"bytes": None})), "has no bytes"),
         (report(section(kind="colour")), "kind 'colour'"),
         (report(section(), section()), "twice"),

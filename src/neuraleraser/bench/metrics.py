@@ -17,7 +17,7 @@ Every value is a ratio of two sums over images, with an interval: see `measure`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,16 +251,23 @@ def erasure(
     Beside the metrics stand two more artefact rates, of the concept's own cells and of their base twins: over
     all images, the many that an eraser leaves alone would hide damage to the few that it edits.
 
-    Raises:
-        DataError: as the metrics themselves do.
+    Where the base itself shows nothing to compare with (a weak base is right in none of a few cells), the metric
+    is None: one empty ratio must not cost the others.
     """
     own = own_cells(t.after, t.concept)
+
+    def possible(metric: Callable[..., Measure]) -> Measure | None:
+        try:
+            return metric(t, thresholds, seed=seed)
+        except DataError:
+            return None
+
     return {
-        "ua": ua(t, thresholds, seed=seed),
-        "ira": ira(t, thresholds, seed=seed),
-        "cra": cra(t, thresholds, seed=seed),
-        "kept": kept(t, thresholds, seed=seed),
-        "bystander": bystander(t, thresholds, seed=seed) if two_objects(t).any() else None,
+        "ua": possible(ua),
+        "ira": possible(ira),
+        "cra": possible(cra),
+        "kept": possible(kept),
+        "bystander": possible(bystander) if two_objects(t).any() else None,
         "artefact_rate": artefact_rate(t.after, artefact_threshold, seed=seed),
         "unchanged_share": unchanged_share(t, thresholds, seed=seed),
         "artefact_rate_own": artefact_rate(t.after.where(own), artefact_threshold, seed=seed),

@@ -77,7 +77,8 @@ class ConceptSection:
     """"style" or "object"."""
     metrics: Mapping[str, Number]
     """What `metrics.erasure` returns, with make_seconds, bytes and overhead (ratio to plain sampling) added.
-    Further entries are passed on to report.json. Of these named, only `bystander` may be None."""
+    Further entries are passed on to report.json. None stands for what does not apply, or has
+    no base to compare with."""
     pairs: Sequence[Pair] = ()
     """Images of the concept."""
     features: Sequence[FeaturePanel] = ()
@@ -202,9 +203,11 @@ def _concept(section: ConceptSection) -> dict[str, Any]:
     where = f"concept {section.name!r}"
     if section.kind not in ("style", "object"):
         raise DataError(f"{where} has the kind {section.kind!r}; expected 'style' or 'object'.")
-    required = tuple(name for name in METRICS + COSTS if name != "bystander")
-    figures = _figures({"bystander": None, **section.metrics}, required, where)
-    count = section.metrics["ua"]
+    # Ratios to the base, which a weak base leaves empty.
+    ratios = ("ua", "ira", "cra", "kept", "bystander")
+    required = tuple(name for name in METRICS + COSTS if name not in ratios)
+    figures = _figures({**dict.fromkeys(ratios), **section.metrics}, required, where)
+    count = section.metrics.get("ua")
     shares = [
         {"label": label, **_figures({"share": share}, ("share",), f"{where}, became {label!r}")}
         for label, share in section.became
