@@ -28,9 +28,7 @@ one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture
 def tensors(draw: st.DrawFn) -> Tensor:
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
     seed = draw(st.integers(0, 2**31))
-    x = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 50).to(
-        draw(st.sampled_from(DTYPES))
-    )
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 50).to(draw(st.sampled_from(DTYPES)))
     strided = draw(st.sampled_from(["as it is", "transposed", "expanded", "a parameter"]))
     if strided == "transposed" and x.ndim > 1:
         return x.transpose(0, 1)
@@ -167,9 +165,7 @@ def test_nan_and_infinity_are_not_written(tmp_path: Path, bad: float, dtype: tor
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_nan_and_infinity_are_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, dtype: torch.dtype
-):
+def test_nan_and_infinity_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, dtype: torch.dtype):
     with monkeypatch.context() as careless:
         careless.setattr(artifact, "_finite", lambda x: True)
         artifact.save(tmp_path / "a", "eraser", {"x": torch.tensor([0.0, bad, 1.0]).to(dtype)}, {})

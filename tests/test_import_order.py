@@ -44,9 +44,9 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[int
                 start = home[: len(home) - level + 1] if level else []
                 base = ".".join([*start, *([module] if module else [])])
                 targets = [(base, alias.name) for alias in aliases]
-            case ast.Call(func=func, args=[ast.Constant(value=str(target)), *_]) if ast.unparse(func).split(
-                "."
-            )[-1] in {"import_module", "__import__"}:
+            case ast.Call(func=func, args=[ast.Constant(value=str(target)), *_]) if ast.unparse(func).split(".")[
+                -1
+            ] in {"import_module", "__import__"}:
                 targets = [(target, None)]
             case _:
                 continue

@@ -66,9 +66,7 @@ def stable_diffusion(seed: int = 0) -> StableDiffusionPipeline:
     torch.manual_seed(seed)
     words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
     words += [letter + "</w>" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=WORDS
-    )
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=WORDS)
     encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words),

@@ -43,9 +43,7 @@ _DTYPES = {
 _AGAIN = "fetch or make it again"
 
 
-def save(
-    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
-) -> None:
+def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write `tensors` (up to 8 dimensions, any device, every number finite) and `header` (JSON) to `path`.
 
     Written aside and renamed, so `path` holds the old file or the new one, never half of one. Folders on the
@@ -141,9 +139,7 @@ def _read_header(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str
     if not (version.isascii() and version.isdigit() and len(version) < 10):
         raise FileError(f"{path} has format version {_short(version)}, which is not a number: {_AGAIN}")
     if int(version) > VERSION:
-        raise FileError(
-            f"{path} has format version {version}, this neuraleraser reads up to {VERSION}: upgrade it"
-        )
+        raise FileError(f"{path} has format version {version}, this neuraleraser reads up to {VERSION}: upgrade it")
     try:
         header = json.loads(metadata["header"], parse_float=_number, parse_constant=_number)
     except (ValueError, RecursionError) as e:

@@ -14,9 +14,7 @@ from neuraleraser.sites.hooks import Call, Edit, State, Tap, forward_arguments
 from neuraleraser.sites.place import DENOISERS, Site, check_stream, resolve, unwrap
 
 
-def record(
-    pipe: Any, sites: Iterable[Site], on: Callable[[Site, Tensor, Call], None]
-) -> AbstractContextManager[None]:
+def record(pipe: Any, sites: Iterable[Site], on: Callable[[Site, Tensor, Call], None]) -> AbstractContextManager[None]:
     """Context manager: calls `on(site, x, call)` with x [B, positions, d] at each pass through each site.
 
     x is a view of the model's own tensor where its layout allows, in the model's dtype, with its gradient:
@@ -86,9 +84,7 @@ class _Root:
 def _plan(pipe: Any, edits: Mapping[Site, Edit]) -> list[_Root]:
     for site in edits:
         if not isinstance(site, Site):
-            raise SiteError(
-                f"{site!r} is a {type(site).__name__}, expected a Site; Site.parse(text) makes one."
-            )
+            raise SiteError(f"{site!r} is a {type(site).__name__}, expected a Site; Site.parse(text) makes one.")
     roots: dict[str, _Root] = {}
     found: dict[nn.Module, list[tuple[Site, Edit]]] = {}
     for site in sorted(edits):  # an order that does not depend on the caller's

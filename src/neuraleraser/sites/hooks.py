@@ -224,7 +224,5 @@ def _rows(timestep: Tensor | None, x: Tensor, site: Site) -> Tensor:
     if timestep is None:
         return torch.zeros(rows, device=x.device)
     if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, rows)):
-        raise NotApplied(
-            f"{site}: the timesteps have shape {list(timestep.shape)}, expected one or {rows}, one a row."
-        )
+        raise NotApplied(f"{site}: the timesteps have shape {list(timestep.shape)}, expected one or {rows}, one a row.")
     return timestep.to(x.device).expand(rows)

@@ -41,9 +41,7 @@ class Site:
                 f"a tap is one of {_TAPS}, a stream one of {_STREAMS}."
             )
         if ":" in self.path or not all(self.path.split(".")):
-            raise SiteError(
-                f"{self.path!r} is no module path; one looks like 'unet.up_blocks.1.attentions.0'."
-            )
+            raise SiteError(f"{self.path!r} is no module path; one looks like 'unet.up_blocks.1.attentions.0'.")
 
     def __str__(self) -> str:
         return f"{self.path}:{self.tap}:{self.stream}"
@@ -110,9 +108,7 @@ def check_stream(site: Site, module: nn.Module) -> None:
     if site.stream == "text":
         kind = type(module).__name__
         if not is_text_first(module):
-            raise SiteError(
-                f"{site}: {kind} has one stream; use stream 'image' ({Site(site.path, site.tap)})."
-            )
+            raise SiteError(f"{site}: {kind} has one stream; use stream 'image' ({Site(site.path, site.tap)}).")
         if getattr(module, "context_pre_only", False):
             raise SiteError(f"{site}: this is the last {kind}, which returns no text; use an earlier one.")
 
@@ -138,6 +134,4 @@ def _denoiser_name(pipe: Any) -> str:
     for name in DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
-    raise SiteError(
-        f"{type(pipe).__name__} has neither a unet nor a transformer, only {', '.join(pipe.components)}."
-    )
+    raise SiteError(f"{type(pipe).__name__} has neither a unet nor a transformer, only {', '.join(pipe.components)}.")
