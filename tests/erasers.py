@@ -19,17 +19,24 @@ EDIT = Site("unet.up_blocks.1.attentions.0")  # 16 wide
 WIDTHS = {GATE: 32, EDIT: 16}
 
 
-def open_eraser(name: str = "Van_Gogh", kind: str = "style", seed: int = 0, bins: int = 2) -> Eraser:
-    """Random features and a random correction; its gate opens for every image."""
+def open_eraser(
+    name: str = "Van_Gogh",
+    kind: str = "style",
+    seed: int = 0,
+    bins: int = 2,
+    gate: tuple[Site, int] = (GATE, WIDTHS[GATE]),
+    edit: tuple[Site, int] = (EDIT, WIDTHS[EDIT]),
+) -> Eraser:
+    """Random features and a random correction at sites with their widths; its gate opens for every image."""
     g = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
-    gate = Gate(
-        site=GATE,
+    looks = Gate(
+        site=gate[0],
         features=torch.arange(4) + 10 * seed,
-        rows=random(4, WIDTHS[GATE]),
+        rows=random(4, gate[1]),
         bias=torch.zeros(4),
         threshold=torch.zeros(4),
         weight=torch.ones(4),
@@ -39,9 +46,9 @@ def open_eraser(name: str = "Van_Gogh", kind: str = "style", seed: int = 0, bins
         high=torch.full((bins,), 1e-3),
     )
     tensors = {
-        "down": random(bins, WIDTHS[EDIT], 2),
-        "up": random(bins, 2, WIDTHS[EDIT]),
-        "bias_out": random(bins, WIDTHS[EDIT]),
+        "down": random(bins, edit[1], 2),
+        "up": random(bins, 2, edit[1]),
+        "bias_out": random(bins, edit[1]),
     }
     header = {
         "concept": name,
@@ -50,7 +57,7 @@ def open_eraser(name: str = "Van_Gogh", kind: str = "style", seed: int = 0, bins
         "prompts": ["made with this"],
         "seconds": 12.5,
     }
-    return Eraser(gate, (Correction(EDIT, "learnt", gate.times, tensors),), header)
+    return Eraser(looks, (Correction(edit[0], "learnt", looks.times, tensors),), header)
 
 
 def half_open(eraser: Eraser, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], s: Sampling) -> Eraser:

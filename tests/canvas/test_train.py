@@ -290,7 +290,7 @@ def test_a_finished_run_is_on_disk_and_not_run_again(tmp_path: Path):
     assert new(path).step == 12
     tensors, header = artifact.load(path, "checkpoint")
     assert header["step"] == 12
-    assert {k.split("/")[0] for k in tensors} == {"param", "average", "exp_avg", "exp_avg_sq"}
+    assert {k.split("/")[0] for k in tensors} == {"param", "average", "momentum", "exp_avg", "exp_avg_sq"}
 
 
 def test_checkpoints_come_with_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

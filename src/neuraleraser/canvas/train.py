@@ -29,6 +29,7 @@ from transformers import CLIPTokenizer
 
 from neuraleraser import artifact
 from neuraleraser.canvas.data import Renders, render_set
+from neuraleraser.canvas.muon import Muon
 from neuraleraser.canvas.pipeline import (
     MAX_TOKENS,
     WEIGHTS,
@@ -45,7 +46,6 @@ from neuraleraser.canvas.words import caption
 from neuraleraser.errors import DataError, FileError, SettingsError
 
 CHECKPOINT_SECONDS = 60.0
-_GROUPS = ("param", "average", "exp_avg", "exp_avg_sq")  # of tensors in a checkpoint
 
 
 def learning_rate(step: int, steps: int, peak: float, warm: int = 100, decay: float = 0.3) -> float:
@@ -63,11 +63,15 @@ class Trainee:
     caller's gradients are a function of `step`. Raises FileError for another module's checkpoint.
     """
 
-    def __init__(self, module: nn.Module, path: Path, peak: float, steps: int, ema: float = 0.9995) -> None:
+    def __init__(self, module: nn.Module, path: Path, peak: float, steps: int, ema: float = 0.999) -> None:
         self.module, self.path, self.peak, self.steps, self.ema = module, path, peak, steps, ema
         self.params = dict(module.named_parameters())
         self.average = {k: p.detach().clone() for k, p in self.params.items()}
-        self.adam = torch.optim.AdamW(self.params.values(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        inner = {k: p for k, p in self.params.items() if _is_inner(k, p)}
+        outer = [p for k, p in self.params.items() if k not in inner]
+        self.muon = Muon(list(inner.values()))
+        self.momentum = dict(zip(inner, self.muon.momentum, strict=True))
+        self.adam = torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.step = 0
         self._saved = time.monotonic()
         if path.exists():
@@ -76,10 +80,12 @@ class Trainee:
     def update(self) -> None:
         """One optimiser step from the gradients at hand; checkpoints when a minute has passed."""
         torch.nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        lr = learning_rate(self.step, self.steps, self.peak)
         for group in self.adam.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.peak)
+            group["lr"] = lr
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.muon.step(lr)
+        self.module.zero_grad(set_to_none=True)
         self.step += 1
         rate = min(self.ema, (1 + self.step) / (10 + self.step))
         weights = [p.detach() for p in self.params.values()]
@@ -88,19 +94,25 @@ class Trainee:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint now: `param/`, `average/`, `exp_avg/` and `exp_avg_sq/` of each parameter."""
+        """Write the checkpoint now: `param/` and `average/` of each parameter, and its `momentum/`, or `exp_avg/`
+        and `exp_avg_sq/`."""
         tensors = {f"param/{k}": p.detach() for k, p in self.params.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
+        tensors |= {f"momentum/{k}": v for k, v in self.momentum.items()}
         for k, p in self.params.items():
-            state = self.adam.state[p]
-            tensors |= {f"{name}/{k}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+            if k not in self.momentum:
+                tensors |= {f"{name}/{k}": self.adam.state[p][name] for name in ("exp_avg", "exp_avg_sq")}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         artifact.save(self.path, "checkpoint", tensors, {"step": self.step})
         self._saved = time.monotonic()
 
     def _load(self) -> None:
         tensors, header = artifact.load(self.path, "checkpoint")
-        expected = {f"{group}/{k}": p.shape for group in _GROUPS for k, p in self.params.items()}
+        expected = {
+            f"{group}/{k}": p.shape
+            for k, p in self.params.items()
+            for group in ("param", "average", *(["momentum"] if k in self.momentum else ["exp_avg", "exp_avg_sq"]))
+        }
         if {k: x.shape for k, x in tensors.items()} != expected or not isinstance(header.get("step"), int):
             raise FileError(f"{self.path} is a checkpoint of another module: delete it, or train in another folder")
         self.step = header["step"]
@@ -108,6 +120,9 @@ class Trainee:
             for k, p in self.params.items():
                 p.copy_(tensors[f"param/{k}"])
                 self.average[k].copy_(tensors[f"average/{k}"])
+                if k in self.momentum:
+                    self.momentum[k].copy_(tensors[f"momentum/{k}"])
+                    continue
                 # On disk all is contiguous; `empty_like` has the parameter's own strides.
                 self.adam.state[p] = {
                     "step": torch.tensor(float(self.step)),
@@ -120,6 +135,11 @@ class Trainee:
         with torch.no_grad():
             for k, p in self.params.items():
                 p.copy_(self.average[k])
+
+
+def _is_inner(name: str, p: Tensor) -> bool:
+    """Whether a weight maps features to features, and so is Muon's; ends, embeddings, norms and biases are Adam's."""
+    return p.ndim >= 2 and not any(word in name for word in ("conv_in", "conv_out", "embeddings.", "quant_conv"))
 
 
 def pixels(images: np.ndarray) -> Tensor:

@@ -15,14 +15,20 @@ from neuraleraser import artifact
 from neuraleraser.activations import bank
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import WEIGHTS
-from neuraleraser.errors import FileError
+from neuraleraser.errors import DataError, FileError
 from neuraleraser.fit.states import SHARES, pooled_features
 from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 
-KEPT = 64
-"""Features of a row that are kept on disk; the weaker ones are zero to any gate that could be made of them."""
+KEPT = 96
+"""Features of a row that are kept on disk; weaker ones are zero to any gate. Few rows have more that fire."""
+MAX_FEATURES = 2**15
+"""Features that the background's 16-bit numbers can tell apart."""
+UNCONDITIONAL_SHARE = 5
+"""One in so many images gives its unconditional rows, too."""
+EVERY = 2
+"""Of the sampler's timesteps the background keeps one in two: neighbours say nearly the same."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class Dictionary:
     """An SAE at the gate's site, the sites to edit with their widths, and how the SAE's features fire on prompts
     of everything else.
 
-    pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending; objects and styles [M]
-    name what each row's prompt shows ("Cats+Trees" for two objects, "" for none).
+    pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending, a subset of the
+    sampler's; objects and styles [M] name what each row's prompt shows ("Cats+Trees" for two objects, "" for none).
     """
 
     sae: SAE
@@ -43,10 +49,15 @@ class Dictionary:
     styles: Sequence[str]
 
     def save(self, folder: Path) -> None:
-        """Write `sae.safetensors` and `background.safetensors` (the strongest features of each row, in 8 bits)."""
+        """Write `sae.safetensors` and `background.safetensors` (the strongest features of each row, in 8 bits).
+
+        Raises DataError for more features than 16 bits can number.
+        """
+        if self.pooled.shape[-1] > MAX_FEATURES:
+            raise DataError(f"{self.pooled.shape[-1]} features: a background holds at most {MAX_FEATURES}")
         self.sae.save(folder / "sae.safetensors", {"site": str(self.site)})
         values, index = self.pooled.float().topk(min(KEPT, self.pooled.shape[-1]), -1)
-        scale = values.amax() / 255
+        scale = values.amax().clamp(min=1e-12) / 255
         # Square roots: small activations keep their precision.
         coded = (values / (255 * scale)).sqrt().mul(255).round().to(torch.uint8)
         artifact.save(
@@ -74,7 +85,10 @@ class Dictionary:
         tensors, header = artifact.load(folder / "background.safetensors", "background")
         try:
             values = (tensors["values"].float() / 255).square() * (255 * tensors["scale"])
-            pooled = torch.zeros(*values.shape[:-1], int(header["n"]), dtype=torch.float16)
+            n = int(header["n"])
+            if n != sae.n:
+                raise ValueError(f"field n is {n}, the SAE has {sae.n} features")
+            pooled = torch.zeros(*values.shape[:-1], n, dtype=torch.float16)
             pooled.scatter_(-1, tensors["index"].long(), values.half())
             edits = {Site.parse(k): int(v) for k, v in header["edits"].items()}
             site = Site.parse(header["site"])
@@ -84,7 +98,7 @@ class Dictionary:
 
 
 CANVAS = WEIGHTS / "dictionary"
-CANVAS_GATE = Site("unet.down_blocks.1.attentions.0")
+CANVAS_GATE = Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2")
 CANVAS_EDITS = {
     Site("unet.mid_block.attentions.0"): 256,
     Site("unet.up_blocks.1.attentions.0"): 128,
@@ -101,14 +115,13 @@ def load_dictionary(folder: Path = CANVAS) -> Dictionary:
 
 
 def make_canvas_dictionary(
-    pipe: Any, folder: Path = CANVAS, images: int = 300, n: int = 2048, k: int = 16
+    pipe: Any, folder: Path = CANVAS, images: int = 500, n: int = 512, k: int = 12
 ) -> Dictionary:
     """Train the canvas's SAE from its own images and draw the background; minutes on two cores."""
     sampling = Sampling(batch=40)
-    background = canvas_background(images, 1)
-    vectors = bank(pipe, [p for p, _, _ in background], range(500, 500 + images), [CANVAS_GATE], 1600, sampling)
-    x = vectors[CANVAS_GATE]
-    sae = train(pool_batches(x, 4096), TrainSettings(n=n, k=12, steps=1500))
+    prompts = [p for p, _, _ in canvas_background(200, 1)]
+    x = bank(pipe, prompts, range(300, 300 + len(prompts)), [CANVAS_GATE], 1600, sampling)[CANVAS_GATE]
+    sae = train(pool_batches(x, 4096), TrainSettings(n=n, k=k, steps=1500))
     sae.header["measures"] = measure(sae, x[:50_000])
     known = make_dictionary(pipe, sae, CANVAS_GATE, CANVAS_EDITS, canvas_background(images, 2), sampling, 500)
     known.save(folder)
@@ -140,8 +153,12 @@ def make_dictionary(
     """Draw the background prompts (selection seeds from `seed` on) and keep how the SAE's features fire."""
     prompts = [p for p, _, _ in background]
     pooled, _ = pooled_features(pipe, sae, site, prompts, [seed + i for i in range(len(prompts))], sampling)
-    n, t, b, q, f = pooled.values.shape
-    assert q == len(SHARES)
-    values = pooled.values.movedim(2, 1).reshape(n * b, t, q, f)
-    rows = [(o, s) for _, o, s in background for _ in range(b)]
-    return Dictionary(sae, site, edits, values, pooled.times, [o for o, _ in rows], [s for _, s in rows])
+    kept = torch.arange(0, len(pooled.times), EVERY)
+    values = pooled.values[:, kept]
+    # Unconditional rows have no text to tell them apart: a few are enough.
+    rows = [values[:, :, -1]] + [values[::UNCONDITIONAL_SHARE, :, b] for b in range(values.shape[2] - 1)]
+    shown = [background, *[background[::UNCONDITIONAL_SHARE]] * (len(rows) - 1)]
+    labels = [(o, s) for part in shown for _, o, s in part]
+    return Dictionary(
+        sae, site, edits, torch.cat(rows), pooled.times[kept], [o for o, _ in labels], [s for _, s in labels]
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Eraser, nearest
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.edits import learnt
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
@@ -53,9 +53,10 @@ def fit(
     shown, pooled_shown = recorded(pipe, [p.shows for p in pairs], seeds, sampling, known.sae, known.site)
     say("choosing features", 0.2)
     crossed, pooled_crossed = _cross(pipe, plain, shown, known)
-    shows = torch.cat([conditional(pooled_shown), pooled_crossed])
+    at = nearest(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
+    shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
     lacks, labels = _others(known, concept)
-    own = _rows(pooled_plain.values)
+    own = _rows(pooled_plain.values)[:, at]
     lacks = torch.cat([lacks, own])
     labels = [*labels, *["matched"] * len(own)]
     detector = choose(shows, lacks, labels)
@@ -83,12 +84,12 @@ def fit(
         on_step=on_step,
     )
     low, high = bounds(_evidence(shows, detector), _evidence(lacks, detector))
-    gate = build(known.sae, known.site, detector, pooled_shown.times, low, high)
+    gate = build(known.sae, known.site, detector, known.times, low, high)
     say("done", 1.0)
     header = {
         "concept": concept.name,
         "kind": concept.kind,
-        "time_scale": "UNet 0-999",
+        "time_scale": "0-1" if float(known.times.max()) <= 1 else "0-999",
         "prompts": [p.shows for p in pairs],
         "seeds": [seeds[0], seeds[-1]],
         "settings": asdict(s),

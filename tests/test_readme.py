@@ -1,0 +1,68 @@
+"""The README's code runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from erasers import open_eraser
+from neuraleraser import cli
+from neuraleraser.eraser import Eraser
+from neuraleraser.fit import load_dictionary
+from neuraleraser.sites import Site
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """What follows `neuraleraser` on the README's command lines, comments aside."""
+    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+    return [words[1:] for words in lines if words and words[0] == "neuraleraser"]
+
+
+def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks("python")
+    make_eraser().save(tmp_path / "van-gogh.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    images = names["images"]
+    assert getattr(images, "shape", None) == (1, 64, 64, 3)
+    # One image, in which the eraser acted at all of the 25 steps.
+    assert capsys.readouterr().out.startswith("{0: {'Van_Gogh': [")
+
+
+def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_eraser().save(tmp_path / "van-gogh.safetensors")
+    drawn = [words for words in commands() if words[0] == "generate"]
+    assert len(drawn) == 2
+    for words in drawn:
+        assert cli.main(words) == 0
+    before, after = (Image.open(tmp_path / name).tobytes() for name in ("before.png", "after.png"))
+    assert before != after
+
+
+@pytest.mark.slow
+def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in commands():
+        if words == ["--help"]:
+            continue
+        assert cli.main(words) == 0, words
+    assert (tmp_path / "runs" / "van-gogh" / "report.html").exists()
+
+
+def make_eraser() -> Eraser:
+    """For the canvas: always open, with a random correction."""
+    known = load_dictionary()
+    site, width = Site("unet.mid_block.attentions.0"), known.edits[Site("unet.mid_block.attentions.0")]
+    return open_eraser(gate=(known.site, known.sae.d), edit=(site, width))
