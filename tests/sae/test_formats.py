@@ -87,7 +87,7 @@ def as_openai(w: dict[str, Tensor]) -> dict[str, Any]:
         "latent_bias": w["b_enc"],
         "decoder.weight": w["W_dec"].T.contiguous(),
         "pre_bias": w["b_dec"],
-        "stats_last_nonzero": torch.zeros(N, dtype=torch.long),
+        "stats_last_nonzero": torch.zeros(len(w["b_enc"]), dtype=torch.long),
     }
 
 
@@ -151,6 +151,16 @@ def test_saelens_checkpoint_of_batchtopk_with_what_is_not_folded_yet(tmp_path, h
     torch.testing.assert_close(got(x), back, atol=2e-5, rtol=1e-5)
 
 
+def test_saelens_older_names(tmp_path):
+    w, x = weights(), batch()
+    tensors = as_saelens(w, "b_enc") | {"log_threshold": w["threshold"].log()}
+    new = read(saelens(tmp_path / "new", as_saelens(w, "b_enc", "threshold"), architecture="jumprelu"))
+    old = read(saelens(tmp_path / "old", tensors, architecture="jumprelu", normalize_activations=False))
+    torch.testing.assert_close(old(x), new(x), atol=1e-5, rtol=1e-5)
+    saelens(tmp_path / "5", as_saelens(w, "b_enc"), activation_fn_str="topk", activation_fn_kwargs={"k": K})
+    assert read(tmp_path / "5", calibrate=x).header["k"] == K
+
+
 def test_saelens_statistics_that_are_missing_are_asked_for(tmp_path):
     saelens(tmp_path, as_saelens(weights(), "b_enc"), normalize_activations="expected_average_only_in")
     with pytest.raises(FileError, match=r"activation_scaler\.json lacks"):
@@ -182,9 +192,8 @@ def test_topk_where_features_are_well_apart_becomes_equal(tmp_path, format):
         state = as_linear(w) | {"b_dec": w["b_dec"], "k": torch.tensor(2), "threshold": torch.tensor(-1.0)}
         put(tmp_path, {"trainer": {"dict_class": "BatchTopKSAE", "k": 2}}, "ae.pt", state)
     elif format == "sdxl-unbox":
-        state = {key: v for key, v in as_openai(w).items() if key != "stats_last_nonzero"}
-        put(tmp_path, {"n_dirs_local": D, "d_model": D, "k": 2, "auxk": 1, "dead_steps_threshold": 9},
-            "state_dict.pth", {"state_dict": state})  # fmt: skip
+        config = {"n_dirs_local": D, "d_model": D, "k": 2, "auxk": 1, "dead_steps_threshold": 9}
+        put(tmp_path, config, "state_dict.pth", {"state_dict": as_openai(w)})
         torch.save(torch.arange(D).float(), tmp_path / "mean.pt")
     else:
         saelens(tmp_path, as_saelens(w, "b_enc"), architecture="topk", k=2, d_sae=D)
@@ -252,6 +261,31 @@ def test_layer_norm_becomes_a_fixed_scale(tmp_path, format):
     torch.testing.assert_close(ours[both], (3 * z * norm)[both], atol=1e-4, rtol=1e-4)
     y = 3 * (ours / 3 / norm @ w["W_dec"] + w["b_dec"]) + 5
     torch.testing.assert_close(got(x[:200]), y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "n", "k"), [("saeuron", 20480, 32), ("sdxl-unbox", 5120, 10)])
+def test_files_of_the_published_shapes(tmp_path, format, n, k):
+    """SAeUron's and sdxl-unbox's dictionaries: 1280 wide, as many features, their own tensor names."""
+    rows = torch.nn.functional.normalize(rand(n, 1280), dim=1)
+    w = {"W_enc": rows, "b_enc": torch.zeros(n), "W_dec": rows, "b_dec": rand(1280)}
+    if format == "saeuron":
+        tensors = {"encoder.weight": rows, "encoder.bias": w["b_enc"], "W_dec": rows, "b_dec": w["b_dec"]}
+        config = {"d_in": 1280, "expansion_factor": 16, "num_latents": 0, "k": k, "batch_topk": True,
+                  "sample_topk": False, "input_unit_norm": False, "multi_topk": False}  # fmt: skip
+        put(tmp_path, config, "sae.safetensors", tensors)
+    else:
+        config = {"n_dirs_local": n, "d_model": 1280, "k": k, "auxk": 256, "dead_steps_threshold": 2441}
+        put(tmp_path, config, "state_dict.pth", {"state_dict": as_openai(w)})
+        torch.save(torch.rand(n), tmp_path / "mean.pt")
+        torch.save(torch.rand(n), tmp_path / "std.pt")
+    x = 5 * rows[torch.arange(512 * k) % n].view(512, k, 1280).sum(1) + w["b_dec"]
+    got = read(tmp_path, calibrate=x)
+    assert (got.n, got.d, got.header["k"], got.header["format"]) == (n, 1280, k, format)
+    assert got.header["calibration"]["missed"] < 1
+    z = (x[:4] - w["b_dec"]) @ rows.T
+    fires = got.encode(x[:4]) > 0
+    torch.testing.assert_close(got.encode(x[:4])[fires], z[fires], atol=1e-5, rtol=1e-5)
 
 
 # --- dictionary_learning, OpenAI, Gemma Scope

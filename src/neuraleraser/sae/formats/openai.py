@@ -89,8 +89,9 @@ def write_unbox(t: dict[str, Tensor], folder: Path, k: int | None, header: dict[
     n, d = t["W_enc"].shape
     files.write_pickle(folder / UNBOX_WEIGHTS, {"state_dict": _state(t)})
     for name, file in STATISTICS.items():
-        if name in header:
-            files.write_pickle(folder / file, torch.tensor(header[name]))
+        values = header.get(name)
+        if isinstance(values, list) and len(values) == n:
+            files.write_pickle(folder / file, torch.tensor(values, dtype=torch.float32))
     config = {"n_dirs_local": n, "d_model": d, "k": k, "auxk": None, "dead_steps_threshold": 0}
     files.write_json(folder / UNBOX_CONFIG, config)
     return folder / UNBOX_WEIGHTS

@@ -32,7 +32,8 @@ def read(path: Path) -> Source:
     W = files.take(tensors, "encoder.weight", (None, None), path)
     n, d = W.shape
     files.agree(config, "d_in", d, where)
-    files.agree(config, "num_latents", n, where) if config.get("num_latents") != 0 else None  # 0: by expansion
+    if config.get("num_latents") != 0:  # 0: a multiple of d_in
+        files.agree(config, "num_latents", n, where)
     return Source(
         W,
         files.take(tensors, "encoder.bias", (n,), path),
