@@ -14,7 +14,7 @@ import math
 import os
 import secrets
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,42 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     Raises FileError, in one sentence, for anything wrong: missing, truncated, not safetensors, another kind,
     a newer version, a header over 16 MB or not a JSON object, NaN or infinity in a tensor.
     """
+    with _opened(path) as f:
+        header = _read_header(Path(path), kind, f.metadata() or {})
+        return _tensors(Path(path), f), header
+
+
+def load_plain(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors (on the CPU, as saved) of a safetensors file that another library wrote, checked as `load`
+    checks them. Raises FileError."""
+    with _opened(path) as f:
+        return _tensors(Path(path), f)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The file, open and bounded; what the parser says of it while it is open becomes a FileError."""
     path = Path(path)
     _check_bounds(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as f:
-            header = _read_header(path, kind, f.metadata() or {})
-            for name in f.keys():
-                part = f.get_slice(name)
-                if part.get_dtype() not in _DTYPES or len(part.get_shape()) > 8:
-                    raise FileError(f"{path} holds tensor {_short(name)} of an unknown type: {_AGAIN}")
-            # Cloned, because the library maps the file: overwritten, it would change under its reader.
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
+            yield f
     except (OSError, SafetensorError, TypeError) as e:  # TypeError: a dimension beyond 64 bits
         raise FileError(f"{path} is not a whole safetensors file ({_short(str(e))}): {_AGAIN}") from e
+
+
+def _tensors(path: Path, f: Any) -> dict[str, Tensor]:
+    """Every tensor of an open file, once type, dimensions and numbers are as expected."""
+    for name in f.keys():
+        part = f.get_slice(name)
+        if part.get_dtype() not in _DTYPES or len(part.get_shape()) > 8:
+            raise FileError(f"{path} holds tensor {_short(name)} of an unknown type: {_AGAIN}")
+    # Cloned, because the library maps the file: overwritten, it would change under its reader.
+    tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
     for name, x in tensors.items():
         if not _finite(x):
             raise FileError(f"{path} holds NaN or infinity in tensor {_short(name)}: {_AGAIN}")
-    return tensors, header
+    return tensors
 
 
 def _check_bounds(path: Path) -> None:
