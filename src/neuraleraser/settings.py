@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 SELECTION_SEEDS = range(0, 1000)
 """Seeds that erasers are made and defaults are chosen with."""
@@ -35,6 +36,12 @@ class Sampling:
 class FitSettings:
     """How an eraser is made from a concept."""
 
+    mode: Literal["learnt", "span", "scale", "replace"] = "learnt"
+    """What is done where the gate is open. learnt: a low-rank correction at all edit sites. The others edit the gate's
+    own site: span, a correction within the span of a few decoder rows, so that one can read which features replace
+    which; scale, the detecting features times `factor`; replace, the mean without the concept in their span."""
+    factor: float = -1.0
+    """Mode scale: what the detecting features are multiplied with."""
     pairs: int = 24
     """Pairs of prompts drawn to learn from."""
     rank: int = 8

@@ -83,13 +83,13 @@ def canvas_judge(folder: Path = Path("runs/judges"), renders: int = 60_000, held
 
 
 @verb(canvas, "dictionary")
-def canvas_dictionary(model: str = "canvas", out: Path = Path("runs/dictionary"), images: int = 300) -> None:
+def canvas_dictionary(model: str = "canvas", out: Path = Path("runs/dictionary"), images: int = 500) -> None:
     """Train the SAE of a canvas pipeline and record how its features fire on everything (for `erase --dictionary`).
 
     Args:
         model: canvas, or a folder with another canvas.
         out: The dictionary's folder.
-        images: Images to train on, and as many to record.
+        images: Images to record how features fire on, at most 500.
     """
     import torch
 

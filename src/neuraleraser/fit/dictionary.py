@@ -15,8 +15,8 @@ from neuraleraser import artifact
 from neuraleraser.activations import bank
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import WEIGHTS
-from neuraleraser.errors import DataError, FileError
-from neuraleraser.fit.states import SHARES, pooled_features
+from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.fit.states import pooled_features
 from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
@@ -117,7 +117,10 @@ def load_dictionary(folder: Path = CANVAS) -> Dictionary:
 def make_canvas_dictionary(
     pipe: Any, folder: Path = CANVAS, images: int = 500, n: int = 512, k: int = 12
 ) -> Dictionary:
-    """Train the canvas's SAE from its own images and draw the background; minutes on two cores."""
+    """Train the canvas's SAE from 200 of its own images and draw the background of `images` more; minutes on two
+    cores. Raises SettingsError for more images than there are selection seeds."""
+    if not 0 < images <= 500:
+        raise SettingsError(f"images is {images}: pass 1 to 500 (their seeds are 500 to 999)")
     sampling = Sampling(batch=40)
     prompts = [p for p, _, _ in canvas_background(200, 1)]
     x = bank(pipe, prompts, range(300, 300 + len(prompts)), [CANVAS_GATE], 1600, sampling)[CANVAS_GATE]

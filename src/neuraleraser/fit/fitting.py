@@ -14,9 +14,10 @@ from torch import Tensor
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, nearest
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
-from neuraleraser.fit.edits import learnt
+from neuraleraser.fit.edits import learnt, replace, scale
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
 from neuraleraser.fit.states import SHARES, conditional, pool, recorded
+from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, record, replay
 
@@ -61,28 +62,36 @@ def fit(
     labels = [*labels, *["matched"] * len(own)]
     detector = choose(shows, lacks, labels)
     say("fitting the edit", 0.3)
-    target = [_retarget(a, b) for a, b in zip(crossed, plain, strict=True)]
-    back = [_teach(pipe, a, b) for a, b in zip(shown, plain, strict=True)]
-    states = [pair for pair in zip(crossed, target, strict=True)] * 2 + [pair for pair in zip(shown, back, strict=True)]
     losses: list[float] = []
 
     def on_step(step: int, loss: float) -> None:
         losses.append(loss)
         say("fitting the edit", 0.3 + 0.65 * step / s.steps)
 
-    corrections = learnt(
-        pipe,
-        known.edits,
-        states,
-        rank=s.rank,
-        bins=s.bins,
-        steps=s.steps,
-        batch=s.batch,
-        lr=s.learning_rate,
-        seconds=s.seconds,
-        seed=s.seed,
-        on_step=on_step,
-    )
+    if s.mode == "scale":
+        corrections = (scale(known.sae, known.site, detector.features, known.times, s.factor),)
+    elif s.mode == "replace":
+        corrections = (replace(pipe, known.sae, known.site, detector.features, plain),)
+    else:
+        target = [_retarget(a, b) for a, b in zip(crossed, plain, strict=True)]
+        back = [_teach(pipe, a, b) for a, b in zip(shown, plain, strict=True)]
+        # Where a finished eraser stands counts twice: on states drawn without the concept.
+        states = list(zip(crossed, target, strict=True)) * 2 + list(zip(shown, back, strict=True))
+        spans = {known.site: _span(known.sae, detector, shows, own)} if s.mode == "span" else {}
+        corrections = learnt(
+            pipe,
+            {known.site: known.sae.d} if spans else known.edits,
+            states,
+            rank=s.rank,
+            bins=s.bins,
+            steps=s.steps,
+            batch=s.batch,
+            lr=s.learning_rate,
+            seconds=s.seconds,
+            seed=s.seed,
+            spans=spans,
+            on_step=on_step,
+        )
     low, high = bounds(_evidence(shows, detector), _evidence(lacks, detector))
     gate = build(known.sae, known.site, detector, known.times, low, high)
     say("done", 1.0)
@@ -96,7 +105,7 @@ def fit(
         "sampling": asdict(sampling),
         "separation": [round(float(v), 4) for v in detector.separation],
         "open_share": round(float((low < SHUT).float().mean()), 3),
-        "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)],
+        "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)] if losses else [],
         "seconds": round(time.monotonic() - started, 1),
     }
     return Eraser(gate, corrections, header)
@@ -150,6 +159,14 @@ def _teach(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> DenoiserCall:
     """The matched prompt's prediction at the states drawn with the concept."""
     prediction = replay(pipe, shown.state, shown.timestep, plain.conditioning)
     return DenoiserCall(shown.state, shown.timestep, plain.conditioning, prediction)
+
+
+def _span(sae: SAE, detector: Detector, shows: Tensor, lacks: Tensor) -> Tensor:
+    """Decoder rows [q, d] of the detecting features and of as many that fire more without the concept."""
+    gain = (lacks[:, :, 0].float().mean((0, 1)) - shows[:, :, 0].float().mean((0, 1))).index_fill(
+        0, detector.features, -1.0
+    )
+    return sae.W_dec[torch.cat([detector.features, gain.topk(len(detector.features)).indices])].float()
 
 
 def _evidence(pooled: Tensor, detector: Detector) -> Tensor:
