@@ -83,6 +83,21 @@ def candidate_sites(pipe: Any) -> list[Site]:
     return [Site(f"{name}.{path}") for path in paths]
 
 
+def rows_an_image(pipe: Any) -> set[int]:
+    """How many rows an image may have in one call of the denoiser, as far as the pipeline tells while it runs.
+
+    A UNet is given all guidance branches in one batch (three where a pipeline has a third); a transformer's
+    pipelines do that, or call it once for each branch.
+    """
+    guided = getattr(pipe, "do_classifier_free_guidance", None)
+    if guided is None:  # guidance is the pipeline's own secret
+        return {1, 2}
+    extra = 1 if getattr(pipe, "do_perturbed_attention_guidance", False) else 0
+    if not guided:
+        return {1 + extra}
+    return {2, 3} if _denoiser_name(pipe) == "unet" else {1, 2, 3}
+
+
 def resolve(pipe: Any, site: Site) -> nn.Module:
     """The module of a site. SiteError names the nearest that exist."""
     names = site.path.split(".")
