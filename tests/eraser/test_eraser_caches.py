@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
-from diffusers.hooks import HookRegistry, ModelHook, apply_first_block_cache, apply_group_offloading
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.hooks.group_offloading import apply_group_offloading
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 
 import tiny
 from handmade import make_eraser

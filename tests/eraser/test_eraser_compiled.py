@@ -80,7 +80,7 @@ def test_a_strength_that_changes_compiles_nothing_again(small: Any) -> None:
     tiny.run(small, 0, **by_image)
     assert graphs() == before
     with pytest.raises(SettingsError, match="strengths for 2 images"):
-        tiny.run(small, 0, n=3, guidance=1.0)
+        tiny.run(small, 0, n=4, guidance=1.0)
 
 
 @pytest.mark.slow
