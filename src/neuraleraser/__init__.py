@@ -35,13 +35,18 @@ _HOME: dict[str, str] = {
     "candidate_sites": "sites",
     "canvas_concept": "concepts",
     "collect": "activations",
+    "disable_erasers": "eraser",
     "edit": "sites",
     "file_concept": "concepts",
     "generate": "sampling",
     "load_dictionary": "fit",
+    "load_eraser": "eraser",
+    "model_card": "eraser",
     "open_pipeline": "models",
     "phrase_concept": "concepts",
     "record": "sites",
+    "set_erasers": "eraser",
+    "unload_erasers": "eraser",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

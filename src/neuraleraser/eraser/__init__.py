@@ -4,6 +4,11 @@
     with attach(pipe, eraser):
         image = pipe("a cat in Van Gogh style").images[0]
 
+In a script the context manager will do; a server loads erasers to stay, as it does LoRAs:
+
+    load_eraser(pipe, "van-gogh.safetensors", name="van-gogh")
+    set_erasers(pipe, ["van-gogh"], [0.5])
+
 The law of the edit (DESIGN.md, law 2): x' = x + strength * gate * delta. The gate looks at one site with a few
 SAE features, each firing against its own threshold, and pools their evidence over the image's own positions;
 where it stays shut nothing is added, and the image keeps its bits. No row sees another.
@@ -12,8 +17,24 @@ where it stays shut nothing is added, and the image keeps its bits. No row sees 
 from __future__ import annotations
 
 from neuraleraser.eraser.attach import MAX_STRENGTH, attach
+from neuraleraser.eraser.calls import disable_erasers, load_eraser, set_erasers, unload_erasers
+from neuraleraser.eraser.card import model_card
 from neuraleraser.eraser.file import Eraser
 from neuraleraser.eraser.parts import MODES, Correction, Gate, nearest
 from neuraleraser.eraser.trace import Trace
 
-__all__ = ["MAX_STRENGTH", "MODES", "Correction", "Eraser", "Gate", "Trace", "attach", "nearest"]
+__all__ = [
+    "MAX_STRENGTH",
+    "MODES",
+    "Correction",
+    "Eraser",
+    "Gate",
+    "Trace",
+    "attach",
+    "disable_erasers",
+    "load_eraser",
+    "model_card",
+    "nearest",
+    "set_erasers",
+    "unload_erasers",
+]

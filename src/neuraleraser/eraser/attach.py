@@ -1,159 +1,115 @@
-"""`attach`: gates and corrections as edits of a pipeline's sites."""
+"""`attach`, and the `Attachment` that it shares with the calls that load erasers to stay."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuraleraser.eraser.acting import Acting
 from neuraleraser.eraser.file import Eraser
-from neuraleraser.eraser.parts import Correction, nearest
 from neuraleraser.eraser.trace import Trace
-from neuraleraser.errors import DataError, NotApplied, SettingsError, SiteError
-from neuraleraser.sites import Call, Site, edit
+from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.sites import Edits, rows_an_image
 
 MAX_STRENGTH = 2.0
 
+Strengths = float | Tensor | Sequence[float | Tensor | Sequence[float]]
+"""One number for all erasers, or one entry an eraser: a number, or one number an image of the batch."""
 
-def _strengths(erasers: Sequence[Eraser], strength: float | Sequence[float]) -> list[float]:
-    values = [float(strength)] * len(erasers) if isinstance(strength, (int, float)) else [float(s) for s in strength]
-    if len(values) != len(erasers) or not all(0 <= s <= MAX_STRENGTH for s in values):
-        raise SettingsError(f"strengths {values} for {len(erasers)} erasers: pass one each, from 0 to {MAX_STRENGTH:g}")
-    return values
+
+def strength_table(count: int, strength: Strengths) -> Tensor:
+    """-> float32 [count, images] on the CPU, [count, 1] where no entry goes by image.
+
+    Raises SettingsError for anything but one entry an eraser, from 0 to 2, for equally many images.
+    """
+    try:
+        one = isinstance(strength, (int, float)) or (isinstance(strength, Tensor) and strength.ndim == 0)
+        given = [strength] * count if one else list(strength)  # type: ignore[arg-type]
+        rows = [torch.as_tensor(s, dtype=torch.float32).detach().cpu() for s in given]
+    except (TypeError, ValueError, RuntimeError):
+        rows = []
+    fit = len(rows) == count and all(r.ndim <= 1 and r.numel() and bool((r >= 0).all()) for r in rows)
+    images = {r.numel() for r in rows if r.numel() > 1}
+    if not fit or len(images) > 1 or any(bool((r > MAX_STRENGTH).any()) for r in rows):
+        raise SettingsError(
+            f"strengths {_short(strength)} for {count} erasers: pass one each, from 0 to {MAX_STRENGTH:g}, "
+            "or one each for every image of the batch"
+        )
+    width = max(images, default=1)
+    return torch.stack([r.expand(width) for r in rows]) if rows else torch.zeros(0, 1)
+
+
+def _short(strength: Any) -> str:
+    text = str(strength.tolist() if isinstance(strength, Tensor) else strength)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+class Attachment:
+    """Erasers hung in a pipeline until `close`. Raises as `attach` does.
+
+    Plain fields only, so that a deep copy of a pipeline that keeps one has its own.
+    """
+
+    def __init__(
+        self, pipe: Any, erasers: Sequence[Eraser], strengths: Tensor, *, detect_only: bool = False, batch: int = 0
+    ) -> None:
+        for e in erasers:
+            problem = e.problem()
+            if problem:
+                raise DataError(f"the eraser of {e.name!r} cannot be attached ({problem}): make it again")
+        self.pipe = pipe
+        self.trace = Trace(erasers, batch)
+        # On the device where offloaded parts will run, too.
+        self.acting = Acting(erasers, strengths, pipe._execution_device, self.trace, detect_only)
+        self.edits = Edits(pipe, self.acting.at, self._after)
+
+    def _after(self) -> None:
+        self.acting.check_rows(rows_an_image(self.pipe))
+
+    def set(self, strengths: Tensor) -> None:
+        """Strengths [erasers, images] or [erasers, 1] from the next call on."""
+        self.acting.set(strengths)
+
+    def check(self) -> None:
+        """NotApplied for what a compiled denoiser could not raise itself."""
+        self.edits.check()
+
+    def close(self) -> None:
+        """Take the erasers off: the pipeline gives the bits it gave before."""
+        self.edits.close()
 
 
 @contextmanager
 def attach(
     pipe: Any,
     erasers: Eraser | Sequence[Eraser],
-    strength: float | Sequence[float] = 1.0,
+    strength: Strengths = 1.0,
     *,
     detect_only: bool = False,
     batch: int = 0,
 ) -> Iterator[Trace]:
     """Context manager: erase while it is open; afterwards the pipeline gives the bits it gave before.
 
-    `strength` (one, or one an eraser) is 0 for nothing, 1 as fitted, up to 2. `detect_only` changes nothing
-    and only notes what would have fired. `batch` is the number of images in a call where it is known, so that
-    the trace can tell guidance halves from images. Yields the `Trace`.
+    `strength` (one, or one an eraser, which may be one an image of the batch) is 0 for nothing, 1 as fitted, up
+    to 2. `detect_only` changes nothing and only notes what would have fired. `batch` is the number of images in
+    a call where it is known, so that the trace can tell guidance halves from images. Yields the `Trace`.
 
     Erasers commute: at a site all read the same x and their changes add up, in an order set by their content; of
     a feature that several scale only the largest change is made.
 
-    Raises SettingsError for a strength out of range, DataError for an eraser whose parts do not fit, SiteError
-    for a site that the pipeline has not or has in another width, NotApplied before an image is returned if an
-    eraser did not run.
+    Raises SettingsError for a strength out of range or for another number of images than are drawn, DataError for
+    an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in another width,
+    NotApplied before an image is returned if an eraser did not run.
     """
     many = [erasers] if isinstance(erasers, Eraser) else list(erasers)
-    values = _strengths(many, strength)
-    for e in many:
-        problem = e.problem()
-        if problem:
-            raise DataError(f"the eraser of {e.name!r} cannot be attached ({problem}): make it again")
-    trace = Trace(many, batch)
-    device = pipe._execution_device  # where offloaded parts will run, too
-    placed = [_to(e, device) for e in many]
-    gates: dict[Site, list[int]] = {}
-    edits: dict[Site, list[tuple[int, Correction]]] = {}
-    # An order set by content, so that sums have the same bits in whatever order erasers are given.
-    for i in sorted(range(len(many)), key=lambda i: (many[i].key, values[i])):
-        gates.setdefault(placed[i].gate.site, []).append(i)
-        for c in placed[i].corrections if not detect_only else ():
-            edits.setdefault(c.site, []).append((i, c))
-
-    def at(site: Site) -> Callable[[Tensor, Call], Tensor | None]:
-        here, work = gates.get(site, []), edits.get(site, [])
-        shared = [(i, c) for i, c in work if c.mode == "scale"]
-        shared = shared if len(shared) > 1 else []
-        scaled = _once([c for _, c in shared]) if shared else None
-        adding = [(i, c) for i, c in work if not shared or c.mode != "scale"]
-
-        def change(x: Tensor, call: Call) -> Tensor | None:
-            amounts: dict[int, Tensor | None] = call.memo.setdefault("amounts", {})
-            for i in here:
-                gate = placed[i].gate
-                _check_width(placed[i], site, gate.rows.shape[1], x)
-                index = nearest(gate.times, call.timestep)
-                opening = gate.at(x, index)
-                trace.note(i, index, opening)
-                # Whether it opened at all: asking costs nothing on a CPU, and would stall a GPU.
-                ask = x.device.type == "cpu" and not torch.compiler.is_compiling()
-                idle = values[i] == 0 or (ask and not bool(opening.any()))
-                amounts[i] = None if idle else values[i] * opening
-            for i, c in work:
-                _check_width(placed[i], site, c.width, x)
-                if i not in amounts:
-                    raise NotApplied(
-                        f"{site} ran before {placed[i].gate.site}, whose gate it waits for: swap the sites"
-                    )
-            parts = []
-            for i, c in adding:
-                amount = amounts[i]
-                if amount is not None:
-                    parts.append(c.delta(x, call.timestep) * amount.view(-1, 1, 1))
-            if scaled and any(amounts[i] is not None for i, _ in shared):
-                parts.append(scaled(x, call.timestep, [amounts[i] for i, _ in shared]))
-            return sum(parts[1:], parts[0]) if parts else None
-
-        return change
-
-    with edit(pipe, {site: at(site) for site in {**gates, **edits}}):
-        yield trace
-    trace.finish()
-
-
-def _check_width(eraser: Eraser, site: Site, width: int, x: Tensor) -> None:
-    if x.shape[-1] != width:
-        raise SiteError(
-            f"{site} is {x.shape[-1]} wide, and the eraser of {eraser.name!r} expects {width}: "
-            "use it with the pipeline it was made for"
-        )
-
-
-def _once(corrections: Sequence[Correction]) -> Callable[[Tensor, Tensor, Sequence[Tensor | None]], Tensor]:
-    """A function (x [B, P, d], timestep [B], how much of each correction [B]) -> delta [B, P, d] of all of these,
-    which scale. A feature that several share is changed once, by the largest change (law 11).
-
-    A feature is told by its encoder row and bias, in the half precision of files: a number in an SAE would not
-    tell two SAEs apart.
-    """
-    numbers: dict[bytes, int] = {}
-    decoder: list[Tensor] = []
-    index: list[Tensor] = []
-    for c in corrections:
-        t, mine = c.tensors, []
-        told = torch.cat([t["rows"], t["bias"].unsqueeze(1)], 1).detach().half().cpu().numpy()
-        for row, out in zip(told, t["decoder"], strict=True):
-            feature = row.tobytes()
-            if feature not in numbers:
-                numbers[feature] = len(numbers)
-                decoder.append(out)
-            mine.append(numbers[feature])
-        index.append(torch.tensor(mine, device=t["rows"].device))
-    back = torch.stack(decoder)
-
-    def delta(x: Tensor, timestep: Tensor, amounts: Sequence[Tensor | None]) -> Tensor:
-        changes = []
-        for c, features, amount in zip(corrections, index, amounts, strict=True):
-            if amount is not None:
-                z = c.change(x, timestep) * amount.view(-1, 1, 1)
-                changes.append(z.new_zeros(*z.shape[:2], len(back)).index_copy(-1, features.to(z.device), z))
-        every = torch.stack(changes)
-        largest = every.gather(0, every.abs().argmax(0, keepdim=True))[0]
-        return largest @ back.to(largest)
-
-    return delta
-
-
-def _to(eraser: Eraser, device: torch.device) -> Eraser:
-    """The eraser with its tensors on `device`."""
-    gate = replace(eraser.gate, **{k: v.to(device) for k, v in vars(eraser.gate).items() if isinstance(v, Tensor)})
-    edits = tuple(
-        Correction(c.site, c.mode, c.times.to(device), {k: v.to(device) for k, v in c.tensors.items()})
-        for c in eraser.corrections
-    )
-    return Eraser(gate, edits, eraser.header)
+    attachment = Attachment(pipe, many, strength_table(len(many), strength), detect_only=detect_only, batch=batch)
+    try:
+        yield attachment.trace
+        attachment.check()
+    finally:
+        attachment.close()
+    attachment.trace.finish()

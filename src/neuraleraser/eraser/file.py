@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from neuraleraser import artifact
+from neuraleraser.eraser import hub
+from neuraleraser.eraser.card import model_card
 from neuraleraser.eraser.parts import MODES, Correction, Gate
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.sites import Site
@@ -97,6 +100,30 @@ class Eraser:
         if problem:
             raise FileError(f"{path} is an eraser whose parts do not fit together ({problem}): make it again")
         return eraser
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the eraser into a folder, from which `from_pretrained` reads it. Raises as `save` does."""
+        self.save(Path(folder) / hub.FILE)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Eraser:
+        """Read an eraser from a file, a folder or the Hub ("owner/name"; on an outage, its cached copy).
+
+        Raises FileError where there is none, or it is no eraser.
+        """
+        return cls.load(hub.find(source))
+
+    def push_to_hub(self, repo: str) -> str:
+        """Upload the eraser with its model card to "owner/name", made if need be -> the commit's address.
+
+        Raises SettingsError for what is no id, FileError where the Hub refuses or does not answer.
+        """
+        hub.check_id(repo)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            card = model_card({**self.header, **self._layout()}, repo)
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            return hub.push(Path(folder), repo)
 
     def problem(self) -> str | None:
         """What keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""

@@ -19,15 +19,16 @@ same activations.
 
 from __future__ import annotations
 
-from neuraleraser.sites.attach import edit, record
+from neuraleraser.sites.attach import Edits, edit, record
 from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.hooks import Call, Edit
-from neuraleraser.sites.place import Site, candidate_sites, denoiser
+from neuraleraser.sites.place import Site, candidate_sites, denoiser, rows_an_image
 
 __all__ = [
     "Call",
     "DenoiserCall",
     "Edit",
+    "Edits",
     "Site",
     "candidate_sites",
     "denoiser",
@@ -35,4 +36,5 @@ __all__ = [
     "edit",
     "record",
     "replay",
+    "rows_an_image",
 ]

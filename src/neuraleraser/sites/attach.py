@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from neuraleraser.errors import SiteError
+from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.hooks import Call, Edit, State, Tap, forward_arguments
 from neuraleraser.sites.place import DENOISERS, Site, check_stream, resolve, unwrap
 
@@ -34,31 +36,55 @@ def edit(pipe: Any, edits: Mapping[Site, Edit]) -> Iterator[None]:
     Raises SiteError for a site that this pipeline has not; NotApplied where an edit did not run in a denoiser
     forward or in a whole call of the pipeline, found no timestep, returned another shape, or met NaN or
     infinity (on a CPU at the end of the forward; on a GPU or compiled, at the end of the pipeline's call or
-    of this context, whichever comes first).
+    of this context, whichever comes first), and where a cache that skips blocks is on.
     """
-    roots = _plan(pipe, edits)  # nothing is touched before every site is found
-    watch = _watch(pipe)
-    watch.roots.extend(roots)
-    handles = []
+    hung = Edits(pipe, edits)
     try:
-        for root in roots:
-            handles.append(root.module.register_forward_pre_hook(root.state.enter, with_kwargs=True))
-            for module, tap in root.taps:
-                handles.append(module.register_forward_hook(tap, with_kwargs=True))
-            handles.append(root.module.register_forward_hook(root.state.leave))
         yield
-        for root in roots:
+        hung.check()
+    finally:
+        hung.close()
+
+
+class Edits:
+    """Edits hung in a pipeline until `close`: what `edit` holds while it is open. Raises as `edit` does.
+
+    `after` is called at the end of each call of the pipeline, before images are returned. Plain fields only, so
+    that a deep copy of a pipeline that keeps its `Edits` has hooks and `Edits` of its own.
+    """
+
+    def __init__(self, pipe: Any, edits: Mapping[Site, Edit], after: Callable[[], None] | None = None) -> None:
+        self.pipe, self.after = pipe, after
+        self.roots = _plan(pipe, edits)  # nothing is touched before every site is found
+        for root in self.roots:
+            check_caches(root.state.name, root.module)
+        self.watch = _watch(pipe)
+        self.watch.hung.append(self)
+        self.handles: list[RemovableHandle] = []
+        for root in self.roots:
+            self.handles.append(root.module.register_forward_pre_hook(root.state.enter, with_kwargs=True))
+            for module, tap in root.taps:
+                self.handles.append(module.register_forward_hook(tap, with_kwargs=True))
+            self.handles.append(root.module.register_forward_hook(root.state.leave))
+
+    def check(self) -> None:
+        """NotApplied for what a compiled forward could not raise itself."""
+        for root in self.roots:
             root.state.check_missed("a compiled forward")
             root.state.check_finite()
-    finally:
-        for handle in handles:
+
+    def close(self) -> None:
+        """Take everything off again; the second time does nothing."""
+        if self not in self.watch.hung:
+            return
+        for handle in self.handles:
             handle.remove()
-        for root in roots:
-            watch.roots.remove(root)
+        self.watch.hung.remove(self)
+        for root in self.roots:
             for _, tap in root.taps:
                 tap.live = False
-        if not watch.roots:
-            watch.restore(pipe)
+        if not self.watch.hung:
+            self.watch.restore(self.pipe)
 
 
 @dataclass
@@ -119,12 +145,17 @@ class _Watch:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self.roots: list[_Root] = []
+        self.hung: list[Edits] = []
         self.own = {name: vars(pipe)[name] for name in _SHADOWED if name in vars(pipe)}
         self.progress_bar, self.free = pipe.progress_bar, pipe.maybe_free_model_hooks
 
+    @property
+    def roots(self) -> list[_Root]:
+        return [root for edits in self.hung for root in edits.roots]
+
     def begin(self, *args: Any, **kwargs: Any) -> Any:
         for root in self.roots:
+            check_caches(root.state.name, root.module)  # one may have been switched on since
             if root.state.timestep_index is not None:  # text encoders ran before this
                 root.state.forget()
         return self.progress_bar(*args, **kwargs)
@@ -135,6 +166,9 @@ class _Watch:
             for root in self.roots:
                 root.state.check_visited()
                 root.state.check_finite()
+            for edits in self.hung:
+                if edits.after:
+                    edits.after()
         finally:
             for root in self.roots:
                 root.state.forget()

@@ -1,0 +1,102 @@
+"""Loaded erasers under torch.compile: nothing is compiled again for a strength, and nothing is passed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from handmade import SITES, make_correction, make_gate
+from neuraleraser import attach, disable_erasers, load_eraser, set_erasers, unload_erasers
+from neuraleraser.eraser import Eraser
+from neuraleraser.errors import NotApplied, SettingsError
+
+
+def compiled(test: Any) -> Any:
+    """torch.compile warns of what it traces, and of torch's own tracing of autograd functions."""
+    for ignored in ("ignore::UserWarning", "ignore:.*should not be instantiated:DeprecationWarning"):
+        test = pytest.mark.filterwarnings(ignored)(test)
+    return test
+
+
+@pytest.fixture
+def small() -> Any:
+    """One text-conditioned block: little to trace."""
+    pipe = tiny.stable_diffusion()
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    pipe.unet = tiny.unet(**blocks).eval()
+    torch._dynamo.reset()
+    yield pipe
+    torch._dynamo.reset()
+
+
+def attached(pipe: Any, erasers: Any, strength: Any = 1.0) -> Tensor:
+    with attach(pipe, erasers, strength):
+        return tiny.run(pipe, 0)
+
+
+def one_block(seed: int, mode: str) -> Eraser:
+    site, _, d = SITES["stable_diffusion"]
+    return Eraser(make_gate(site, d, seed=seed), (make_correction(site, d, mode, seed=seed),), {"concept": str(seed)})
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@compiled
+def test_a_strength_that_changes_compiles_nothing_again(small: Any) -> None:
+    many = [one_block(0, "learnt"), one_block(30, "scale"), one_block(60, "scale")]
+    plans = [[1.0, 1.0, 1.0], [0.5, 2.0, 0.0], [0.0, 0.0, 0.0], [0.25, 0.0, 1.5]]
+    base = tiny.run(small, 0)
+    want = [attached(small, many, plan) for plan in plans]
+    for eraser in many:
+        load_eraser(small, eraser)
+    small.unet.compile(backend="eager", fullgraph=True)
+    for _ in range(2):  # the trace's tensors are made in the first forward
+        tiny.run(small, 0)
+    before = graphs()
+    for plan, image in zip(plans, want, strict=True):
+        set_erasers(small, ["0", "30", "60"], plan)
+        torch.testing.assert_close(tiny.run(small, 0), image)
+    disable_erasers(small)
+    assert torch.equal(tiny.run(small, 0), base)
+    assert graphs() == before
+    by_image = {"n": 2, "guidance": 1.0}
+    alone = []
+    for plan in (plans[0], plans[3]):
+        set_erasers(small, ["0", "30", "60"], plan)
+        alone.append(tiny.run(small, 0, **by_image))
+    set_erasers(small, ["0", "30", "60"], list(zip(plans[0], plans[3], strict=True)))
+    torch.testing.assert_close(tiny.run(small, 0, **by_image), torch.stack([alone[0][0], alone[1][1]]))
+    tiny.run(small, 0, **by_image)
+    before = graphs()
+    set_erasers(small, ["0", "30", "60"], [[0.0, 1.0], [2.0, 0.0], [0.0, 0.5]])
+    tiny.run(small, 0, **by_image)
+    assert graphs() == before
+    with pytest.raises(SettingsError, match="strengths for 2 images"):
+        tiny.run(small, 0, n=4, guidance=1.0)
+
+
+@pytest.mark.slow
+@compiled
+def test_loaded_after_a_compiled_call_is_an_error_and_after_a_compile_is_not(small: Any) -> None:
+    base = tiny.run(small, 0)
+    whole = attached(small, one_block(0, "learnt"))
+    small.unet.compile(backend="eager", fullgraph=True)
+    load_eraser(small, one_block(0, "learnt"))  # compiled, but nothing has run yet
+    torch.testing.assert_close(tiny.run(small, 0), whole)
+    load_eraser(small, one_block(30, "learnt"))  # a second one is seen
+    assert not torch.equal(tiny.run(small, 0), whole)
+    unload_erasers(small)
+    assert torch.equal(tiny.run(small, 0), base)
+    load_eraser(small, one_block(0, "learnt"))  # the graph of the call before has no hooks
+    with pytest.raises(NotApplied, match="compiled before"):
+        tiny.run(small, 0)
+    torch._dynamo.reset()
+    torch.testing.assert_close(tiny.run(small, 0), whole)
