@@ -100,7 +100,7 @@ VALUES: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
     ("edit0/times", "ascend", torch.zeros_like),
     ("gate/threshold", "negative", lambda x: x - 1),
     ("edit0/threshold", "negative", lambda x: x - 100),
-    ("gate/weight", "negative", lambda x: -x),
+    ("gate/weight", "never act", lambda x: -x),
     ("gate/low", "low < high", lambda x: x - 1),
     ("gate/high", "low < high", torch.zeros_like),
     ("gate/rows", "NaN", lambda x: x * float("nan")),

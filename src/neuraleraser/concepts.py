@@ -75,8 +75,7 @@ def resolve(phrase: str) -> str | None:
 def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
     """The concept `name` of the canvas: its phrasings with every style or object, matched without it.
 
-    A style's match is the same object in no style; an object's match is an empty scene in the same style, or,
-    with a second object, that object alone. Raises ConceptError for a name the canvas has not.
+    A style's match is the same object in no style; an object's match is an empty scene in the same style. Raises ConceptError for a name the canvas has not.
     """
     which = range(4)[phrasings]
     pairs: list[Pair] = []
@@ -91,12 +90,9 @@ def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
     if name in words.OBJECTS:
         for i in which:
             what, nothing = words.OBJECT_PHRASES[name][i], words.EMPTY_PHRASES[i]
-            for k, style in enumerate(words.STYLES):
+            for style in words.STYLES:
                 how = "" if style == words.PLAIN else " " + words.STYLE_PHRASES[style][i]
                 pairs.append(Pair(what + how, nothing + how))
-                others = [o for o in words.OBJECTS if o != name]
-                other = words.OBJECT_PHRASES[others[(3 * k + 7 * i) % len(others)]][i]
-                pairs.append(Pair(f"{what} and {other}{how}" if k % 2 else f"{other} and {what}{how}", other + how))
         return Concept(name, "object", tuple(pairs))
     near = ", ".join(n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN)
     raise ConceptError(f"the canvas has no concept {name!r}. It knows: {near}")

@@ -18,7 +18,7 @@ class Sampling:
 
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 4.0
+    guidance: float = 2.5
     """Classifier-free guidance scale; 1 draws without guidance."""
     batch: int = 20
     """Images drawn together."""

@@ -16,7 +16,7 @@ from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 
 
-def planted(own: list[int], shared: list[int], n: int = 40) -> tuple[Tensor, Tensor, list[str]]:
+def planted(own: list[int], shared: list[int], n: int = 40) -> tuple[Tensor, Tensor]:
     """shows [20, 3, shares, n], lacks [60, 3, shares, n]: features `own` fire with the concept alone, `shared`
     with its neighbour "b" too, and all others at random."""
     g = torch.Generator().manual_seed(0)
@@ -32,14 +32,24 @@ def planted(own: list[int], shared: list[int], n: int = 40) -> tuple[Tensor, Ten
     for i, label in enumerate(labels):
         if label == "b":
             lacks[i, :, :, shared] = 1.5
-    return shows, lacks, labels
+    return shows, lacks
 
 
 def test_the_planted_features_are_chosen() -> None:
-    shows, lacks, labels = planted(own=[3, 17, 30], shared=[5, 6])
-    found = choose(shows, lacks, labels, count=3)
+    shows, lacks = planted(own=[3, 17, 30], shared=[5, 6])
+    found = choose(shows, lacks, count=3)
     assert set(found.features.tolist()) == {3, 17, 30}
     assert bool((found.weight > 0).all()) and bool((found.separation == 1).all())
+
+
+def test_what_only_neighbours_have_speaks_against() -> None:
+    """Feature 5 fires with the concept and with its neighbour; 9 with the neighbour alone, and tells them apart."""
+    shows, lacks = planted(own=[], shared=[5])
+    lacks[::3, :, :, 9] = 3.0  # the rows of neighbour b
+    shows[..., 9] = 0
+    found = choose(shows, lacks, count=4)
+    weight = dict(zip(found.features.tolist(), found.weight.tolist(), strict=True))
+    assert weight[5] > 0 > weight[9] and float(found.separation.min()) > 0.9
 
 
 def test_choosing_repeats() -> None:
@@ -56,7 +66,7 @@ def test_more_features_may_be_asked_for_than_there_are() -> None:
 def test_nothing_tells_them_apart() -> None:
     shows = torch.zeros(4, 2, len(SHARES), 8)
     with pytest.raises(ConceptError, match="no feature"):
-        choose(shows, torch.rand(6, 2, len(SHARES), 8), ["b"] * 6)
+        choose(shows, torch.rand(6, 2, len(SHARES), 8))
 
 
 @given(st.integers(0, 1000), st.floats(-5, 5), st.integers(2, 30), st.integers(2, 30))
@@ -81,8 +91,8 @@ def test_the_gate_weighs_the_sae_s_own_features() -> None:
     """Rows copied, the decoder's bias folded in: z and evidence are those of `SAE.encode`."""
     w = torch.nn.functional.normalize(random(20, 8, seed=1), dim=1)
     sae = SAE(random(20, 8, seed=2), random(20, seed=3), w, random(8, seed=4), random(20, seed=5).abs())
-    shows, lacks, labels = planted(own=[3, 7, 11], shared=[], n=20)
-    found = choose(shows, lacks, labels, count=3)
+    shows, lacks = planted(own=[3, 7, 11], shared=[], n=20)
+    found = choose(shows, lacks, count=3)
     times = torch.tensor([900.0, 500.0, 100.0])  # descending, as sampled
     low, high = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([6.0, 5.0, 4.0])
     gate = build(sae, Site("unet.mid_block"), found, times, low, high)

@@ -146,8 +146,8 @@ class Eraser:
             return f"a gate and an edit of different widths at {g.site}"
         if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
             return "the gate's share is outside 0 to 1, or its bounds are not 0 <= low < high"
-        if not bool((g.weight >= 0).all()):
-            return "a weight is negative"
+        if not bool((g.weight > 0).any()):
+            return "no weight is above 0, so it can never act"
         return None
 
 

@@ -35,10 +35,11 @@ class Gate:
 
     evidence = sum_i weight_i * (mean of z_i over its strongest `share` of positions), with
     z_i = pre_i where pre_i = row_i . x + bias_i exceeds threshold_i, else 0;
-    gate = clamp((evidence - low_t) / (high_t - low_t), 0, 1): exactly 0 up to low_t.
+    gate = clamp((evidence - low_t) / (high_t - low_t), 0, 1): exactly 0 up to low_t, so 0 where no feature that
+    speaks for the concept (weight above 0) fires.
 
     features int64 [f]: the features' numbers in their SAE; rows [f, d], bias [f], threshold [f] (>= 0),
-    weight [f] (>= 0); times [T] ascending, low and high [T], 0 <= low < high.
+    weight [f]; times [T] ascending, low and high [T], 0 <= low < high.
     """
 
     site: Site

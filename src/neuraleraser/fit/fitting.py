@@ -56,11 +56,11 @@ def fit(
     crossed, pooled_crossed = _cross(pipe, plain, shown, known)
     at = nearest(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
     shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
-    lacks, labels = _others(known, concept)
+    lacks = _others(known, concept)
     own = _rows(pooled_plain.values)[:, at]
     lacks = torch.cat([lacks, own])
-    labels = [*labels, *["matched"] * len(own)]
-    detector = choose(shows, lacks, labels)
+    detector = choose(shows, lacks)
+    speaking = detector.features[detector.weight > 0]
     say("fitting the edit", 0.3)
     losses: list[float] = []
 
@@ -69,15 +69,15 @@ def fit(
         say("fitting the edit", 0.3 + 0.65 * step / s.steps)
 
     if s.mode == "scale":
-        corrections = (scale(known.sae, known.site, detector.features, known.times, s.factor),)
+        corrections = (scale(known.sae, known.site, speaking, known.times, s.factor),)
     elif s.mode == "replace":
-        corrections = (replace(pipe, known.sae, known.site, detector.features, plain),)
+        corrections = (replace(pipe, known.sae, known.site, speaking, plain),)
     else:
         target = [_retarget(a, b) for a, b in zip(crossed, plain, strict=True)]
         back = [_teach(pipe, a, b) for a, b in zip(shown, plain, strict=True)]
         # Where a finished eraser stands counts twice: on states drawn without the concept.
         states = list(zip(crossed, target, strict=True)) * 2 + list(zip(shown, back, strict=True))
-        spans = {known.site: _span(known.sae, detector, shows, own)} if s.mode == "span" else {}
+        spans = {known.site: _span(known.sae, speaking, shows, own)} if s.mode == "span" else {}
         corrections = learnt(
             pipe,
             {known.site: known.sae.d} if spans else known.edits,
@@ -121,11 +121,10 @@ def _rows(values: Tensor) -> Tensor:
     return values.movedim(2, 1).flatten(0, 1)
 
 
-def _others(known: Dictionary, concept: Concept) -> tuple[Tensor, list[str]]:
-    """Rows of the dictionary that lack the concept, each with the neighbour that it shows."""
-    names = known.styles if concept.kind == "style" else known.objects
-    keep = [i for i in range(len(names)) if concept.name not in (known.styles[i], *known.objects[i].split("+"))]
-    return known.pooled[keep], [names[i] or "none" for i in keep]
+def _others(known: Dictionary, concept: Concept) -> Tensor:
+    """Rows of the dictionary that lack the concept."""
+    keep = [i for i, objects in enumerate(known.objects) if concept.name not in (known.styles[i], *objects.split("+"))]
+    return known.pooled[keep]
 
 
 def _cross(
@@ -161,12 +160,11 @@ def _teach(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> DenoiserCall:
     return DenoiserCall(shown.state, shown.timestep, plain.conditioning, prediction)
 
 
-def _span(sae: SAE, detector: Detector, shows: Tensor, lacks: Tensor) -> Tensor:
+def _span(sae: SAE, features: Tensor, shows: Tensor, lacks: Tensor) -> Tensor:
     """Decoder rows [q, d] of the detecting features and of as many that fire more without the concept."""
-    gain = (lacks[:, :, 0].float().mean((0, 1)) - shows[:, :, 0].float().mean((0, 1))).index_fill(
-        0, detector.features, -1.0
-    )
-    return sae.W_dec[torch.cat([detector.features, gain.topk(len(detector.features)).indices])].float()
+    gain = lacks[:, :, 0].float().mean((0, 1)) - shows[:, :, 0].float().mean((0, 1))
+    instead = gain.index_fill(0, features, -1.0).topk(len(features)).indices
+    return sae.W_dec[torch.cat([features, instead])].float()
 
 
 def _evidence(pooled: Tensor, detector: Detector) -> Tensor:
