@@ -3,6 +3,10 @@
 Labels [M, C] say 1 where a map shows a concept and 0 where it does not. A map is the B / M consecutive vectors of
 the batch that come from one image: one vector alone where M = B. A label that holds for an image need not hold for
 every position of it, so vectors are pooled over the map first.
+
+Binding makes one feature fire where its concept is: a detector. That this feature also carries the concept, rather than
+leaving it to features for its single cases, takes the Matryoshka architecture, where the bound features, being first,
+have to reconstruct by themselves.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ def binding_loss(pre: Tensor, labels: Tensor, cut: Tensor | float) -> Tensor:
     After SAEmnesia (arXiv 2509.21379), L_CA = -mean over maps and their concepts of log sigmoid(v): one feature is
     bound to each concept. Three things are ours: maps without the concept count too, each side as much as the other
     (with positives alone a feature that fires everywhere is as good); v is taken from the threshold, so that
-    sigmoid = 1/2 is where the feature starts to fire; and features are assigned before training, feature c to
-    label c, where SAEmnesia looks for the best ones of a finished dictionary.
+    sigmoid = 1/2 is where the feature starts to fire; and feature c is given to label c before training, and starts
+    from `concept_directions`, where SAEmnesia looks for the best features of a finished dictionary. (In a trial with
+    three planted concepts of four cases each, features that started at random told two of them at 0.82 or less.)
     """
     v = pre.unflatten(0, (len(labels), -1)).amax(1) - cut
     with_c, without = labels.to(v), 1 - labels.to(v)
@@ -61,6 +66,16 @@ def contrast_loss(pre: Tensor, labels: Tensor) -> Tensor:
     like = r @ r.T / TEMPERATURE
     log_p = like - (like + weight).logsumexp(1, keepdim=True)
     return -((log_p * partners).sum(1) / partners.sum(1).clamp_min(1))[anchors].mean()
+
+
+def concept_directions(x: Tensor, labels: Tensor, otherwise: Tensor) -> Tensor:
+    """The directions [C, d] of norm 1 from the mean of the vectors x [N, d] without concept c to the mean of those
+    with it, by labels [N, C]: where the bound features start. A row of `otherwise` [C, d] where one side is empty."""
+    y = labels.to(x)
+    with_c, without = y.sum(0)[:, None], (1 - y).sum(0)[:, None]
+    gap = (y.T @ x) / with_c - ((1 - y).T @ x) / without
+    known = (with_c > 0) & (without > 0) & (gap.norm(dim=1, keepdim=True) > 0)
+    return normalize(torch.where(known, gap, otherwise), dim=1)
 
 
 def check_labels(labels: Tensor, vectors: int, n: int, concepts: int | None, batch: int) -> None:

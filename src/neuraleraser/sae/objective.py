@@ -36,7 +36,9 @@ def forward(
     """
     if log_threshold is not None:
         residual, penalty, counts = jump_losses(w, log_threshold, x, settings.k, low)
-        return Pass(unexplained(residual, variance) + penalty, residual, counts, float(log_threshold.exp().mean()))
+        return Pass(
+            unexplained(residual, variance) + penalty, residual, counts, float(log_threshold.detach().exp().mean())
+        )
     with torch.no_grad():
         fired = choose(w, x, settings, low)
     if settings.architecture == "matryoshka":

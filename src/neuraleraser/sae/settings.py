@@ -39,9 +39,10 @@ class TrainSettings:
     exceed a threshold of their own, learnt; matryoshka: batchtopk, of which the first features alone have to
     reconstruct too."""
     bind: float = 0.0
-    """Weight of the loss that binds feature c to label c, for a stream of (x, labels); a good start is 0.1."""
+    """Weight of the loss that binds feature c to label c, for a stream of (x, labels); a good start is 0.3, with
+    matryoshka, whose first features have to carry what they detect."""
     contrast: float = 0.0
-    """Weight of the loss that draws maps of the same labels together, for a stream of (x, labels)."""
+    """Weight of the loss that draws maps of the same labels together, for a stream of (x, labels); start at 0.01."""
     seed: int = 0
     """Decides the initial weights; the stream has its own seed."""
     bf16: bool = True

@@ -15,7 +15,7 @@ from torch import Tensor
 from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.sae.jumprelu import first_log_threshold
-from neuraleraser.sae.labelled import check_labels
+from neuraleraser.sae.labelled import check_labels, concept_directions
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
 from neuraleraser.sae.settings import StepLog, TrainSettings
@@ -155,7 +155,7 @@ def _step(state: _State, x: Tensor, labels: Tensor | None, settings: TrainSettin
 
 def _start(batches: Stream, settings: TrainSettings) -> _State:
     """The state before the first step: scale and bias from the first vectors, the rest from the seed."""
-    sample, concepts = _first_vectors(batches, settings)
+    sample, labels = _first_vectors(batches, settings)
     d = sample.shape[1]
     power = float(sample.double().square().sum(1).mean())
     variance = float((sample.double() - sample.double().mean(0)).square().sum(1).mean())
@@ -165,6 +165,10 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
     g = torch.Generator().manual_seed(settings.seed)
     rows = torch.nn.functional.normalize(torch.randn(settings.n, d, generator=g), dim=1).to(sample.device)
     w = Weights(rows.clone(), rows.new_zeros(settings.n), rows, geometric_median(sample * scale))
+    concepts = 0 if labels is None else labels.shape[1]
+    if labels is not None and settings.bind:
+        toward = concept_directions(sample, labels, rows[:concepts])
+        w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
     own = first_log_threshold(w, sample * scale, settings.k) if settings.architecture == "jumprelu" else None
     idle = torch.zeros(settings.n, dtype=torch.int64, device=sample.device)
     optimiser = _optimiser([*w] if own is None else [*w, own])
@@ -209,17 +213,20 @@ def _header(state: _State, settings: TrainSettings) -> dict[str, Any]:
     return header | ({"concepts": state.concepts} if settings.bind else {})
 
 
-def _first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, int]:
-    """Up to `init_vectors` vectors [N, d] float32 from the start of the stream, and the concepts of its labels."""
+def _first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Tensor | None]:
+    """Up to `init_vectors` vectors [N, d] float32 from the start of the stream, and their labels [N, C], if any."""
     parts: list[Tensor] = []
-    stream, concepts = batches(0), 0
+    known: list[Tensor] = []
+    stream = batches(0)
     while sum(map(len, parts)) < settings.init_vectors and len(parts) < settings.steps:
         d = parts[0].shape[1] if parts else None
-        x, labels = _next(stream, len(parts), d, settings, concepts)
-        concepts = 0 if labels is None else labels.shape[1]
+        x, labels = _next(stream, len(parts), d, settings, known[0].shape[1] if known else 0)
         parts.append(x)
+        if labels is not None:
+            known.append(labels.repeat_interleave(len(x) // len(labels), 0))
     _close(stream)
-    return torch.cat(parts)[: settings.init_vectors], concepts
+    vectors = settings.init_vectors
+    return torch.cat(parts)[:vectors], torch.cat(known)[:vectors] if known else None
 
 
 def _next(
