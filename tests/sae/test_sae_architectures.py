@@ -13,7 +13,17 @@ from torch import Tensor
 
 from neuraleraser import artifact
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sae import SAE, Architecture, StepLog, TrainSettings, measure, pool_batches, sparse, train
+from neuraleraser.sae import (
+    SAE,
+    Architecture,
+    StepLog,
+    TrainSettings,
+    labelled_batches,
+    measure,
+    pool_batches,
+    sparse,
+    train,
+)
 from neuraleraser.sae.matryoshka import prefixes
 from neuraleraser.sae.topk import mean_cut, select_rows
 
@@ -98,6 +108,20 @@ def test_topk_keeps_the_positive_of_the_k_largest(k, block, monkeypatch):
     assert torch.equal(rows[fired.order], fired.rows_by_col)
     least = torch.stack([row[on].min() for row, on in zip(pre, want, strict=True) if on.any()])
     assert mean_cut(fired) == pytest.approx(float(least.mean()))
+
+
+@pytest.mark.parametrize("name", get_args(Architecture))
+def test_bfloat16_learns_as_well(name):
+    """With both terms for labels, which are whether a vector points along an axis."""
+    stream = labelled_batches(BANK[:, None], BANK[:, :2] > 0, 96)
+    fvu = []
+    for bf16 in (False, True):
+        logs: list[StepLog] = []
+        settings = chosen(name, steps=40, log_every=40, bf16=bf16, bind=0.1, contrast=0.01)
+        assert train(stream, settings, on_step=logs.append).W_dec.dtype == torch.float32
+        assert logs[0].bind > 0 and logs[0].contrast > 0
+        fvu.append(logs[0].fvu)
+    assert fvu[1] == pytest.approx(fvu[0], rel=0.15)
 
 
 def test_all_features_may_fire():

@@ -128,6 +128,8 @@ def test_labels_without_a_weight_change_nothing():
     settings = dataclasses.replace(PLAIN, steps=5)
     a = train(labelled_batches(x, labels, 64), settings)
     b = train(lambda step: (x for x, _ in labelled_batches(x, labels, 64)(step)), settings)
+    c = train(lambda step: ([x, y] for x, y in labelled_batches(x, labels, 64)(step)), settings)  # as a DataLoader
+    assert torch.equal(a.W_enc, c.W_enc)
     assert torch.equal(a.W_enc, b.W_enc)
 
 
@@ -177,6 +179,7 @@ def test_labels_that_do_not_fit_are_refused():
     for items, message in [
         ((x,), "batch 0 has no labels: labelled training takes"),
         (((x, y), x), "batch 1 has no labels"),
+        (((x, y, y),), "batch 0 is 3 values"),
         (((x, y[:5]),), r"batch 0 has labels \(5, 2\) for 64 vectors: pass \[M, C\], M a divisor of 64"),
         (((x, y[:, 0]),), r"batch 0 has labels \(64,\)"),
         (((x, y[:, :0]),), r"batch 0 has labels \(64, 0\)"),

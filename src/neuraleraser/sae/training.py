@@ -234,7 +234,9 @@ def _next(
 ) -> tuple[Tensor, Tensor | None]:
     """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled; checked."""
     item, steps = next(stream, None), settings.steps
-    x, labels = item if isinstance(item, tuple) else (item, None)
+    if isinstance(item, (tuple, list)) and len(item) != 2:  # a list is what a DataLoader makes of a pair
+        raise DataError(f"batch {step} is {len(item)} values: pass activations [B, d], or (x [B, d], labels [M, C])")
+    x, labels = item if isinstance(item, (tuple, list)) else (item, None)
     if x is None:
         if step == 0:
             raise DataError("the stream of activations is empty: pass at least one batch [B, d]")
