@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neuraleraser.sae import sparse
+from neuraleraser.sae.objective import AUX_WEIGHT, revival, revival_loss, unexplained
 from neuraleraser.sae.sparse import Weights, pairs, reconstruct, select
-from neuraleraser.sae.training import AUX_WEIGHT, losses, revival_loss
 
 
 def naive(pre: Tensor, keep: int) -> Tensor:
@@ -106,7 +106,7 @@ def case(seed: int, b: int = 7, n: int = 12, d: int = 5) -> tuple[Weights, Tenso
 
 
 def dense_loss(w: Weights, x: Tensor, mask: Tensor, e: Tensor, dead: Tensor, chosen: Tensor, bias: Tensor) -> Tensor:
-    """What `losses` should be, written out densely; masks, the revival's target e and its bias held fixed."""
+    """What a BatchTopK step should minimise, densely; masks, the revival's target e and its bias held fixed."""
     pre = (x - w.b_dec) @ w.W_enc.T + w.b_enc
     main = (x - (pre * mask) @ w.W_dec - w.b_dec).square().sum() / (len(x) * 2.0)
     pre_dead = ((x - bias) @ w.W_enc.T + w.b_enc)[:, dead]
@@ -138,14 +138,14 @@ def test_gradients_of_the_whole_loss(k_aux):
 
     assert torch.autograd.gradcheck(value, tuple(w))
     want = torch.autograd.grad(value(*w), w)
-    main, _ = losses(w, x, fired, 2.0, dead, 0, torch.float64)
+    main = unexplained(x - reconstruct(w, x, fired), 2.0)
     aux = revival_loss(w, x, x - reconstruct(w, x, fired), dead, k_aux, torch.float64)
     torch.testing.assert_close(main + AUX_WEIGHT * aux, value(*w))
     got = torch.autograd.grad(main + AUX_WEIGHT * aux, w)
     torch.testing.assert_close(got, want)
     assert bool((got[0][dead].abs().sum(1) > 0).all()), "the encoder rows of dead features must learn"
 
-    main, _ = losses(w, x, fired, 2.0, dead, 0, torch.float64)
+    main = unexplained(x - reconstruct(w, x, fired), 2.0)
     wrong = revival_loss(w, x, -e, dead, k_aux, torch.float64)
     flipped = torch.autograd.grad(main + AUX_WEIGHT * wrong, w)
     with pytest.raises(AssertionError):
@@ -157,9 +157,9 @@ def test_a_vector_is_explained_by_at_most_an_eighth_of_the_dead():
     fired, dead = sparse_of(w, x, mask), torch.arange(9, 40)
     residual = (x - reconstruct(w, x, fired)).detach()
     for k_aux, used in ((2, 2), (3, 3), (9, 3)):
-        _, aux = losses(w, x, fired, 1.0, dead, k_aux, torch.float64)
+        aux = revival(w, x, residual, dead, k_aux, torch.float64)
         assert torch.equal(aux, revival_loss(w, x, residual, dead, used, torch.float64))
-    assert losses(w, x, fired, 1.0, dead[:0], 5, torch.float64)[1] == 0
+    assert revival(w, x, residual, dead[:0], 5, torch.float64) == 0
 
 
 def test_gradcheck_of_the_sparse_path_itself():

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuraleraser.sae.measures import measure
     from neuraleraser.sae.model import SAE
-    from neuraleraser.sae.pool import pool_batches
-    from neuraleraser.sae.settings import StepLog, TrainSettings
+    from neuraleraser.sae.pool import labelled_batches, pool_batches
+    from neuraleraser.sae.settings import Architecture, StepLog, TrainSettings
     from neuraleraser.sae.training import train
 
-__all__ = ["SAE", "StepLog", "TrainSettings", "measure", "pool_batches", "train"]
+__all__ = ["SAE", "Architecture", "StepLog", "TrainSettings", "labelled_batches", "measure", "pool_batches", "train"]
 
 _HOME = {
     "SAE": "model",
+    "Architecture": "settings",
     "StepLog": "settings",
     "TrainSettings": "settings",
+    "labelled_batches": "pool",
     "measure": "measures",
     "pool_batches": "pool",
     "train": "training",

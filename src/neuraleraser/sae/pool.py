@@ -10,6 +10,28 @@ from torch import Tensor
 from neuraleraser.errors import DataError, SettingsError
 
 
+def labelled_batches(
+    bank: Tensor, labels: Tensor, maps: int, seed: int = 0
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """The endless stream of (x [maps * P, d], labels [maps, C]) for labelled training, from the maps `bank` [N, P, d]
+    of P positions each and what they show, `labels` [N, C] of 0 and 1; as a function of the step to start at.
+
+    Batches are drawn as by `pool_batches`, but by whole maps, whose vectors stay together. Raises as it does.
+    """
+    if bank.ndim != 3 or 0 in bank.shape or labels.ndim != 2 or len(labels) != len(bank):
+        raise DataError(
+            f"the bank has shape {tuple(bank.shape)}, its labels {tuple(labels.shape)}: pass maps [N, P, d] and "
+            "labels [N, C], with P = 1 for single vectors"
+        )
+    indices = pool_batches(torch.arange(len(bank))[:, None], maps, seed)
+
+    def stream(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for at in indices(step):
+            yield bank[at[:, 0].to(bank.device)].flatten(0, 1), labels[at[:, 0].to(labels.device)]
+
+    return stream
+
+
 def pool_batches(bank: Tensor, batch: int, seed: int = 0) -> Callable[[int], Iterator[Tensor]]:
     """The endless stream of batches [batch, d] from `bank` [N, d], as a function of the step to start at.
 

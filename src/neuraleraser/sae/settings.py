@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from neuraleraser.errors import SettingsError
+
+Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
+"""Which features fire in training; afterwards each fires by its own threshold (`topk.py`, `jumprelu.py`,
+`matryoshka.py`; BatchTopK is in `sparse.py`)."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class TrainSettings:
     n: int
     """Features of the SAE."""
     k: int
-    """Features that fire for an activation vector, on average over a batch (BatchTopK)."""
+    """Features that fire for an activation vector: on average over a batch, with TopK for each."""
     steps: int
     """Batches to train on; the learning rate falls to zero over the last fifth of them."""
     lr: float | None = None
@@ -29,6 +34,15 @@ class TrainSettings:
     """Most dead features (and at most 1/8 of them) to explain a vector's residual; None: d / 2, 0: no revival."""
     init_vectors: int = 2**15
     """Vectors from the start of the stream that set the data scale and the decoder bias."""
+    architecture: Architecture = "batchtopk"
+    """batchtopk: the k a vector largest of a batch fire; topk: the k largest of each vector; jumprelu: all that
+    exceed a threshold of their own, learnt; matryoshka: batchtopk, of which the first features alone have to
+    reconstruct too."""
+    bind: float = 0.0
+    """Weight of the loss that binds feature c to label c, for a stream of (x, labels); a good start is 0.3, with
+    matryoshka, whose first features have to carry what they detect."""
+    contrast: float = 0.0
+    """Weight of the loss that draws maps of the same labels together, for a stream of (x, labels); start at 0.01."""
     seed: int = 0
     """Decides the initial weights; the stream has its own seed."""
     bf16: bool = True
@@ -49,6 +63,14 @@ class TrainSettings:
             raise SettingsError(f"k_aux is {self.k_aux}: pass 0 (off), a positive number, or None for d / 2")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise SettingsError(f"lr is {self.lr}: pass a positive number, or None for the default")
+        if self.architecture not in get_args(Architecture):
+            raise SettingsError(
+                f"architecture is {self.architecture!r}: pass one of {', '.join(get_args(Architecture))}"
+            )
+        for name in ("bind", "contrast"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise SettingsError(f"{name} is {value}: pass 0 (off) or a positive weight")
         if not 0 <= self.seed < 2**63:
             raise SettingsError(f"seed is {self.seed}: pass a whole number from 0 to 2^63 - 1")
 
@@ -88,3 +110,7 @@ class StepLog:
     """The learning rate of this step."""
     grad_norm: float
     """Norm of the whole gradient before it was clipped to 1."""
+    bind: float = 0.0
+    """The binding loss of labelled training, before its weight; log 2 where no feature tells its concept."""
+    contrast: float = 0.0
+    """The contrast loss of labelled training, before its weight."""

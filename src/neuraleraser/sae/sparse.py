@@ -154,5 +154,14 @@ class _Decode(torch.autograd.Function):
 
 def reconstruct(w: Weights, x: Tensor, fired: Fired) -> Tensor:
     """x_hat [B, d] of x [B, d] through the kept pairs, differentiable in the weights (not in x)."""
-    values = _EncodeAt.apply(w.W_enc, w.b_enc, w.b_dec, x, fired)
-    return _Decode.apply(values, w.W_dec, fired) + w.b_dec  # pyright: ignore[reportOperatorIssue]
+    return decode_at(encode_at(w, x, fired), w.W_dec, fired) + w.b_dec
+
+
+def encode_at(w: Weights, x: Tensor, fired: Fired) -> Tensor:
+    """The pre-activations [m] of x [B, d] at the kept pairs, differentiable in the weights (not in x)."""
+    return _EncodeAt.apply(w.W_enc, w.b_enc, w.b_dec, x, fired)  # pyright: ignore[reportReturnType]
+
+
+def decode_at(values: Tensor, w_dec: Tensor, fired: Fired) -> Tensor:
+    """z W_dec [B, d] of the z that has `values` [m] at the kept pairs, differentiable in both."""
+    return _Decode.apply(values, w_dec, fired)  # pyright: ignore[reportReturnType]

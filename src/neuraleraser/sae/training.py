@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.sae.jumprelu import first_log_threshold
+from neuraleraser.sae.labelled import check_labels, concept_directions
 from neuraleraser.sae.model import SAE
+from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
 from neuraleraser.sae.settings import StepLog, TrainSettings
-from neuraleraser.sae.sparse import Fired, Weights, reconstruct, select
+from neuraleraser.sae.sparse import Weights
+from neuraleraser.sae.topk import calibrated
 
-Stream = Callable[[int], Iterator[Tensor]]
-"""The batches [B, d] from a step on: a pure function of the step, so that training can resume anywhere."""
+Stream = Callable[[int], Iterator[Tensor | tuple[Tensor, Tensor]]]
+"""The batches x [B, d], or (x, labels [M, C]), from a step on: a pure function of the step, so that training can
+resume anywhere. Labels of 0 and 1 say what M maps of B / M consecutive vectors show."""
 
-AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencoders, appendix A.2
 THRESHOLD_RATE = 0.01  # of the moving average of the cut
 _CHECKPOINT = "sae-training"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # Adam's state for each tensor
@@ -40,6 +44,13 @@ class _State:
     variance: float  # mean ||x - mean||^2 of the first vectors, scaled
     threshold: float = 0.0
     step: int = 0
+    concepts: int = 0  # that the labels tell apart, in labelled training
+    log_threshold: Tensor | None = None  # [n], learnt by JumpReLU
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is learnt, by name."""
+        own = {} if self.log_threshold is None else {"log_threshold": self.log_threshold}
+        return self.weights._asdict() | own
 
 
 def train(
@@ -53,15 +64,21 @@ def train(
     BatchTopK (Bussmann et al. 2024): of a batch the B * k largest pre-activations fire. The moving average of
     the smallest of them becomes the threshold of every feature, so that after training a feature fires alone.
     The loss is ||x - x_hat||^2 over the variance, plus 1/32 of the revival loss for dead features. Training
-    runs on data scaled to E||x||^2 = d; the scale is folded into the weights that are returned.
+    runs on data scaled to E||x||^2 = d; the scale is folded into the weights that are returned. Other
+    architectures (`settings.architecture`) end in the same SAE: JumpReLU has learnt its thresholds, TopK's are set
+    last, so that each feature fires as often on the first vectors of the stream, which is read again for it.
+
+    With `settings.bind` or `settings.contrast` the stream yields (x, labels [M, C]), one row of labels for every
+    B / M consecutive vectors, and their losses (`labelled.py`) are added: feature c then belongs to concept c, for
+    the C first features. `header["concepts"]` says how many there are.
 
     With `checkpoint`, a file is written every `settings.checkpoint_every` steps and at the end; where it
     exists already, training goes on from it, and on a CPU ends in the bits of a run that was never stopped
     (equal thread count). Runs on the device of the batches, draws nothing from global random state.
 
-    Raises DataError for NaN or infinity, a batch that is not [B, d] with one d throughout, a stream that is
-    empty or ends early; SettingsError for settings other than the checkpoint's, or divergence; FileError
-    for a damaged checkpoint.
+    Raises DataError for NaN or infinity, a batch that is not [B, d] with one d throughout, labels that are missing
+    or do not fit, a stream that is empty or ends early; SettingsError for settings other than the checkpoint's, or
+    divergence; FileError for a damaged checkpoint.
     """
     path = None if checkpoint is None else Path(checkpoint)
     state = _resume(path, settings) if path is not None and path.exists() else _start(batches, settings)
@@ -69,69 +86,47 @@ def train(
     if state.step < settings.steps:
         stream = batches(state.step)
         while state.step < settings.steps:
-            x = _next(stream, state.step, d, settings.steps)
+            x, labels = _next(stream, state.step, d, settings, state.concepts)
             if x.device != state.idle.device:  # resumed: the file was read on the CPU
                 state = _moved(state, x.device)
-            log = _step(state, x * state.scale, settings)
+            log = _step(state, x * state.scale, labels, settings)
             if on_step and (state.step % settings.log_every == 0 or state.step == settings.steps):
                 on_step(log)
             if path and (state.step % settings.checkpoint_every == 0 or state.step == settings.steps):
                 _write(path, state, settings)
         _close(stream)
-    return _fold(state, settings)
+    if settings.architecture != "topk":
+        return _fold(state, settings)
+    sample, _ = _first_vectors(batches, settings)
+    return calibrated(_unscaled(_moved(state, sample.device)), settings.k, sample, _header(state, settings))
 
 
-def revival_loss(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
-    """||e - e_hat||^2 / ||e||^2 (scalar), where e = `residual` [B, d] = x - x_hat, held fixed, and e_hat is
-    what the k_aux largest pre-activations of each vector among the `dead` features [m] decode to, without
-    b_dec. Large products are made in dtype `low`.
-
-    AuxK of Gao et al. 2024. It teaches dead features, and only them, to add what is missing. Values are taken
-    with their sign: after a ReLU, a feature that is negative everywhere would have no gradient to return by.
-    """
-    e = residual.detach()
-    into = (x - w.b_dec.detach()).to(low)
-    pre = (into @ w.W_enc[dead].to(low).T).to(x.dtype) + w.b_enc[dead]
-    if k_aux < len(dead):
-        values, cols = pre.topk(k_aux, dim=1, sorted=False)
-        pre = torch.zeros_like(pre).scatter(1, cols, values)
-    e_hat = (pre.to(low) @ w.W_dec[dead].to(low)).to(x.dtype)
-    return (e - e_hat).square().sum() / e.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def losses(
-    w: Weights, x: Tensor, fired: Fired, variance: float, dead: Tensor, k_aux: int, low: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(mean ||x - x_hat||^2 / variance, revival loss or 0) of scaled activations x [B, d], both scalars."""
-    residual = x - reconstruct(w, x, fired)
-    main = residual.square().sum() / (len(x) * variance)
-    if len(dead) == 0 or k_aux == 0:
-        return main, main.new_zeros(())
-    # All dead features at once would be a linear autoencoder, and learn mixtures of what is missing. In a trial
-    # (64 planted directions) 14 % stayed dead with up to d / 2 of them, 3 % with at most an eighth.
-    return main, revival_loss(w, x, residual, dead, min(k_aux, max(1, len(dead) // 8)), low)
-
-
-def _step(state: _State, x: Tensor, settings: TrainSettings) -> StepLog:
-    """One step on scaled activations x [B, d]; alters `state` in place."""
+def _step(state: _State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> StepLog:
+    """One step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place."""
     w, b, n = state.weights, len(x), settings.n
     low = torch.bfloat16 if settings.bf16 else x.dtype
-    with torch.no_grad():
-        into, w_enc, b_enc = (x - w.b_dec).to(low), w.W_enc.to(low).T, w.b_enc.to(low)
-        fired = select(lambda rows: torch.addmm(b_enc, into[rows], w_enc), b, n, b * settings.k)
-        state.idle = torch.where(fired.counts > 0, 0, state.idle + b)
-        dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
+    made = forward(w, state.log_threshold, x, state.variance, settings, low)
+    state.idle = torch.where(made.counts > 0, 0, state.idle + b)
+    dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
 
     k_aux = x.shape[1] // 2 if settings.k_aux is None else settings.k_aux
-    main, aux = losses(w, x, fired, state.variance, dead, k_aux, low)
-    grads = torch.autograd.grad(main + AUX_WEIGHT * aux, w)
-    main, aux = main.detach(), aux.detach()
-    for p, grad in zip(w, grads, strict=True):
+    aux = revival(w, x, made.residual, dead, k_aux, low)
+    loss = made.main + AUX_WEIGHT * aux
+    bind = contrast = None
+    if labels is not None:
+        own = state.log_threshold
+        cut = state.threshold if own is None else own[: labels.shape[1]].detach().exp()
+        bind, contrast = labelled_losses(w, x, labels, cut, settings, low)
+        loss = loss + settings.bind * bind + settings.contrast * contrast
+    learnt = list(state.parameters().values())
+    for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
         p.grad = grad
     with torch.no_grad():
         # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
-        grads[2].sub_((grads[2] * w.W_dec).sum(1, keepdim=True) * w.W_dec)
-        norm = float(torch.nn.utils.clip_grad_norm_(w, 1.0))
+        along = w.W_dec.grad
+        assert along is not None
+        along.sub_((along * w.W_dec).sum(1, keepdim=True) * w.W_dec)
+        norm = float(torch.nn.utils.clip_grad_norm_(learnt, 1.0))
         if not math.isfinite(norm):
             raise SettingsError(f"training diverged at step {state.step} (gradient {norm}): lower lr")
         lr = settings.lr_at(state.step, x.shape[1])
@@ -139,26 +134,28 @@ def _step(state: _State, x: Tensor, settings: TrainSettings) -> StepLog:
         state.optimiser.step()
         w.W_dec.div_(w.W_dec.norm(dim=1, keepdim=True))
 
-    if len(fired.values):
+    if made.cut is not None:
         rate = min(1.0, max(THRESHOLD_RATE, 10 / (state.step + 1)))  # faster at first, when the cut moves
-        state.threshold += rate * (float(fired.values.min()) - state.threshold)
+        state.threshold += rate * (made.cut - state.threshold)
     state.step += 1
     return StepLog(
         step=state.step,
         vectors=b,
-        fvu=float(main),
-        aux=float(aux),
-        l0=len(fired.values) / b,
+        fvu=float(unexplained(made.residual.detach(), state.variance)),
+        aux=float(aux.detach()),
+        l0=int(made.counts.sum()) / b,
         dead=len(dead) / n,
         threshold=state.threshold,
         lr=lr,
         grad_norm=norm,
+        bind=0.0 if bind is None else float(bind.detach()),
+        contrast=0.0 if contrast is None else float(contrast.detach()),
     )
 
 
 def _start(batches: Stream, settings: TrainSettings) -> _State:
     """The state before the first step: scale and bias from the first vectors, the rest from the seed."""
-    sample = _first_vectors(batches, settings)
+    sample, labels = _first_vectors(batches, settings)
     d = sample.shape[1]
     power = float(sample.double().square().sum(1).mean())
     variance = float((sample.double() - sample.double().mean(0)).square().sum(1).mean())
@@ -168,15 +165,20 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
     g = torch.Generator().manual_seed(settings.seed)
     rows = torch.nn.functional.normalize(torch.randn(settings.n, d, generator=g), dim=1).to(sample.device)
     w = Weights(rows.clone(), rows.new_zeros(settings.n), rows, geometric_median(sample * scale))
+    concepts = 0 if labels is None else labels.shape[1]
+    if labels is not None and settings.bind:
+        toward = concept_directions(sample, labels, rows[:concepts])
+        w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
+    own = first_log_threshold(w, sample * scale, settings.k) if settings.architecture == "jumprelu" else None
     idle = torch.zeros(settings.n, dtype=torch.int64, device=sample.device)
-    return _State(w, _optimiser(w), idle, scale, variance * scale**2)
+    optimiser = _optimiser([*w] if own is None else [*w, own])
+    return _State(w, optimiser, idle, scale, variance * scale**2, concepts=concepts, log_threshold=own)
 
 
-def _optimiser(w: Weights) -> torch.optim.Adam:
-    """Adam over the weights, which become leaves; the learning rate is set at every step."""
-    for p in w:
-        p.requires_grad_()
-    return torch.optim.Adam(list(w), lr=0.0, eps=6.25e-10, fused=True)
+def _optimiser(learnt: Iterable[Tensor]) -> torch.optim.Adam:
+    """Adam over what is learnt, which become leaves; the learning rate is set at every step."""
+    learnt = [p.requires_grad_() for p in learnt]
+    return torch.optim.Adam(learnt, lr=0.0, eps=6.25e-10, fused=True)
 
 
 def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
@@ -194,26 +196,47 @@ def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
 
 def _fold(state: _State, settings: TrainSettings) -> SAE:
     """The SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
+    own, s = state.log_threshold, state.scale
+    threshold = torch.full_like(state.weights.b_enc, state.threshold / s) if own is None else own.exp() / s
+    return SAE(*_unscaled(state), threshold, _header(state, settings))
+
+
+def _unscaled(state: _State) -> Weights:
+    """The weights for raw activations."""
     w, s = state.weights, state.scale
-    header = {"settings": asdict(settings), "data_scale": s, "steps": state.step}
-    threshold = torch.full_like(w.b_enc, state.threshold / s)
-    return SAE(w.W_enc, w.b_enc / s, w.W_dec, w.b_dec / s, threshold, header)
+    return Weights(w.W_enc, w.b_enc / s, w.W_dec, w.b_dec / s)
 
 
-def _first_vectors(batches: Stream, settings: TrainSettings) -> Tensor:
-    """Up to `init_vectors` vectors [N, d] float32 from the start of the stream."""
+def _header(state: _State, settings: TrainSettings) -> dict[str, Any]:
+    """What a trained SAE says about itself."""
+    header = {"settings": asdict(settings), "data_scale": state.scale, "steps": state.step}
+    return header | ({"concepts": state.concepts} if settings.bind else {})
+
+
+def _first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Tensor | None]:
+    """Up to `init_vectors` vectors [N, d] float32 from the start of the stream, and their labels [N, C], if any."""
     parts: list[Tensor] = []
+    known: list[Tensor] = []
     stream = batches(0)
     while sum(map(len, parts)) < settings.init_vectors and len(parts) < settings.steps:
         d = parts[0].shape[1] if parts else None
-        parts.append(_next(stream, len(parts), d, settings.steps))
+        x, labels = _next(stream, len(parts), d, settings, known[0].shape[1] if known else 0)
+        parts.append(x)
+        if labels is not None:
+            known.append(labels.repeat_interleave(len(x) // len(labels), 0))
     _close(stream)
-    return torch.cat(parts)[: settings.init_vectors]
+    vectors = settings.init_vectors
+    return torch.cat(parts)[:vectors], torch.cat(known)[:vectors] if known else None
 
 
-def _next(stream: Iterator[Tensor], step: int, d: int | None, steps: int) -> Tensor:
-    """The batch of this step, [B, d] float32, checked."""
-    x = next(stream, None)
+def _next(
+    stream: Iterator[Tensor | tuple[Tensor, Tensor]], step: int, d: int | None, settings: TrainSettings, concepts: int
+) -> tuple[Tensor, Tensor | None]:
+    """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled; checked."""
+    item, steps = next(stream, None), settings.steps
+    if isinstance(item, (tuple, list)) and len(item) != 2:  # a list is what a DataLoader makes of a pair
+        raise DataError(f"batch {step} is {len(item)} values: pass activations [B, d], or (x [B, d], labels [M, C])")
+    x, labels = item if isinstance(item, (tuple, list)) else (item, None)
     if x is None:
         if step == 0:
             raise DataError("the stream of activations is empty: pass at least one batch [B, d]")
@@ -222,10 +245,15 @@ def _next(stream: Iterator[Tensor], step: int, d: int | None, steps: int) -> Ten
         raise DataError(f"batch {step} has shape {tuple(x.shape)}: expected [B, {d or 'd'}] with B > 0")
     if bad := int((~torch.isfinite(x)).sum()):
         raise DataError(f"batch {step} holds {bad} NaN or infinite values of {x.numel()}: mend their source")
-    return x.detach().float()
+    if not (settings.bind or settings.contrast):
+        return x.detach().float(), None
+    if labels is None:
+        raise DataError(f"batch {step} has no labels: labelled training takes a stream of (x [B, d], labels [M, C])")
+    check_labels(labels, len(x), settings.n, concepts or None, step)
+    return x.detach().float(), labels.to(x.device)
 
 
-def _close(stream: Iterator[Tensor]) -> None:
+def _close(stream: Iterator[Any]) -> None:
     """Let a generator run its clean-up now; other iterators have none."""
     close = getattr(stream, "close", None)
     if close:
@@ -235,7 +263,7 @@ def _close(stream: Iterator[Tensor]) -> None:
 def _tensors(state: _State) -> dict[str, Tensor]:
     """Every tensor of the state by name."""
     tensors = {"idle": state.idle}
-    for name, p in state.weights._asdict().items():
+    for name, p in state.parameters().items():
         tensors |= {name: p.detach()} | {f"{name}.{m}": state.optimiser.state[p][m] for m in _MOMENTS}
     return tensors
 
@@ -243,10 +271,13 @@ def _tensors(state: _State) -> dict[str, Tensor]:
 def _rebuilt(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> _State:
     """The state that these tensors and numbers were taken from."""
     w = Weights(*(tensors[name] for name in Weights._fields))
-    optimiser = _optimiser(w)
-    for name, p in w._asdict().items():
+    own = tensors.get("log_threshold")
+    learnt = w._asdict() | ({} if own is None else {"log_threshold": own})
+    optimiser = _optimiser(learnt.values())
+    for name, p in learnt.items():
         optimiser.state[p] = {m: tensors[f"{name}.{m}"] for m in _MOMENTS}
-    return _State(w, optimiser, tensors["idle"], **{name: numbers[name] for name in _NUMBERS})
+    plain = {name: numbers[name] for name in _NUMBERS} | {"concepts": numbers.get("concepts", 0)}
+    return _State(w, optimiser, tensors["idle"], **plain, log_threshold=own)
 
 
 def _moved(state: _State, device: torch.device) -> _State:
@@ -256,7 +287,7 @@ def _moved(state: _State, device: torch.device) -> _State:
 
 def _write(path: Path, state: _State, settings: TrainSettings) -> None:
     """Write the whole state to `path`, in one piece or not at all."""
-    header = {"settings": asdict(settings)} | {name: getattr(state, name) for name in _NUMBERS}
+    header = {"settings": asdict(settings)} | {name: getattr(state, name) for name in (*_NUMBERS, "concepts")}
     artifact.save(path, _CHECKPOINT, _tensors(state), header)
 
 
@@ -266,6 +297,7 @@ def _resume(path: Path, settings: TrainSettings) -> _State:
     asked, was = asdict(settings), header.get("settings")
     if not isinstance(was, dict):
         raise FileError(f"{path} names no settings, so it is no checkpoint: delete it to start over")
+    was = {f.name: f.default for f in fields(settings) if f.default is not MISSING} | was  # older than some setting
     changed = [key for key in asked if key not in _FREE and was.get(key) != asked[key]]
     other = [f"{key} = {was.get(key)!r}, not {asked[key]!r}" for key in changed]
     if other:
@@ -277,7 +309,10 @@ def _resume(path: Path, settings: TrainSettings) -> _State:
         # Checked to the last tensor: the fused optimiser trusts shapes.
         n, d = settings.n, len(state.weights.b_dec)
         shapes = {"idle": (n,)}
-        for name, shape in zip(Weights._fields, ((n, d), (n,), (n, d), (d,)), strict=True):
+        learnt: dict[str, tuple[int, ...]] = dict(zip(Weights._fields, ((n, d), (n,), (n, d), (d,)), strict=True))
+        if settings.architecture == "jumprelu":
+            learnt["log_threshold"] = (n,)
+        for name, shape in learnt.items():
             shapes |= {name: shape, f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape, f"{name}.step": ()}
         for name, shape in shapes.items():
             dtype = torch.int64 if name == "idle" else torch.float32

@@ -1,0 +1,40 @@
+"""Matryoshka BatchTopK: the first features alone have to reconstruct too, so that broad ones come first."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from neuraleraser.sae.sparse import Fired, Weights, decode_at, encode_at, pairs
+
+HALVINGS = 4
+
+
+def prefixes(n: int) -> tuple[int, ...]:
+    """The sizes of the nested dictionaries of n features: n / 16, n / 8, n / 4, n / 2 and n."""
+    return tuple(sorted({max(1, n >> i) for i in range(HALVINGS + 1)}))
+
+
+def nested_residuals(w: Weights, x: Tensor, fired: Fired, sizes: tuple[int, ...]) -> list[Tensor]:
+    """x - x_hat_m [B, d] for every m of the ascending `sizes`, the last of which is n:
+
+        x_hat_m = sum of z_i d_i over the features i < m, + b_dec
+
+    z are the values of BatchTopK over the whole dictionary, `fired`. Bussmann et al. 2025 (Learning multi-level
+    features with Matryoshka sparse autoencoders) minimise the sum of ||x - x_hat_m||^2 over m; we take the mean,
+    which is of the size of one reconstruction. A feature is held to what all dictionaries it is part of need, so a
+    broad concept is not split up into, and hidden by, its narrow cases.
+    """
+    values = encode_at(w, x, fired)
+    rows = torch.empty_like(fired.cols)
+    rows[fired.order] = fired.rows_by_col
+    residual, residuals = x - w.b_dec, []
+    for low, high in pairwise((0, *sizes)):
+        at = ((fired.cols >= low) & (fired.cols < high)).nonzero().squeeze(1)
+        width = high - low
+        part = pairs(rows[at] * width + fired.cols[at] - low, fired.values[at], len(x), width)
+        residual = residual - decode_at(values[at], w.W_dec[low:high], part)
+        residuals.append(residual)
+    return residuals

@@ -1,0 +1,119 @@
+"""What a step of training minimises, for every architecture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuraleraser.sae import labelled
+from neuraleraser.sae.jumprelu import jump_losses
+from neuraleraser.sae.matryoshka import nested_residuals, prefixes
+from neuraleraser.sae.settings import TrainSettings
+from neuraleraser.sae.sparse import Fired, Weights, reconstruct, select
+from neuraleraser.sae.topk import mean_cut, select_rows
+
+AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencoders, appendix A.2
+
+
+class Pass(NamedTuple):
+    """Of one batch of scaled activations [B, d]."""
+
+    main: Tensor  # scalar, to be minimised
+    residual: Tensor  # [B, d], x - x_hat
+    counts: Tensor  # [n] int64, how often each feature fired
+    cut: float | None  # what a feature had to exceed to fire; None where none fired
+
+
+def forward(
+    w: Weights, log_threshold: Tensor | None, x: Tensor, variance: float, settings: TrainSettings, low: torch.dtype
+) -> Pass:
+    """Reconstruct scaled x [B, d] as `settings.architecture` does, large products in dtype `low`.
+
+    The main loss is mean ||x - x_hat||^2 / `variance`; for JumpReLU (which alone has `log_threshold` [n]) with the
+    penalty on L0, for Matryoshka the mean over the nested dictionaries.
+    """
+    if log_threshold is not None:
+        residual, penalty, counts = jump_losses(w, log_threshold, x, settings.k, low)
+        return Pass(
+            unexplained(residual, variance) + penalty, residual, counts, float(log_threshold.detach().exp().mean())
+        )
+    with torch.no_grad():
+        fired = choose(w, x, settings, low)
+    if settings.architecture == "matryoshka":
+        residuals = nested_residuals(w, x, fired, prefixes(settings.n))
+        main = torch.stack([unexplained(r, variance) for r in residuals]).mean()
+        residual = residuals[-1]
+    else:
+        residual = x - reconstruct(w, x, fired)
+        main = unexplained(residual, variance)
+    cut = None
+    if len(fired.values):
+        cut = mean_cut(fired) if settings.architecture == "topk" else float(fired.values.min())
+    return Pass(main, residual, fired.counts, cut)
+
+
+def unexplained(residual: Tensor, variance: float) -> Tensor:
+    """Mean ||residual||^2 of [B, d], over `variance`: a scalar."""
+    return residual.square().sum() / (len(residual) * variance)
+
+
+def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> Fired:
+    """The pairs of scaled x [B, d] that fire: by TopK, or by BatchTopK."""
+    into, w_enc, b_enc = (x - w.b_dec).to(low), w.W_enc.to(low).T, w.b_enc.to(low)
+
+    def pre(rows: slice) -> Tensor:
+        return torch.addmm(b_enc, into[rows], w_enc)
+
+    if settings.architecture == "topk":
+        return select_rows(pre, len(x), settings.n, settings.k)
+    return select(pre, len(x), settings.n, len(x) * settings.k)
+
+
+def revival(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
+    """The revival loss with up to k_aux of the `dead` features [m] a vector; 0 with none dead or k_aux = 0."""
+    if len(dead) == 0 or k_aux == 0:
+        return residual.new_zeros(())
+    # All dead features at once would be a linear autoencoder, and learn mixtures of what is missing. In a trial
+    # (64 planted directions) 14 % stayed dead with up to d / 2 of them, 3 % with at most an eighth.
+    return revival_loss(w, x, residual, dead, min(k_aux, max(1, len(dead) // 8)), low)
+
+
+def revival_loss(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
+    """||e - e_hat||^2 / ||e||^2 (scalar), where e = `residual` [B, d] = x - x_hat, held fixed, and e_hat is
+    what the k_aux largest pre-activations of each vector among the `dead` features [m] decode to, without
+    b_dec. Large products are made in dtype `low`.
+
+    AuxK of Gao et al. 2024. It teaches dead features, and only them, to add what is missing. Values are taken
+    with their sign: after a ReLU, a feature that is negative everywhere would have no gradient to return by.
+    """
+    e = residual.detach()
+    into = (x - w.b_dec.detach()).to(low)
+    pre = (into @ w.W_enc[dead].to(low).T).to(x.dtype) + w.b_enc[dead]
+    if k_aux < len(dead):
+        values, cols = pre.topk(k_aux, dim=1, sorted=False)
+        pre = torch.zeros_like(pre).scatter(1, cols, values)
+    e_hat = (pre.to(low) @ w.W_dec[dead].to(low)).to(x.dtype)
+    return (e - e_hat).square().sum() / e.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def labelled_losses(
+    w: Weights, x: Tensor, labels: Tensor, cut: Tensor | float, settings: TrainSettings, low: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(binding loss, contrast loss) of scaled x [B, d] with labels [M, C] for B / M vectors each; 0 for what has no
+    weight. `cut` is what the bound features have to exceed. Neither moves the bias that all share, b_dec.
+    """
+    into = (x - w.b_dec.detach()).to(low)
+
+    def pre(vectors: int, features: int) -> Tensor:
+        w_enc = w.W_enc[:features].to(low).T
+        return (into[:vectors] @ w_enc).to(x.dtype) + w.b_enc[:features]
+
+    bind = contrast = x.new_zeros(())
+    if settings.bind:
+        bind = labelled.binding_loss(pre(len(x), labels.shape[1]), labels, cut)
+    if settings.contrast:
+        maps = min(len(labels), labelled.MAPS)
+        contrast = labelled.contrast_loss(pre(maps * (len(x) // len(labels)), settings.n), labels[:maps])
+    return bind, contrast
