@@ -75,7 +75,8 @@ def resolve(phrase: str) -> str | None:
 def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
     """The concept `name` of the canvas: its phrasings with every style or object, matched without it.
 
-    A style's match is the same object in no style; an object's match is an empty scene in the same style. Raises ConceptError for a name the canvas has not.
+    A style's match is the same object in no style; an object's match is an empty scene in the same style.
+    Raises ConceptError for a name the canvas has not.
     """
     which = range(4)[phrasings]
     pairs: list[Pair] = []

@@ -24,7 +24,8 @@ SHUT = 1e9
 @dataclass(frozen=True)
 class Detector:
     """Features [f], their weights [f] (above 0 they speak for the concept, below against it: what its neighbours
-    have and it has not), the index of the pooling in SHARES, and how well they tell: `separation` [T] is the share of rows with the concept above the 99.5th percentile of rows without."""
+    have and it has not), the index of the pooling in SHARES, and how well they tell: `separation` [T] is the share
+    of rows with the concept above the 99.5th percentile of rows without."""
 
     features: Tensor
     weight: Tensor
