@@ -13,7 +13,6 @@ from erasers import open_eraser
 from neuraleraser import cli
 from neuraleraser.eraser import Eraser
 from neuraleraser.fit import load_dictionary
-from neuraleraser.sites import Site
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -64,5 +63,4 @@ def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def make_eraser() -> Eraser:
     """For the canvas: always open, with a random correction."""
     known = load_dictionary()
-    site, width = Site("unet.mid_block.attentions.0"), known.edits[Site("unet.mid_block.attentions.0")]
-    return open_eraser(gate=(known.site, known.sae.d), edit=(site, width))
+    return open_eraser(gate=(known.site, known.sae.d), edit=max(known.edits.items()))
