@@ -73,11 +73,11 @@ def unet(**settings: Any) -> UNet2DConditionModel:
     )
 
 
-def tokenizer() -> CLIPTokenizer:
+def tokenizer(longest: int = WORDS) -> CLIPTokenizer:
     """One token a letter."""
     words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
     words += [letter + "</w>" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=WORDS)
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=longest)
 
 
 def clip_text(**settings: Any) -> CLIPTextConfig:

@@ -98,7 +98,7 @@ def _let_captures_see(module: nn.Module) -> None:
     hooks = module._forward_hooks
     for key, hook in list(hooks.items()):
         if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
-            hooks.move_to_end(key)
+            hooks[key] = hooks.pop(key)  # to the end
 
 
 @dataclass
