@@ -199,10 +199,14 @@ def test_generate_with_and_without_erasers(model: str, tmp_path: Path, capsys: p
 
 def test_sites_lists_blocks_with_their_shapes(model: str, capsys: pytest.CaptureFixture[str]):
     assert main(["sites", model]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["site", "positions", "width", "blocks", "after", "it"]
-    assert rows[0].split()[:4] == ["unet.down_blocks.0.attentions.0", "64", "16", "6"]
-    assert any(row.startswith("unet.up_blocks.1.attentions.1") and row.endswith("known good") for row in rows)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == "site what positions width blocks after it known good".split()
+    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert rows["unet.down_blocks.0.attentions.0"].split() == ["block", "64", "16", "6"]
+    cross = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2"
+    assert rows[cross].split() == ["cross-attention", "64", "16", "0"]
+    assert rows["text_encoder.encoder.layers.1"].split() == ["text", "encoder", "8", "16", "7"]
+    assert "objects: SAeUron (arXiv 2501.18052)" in rows["unet.up_blocks.1.attentions.1"]
 
 
 def test_from_prompts_to_an_sae_and_its_profile(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

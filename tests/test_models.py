@@ -11,7 +11,7 @@ import torch
 
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 from neuraleraser.errors import FileError, SettingsError
-from neuraleraser.models import image_to_image, open_pipeline, preset_sites, speaks_canvas
+from neuraleraser.models import image_to_image, known_sites, open_pipeline, preset_sites, speaks_canvas
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 from tiny import BUILDERS, stable_diffusion
@@ -77,6 +77,12 @@ def test_presets_name_only_sites_that_exist():
         assert found >= set(paths)
         if not paths:
             assert found == set()
+
+
+def test_presets_say_where_they_were_published():
+    sources = {**known_sites(BUILDERS["stable_diffusion"]()), **known_sites(BUILDERS["stable_diffusion_xl"]())}
+    assert sources and all("arXiv" in source for source in sources.values())
+    assert {site.tap for site, source in sources.items() if "sdxl-unbox" in source} == {"update"}
 
 
 def test_the_canvas_is_known_by_its_words():

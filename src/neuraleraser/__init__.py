@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Every public name and the module it lives in: to publish a name, add one line here.
 _HOME: dict[str, str] = {
     "CanvasJudge": "judges",
+    "ClipJudge": "judges",
     "Concept": "concepts",
     "ConceptError": "errors",
     "DataError": "errors",
@@ -34,7 +35,9 @@ _HOME: dict[str, str] = {
     "bank": "activations",
     "candidate_sites": "sites",
     "canvas_concept": "concepts",
+    "clip_judge": "judges",
     "collect": "activations",
+    "cross_attention_sites": "sites",
     "disable_erasers": "eraser",
     "edit": "sites",
     "file_concept": "concepts",
@@ -46,6 +49,7 @@ _HOME: dict[str, str] = {
     "phrase_concept": "concepts",
     "record": "sites",
     "set_erasers": "eraser",
+    "text_encoder_sites": "sites",
     "unload_erasers": "eraser",
 }
 

@@ -1,22 +1,27 @@
 """Judges: what an image shows, as probabilities.
 
-A judge is any callable from images, uint8 [N, S, S, 3], to a `Judgement`; there is nothing to inherit from. The
-canvas's own two are here.
+A judge is any callable from images, uint8 [N, S, S, 3], to a `Judgement`; there is nothing to inherit from. Here are
+the canvas's own two, and CLIP, which tells a concept from its neighbours by their names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from neuraleraser.canvas.judge import SIZE, Judge, judge_path, load_judge
 from neuraleraser.canvas.judge_nets import Which
 from neuraleraser.canvas.words import OBJECTS, STYLES
-from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.concepts import Concept
+from neuraleraser.errors import ConceptError, DataError, FileError, SettingsError
+from neuraleraser.sampling import generate
+from neuraleraser.settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,207 @@ class CanvasJudge:
         return Judgement(p_style.numpy(), p_object.numpy(), None if artefact is None else artefact.numpy())
 
 
-def check(images: Any) -> None:
-    """Raise DataError unless `images` is uint8 [N, 64, 64, 3]."""
-    wanted = f"pass a uint8 array [N, {SIZE}, {SIZE}, 3]"
+CLIP = "openai/clip-vit-large-patch14"
+LEAST_IMAGES = 8
+"""Images of each name that a calibration needs: half of them set the threshold, half test it."""
+LEAST_ACCURACY = 0.8
+"""Balanced accuracy against the most confusable neighbour below which CLIP cannot tell the concept."""
+NONE = ""
+"""The name, in a calibration, of images that show neither the concept nor a neighbour."""
+
+
+class ClipJudge:
+    """CLIP zero-shot: is this image the concept, rather than one of its neighbours?
+
+    An image's logits are CLIP's similarities to one sentence a name; a name's margin is its log-odds among all
+    names, l_k - log sum_(j != k) exp l_j, less the threshold that `calibrate` found for it. So every probability is
+    compared with 0.5. Of a style, `p_style` is the softmax in which only the concept's threshold is taken off; of
+    anything else, `p_object` is each name's sigmoid by itself.
+
+    styles, objects: the names, the concept first; the other kind has none.
+    object_thresholds, style_threshold: 0.5.
+    artefact_threshold: None, CLIP measures no artefacts.
+    figures: on images that the threshold was not set on: "recall" of the concept, "false_alarms" by neighbour,
+    "balanced_accuracy" against the worst of them.
+    thresholds [names]: of the margins.
+    """
+
+    artefact_threshold = None
+    style_threshold = 0.5
+
+    def __init__(self, clip: _Clip, names: Sequence[str], kind: str, thresholds: Sequence[float]) -> None:
+        own, none = tuple(names), ()
+        self.styles, self.objects = (own, none) if kind == "style" else (none, own)
+        self.object_thresholds = np.full(len(self.objects), 0.5, np.float32)
+        self.thresholds = np.array(thresholds, np.float64)
+        self.figures: dict[str, Any] = {}
+        self._clip, self._texts = clip, [sentence(name, kind) for name in own]
+
+    @classmethod
+    def calibrate(
+        cls,
+        concept: str,
+        kind: str,
+        images: Mapping[str, NDArray[np.uint8]],
+        model: str = CLIP,
+        device: str = "cpu",
+    ) -> ClipJudge:
+        """Set the thresholds on images, uint8 [N, H, W, 3], of the concept and of each neighbour, by name.
+
+        Every second image sets them, the others test them. Images under the name "" show none of the names: they
+        are told from the concept, too. `model` is a CLIP checkpoint: a folder or an id on the Hub.
+
+        Raises ConceptError where CLIP cannot tell the concept from a neighbour on images of this model, or where
+        concept or neighbours lack; DataError for too few images; FileError for a checkpoint that cannot be opened.
+        """
+        names = [concept, *(name for name in images if name not in (concept, NONE))]
+        if concept not in images or len(names) < 2:
+            raise ConceptError(
+                f"CLIP judges {concept!r} against its neighbours, and images of {sorted(images)} were given: "
+                "pass images of the concept and of one neighbour at least"
+            )
+        for name, some in images.items():
+            check(some, None)
+            if len(some) < LEAST_IMAGES:
+                raise DataError(
+                    f"{len(some)} images of {name or 'none of the names'!r}: pass at least {LEAST_IMAGES} of each name"
+                )
+        clip = _Clip(model, device)
+        judge = cls(clip, names, kind, [0.0] * len(names))
+        margins = {name: judge._margins(judge._logits(some)) for name, some in images.items()}
+        fitted = {name: m[::2] for name, m in margins.items()}
+        judge.thresholds = np.array(
+            [
+                _cut(fitted[name][:, k], [m[:, k] for n, m in fitted.items() if n != name])
+                for k, name in enumerate(names)
+            ]
+        )
+        shown = {name: float((m[1::2, 0] > judge.thresholds[0]).mean()) for name, m in margins.items()}
+        recall = shown.pop(concept)
+        worst = max(shown, key=lambda name: shown[name])
+        accuracy = (recall + 1 - shown[worst]) / 2
+        if accuracy < LEAST_ACCURACY:
+            raise ConceptError(
+                f"{model} cannot tell {concept!r} from {worst or 'images without it'!r} on this model's images: it "
+                f"sees it in {recall:.0%} of its own and in {shown[worst]:.0%} of the others (balanced accuracy "
+                f"{accuracy:.2f}, at least {LEAST_ACCURACY} is needed): use a larger CLIP, or other neighbours"
+            )
+        judge.figures = {"recall": recall, "false_alarms": shown, "balanced_accuracy": accuracy}
+        return judge
+
+    def __call__(self, images: NDArray[np.uint8]) -> Judgement:
+        """Judge `images`, uint8 RGB [N, H, W, 3] of any size; N may be 0. Raises DataError for anything else.
+
+        An image's figures do not depend on its neighbours, but for rounding.
+        """
+        check(images, None)
+        logits = self._logits(images)
+        nothing = np.zeros((len(images), 0), np.float32)
+        if self.styles:
+            logits[:, 0] -= self.thresholds[0]
+            return Judgement(_softmax(logits).astype(np.float32), nothing, None)
+        apart = 1 / (1 + np.exp(np.clip(self.thresholds - self._margins(logits), -500, 500)))
+        return Judgement(nothing, apart.astype(np.float32), None)
+
+    def _logits(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """uint8 [N, H, W, 3] -> [N, names]."""
+        return self._clip(images, self._texts)
+
+    @staticmethod
+    def _margins(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[N, names] -> the log-odds of each name among all."""
+        others = [np.logaddexp.reduce(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]
+        return logits - np.stack(others, 1)
+
+
+def clip_judge(
+    pipe: Any,
+    concept: Concept,
+    neighbours: Sequence[Concept],
+    model: str = CLIP,
+    images: int = 24,
+    seed: int = 70_000,
+    sampling: Sampling | None = None,
+) -> ClipJudge:
+    """A `ClipJudge` calibrated on `images` images that `pipe` itself draws of the concept, of each neighbour, and of
+    the prompts that match the concept's without it. Detach erasers first. Raises as `ClipJudge.calibrate` does."""
+    prompts = {concept.name: [pair.shows for pair in concept.pairs]}
+    prompts |= {other.name: [pair.shows for pair in other.pairs] for other in neighbours if other.name != concept.name}
+    prompts[NONE] = [pair.without for pair in concept.pairs]
+    drawn = {
+        name: generate(pipe, [texts[i % len(texts)] for i in range(images)], range(seed, seed + images), sampling)
+        for name, texts in prompts.items()
+    }
+    return ClipJudge.calibrate(concept.name, concept.kind, drawn, model, str(pipe.device))
+
+
+def sentence(name: str, kind: str) -> str:
+    """What CLIP compares an image with."""
+    phrase = " ".join(name.replace("_", " ").split())
+    if kind == "style":
+        return f"a picture in the style of {phrase.removesuffix(' style')}"
+    return f"a picture of {phrase}"
+
+
+class _Clip:
+    """A CLIP checkpoint: images and sentences to similarities."""
+
+    def __init__(self, name: str, device: str) -> None:
+        import transformers
+
+        # transformers 5 has two; the one here needs no torchvision, as the only one of transformers 4
+        processor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        try:
+            model = transformers.CLIPModel.from_pretrained(name, use_safetensors=True)
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name)
+            self.processor = processor.from_pretrained(name)
+        except Exception as error:  # transformers and the Hub's client each raise kinds of their own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise FileError(
+                f"the CLIP model {name!r} could not be opened ({reason}): pass a folder, or a Hub id such as {CLIP!r}"
+            ) from error
+        self.model: Any = model.to(device).eval()  # pyright: ignore[reportArgumentType]
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: NDArray[np.uint8], texts: Sequence[str], batch: int = 32) -> NDArray[np.float64]:
+        """uint8 [N, H, W, 3], sentences -> CLIP's scaled cosines [N, sentences]."""
+        longest = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        out = [np.zeros((0, len(texts)))]
+        for start in range(0, len(images), batch):
+            part = list(images[start : start + batch])
+            pixels = self.processor(images=part, input_data_format="channels_last", return_tensors="pt")
+            seen = self.model(**words.to(self.device), pixel_values=pixels["pixel_values"].to(self.device))
+            out.append(seen.logits_per_image.double().cpu().numpy())
+        return np.concatenate(out)
+
+
+def _cut(own: NDArray[np.float64], others: Sequence[NDArray[np.float64]]) -> float:
+    """The threshold with the best balanced accuracy against the worst of `others`; of equals the widest gap's."""
+    every = np.unique(np.concatenate([own, *others]))
+    cuts = (every[1:] + every[:-1]) / 2
+    if not len(cuts):  # all the same
+        return float(every[0])
+    worst = np.max([(o[:, None] > cuts).mean(0) for o in others], axis=0)
+    score = (own[:, None] > cuts).mean(0) - worst
+    best = np.flatnonzero(score >= score.max() - 1e-9)
+    return float(cuts[best[np.diff(every)[best].argmax()]])
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    raised = np.exp(logits - logits.max(1, keepdims=True))
+    return raised / raised.sum(1, keepdims=True)
+
+
+def check(images: Any, size: int | None = SIZE) -> None:
+    """Raise DataError unless `images` is uint8 [N, size, size, 3]; of any height and width where `size` is None."""
+    shape = f"[N, {size}, {size}, 3]" if size else "[N, H, W, 3]"
+    wanted = f"pass a uint8 array {shape}"
     if not isinstance(images, np.ndarray):
         raise DataError(f"the judge was given a {type(images).__name__}: {wanted}")
     if images.dtype != np.uint8:
         raise DataError(f"the judge was given {images.dtype} {list(images.shape)}: {wanted} with values 0-255")
-    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
+    fits = images.ndim == 4 and images.shape[3] == 3 and (not size or images.shape[1:3] == (size, size))
+    if not fits:
         raise DataError(f"the judge was given uint8 of shape {list(images.shape)}: {wanted}")

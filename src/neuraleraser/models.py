@@ -86,24 +86,29 @@ def speaks_canvas(pipe: Any) -> bool:
     return all(len(tokenizer.tokenize(word)) == 1 for word in known)
 
 
-# The canvas: to be set from the ceilings measured on the shipped weights.
-_CANVAS: tuple[Site, ...] = ()
-# Stable Diffusion 1: SAeUron (arXiv 2501.18052) erases objects at up.1.1 and styles at up.1.2, block outputs.
-_SD1 = (Site("unet.up_blocks.1.attentions.1"), Site("unet.up_blocks.1.attentions.2"))
-# SDXL: "Unpacking SDXL Turbo" (arXiv 2410.22366) reads block updates: composition, spatial relations, details,
-# and style, in this order.
-_SDXL = (
-    Site("unet.down_blocks.2.attentions.1", "update"),
-    Site("unet.mid_block.attentions.0", "update"),
-    Site("unet.up_blocks.0.attentions.0", "update"),
-    Site("unet.up_blocks.0.attentions.1", "update"),
-)
-# FLUX: the image stream of the last double block, as the same authors' FLUX branch has it.
-_FLUX = (Site("transformer.transformer_blocks.18"),)
+# Where each family was found to be good, and by whom. A family's sites are offered to all its members (SD 2 has
+# SD 1's layout): the source says on which it was found.
+# The canvas's: to be set from the ceilings measured on the shipped weights.
+_CANVAS: dict[Site, str] = {}
+_SAEURON = "SAeUron (arXiv 2501.18052), Stable Diffusion 1.5"
+_SD1 = {
+    Site("unet.up_blocks.1.attentions.1"): f"objects: {_SAEURON}",
+    Site("unet.up_blocks.1.attentions.2"): f"styles: {_SAEURON}",
+}
+_UNBOX = "sdxl-unbox (arXiv 2410.22366), SDXL Turbo"
+_SDXL = {
+    Site("unet.down_blocks.2.attentions.1", "update"): f"composition: {_UNBOX}",
+    Site("unet.mid_block.attentions.0", "update"): f"spatial relations: {_UNBOX}",
+    Site("unet.up_blocks.0.attentions.0", "update"): f"details: {_UNBOX}",
+    Site("unet.up_blocks.0.attentions.1", "update"): f"style: {_UNBOX}",
+}
+# The last of the double blocks.
+_FLUX = {Site("transformer.transformer_blocks.18"): "sdxl-unbox (its folder flux_integration), FLUX.1"}
 
 
-def preset_sites(pipe: Any) -> tuple[Site, ...]:
-    """The sites of the pipeline's family that were found good, those of them that it has; () where none are known."""
+def known_sites(pipe: Any) -> dict[Site, str]:
+    """The sites of the pipeline's family that were found good, those of them that it has, and where each was
+    published; {} where none are known."""
     unet = getattr(pipe, "unet", None)
     if speaks_canvas(pipe):
         family = _CANVAS
@@ -112,8 +117,13 @@ def preset_sites(pipe: Any) -> tuple[Site, ...]:
     elif type(getattr(pipe, "transformer", None)).__name__ == "FluxTransformer2DModel":
         family = _FLUX
     else:
-        family = ()
-    return tuple(site for site in family if _has(pipe, site))
+        family = {}
+    return {site: source for site, source in family.items() if _has(pipe, site)}
+
+
+def preset_sites(pipe: Any) -> tuple[Site, ...]:
+    """The sites of `known_sites`, in the order they run."""
+    return tuple(known_sites(pipe))
 
 
 def _has(pipe: Any, site: Site) -> bool:

@@ -15,27 +15,42 @@ from neuraleraser.settings import Sampling
 
 @verb(app, "sites")
 def sites(model: Positional[str] = "canvas", /) -> None:
-    """List where a pipeline's activations can be read and edited: its text-conditioned blocks, as they run.
+    """List where a pipeline's activations can be read and edited: blocks, cross-attentions, text encoders.
 
     Args:
         model: The pipeline: canvas, a folder, or a Hub id.
     """
     from neuraleraser import sampling
-    from neuraleraser.models import open_pipeline, preset_sites
-    from neuraleraser.sites import candidate_sites, record
+    from neuraleraser.models import known_sites, open_pipeline
+    from neuraleraser.sites import (
+        candidate_sites,
+        cross_attention_sites,
+        record,
+        text_encoder_sites,
+        text_streams,
+    )
 
     pipe = open_pipeline(model)
-    found = candidate_sites(pipe)
-    good = {site.path for site in preset_sites(pipe)}
+    blocks = candidate_sites(pipe)
+    found = (
+        dict.fromkeys(blocks, "block")
+        | dict.fromkeys(text_streams(pipe), "block, text stream")
+        | dict.fromkeys(cross_attention_sites(pipe), "cross-attention")
+        | dict.fromkeys(text_encoder_sites(pipe), "text encoder")
+    )
+    known = {site.path: (site.tap, source) for site, source in known_sites(pipe).items()}
     shapes: dict[Any, tuple[int, int]] = {}
     with record(pipe, found, lambda site, x, call: shapes.update({site: (x.shape[1], x.shape[2])})):
         sampling.generate(pipe, ["a picture"], [0], Sampling(steps=1, guidance=1.0, batch=1))
-    rows = [("site", "positions", "width", "blocks after it", "")]
-    for i, site in enumerate(found):
+    rows = [("site", "what", "positions", "width", "blocks after it", "known good")]
+    for site, what in found.items():
         positions, width = shapes[site]
-        rows.append(
-            (site.path, str(positions), str(width), str(len(found) - 1 - i), "known good" if site.path in good else "")
-        )
+        # text encoders run before all blocks, a cross-attention inside its own
+        at = max((i for i, block in enumerate(blocks) if f"{site.path}.".startswith(f"{block.path}.")), default=-1)
+        tap, source = known.get(site.path, ("", "")) if what == "block" else ("", "")
+        good = f"{tap}; {source}" if source else ""
+        name = site.path if site.stream == "image" else f"{site.path}:{site.stream}"
+        rows.append((name, what, str(positions), str(width), str(len(blocks) - 1 - at), good))
     print(table(rows))
 
 

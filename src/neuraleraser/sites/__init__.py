@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from neuraleraser.sites.attach import Edits, edit, record
 from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
+from neuraleraser.sites.candidates import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
 from neuraleraser.sites.hooks import Call, Edit
-from neuraleraser.sites.place import Site, candidate_sites, denoiser, rows_an_image
+from neuraleraser.sites.place import Site, denoiser, rows_an_image
 
 __all__ = [
     "Call",
@@ -31,10 +32,13 @@ __all__ = [
     "Edits",
     "Site",
     "candidate_sites",
+    "cross_attention_sites",
     "denoiser",
     "denoiser_calls",
     "edit",
     "record",
     "replay",
     "rows_an_image",
+    "text_encoder_sites",
+    "text_streams",
 ]

@@ -65,6 +65,7 @@ class Edits:
             self.handles.append(root.module.register_forward_pre_hook(root.state.enter, with_kwargs=True))
             for module, tap in root.taps:
                 self.handles.append(module.register_forward_hook(tap, with_kwargs=True))
+                _let_captures_see(module)
             self.handles.append(root.module.register_forward_hook(root.state.leave))
 
     def check(self) -> None:
@@ -85,6 +86,19 @@ class Edits:
                 tap.live = False
         if not self.watch.hung:
             self.watch.restore(self.pipe)
+
+
+def _let_captures_see(module: nn.Module) -> None:
+    """Put transformers' own hooks behind ours.
+
+    From its first call with `output_hidden_states` on, a text encoder collects its layers' outputs by forward hooks
+    that stay. One that runs before ours collects what the edit has not touched, and SDXL and SD3 take the prompt's
+    embedding from there, not from the encoder's end.
+    """
+    hooks = module._forward_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+            hooks[key] = hooks.pop(key)  # to the end
 
 
 @dataclass
@@ -141,7 +155,8 @@ class _Watch:
 
     diffusers calls `progress_bar` before it denoises and `maybe_free_model_hooks` just before it returns:
     both are shadowed on the instance. A call in which no hook ran (a denoiser compiled before, or replaced)
-    is noticed at its end, even where an earlier forward did run them.
+    is noticed at its end, even where an earlier forward did run them. Some pipelines (SDXL's inpainting, asked for
+    latents) return without the second, so the end of the bar's own `with` is watched too.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -158,26 +173,53 @@ class _Watch:
             check_caches(root.state.name, root.module)  # one may have been switched on since
             if root.state.timestep_index is not None:  # text encoders ran before this
                 root.state.forget()
-        return self.progress_bar(*args, **kwargs)
+        bar = self.progress_bar(*args, **kwargs)
+        return bar if args or kwargs.get("iterable") is not None else _Bar(bar, self)
+
+    def denoised(self) -> None:
+        """What has run once the steps are done: denoiser and text encoders, not yet a VAE."""
+        self._check([r for r in self.roots if r.state.timestep_index is not None or "text_encoder" in r.state.name])
 
     def end(self) -> None:
         self.free()  # first, so that offloaded models leave the device whatever follows
         try:
-            for root in self.roots:
-                root.state.check_visited()
-                root.state.check_finite()
-            for edits in self.hung:
-                if edits.after:
-                    edits.after()
+            self._check(self.roots)
         finally:
             for root in self.roots:
                 root.state.forget()
+
+    def _check(self, roots: list[_Root]) -> None:
+        for root in roots:
+            root.state.check_visited()
+            root.state.check_finite()
+        for edits in self.hung:
+            if edits.after:
+                edits.after()
 
     def restore(self, pipe: Any) -> None:
         for name in _SHADOWED:
             if getattr(vars(pipe).get(name), "__self__", None) is self:
                 del vars(pipe)[name]
                 vars(pipe).update({key: own for key, own in self.own.items() if key == name})
+
+
+class _Bar:
+    """A progress bar whose `with` tells the watch that it ended without an exception."""
+
+    def __init__(self, bar: Any, watch: _Watch) -> None:
+        self.bar, self.watch = bar, watch
+
+    def __enter__(self) -> Any:
+        return self.bar.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        answer = self.bar.__exit__(kind, error, trace)
+        if kind is None:
+            self.watch.denoised()
+        return answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.bar, name)
 
 
 _SHADOWED = ("progress_bar", "maybe_free_model_hooks")

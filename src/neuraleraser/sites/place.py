@@ -59,28 +59,7 @@ class Site:
 
 def denoiser(pipe: Any) -> nn.Module:
     """The pipeline's UNet or transformer, as the pipeline holds it. SiteError where it has neither."""
-    return getattr(pipe, _denoiser_name(pipe))
-
-
-def candidate_sites(pipe: Any) -> list[Site]:
-    """The text-conditioned blocks in the order they run: a UNet's Transformer2DModels, a DiT's blocks."""
-    name = _denoiser_name(pipe)
-    root = unwrap(denoiser(pipe))
-    if name == "unet":
-        # a UNet registers its mid block after the up blocks, so named_modules() alone is out of order
-        paths = [
-            f"{part}.{path}"
-            for part in ("down_blocks", "mid_block", "up_blocks")
-            for path, module in (getattr(root, part, None) or nn.Module()).named_modules()
-            if type(unwrap(module)).__name__ == "Transformer2DModel"
-        ]
-    else:
-        paths = [
-            f"{part}.{i}"
-            for part in ("transformer_blocks", "single_transformer_blocks")
-            for i in range(len(getattr(root, part, ())))
-        ]
-    return [Site(f"{name}.{path}") for path in paths]
+    return getattr(pipe, denoiser_name(pipe))
 
 
 def rows_an_image(pipe: Any) -> set[int]:
@@ -97,7 +76,7 @@ def rows_an_image(pipe: Any) -> set[int]:
         return {rows}
     if hasattr(pipe, "image_guidance_scale"):  # InstructPix2Pix guides by prompt and by image
         rows += 1
-    return {rows + 1} if _denoiser_name(pipe) == "unet" else {1, rows + 1}
+    return {rows + 1} if denoiser_name(pipe) == "unet" else {1, rows + 1}
 
 
 def resolve(pipe: Any, site: Site) -> nn.Module:
@@ -147,7 +126,8 @@ def _nearest(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name, names, n=3, cutoff=0.0)
 
 
-def _denoiser_name(pipe: Any) -> str:
+def denoiser_name(pipe: Any) -> str:
+    """ "unet" or "transformer". SiteError where the pipeline has neither."""
     for name in DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name

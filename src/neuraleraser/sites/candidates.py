@@ -1,0 +1,87 @@
+"""The useful places of a pipeline: blocks, their text streams, cross-attentions, and text encoders' layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from neuraleraser.errors import SiteError
+from neuraleraser.sites.place import Site, check_stream, denoiser, denoiser_name, resolve, unwrap
+
+
+def candidate_sites(pipe: Any) -> list[Site]:
+    """The text-conditioned blocks in the order they run: a UNet's Transformer2DModels, a DiT's blocks."""
+    name = denoiser_name(pipe)
+    root = unwrap(denoiser(pipe))
+    if name == "unet":
+        # a UNet registers its mid block after the up blocks, so named_modules() alone is out of order
+        paths = [
+            f"{part}.{path}"
+            for part in ("down_blocks", "mid_block", "up_blocks")
+            for path, module in _parts(getattr(root, part, None) or nn.Module())
+            if type(module).__name__ == "Transformer2DModel"
+        ]
+    else:
+        paths = [
+            f"{part}.{i}"
+            for part in ("transformer_blocks", "single_transformer_blocks")
+            for i in range(len(getattr(root, part, ())))
+        ]
+    return [Site(f"{name}.{path}") for path in paths]
+
+
+def text_streams(pipe: Any) -> list[Site]:
+    """The text streams of those candidate blocks that carry and return one, in the order they run."""
+    return [Site(site.path, stream="text") for site in candidate_sites(pipe) if _has_text(pipe, site)]
+
+
+def cross_attention_sites(pipe: Any) -> list[Site]:
+    """What the prompt writes into each position: outputs of the attentions from image to text, as they run.
+
+    Of UNets, PixArt and Sana, one or more in each candidate block; [] where text and image are one sequence
+    (SD3, FLUX).
+    """
+    return [
+        Site(f"{block.path}.{path}")
+        for block in candidate_sites(pipe)
+        for path, module in _parts(resolve(pipe, block))
+        if getattr(module, "is_cross_attention", False)  # of diffusers' Attention
+    ]
+
+
+def text_encoder_sites(pipe: Any) -> list[Site]:
+    """The layers of each text encoder that the pipeline holds, in order. They run once a prompt and have no time."""
+    return [
+        Site(f"{name}.{path}.{i}")
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and isinstance(part, nn.Module)
+        for path, layers in _layers(unwrap(part))
+        for i in range(len(layers))
+    ]
+
+
+def _parts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without the wrappers of torch.compile, whose names no site has."""
+    for path, module in root.named_modules():
+        if unwrap(module) is module:
+            yield ".".join(name for name in path.split(".") if name != "_orig_mod"), module
+
+
+def _layers(encoder: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """CLIP's and Gemma's `layers`, T5's `block`: the first such list, which holds all others."""
+    found = [
+        (path, module)
+        for path, module in _parts(encoder)
+        if isinstance(module, nn.ModuleList) and path.rpartition(".")[2] in ("layers", "block")
+    ]
+    return found[:1]
+
+
+def _has_text(pipe: Any, site: Site) -> bool:
+    try:
+        check_stream(Site(site.path, stream="text"), resolve(pipe, site))
+    except SiteError:
+        return False
+    return True
