@@ -55,6 +55,8 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
             say(said)
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
     report = evaluate(pipe, erasers, s.evaluate, run)
+    for e in erasers:  # now with their figures
+        Eraser.load(run / "erasers" / f"{e.name}.safetensors").save(s.folder / "erasers" / f"{e.name}.safetensors")
     paths = write_report(report, s.folder)
     say("\n" + terminal_table(report.concepts) + "\n")
     for path, what in zip(paths, ("pictures, features and figures", "the figures", "before and after"), strict=True):
