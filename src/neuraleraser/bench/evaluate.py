@@ -110,7 +110,7 @@ def evaluate(
     level, far = thresholds(judge), float(judge.artefact_threshold or 0)
     sections = [_section(pipe, e, concat([base, tables[e.name]]), cells[e.name], s, far, level, store) for e in erasers]
     for e, section in zip(erasers, sections, strict=True):
-        replace(e, header={**e.header, "measured": _measured(section)}).save(store.eraser_path(e))
+        measured(e, section).save(store.eraser_path(e))
     return Report(
         base=_base(base, far, level),
         judge={f"{kind}_accuracy": float(judge.figures[kind]) for kind in ("style", "object")},
@@ -129,6 +129,16 @@ def _second_judge(pipe: Any) -> Judge:
             "pass model 'canvas', or a judge of your own"
         )
     return CanvasJudge.load("second")
+
+
+def measured(eraser: Eraser, section: ConceptSection) -> Eraser:
+    """The eraser with its figures in the header, as model cards state them."""
+    figures = {
+        name: {"value": round(m.value, 4), "low": round(m.low, 4), "high": round(m.high, 4), "n": m.n}
+        for name, m in section.metrics.items()
+        if isinstance(m, Measure)
+    }
+    return replace(eraser, header={**eraser.header, "measured": figures})
 
 
 def thresholds(judge: Judge) -> dict[str, float]:
@@ -354,15 +364,6 @@ def _section(
         became=metrics.became(main, level),
         method=METHOD,
     )
-
-
-def _measured(section: ConceptSection) -> dict[str, Any]:
-    """The metrics as an eraser's header and its model card state them."""
-    return {
-        name: {"value": round(m.value, 4), "low": round(m.low, 4), "high": round(m.high, 4), "n": m.n}
-        for name, m in section.metrics.items()
-        if isinstance(m, Measure)
-    }
 
 
 def _or_none(metric: Callable[..., Any], t: metrics.Twins, level: dict[str, float]) -> Number:
