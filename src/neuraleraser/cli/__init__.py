@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from neuraleraser.cli import canvas, erasing, inside  # each registers its verbs
+from neuraleraser.cli import canvas, erasing, inside, saes  # each registers its verbs
 from neuraleraser.cli.verbs import app
 from neuraleraser.errors import NeuralEraserError
 
-__all__ = ["canvas", "erasing", "inside", "main"]
+__all__ = ["canvas", "erasing", "inside", "main", "saes"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 _GO_ON = {
     "demo": "Run `neuraleraser demo --resume` (with the same options) to go on.",
     "evaluate": "Run the same command again to go on.",
+    "collect": "Run the same command again to go on.",
     "train": "Run the same command again to go on.",
     "canvas_train": "Run the same command again to go on.",
     "canvas_judge": "Run the same command again to go on.",

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuraleraser.sae.log import TrainingLog
     from neuraleraser.sae.measures import measure
     from neuraleraser.sae.mixing import MixingPool
     from neuraleraser.sae.model import SAE
@@ -24,6 +25,7 @@ __all__ = [
     "Run",
     "StepLog",
     "TrainSettings",
+    "TrainingLog",
     "labelled_batches",
     "measure",
     "pool_batches",
@@ -38,6 +40,7 @@ _HOME = {
     "Run": "training",
     "StepLog": "settings",
     "TrainSettings": "settings",
+    "TrainingLog": "log",
     "labelled_batches": "pool",
     "measure": "measures",
     "pool_batches": "pool",
