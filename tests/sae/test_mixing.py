@@ -147,5 +147,5 @@ def test_what_is_wrong_is_said():
 
     with pytest.raises(DataError, match=r"chunk 1 .*\(12, 2\).*expected .*\(12, 3\)"):
         next(MixingPool(shrinking, SIZE, 4, window=2)(0))
-    with pytest.raises(DataError, match="chunk 0 has shapes .*expected .*13"):
+    with pytest.raises(DataError, match=r"chunk 0 has shapes .*expected .*13"):
         next(MixingPool(numbered, SIZE + 1, 4)(0))

@@ -4,7 +4,7 @@
 and shards are such a stream, recorded. `substitution` puts an SAE's reconstructions in their place.
 """
 
-from neuraleraser.activations.collecting import CONDITIONAL, UNCONDITIONAL, Seen, bank, collect
+from neuraleraser.activations.collecting import CONDITIONAL, UNCONDITIONAL, Sample, Seen, bank, collect, sample
 from neuraleraser.activations.shards import Shards, write_shards
 from neuraleraser.activations.streaming import activation_stream, described
 from neuraleraser.activations.substitution import AtTime, Substitution, substitution
@@ -13,6 +13,7 @@ __all__ = [
     "CONDITIONAL",
     "UNCONDITIONAL",
     "AtTime",
+    "Sample",
     "Seen",
     "Shards",
     "Substitution",
@@ -20,6 +21,7 @@ __all__ = [
     "bank",
     "collect",
     "described",
+    "sample",
     "substitution",
     "write_shards",
 ]

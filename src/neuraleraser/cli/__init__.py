@@ -18,21 +18,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each start that torchvision is missing
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    job = app.cli(
-        prog="neuraleraser",
-        description="Take one concept out of a text-to-image diffusion model, and measure how well it stays out.",
-        args=sys.argv[1:] if argv is None else list(argv),
-    )
+    name = ""
     try:
+        job = app.cli(
+            prog="neuraleraser",
+            description="Take one concept out of a text-to-image diffusion model, and measure how well it stays out.",
+            args=sys.argv[1:] if argv is None else list(argv),
+        )
+        name = job.func.__name__
         job()
     except NeuralEraserError as error:
         print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\nneuraleraser: stopped. {_GO_ON.get(job.func.__name__, 'Nothing half-written is left.')}",
-            file=sys.stderr,
-        )
+        print(f"\nneuraleraser: stopped. {_GO_ON.get(name, 'Nothing half-written is left.')}", file=sys.stderr)
         return 130
     return 0
 

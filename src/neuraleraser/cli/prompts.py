@@ -7,8 +7,10 @@ from typing import Any
 
 from neuraleraser.errors import FileError, SettingsError
 
+Lines = list[tuple[str, tuple[str, ...]]]
 
-def read_prompts(path: Path) -> list[tuple[str, tuple[str, ...]]]:
+
+def read_prompts(path: Path) -> Lines:
     """The lines of a text file that are not blank: (prompt, the names after a tab, separated by commas). Raises
     FileError if there are none."""
     try:
@@ -25,22 +27,20 @@ def read_prompts(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     return found
 
 
-def prompts_of(pipe: Any, model: str, path: Path | None, count: int) -> tuple[list[str], Any, list[str]]:
-    """(prompts, labels [prompts, C] of 0 and 1 or None, the C names): of a file, or else `count` captions of the
-    canvas. Raises SettingsError for another pipeline without a file."""
+def prompts_of(pipe: Any, model: str, lines: Lines | None, count: int) -> tuple[list[str], Any, list[str]]:
+    """(prompts, labels [prompts, C] of 0 and 1 or None, the C names): of a file's lines, or else `count` captions of
+    the canvas. Raises SettingsError for another pipeline without a file."""
     import torch
 
     from neuraleraser.canvas.words import PLAIN
     from neuraleraser.fit.dictionary import canvas_background
     from neuraleraser.models import speaks_canvas
 
-    if path is not None:
-        lines = read_prompts(path)
-    elif speaks_canvas(pipe):
+    if lines is None:
+        if not speaks_canvas(pipe):
+            raise SettingsError(f"{model!r} is not the canvas, so its prompts are unknown here: pass --prompts FILE")
         captions = canvas_background(count, 1)
         lines = [(p, tuple(n for n in (*o.split("+"), s) if n and n != PLAIN)) for p, o, s in captions]
-    else:
-        raise SettingsError(f"{model!r} is not the canvas, so its prompts are unknown here: pass --prompts FILE")
     texts = [prompt for prompt, _ in lines]
     names = sorted({name for _, shown in lines for name in shown})
     if not names:

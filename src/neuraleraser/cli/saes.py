@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.prompts import prompts_of
+from neuraleraser.cli.prompts import prompts_of, read_prompts
 from neuraleraser.cli.verbs import Flat, app, bars, table, verb
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae.settings import Architecture, StepLog, TrainSettings
@@ -17,6 +17,8 @@ from neuraleraser.settings import Sampling, StreamSettings
 
 HELD_OUT = 2**16
 """Vectors that a finished SAE is measured on: those that would have come next."""
+CAPTIONS = 4000
+"""Captions of the canvas that an endless stream is drawn from; each comes again with other noise."""
 INSPECTED = 200_000
 """Seed of the first image that `inspect` draws; erasers are made and tested with others."""
 
@@ -53,11 +55,12 @@ def collect(
     from neuraleraser.sites import Site
 
     where = [Site.parse(text) for text in sites]
-    if images < 1:
-        raise SettingsError(f"images is {images}: pass at least 1")
+    if not where or images < 1:
+        raise SettingsError(f"{len(where)} sites, {images} images: pass at least one of each")
+    lines = read_prompts(prompts) if prompts else None
     settings = StreamSettings(1, per_image, images, window, reuse=1, seed=seed, sampling=sampling)
     pipe = open_pipeline(model)
-    texts, labels, names = prompts_of(pipe, model, prompts, images)
+    texts, labels, names = prompts_of(pipe, model, lines, images)
     data = described(model, texts, settings) | {"sites": [str(site) for site in where], "labels": names}
     pool = activation_stream(pipe, texts, where, settings, labels)
     count = -(-images // sampling.batch)
@@ -202,8 +205,9 @@ def _source(
         if labelled and not names:
             raise DataError(f"{activations} has no labels: collect from prompts that say what they show")
         return shards.batches(stream.batch, stream.seed, ahead=stream.ahead), data, names
+    lines = read_prompts(prompts) if prompts else None
     pipe = open_pipeline(model)
-    texts, labels, names = prompts_of(pipe, model, prompts, stream.images or 4000)
+    texts, labels, names = prompts_of(pipe, model, lines, stream.images or CAPTIONS)
     if labelled and labels is None:
         raise DataError(f"{prompts} says of no prompt what it shows: write it after a tab, by commas")
     data = described(model, texts, stream) | {"labels": names if labelled else []}
@@ -306,8 +310,9 @@ def _measured(
 
     if images < 1 or times < 1 or per_image < 1:
         raise SettingsError(f"images is {images}, per_image {per_image}, times {times}: pass at least 1 of each")
-    at, pipe = Site.parse(where), open_pipeline(model)
-    texts = prompts_of(pipe, model, prompts, images)[0]
+    at, lines = Site.parse(where), read_prompts(prompts) if prompts else None
+    pipe = open_pipeline(model)
+    texts = prompts_of(pipe, model, lines, images)[0]
     texts, seeds = [texts[i % len(texts)] for i in range(images)], range(seed, seed + images)
     together = replace(sampling, batch=images)
     x = bank(pipe, texts, seeds, [at], per_image, together)[at]
