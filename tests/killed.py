@@ -8,6 +8,7 @@ later. The parent computes nothing itself, so that its children may start where 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -71,7 +72,7 @@ def main(job: Callable[..., None], folder: Path, kills: int, seed: int) -> None:
         if child == 0:
             os.close(told)
             try:
-                job(folder, lambda: os.write(tell, b"."))
+                job(folder, functools.partial(os.write, tell, b"."))
                 os._exit(0)
             finally:
                 os._exit(1)

@@ -76,6 +76,31 @@ class StreamSettings:
 
 
 @dataclass(frozen=True)
+class InspectSettings:
+    """On what an SAE is measured. Raises SettingsError for a value out of range."""
+
+    prompts: Path | None = None
+    """Text file, one prompt a line; None: captions of the canvas."""
+    images: int = 20
+    """Images to measure on, drawn in one batch."""
+    per_image: int = 2048
+    """Activation vectors of an image, over all its steps, positions and guidance branches."""
+    times: int = 6
+    """Timesteps at which the denoising loss is measured."""
+    seed: int = 200_000
+    """Seed of the first image; the others follow. Erasers are made and tested with other seeds."""
+    sheet: Path | None = None
+    """PNG file for the images: as the model draws them (left), and with reconstructions (right)."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How images are drawn."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "per_image", "times"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}: pass at least 1")
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """How an eraser is made from a concept."""
 

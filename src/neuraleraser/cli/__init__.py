@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from neuraleraser.cli import canvas, erasing, inside, saes  # each registers its verbs
+from neuraleraser.cli import canvas, erasing, inside, inspecting, saes  # each registers its verbs
 from neuraleraser.cli.verbs import app
 from neuraleraser.errors import NeuralEraserError
 
-__all__ = ["canvas", "erasing", "inside", "main", "saes"]
+__all__ = ["canvas", "erasing", "inside", "inspecting", "main", "saes"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,16 +1,15 @@
-"""The verbs that record activations, train SAEs, and look at one."""
+"""The verbs that record activations and train SAEs on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from neuraleraser.cli.prompts import prompts_of, read_prompts
-from neuraleraser.cli.verbs import Flat, app, bars, table, verb
+from neuraleraser.cli.verbs import Flat, app, verb
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae.settings import Architecture, StepLog, TrainSettings
 from neuraleraser.settings import Sampling, StreamSettings
@@ -19,8 +18,6 @@ HELD_OUT = 2**16
 """Vectors that a finished SAE is measured on: those that would have come next."""
 CAPTIONS = 4000
 """Captions of the canvas that an endless stream is drawn from; each comes again with other noise."""
-INSPECTED = 200_000
-"""Seed of the first image that `inspect` draws; erasers are made and tested with others."""
 
 
 @verb(app, "collect")
@@ -228,130 +225,3 @@ def _next_vectors(pool: Any, step: int, sources: Sequence[str]) -> dict[str, Any
             parts[source].append((x[0] if isinstance(x, tuple) else x).float())
     stream.close()
     return {source: torch.cat(part)[:HELD_OUT] for source, part in parts.items()}
-
-
-@verb(app, "inspect")
-def inspect(
-    sae: Positional[Path | None] = None,
-    /,
-    model: str | None = None,
-    site: str | None = None,
-    prompts: Path | None = None,
-    images: int = 20,
-    per_image: int = 2048,
-    times: int = 6,
-    seed: int = INSPECTED,
-    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-    sheet: Path | None = None,
-) -> None:
-    """Say how good an SAE is: on its own activations, and what the pipeline loses with its reconstructions.
-
-    Args:
-        sae: The SAE's file; None: the one that ships for the canvas.
-        model: The pipeline to measure it in: canvas, a folder, or a Hub id; None: the one its file names, and where
-            it names none only what the file says is shown.
-        site: Where the SAE reads; None: what its file says.
-        prompts: Text file, one prompt a line; None: captions of the canvas.
-        images: Images to measure on.
-        per_image: Activation vectors of an image, over all steps and positions.
-        times: Timesteps at which the denoising loss is measured.
-        seed: Seed of the first image; the others follow.
-        sampling: How images are drawn; all in one batch.
-        sheet: PNG file for the images without (left) and with (right) reconstructions.
-    """
-    from neuraleraser.fit.dictionary import CANVAS
-    from neuraleraser.sae import SAE
-
-    path = sae or CANVAS / "sae.safetensors"
-    path = path / "sae.safetensors" if path.is_dir() else path
-    loaded = SAE.load(path)
-    named = model or loaded.header.get("model") or ("canvas" if sae is None else None)
-    where = site or loaded.header.get("site")
-    settings = loaded.header.get("settings") or {}
-    lines = [("file", str(path)), ("features", f"{loaded.n}, on activations {loaded.d} wide")]
-    lines += [("site", str(where or "not said: pass --site")), ("pipeline", str(named or "not said: pass --model"))]
-    if isinstance(settings, dict) and settings:
-        kind = settings.get("architecture", "batchtopk")
-        lines.append(("training", f"{kind}, k = {settings.get('k')}, {settings.get('steps')} steps"))
-    print(table([(name, "", value) for name, value in lines]) + "\n")
-    if named is None or where is None:
-        try:
-            print(_figures(loaded.header["measures"], loaded.n, "when it was made") + "\n")
-        except (KeyError, TypeError, ValueError):
-            print("The file holds no measures.")
-        print("Pass --model, and --site where the file does not say it, to measure it in its pipeline.")
-        return
-    _measured(loaded, path, str(named), str(where), prompts, images, per_image, times, seed, sampling, sheet)
-
-
-def _measured(
-    sae: Any,
-    path: Path,
-    model: str,
-    where: str,
-    prompts: Path | None,
-    images: int,
-    per_image: int,
-    times: int,
-    seed: int,
-    sampling: Sampling,
-    sheet: Path | None,
-) -> None:
-    """Measure `sae` in its pipeline, and print it."""
-    from dataclasses import replace
-
-    from neuraleraser.activations import bank, substitution
-    from neuraleraser.bench.files import write_bytes
-    from neuraleraser.bench.panels import grid_sheet
-    from neuraleraser.bench.pictures import png
-    from neuraleraser.models import open_pipeline
-    from neuraleraser.sae import measure
-    from neuraleraser.sites import Site
-
-    if images < 1 or times < 1 or per_image < 1:
-        raise SettingsError(f"images is {images}, per_image {per_image}, times {times}: pass at least 1 of each")
-    at, lines = Site.parse(where), read_prompts(prompts) if prompts else None
-    pipe = open_pipeline(model)
-    texts = prompts_of(pipe, model, lines, images)[0]
-    texts, seeds = [texts[i % len(texts)] for i in range(images)], range(seed, seed + images)
-    together = replace(sampling, batch=images)
-    x = bank(pipe, texts, seeds, [at], per_image, together)[at]
-    if x.shape[1] != sae.d:
-        raise DataError(f"{path}: field W_enc takes activations {sae.d} wide, {at} of {model!r} has {x.shape[1]}")
-    print(_figures(measure(sae, x), sae.n, f"on {images} images"))
-    found = substitution(pipe, sae, at, texts, seeds, together, times)
-    rows = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]
-    for t in found.times:
-        losses = [f"{value:.4f}" for value in (t.loss, t.replaced, t.mean)]
-        rows.append((f"{t.time:g}", f"{t.explained_variance:.1%}", f"{t.l0:.1f}", *losses, f"{t.recovered:.1%}"))
-    print("\nDenoising loss with the reconstructions, or the mean, in place of the activations\n" + table(rows))
-    print("kept: of what the activations are worth for the loss; 100 % is as good as the model itself")
-    print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
-    if sheet:
-        pairs = zip(texts, found.before, found.after, strict=True)
-        write_bytes(sheet, png(grid_sheet([(text, [a, b]) for text, a, b in pairs], ["model", "reconstructed"])))
-        print(sheet)
-
-
-def _figures(figures: Mapping[str, Any], n: int, where: str) -> str:
-    """Explained variance, L0, dead share and the histogram of firing rates of n features."""
-    edges, counts = figures["rates"]["log10_edges"], figures["rates"]["features"]
-    dead = round(figures["dead_share"] * n)
-    rows = [
-        ("variance explained", "", f"{figures['explained_variance']:.2%}"),
-        ("features that fire", "", f"{figures['l0']:.2f} for a vector"),
-        ("dead features", "", f"{figures['dead_share']:.2%} ({dead:,} of {n:,} never fired)"),
-    ]
-    ranges = [f"{_percent(low)} to {_percent(high)}" for low, high in pairwise(edges)]
-    shown = list(zip(ranges, counts, strict=True))
-    while shown and not shown[0][1]:
-        shown.pop(0)
-    histogram = bars([("never", dead), *shown])
-    return (
-        f"Measured {where}, {figures['vectors']:,} vectors\n{table(rows)}\n\nFeatures by firing rate, in %\n{histogram}"
-    )
-
-
-def _percent(log10: float) -> str:
-    """The rate 10^log10 in percent, in one digit: -3.5 -> 0.03."""
-    return f"{float(f'{100 * 10**log10:.1g}'):g}"
