@@ -35,9 +35,7 @@ class TrainingLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(log)) + "\n")
         except OSError as error:
-            raise FileError(
-                f"the log {self.path} could not be written ({error.strerror}): pass another path"
-            ) from error
+            raise FileError(f"the log {self.path} cannot be written ({error.strerror}): pass another path") from error
         if self._board is not None:
             for name, value in asdict(log).items():
                 if name != "step":

@@ -49,8 +49,8 @@ class MixingPool:
     in every block. The pool lies on `device` (None: where the chunks are).
 
     chunk: the chunks, `size` rows each. window: how many of them the pool holds. reuse: how often each row is used.
-    cycle: after so many chunks the first comes again, in a new order; with a window as large they stay in the pool
-    and are drawn once. ahead: chunks that a thread draws while batches are used; 0 draws between batches. Raises
+    cycle: after so many chunks the first comes again; as many blocks use each row `reuse` times, and the next ones do
+    so in a new order. With a window as large, chunks stay in the pool and are drawn once. ahead: chunks that a thread draws while batches are used; 0 draws between batches. Raises
     SettingsError for settings out of range, or a batch larger than a block.
     """
 
@@ -139,11 +139,11 @@ class MixingPool:
 
     def _order(self, block: int) -> Tensor:
         """Places [size * reuse] in the ring of the block's rows, mixed."""
-        parts = []
+        parts, epoch = [], block // self.cycle if self.cycle else 0
         for i in range(self.window):
             number = block + self.window - 1 - i  # the newest gives its first slice
             low, high = (j * self.size * self.reuse // self.window for j in (i, i + 1))
-            rows = torch.randperm(self.size, generator=generator(self.seed, "slices", number))
+            rows = torch.randperm(self.size, generator=generator(self.seed, "slices", self._name(number), epoch))
             parts.append(rows[torch.arange(low, high) % self.size] + number % self.window * self.size)
         places = torch.cat(parts)
         return places[torch.randperm(len(places), generator=generator(self.seed, "block", block))]
