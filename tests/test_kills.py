@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def run(job: str, folder: Path, kills: int, seed: int) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 @pytest.mark.parametrize(
     ("job", "kills"),
     [

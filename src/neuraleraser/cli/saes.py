@@ -86,7 +86,7 @@ def train(
     contrast: float = 0.0,
     learning_rate: float | None = None,
     checkpoint_every: int = 200,
-    out: Path = Path("sae.safetensors"),
+    out: Path | None = None,
     tensorboard: Path | None = None,
 ) -> None:
     """Train sparse autoencoders while the pipeline draws: of every site named, one of every width. Run again to go on.
@@ -105,7 +105,8 @@ def train(
         contrast: Weight of the loss that draws images of the same concepts together (0: off; start with 0.01).
         learning_rate: Peak learning rate; None: from features, width and steps.
         checkpoint_every: Steps from one checkpoint to the next.
-        out: The SAE's file, with its log (.jsonl) beside it; for several SAEs a folder.
+        out: The SAE's file (.safetensors), with its log (.jsonl) beside it, or a folder for one or several; None:
+            sae.safetensors, or the folder saes.
         tensorboard: Folder for TensorBoard's files, if TensorBoard is installed.
     """
     from tqdm import tqdm
@@ -168,14 +169,13 @@ def train(
         )
 
 
-def _paths(wanted: Sequence[tuple[str, int]], out: Path) -> list[Path]:
-    """Where the SAEs go: one to `out` itself, several into it as a folder."""
-    if len(wanted) == 1:
-        return [out]
+def _paths(wanted: Sequence[tuple[str, int]], out: Path | None) -> list[Path]:
+    """Where the SAEs go: into a folder, or to a file if there is one of them."""
+    out = out or Path("sae.safetensors" if len(wanted) == 1 else "saes")
     if out.suffix == ".safetensors":
-        if out.name != "sae.safetensors":  # asked for, not the default
+        if len(wanted) > 1:
             raise SettingsError(f"{len(wanted)} SAEs do not fit into one file {out}: pass a folder with --out")
-        out = out.with_name("saes")
+        return [out]
     short = {site: site.removesuffix(":output:image").replace(":", "-") for site, _ in wanted}
     return [out / f"{short[site]}-{n}.safetensors" for site, n in wanted]
 

@@ -50,8 +50,9 @@ class MixingPool:
 
     chunk: the chunks, `size` rows each. window: how many of them the pool holds. reuse: how often each row is used.
     cycle: after so many chunks the first comes again; as many blocks use each row `reuse` times, and the next ones do
-    so in a new order. With a window as large, chunks stay in the pool and are drawn once. ahead: chunks that a thread draws while batches are used; 0 draws between batches. Raises
-    SettingsError for settings out of range, or a batch larger than a block.
+    so in a new order. With a window as large, chunks stay in the pool and are drawn once. ahead: chunks that a thread
+    draws while batches are used; 0 draws between batches. Raises SettingsError for settings out of range, or a batch
+    larger than a block.
     """
 
     def __init__(
