@@ -74,6 +74,7 @@ def test_what_does_not_fit_is_said(pipe: Any):
         substitution(pipe, perfect(32), SITE, [], [], SAMPLING)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' own tables
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -110,6 +111,7 @@ def test_one_step_from_the_true_target_goes_towards_the_latents(kind: str, setti
         assert (stepped.prev_sample - x_0).norm() < 0.9 * (plain - x_0).norm()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_scheduler_that_is_not_known():
     scheduler = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction")
     scheduler.set_timesteps(4)

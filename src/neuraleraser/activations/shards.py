@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from neuraleraser import artifact
 from neuraleraser.errors import FileError, SettingsError
@@ -36,7 +37,7 @@ class Shards:
     rows: int
     per_map: int
     sources: tuple[str, ...]
-    files: tuple[tuple[int, str], ...]  # bytes and SHA-256 of each
+    files: tuple[tuple[int, str], ...]  # of each, the file's bytes and its tensors' SHA-256
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Shards:
@@ -100,11 +101,11 @@ class Shards:
             raise FileError(
                 f"{path} is truncated or another file: it has {found} bytes, field bytes says {size}: {_AGAIN}"
             )
-        if (own := _sha256(path)) != digest:
+        tensors, _ = artifact.load(path, _SHARD)
+        if (own := _sha256(tensors)) != digest:
             twins = [i for i, (_, other) in enumerate(self.files) if other == own]
             what = f"is shard {twins[0]} under another name" if twins else "was altered"
             raise FileError(f"{path} {what}: its SHA-256 is {own[:12]}, field sha256 says {digest[:12]}: {_AGAIN}")
-        tensors, _ = artifact.load(path, _SHARD)
         out: dict[str, Rows] = {}
         for source in self.sources:
             rows = tuple(tensors[name] for name in (source, source + _LABELS) if name in tensors)
@@ -152,7 +153,7 @@ def write_shards(
             for source, rows in block.items():
                 tensors |= dict(zip((source, source + _LABELS), rows, strict=False))
             artifact.save(path, _SHARD, tensors, {"number": number})
-            files[number : number + 1] = [(path.stat().st_size, _sha256(path))]
+            files[number : number + 1] = [(path.stat().st_size, _sha256(tensors))]
             first = next(iter(block.values()))[0]
             header = {
                 "data": data,
@@ -175,9 +176,13 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06d}.safetensors"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and values. Not of the file, in which safetensors puts the header's fields in any order."""
+    found = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _whole(name: str, value: Any) -> int:

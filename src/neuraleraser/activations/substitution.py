@@ -110,9 +110,10 @@ def substitution(
         "replaced": {site: lambda x, call: sae(x.float()) - x.float()},
         "mean": {site: lambda x, call: mean.to(x.device).float().expand_as(x) - x.float()},
     }
-    chosen = [round(i * (len(known) - 1) / max(times - 1, 1)) for i in range(min(times, len(known)))]
+    count = min(times, len(known))
+    chosen = [round(i * (len(known) - 1) / max(count - 1, 1)) for i in range(count)]
     found = []
-    for at in dict.fromkeys(chosen):
+    for at in chosen:
         time, call = list(calls.items())[at]
         noise = torch.randn(final[0].shape, generator=torch.Generator().manual_seed(at)).to(final[0].device)
         state, target = noised(pipe.scheduler, final[0].float(), noise, known[at])
