@@ -12,11 +12,10 @@ import torch
 
 import tiny
 from neuraleraser.activations import bank, substitution
-from neuraleraser.activations.substitution import noised
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import SAE
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site
+from neuraleraser.sites import Site, noised
 
 SITE = Site("unet.mid_block.attentions.0")
 PROMPTS, SEEDS = ["a b", "c"], [1, 2]
@@ -63,6 +62,7 @@ def test_the_pipeline_is_left_as_it_was(pipe: Any):
     before = tiny.run(pipe, 0)
     hooks = [m for m in pipe.unet.modules() if m._forward_hooks or m._forward_pre_hooks]
     substitution(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, times=1)
+    assert "step" not in vars(pipe.scheduler)
     assert torch.equal(tiny.run(pipe, 0), before)
     assert hooks == [m for m in pipe.unet.modules() if m._forward_hooks or m._forward_pre_hooks] == []
 

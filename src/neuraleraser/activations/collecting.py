@@ -37,9 +37,8 @@ def collect(
     on: Callable[[Seen], None],
     sampling: Sampling | None = None,
     init: Images | None = None,
-    callback: Callable[..., dict[str, Any]] | None = None,
 ) -> Images:
-    """Draw the images and tell `on` all activations at `sites`; returns the images. `callback` is `generate`'s.
+    """Draw the images and tell `on` all activations at `sites`; returns the images.
 
     With guidance in one batch the first half of a call's rows is the unconditional branch; else all rows count
     as conditional (so a text encoder's pass over the negative prompt does too). `x` is the model's own tensor:
@@ -62,7 +61,7 @@ def collect(
             on(Seen(site, x[: now["real"]], t, images, CONDITIONAL))
 
     with record(pipe, sites, note):
-        return generate(pipe, prompts, seeds, s, init=init, on_batch=begin, callback=callback)
+        return generate(pipe, prompts, seeds, s, init=init, on_batch=begin)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import DenoiserCall, Site, denoiser, denoiser_calls, edit, replay
+from neuraleraser.sites import DenoiserCall, Site, denoiser, denoiser_calls, edit, noised, replay, scheduler_steps
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def substitution(
     sae = copy.deepcopy(sae).to(next(denoiser(pipe).parameters()).device)
     sums: dict[float, _Sums] = {}
     calls: dict[float, DenoiserCall] = {}
-    final: list[Tensor] = []
+    final: deque[Tensor] = deque(maxlen=1)
 
     def on(seen: Seen) -> None:
         if seen.x.shape[2] != sae.d:
@@ -93,12 +94,8 @@ def substitution(
         if time not in calls:  # of two calls a step, the first is the one with the prompt
             calls[time] = call.rows(torch.arange(len(call.state) - len(prompts), len(call.state)).to(call.state.device))
 
-    def on_step_end(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
-        final[:] = [given["latents"]]
-        return {}
-
-    with denoiser_calls(pipe, on_call):
-        before = collect(pipe, prompts, seeds, [site], on, s, callback=on_step_end)
+    with denoiser_calls(pipe, on_call), scheduler_steps(pipe, final.append):
+        before = collect(pipe, prompts, seeds, [site], on, s)
     known = list(dict.fromkeys(pipe.scheduler.timesteps.tolist()))
     if len(known) != len(calls):
         raise SettingsError(
@@ -127,32 +124,6 @@ def substitution(
     with edit(pipe, ways["replaced"]):
         after = generate(pipe, prompts, seeds, s)
     return Substitution(tuple(found), before, after)
-
-
-def noised(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """(what the denoiser is given at t, what it should predict), both shaped as x_0, by diffusers' scheduler.
-
-    Raises SettingsError for a kind of scheduler that is not known.
-    """
-    own = copy.copy(scheduler)
-    for name in ("_step_index", "_begin_index"):  # where sampling left them; by value from here on
-        if hasattr(own, name):
-            setattr(own, name, None)
-    at = torch.as_tensor([t], device=x_0.device)
-    at = at.to(scheduler.timesteps.dtype)
-    if hasattr(own, "scale_noise"):
-        return own.scale_noise(x_0, at, noise), noise - x_0
-    kind = own.config.get("prediction_type", "epsilon")
-    given = own.scale_model_input(own.add_noise(x_0, noise, at.expand(len(x_0))), at[0])
-    if kind == "epsilon":
-        return given, noise
-    if kind == "sample":
-        return given, x_0
-    if kind == "flow_prediction":
-        return given, noise - x_0
-    if kind == "v_prediction" and hasattr(own, "get_velocity"):
-        return given, own.get_velocity(x_0, noise, at.expand(len(x_0)))
-    raise SettingsError(f"what {type(scheduler).__name__} predicts as {kind!r} is not known: pass another scheduler")
 
 
 class _Sums:

@@ -23,6 +23,7 @@ from neuraleraser.sites.attach import Edits, edit, record
 from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.candidates import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
 from neuraleraser.sites.hooks import Call, Edit
+from neuraleraser.sites.noise import noised, scheduler_steps
 from neuraleraser.sites.place import Site, denoiser, rows_an_image
 
 __all__ = [
@@ -36,9 +37,11 @@ __all__ = [
     "denoiser",
     "denoiser_calls",
     "edit",
+    "noised",
     "record",
     "replay",
     "rows_an_image",
+    "scheduler_steps",
     "text_encoder_sites",
     "text_streams",
 ]
