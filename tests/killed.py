@@ -1,4 +1,5 @@
-"""Run by `test_kills.py` as a process of its own: does a job in children, of which all but the last get SIGKILL.
+"""Run by `test_kills.py` as a process of its own: does a job in a child, to FOLDER/whole, and again in children of
+which all but the last get SIGKILL, to FOLDER/killed.
 
     python killed.py (train | collect) FOLDER KILLS SEED
 
@@ -14,6 +15,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,10 @@ def stream(tick: Callable[[], None], settings: StreamSettings) -> Any:
     return pool
 
 
-def main(job: Callable[..., None], folder: Path, kills: int, seed: int) -> None:
+def run(job: Callable[..., None], folder: Path, kills: int, seed: int) -> None:
+    """The job in children until one of them is done, which the first `kills` are not given the time to be."""
     rng, done = random.Random(seed), 0
+    folder.mkdir()
     while True:
         told, tell = os.pipe()
         child = os.fork()
@@ -74,7 +78,8 @@ def main(job: Callable[..., None], folder: Path, kills: int, seed: int) -> None:
             try:
                 job(folder, functools.partial(os.write, tell, b"."))
                 os._exit(0)
-            finally:
+            except BaseException:
+                traceback.print_exc()
                 os._exit(1)
         os.close(tell)
         if done < kills:
@@ -86,10 +91,13 @@ def main(job: Callable[..., None], folder: Path, kills: int, seed: int) -> None:
         _, status = os.waitpid(child, 0)
         os.close(told)
         if not os.WIFSIGNALED(status):
-            print(done)
-            sys.exit(os.waitstatus_to_exitcode(status))
+            break
         done += 1
+    if os.waitstatus_to_exitcode(status) or done != kills:
+        sys.exit(f"exit code {os.waitstatus_to_exitcode(status)} after {done} kills of {kills}")
 
 
 if __name__ == "__main__":
-    main({"train": train, "collect": collect}[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    job, folder = {"train": train, "collect": collect}[sys.argv[1]], Path(sys.argv[2])
+    run(job, folder / "whole", 0, 0)
+    run(job, folder / "killed", int(sys.argv[3]), int(sys.argv[4]))

@@ -83,6 +83,7 @@ def test_what_does_not_fit_is_said(pipe: Any):
         ("DDIMScheduler", {"prediction_type": "sample"}),
         ("DDPMScheduler", {}),
         ("EulerDiscreteScheduler", {}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
         ("DPMSolverMultistepScheduler", {}),
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
         ("FlowMatchEulerDiscreteScheduler", {}),
@@ -113,10 +114,10 @@ def test_one_step_from_the_true_target_goes_towards_the_latents(kind: str, setti
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_scheduler_that_is_not_known():
-    scheduler = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction")
+    scheduler = diffusers.DDIMScheduler(prediction_type="other")
     scheduler.set_timesteps(4)
     x = torch.zeros(1, 4, 8, 8)
-    with pytest.raises(SettingsError, match="EulerDiscreteScheduler predicts as 'v_prediction' is not known"):
+    with pytest.raises(SettingsError, match="DDIMScheduler predicts as 'other' is not known"):
         noised(scheduler, x, x, float(scheduler.timesteps[1]))
 
 

@@ -181,7 +181,7 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        found.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        found.update(x.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -48,13 +48,18 @@ def noised(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tuple[Tensor
     if hasattr(own, "scale_noise"):
         return own.scale_noise(x_0, at, noise), noise - x_0
     kind = own.config.get("prediction_type", "epsilon")
-    given = own.scale_model_input(own.add_noise(x_0, noise, at.expand(len(x_0))), at[0])
+
+    def given(x: Tensor, n: Tensor) -> Tensor:
+        """A linear map: alpha x + sigma n."""
+        return own.scale_model_input(own.add_noise(x, n, at.expand(len(x))), at[0])
+
+    state = given(x_0, noise)
     if kind == "epsilon":
-        return given, noise
+        return state, noise
     if kind == "sample":
-        return given, x_0
+        return state, x_0
     if kind == "flow_prediction":
-        return given, noise - x_0
-    if kind == "v_prediction" and hasattr(own, "get_velocity"):
-        return given, own.get_velocity(x_0, noise, at.expand(len(x_0)))
+        return state, noise - x_0
+    if kind == "v_prediction":  # alpha noise - sigma x_0 (Salimans and Ho 2022)
+        return state, given(noise, -x_0)
     raise SettingsError(f"what {type(scheduler).__name__} predicts as {kind!r} is not known: pass another scheduler")
