@@ -19,9 +19,7 @@ def inside(path: Path) -> Any:
         return path.read_bytes()
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        values = {
-            name: (x.dtype, x.shape, x.contiguous().flatten().view(torch.uint8).tolist()) for name, x in tensors.items()
-        }
+        values = {name: (x.dtype, x.shape, x.flatten().view(torch.uint8).tolist()) for name, x in tensors.items()}
         return values, file.metadata()
 
 
