@@ -23,7 +23,7 @@ from neuraleraser.sites.attach import Edits, edit, record
 from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.candidates import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
 from neuraleraser.sites.hooks import Call, Edit
-from neuraleraser.sites.place import Site, denoiser, rows_an_image
+from neuraleraser.sites.place import Site, denoiser
 
 __all__ = [
     "Call",
@@ -38,7 +38,6 @@ __all__ = [
     "edit",
     "record",
     "replay",
-    "rows_an_image",
     "text_encoder_sites",
     "text_streams",
 ]
