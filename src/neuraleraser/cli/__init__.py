@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from neuraleraser.cli import canvas, erasing, inside  # each registers its verbs
+from neuraleraser.cli import canvas, erasing, inside, operating  # each registers its verbs
 from neuraleraser.cli.verbs import app
 from neuraleraser.errors import NeuralEraserError
 
-__all__ = ["canvas", "erasing", "inside", "main"]
+__all__ = ["canvas", "erasing", "inside", "main", "operating"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=sys.argv[1:] if argv is None else list(argv),
     )
     try:
-        job()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            job()
     except NeuralEraserError as error:
         print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -35,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"neuraleraser: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 _GO_ON = {

@@ -212,6 +212,39 @@ def profile(
     print(out)
 
 
+@verb(app, "dictionary")
+def dictionary(
+    sae: Positional[Path],
+    site: Positional[str],
+    /,
+    model: str,
+    prompts: Path,
+    edits: tuple[str, ...] = (),
+    out: Path = Path("runs/imported"),
+) -> None:
+    """Make a dictionary from another library's SAE, for `erase --dictionary` and `profile --sae OUT/sae.safetensors`.
+
+    Args:
+        sae: Folder or weights file of SAeUron, sdxl-unbox, SAELens, sparsify, dictionary_learning or OpenAI.
+        site: The site that it reads, such as unet.up_blocks.1.attentions.1 or unet.mid_block.attentions.0:update.
+        model: The pipeline: canvas, a folder, or a Hub id.
+        prompts: Text file of prompts of many things, one a line: thresholds are calibrated on their images.
+        edits: Sites that erasers will edit; none named: the site and the cross-attentions of later blocks.
+        out: The dictionary's folder.
+    """
+    from neuraleraser.fit import import_dictionary
+    from neuraleraser.models import open_pipeline
+    from neuraleraser.sites import Site
+
+    at, acts = Site.parse(site), [Site.parse(text) for text in edits]
+    texts = read_prompts(prompts)
+    known = import_dictionary(open_pipeline(model), sae, at, texts, edits=acts)
+    known.save(out)
+    seen = known.sae.header.get("calibration")
+    differs = f"; calibrated thresholds disagree with it on {seen['disagreement']:.1%} of firings" if seen else ""
+    print(f"{out}: {known.sae.n} features of {known.sae.header['format']} at {at}, {len(known.edits)} edits{differs}")
+
+
 def _bank(
     model: str, sites: Sequence[str], prompts: Path | None, images: int, per_image: int, batch: int, seed: int
 ) -> tuple[dict[Any, Any], list[str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from neuraleraser.eraser.acting import Acting
 from neuraleraser.eraser.file import Eraser
 from neuraleraser.eraser.trace import Trace
-from neuraleraser.errors import DataError, Refused, SettingsError
-from neuraleraser.sites import Edits
+from neuraleraser.errors import DataError, Refused, SettingsError, SiteError
+from neuraleraser.sites import Edits, differs
 
 MAX_STRENGTH = 2.0
 ACTIONS = ("erase", "detect", "refuse")
@@ -60,6 +61,24 @@ def _short(strength: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+def _check_model(pipe: Any, e: Eraser) -> None:
+    """SiteError for an eraser of another architecture than the pipeline's, a warning for one of other weights."""
+    made = e.header.get("made_for")
+    if not isinstance(made, Mapping):
+        return
+    what, how = differs(pipe, [e.gate.site, *(c.site for c in e.corrections)], made)
+    if what == "architecture":
+        raise SiteError(
+            f"the eraser of {e.name!r} is for another architecture ({how}): use it with the pipeline it was made for"
+        )
+    if what:
+        warnings.warn(
+            f"the eraser of {e.name!r} was made for other weights of this architecture ({how}), and nobody has measured "
+            "what it does here: calibrate(pipe, eraser, concept) or --calibrate fits its gate to them",
+            stacklevel=4,
+        )
+
+
 class Attachment:
     """Erasers hung in a pipeline until `close`. Raises as `attach` does.
 
@@ -73,6 +92,7 @@ class Attachment:
             problem = e.problem()
             if problem:
                 raise DataError(f"the eraser of {e.name!r} cannot be attached ({problem}): make it again")
+            _check_model(pipe, e)
         self.pipe = pipe
         self.trace = trace
         # On the device where offloaded parts will run, too.

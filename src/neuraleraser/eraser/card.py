@@ -32,7 +32,8 @@ def model_card(header: Mapping[str, Any], repo: str = "owner/name") -> str:
     a number or to {"value", "n", "low", "high"}; where it has none, the card says so.
     """
     name, kind = _line(header["concept"]), _line(header.get("kind") or "concept")
-    base = header.get("base", header.get("model"))
+    made = header.get("made_for")
+    base = header.get("base", header.get("model", made.get("base") if isinstance(made, Mapping) else None))
     where = f" of {_line(base)}" if base else ""
     parts = [
         _front(base),
@@ -81,6 +82,9 @@ def _measured(measured: Any) -> str:
 def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """All else that the header says, one level deep."""
     rows: list[tuple[str, Any]] = []
+    made = header.get("made_for")
+    if isinstance(made, Mapping):
+        rows.append(("made for", made.get("class")))
     gate = header.get("gate")
     if isinstance(gate, Mapping):
         rows.append(("gate", gate.get("site")))
@@ -88,7 +92,7 @@ def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if isinstance(edits, list):
         rows += [("edit", f"{e.get('mode')} at {e.get('site')}") for e in edits if isinstance(e, Mapping)]
     for key, value in header.items():
-        if key in ("concept", "kind", "base", "model", "measured", "gate", "edits"):
+        if key in ("concept", "kind", "base", "model", "measured", "made_for", "gate", "edits"):
             continue
         if isinstance(value, Mapping):
             rows += [(f"{key}: {inner}", v) for inner, v in value.items()]

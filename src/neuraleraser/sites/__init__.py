@@ -23,9 +23,11 @@ from neuraleraser.sites.attach import Edits, edit, record
 from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.candidates import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
 from neuraleraser.sites.hooks import Call, Edit
-from neuraleraser.sites.place import Site, denoiser
+from neuraleraser.sites.model import differs, made_for
+from neuraleraser.sites.place import DENOISERS, Site, denoiser
 
 __all__ = [
+    "DENOISERS",
     "Call",
     "DenoiserCall",
     "Edit",
@@ -35,7 +37,9 @@ __all__ = [
     "cross_attention_sites",
     "denoiser",
     "denoiser_calls",
+    "differs",
     "edit",
+    "made_for",
     "record",
     "replay",
     "text_encoder_sites",
