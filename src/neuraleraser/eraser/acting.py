@@ -107,6 +107,12 @@ class At:
     def share(self) -> None:
         """Put together what is computed together, once all of `gates` and `work` is known."""
         placed = self.acting.placed
+        wide = {placed[i].gate.rows.shape[1]: placed[i] for i in self.gates}
+        wide |= {placed[i].corrections[k].width: placed[i] for i, k in self.work}
+        if len(wide) > 1:
+            names = ", ".join(f"{e.name!r} expects {width}" for width, e in sorted(wide.items()))
+            raise SiteError(f"erasers of different pipelines: at {self.site} that of {names}")
+        ((self.width, self.told),) = [(width, e.name) for width, e in wide.items()]
         stack = Gates([placed[i].gate for i in self.gates]) if self.gates else None
         self.looks = stack
         self.looking = tuple(self.gates[k] for k in stack.order) if stack else ()
@@ -122,7 +128,6 @@ class At:
         together = [matrices] if self.acting.device.type != "cpu" and matrices else [[pair] for pair in matrices]
         self.matrices = [made for group in together for made in learnt(group)]
         self.alone = alone
-        self.widths = {w for _, c in every for w in (c.width,)} | {placed[i].gate.rows.shape[1] for i in self.gates}
 
     def rests(self, memo: dict[Any, Any]) -> bool:
         """Whether all that would act here is known to be shut, so that the activations need not even be read."""
@@ -133,8 +138,11 @@ class At:
         acting = self.acting
         if x.device != acting.device and not torch.compiler.is_compiling():
             acting.place(x.device)  # the pipeline was moved
-        if self.widths != {x.shape[-1]}:
-            self._refuse_width(x)
+        if x.shape[-1] != self.width:
+            raise SiteError(
+                f"{self.site} is {x.shape[-1]} wide, and the eraser of {self.told!r} expects {self.width}: "
+                "use it with the pipeline it was made for"
+            )
         if not torch.compiler.is_compiling():
             self.fits = True
         # Where one number stands for all rows, one is looked up.
@@ -180,16 +188,6 @@ class At:
                     amounts[i] = table[:, column]
         if not compiling:
             call.memo["shut"] = call.memo.get("shut", _NONE) | {i for i in self.looking if i not in amounts}
-
-    def _refuse_width(self, x: Tensor) -> None:
-        for i, width in [(i, self.acting.placed[i].gate.rows.shape[1]) for i in self.gates] + [
-            (i, self.acting.placed[i].corrections[k].width) for i, k in self.work
-        ]:
-            if x.shape[-1] != width:
-                raise SiteError(
-                    f"{self.site} is {x.shape[-1]} wide, and the eraser of {self.acting.placed[i].name!r} expects "
-                    f"{width}: use it with the pipeline it was made for"
-                )
 
 
 _NONE: frozenset[int] = frozenset()

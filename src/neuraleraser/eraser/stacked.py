@@ -130,11 +130,10 @@ class Learnt:
         index = bins(self.middles, timestep)
         down, up, bias = (v.index_select(0, index) for v in self._in(x.dtype))
         amounts = amounts.to(x.dtype)
+        each = (amounts if amounts.shape[1] == 1 else amounts.index_select(1, self.owner)).unsqueeze(1)
         if len(index) == 1:
-            low = x @ down[0]
-            low = low * (amounts if len(self.owner) == 1 else amounts.index_select(1, self.owner)).unsqueeze(1)
-            return low @ up[0] + (amounts @ bias[0]).unsqueeze(1)
-        low = torch.bmm(x, down) * amounts.index_select(1, self.owner).unsqueeze(1)
+            return ((x @ down[0]) * each) @ up[0] + (amounts @ bias[0]).unsqueeze(1)
+        low = torch.bmm(x, down) * each
         return torch.baddbmm(torch.bmm(amounts.unsqueeze(1), bias), low, up)
 
     def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,11 +137,11 @@ class Trace:
 
     def _fold(self) -> None:
         """Bring what was noted from the device, at once, and keep the widest opening at each timestep."""
-        groups: dict[tuple[tuple[int, ...], int], list[tuple[Tensor, Tensor]]] = {}
+        groups: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
         for erasers, timestep, opening in self._notes:
-            groups.setdefault((erasers, opening.shape[0]), []).append((timestep, opening))
+            groups.setdefault((erasers, opening.shape[0], opening.device), []).append((timestep, opening))
         self._notes = []
-        for (erasers, rows), notes in groups.items():
+        for (erasers, rows, _), notes in groups.items():
             times = torch.stack([t.expand(rows) for t, _ in notes]).cpu().numpy()
             openings = torch.stack([o for _, o in notes]).cpu().numpy()
             for call, column in np.argwhere(openings.any(1)):
@@ -184,9 +184,11 @@ class Trace:
             strongest, count = evidence.cpu().numpy(), share(rows)
             for image, found in now.items():
                 for column, i in enumerate(erasers):
-                    if i in found:
-                        self._of(image, i).warm(strongest[image::count, :, column].max(0))
-        self._opened, self._warm = {}, {}
+                    own = strongest[image::count, :, column]
+                    if i in found and own.any():
+                        self._of(image, i).warm(own.max(0))
+        self._opened = {}
+        self._warm = {key: torch.zeros_like(table) for key, table in self._warm.items()}  # a graph looks at its keys
         return {image: sorted(found) for image, found in now.items()}
 
     def _of(self, image: int, eraser: int) -> _Fired:
@@ -196,7 +198,8 @@ class Trace:
     def called(self, images: int | None) -> dict[int, list[int]]:
         """A call of the pipeline for so many images is over -> as `finish`. 0: it failed, and drew none."""
         if images == 0:
-            self._notes, self._opened, self._warm = [], {}, {}
+            self._notes, self._opened = [], {}
+            self._warm = {key: torch.zeros_like(table) for key, table in self._warm.items()}
             self._table = {key: torch.zeros_like(table) for key, table in self._table.items()}
             return {}
         found = self.finish(images)

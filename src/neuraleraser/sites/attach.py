@@ -194,10 +194,11 @@ class _Watch:
         """What has run once the steps are done: denoiser and text encoders, not yet a VAE."""
         try:
             self._check([r for r in self.roots if r.state.timestep_index is not None or "text_encoder" in r.state.name])
+            self._tell(self.images)
         except NeuralEraserError:
             self.failed()
+            self.free()  # the pipeline will not come to it
             raise
-        self._tell(self.images)
 
     def failed(self) -> None:
         self._tell(0)
