@@ -61,7 +61,7 @@ class Settings:
     full_sae: bool = True
     """Time the whole SAE, too."""
     flux_blocks: tuple[int, int] = (19, 38)
-    """Double and single blocks of FLUX that are built."""
+    """Double and single blocks of FLUX that are built; with fewer, the plain step is reckoned from them."""
     json: Path | None = None
     """Where the figures go."""
 
@@ -78,7 +78,10 @@ class Bench:
 
 
 def build(size: str, batch: int, s: Settings) -> Bench:
-    device, dtype = torch.device(s.device), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype]
+    device, dtype = (
+        torch.device(s.device),
+        {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype],
+    )
     torch.manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -113,7 +116,9 @@ def _unet(size: str) -> nn.Module:
 
     if size == "tiny":
         blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
-        return UNet2DConditionModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=16, **blocks)  # type: ignore[arg-type]
+        return UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=16, **blocks
+        )  # type: ignore[arg-type]
     if size == "sd15":
         return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     return UNet2DConditionModel(
@@ -151,8 +156,8 @@ def _flux(batch: int, s: Settings, device: torch.device, dtype: torch.dtype, ran
     pipe = _pipe(transformer=model)
     sites = candidate_sites(pipe)
     gate = sites[double - 1]  # the last of the double blocks, as in sdxl-unbox
-    # Blocks are nearly all of a step. A single block of FLUX has 0.42 times the weights of a double one.
-    factor = (19 + 0.42 * 38) / (double + 0.42 * single)
+    # Blocks are nearly all of a step, and a token meets as much arithmetic in a single block as in a double one.
+    factor = (19 + 38) / (double + single)
     return Bench(pipe, lambda: model(**call, return_dict=False), gate, sites[double - 1 :][:EDITS], factor)
 
 
@@ -212,7 +217,11 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
     edits = []
     for site in bench.edits:
         w = shapes[site][1]
-        tensors = {"down": random(BINS, w, RANK) / w**0.5, "up": 1e-4 * random(BINS, RANK, w), "bias_out": 1e-4 * random(BINS, w)}
+        tensors = {
+            "down": random(BINS, w, RANK) / w**0.5,
+            "up": 1e-4 * random(BINS, RANK, w),
+            "bias_out": 1e-4 * random(BINS, w),
+        }
         edits.append(Correction(site, "learnt", times, tensors))
     return Eraser(gate, tuple(edits), {"concept": str(seed)})
 
@@ -373,7 +382,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for r in rows:
         hook = f"{1000 * r['hook_seconds']:.3f}" if "hook_seconds" in r else f"(step {1000 * r['seconds']:.1f})"
         share = f"{r.get('flops_share', 1):.2%}"
-        lines.append((r["size"], str(r["batch"]), r["name"], str(r["erasers"]), f"{r['ratio_to_plain']:.4f}", hook, share))
+        lines.append(
+            (r["size"], str(r["batch"]), r["name"], str(r["erasers"]), f"{r['ratio_to_plain']:.4f}", hook, share)
+        )
     wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, wide, strict=True)) for line in lines)
 

@@ -23,7 +23,19 @@ from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.sae import SAE
 from tiny import stable_diffusion
 
-VERBS = ("demo", "erase", "generate", "evaluate", "sites", "collect", "train", "profile", "doctor", "calibrate", "dictionary")
+VERBS = (
+    "demo",
+    "erase",
+    "generate",
+    "evaluate",
+    "sites",
+    "collect",
+    "train",
+    "profile",
+    "doctor",
+    "calibrate",
+    "dictionary",
+)
 CANVAS_VERBS = ("train", "render", "sheet", "judge", "dictionary")
 
 

@@ -121,11 +121,20 @@ def test_on_the_command_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*argv, str(tmp_path / "open.safetensors"), "--images", "0"]) == 2
 
 
-def test_refused_on_the_command_line_with_a_record(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_on_the_command_line_with_a_record(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
     make_eraser().save(tmp_path / "cats.safetensors")
     argv = ["generate", "a", "--model", str(tmp_path / "model"), "--steps", "2", "--out", str(tmp_path / "image.png")]
-    argv += ["--eraser", str(tmp_path / "cats.safetensors"), "--action", "refuse", "--record", str(tmp_path / "r.jsonl")]
+    argv += [
+        "--eraser",
+        str(tmp_path / "cats.safetensors"),
+        "--action",
+        "refuse",
+        "--record",
+        str(tmp_path / "r.jsonl"),
+    ]
     assert main(argv) == 2
     assert "neuraleraser: refused, as an erased concept fired (image 0: Cats)" in capsys.readouterr().err
     assert not (tmp_path / "image.png").exists()

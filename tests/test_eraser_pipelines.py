@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from handmade import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate
-from neuraleraser.eraser import Eraser, attach, nearest
+from neuraleraser.eraser import Eraser, attach
 
 TIMES = [50.0, 150.0, 400.0, 600.0, 950.0]
 

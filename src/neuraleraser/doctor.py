@@ -63,7 +63,8 @@ class Diagnosis:
         what = f"{count} eraser{'s' if count > 1 else ''}"
         if wrong:
             return f"NOT WELL ({what}): {'; '.join(wrong)}"
-        return f"WELL ({what}, {len(self.checks) - unknown} checks" + (f", {unknown} that no one could read)" if unknown else ")")
+        left = f", {unknown} that no one could read" if unknown else ""
+        return f"WELL ({what}, {len(self.checks) - unknown} checks{left})"
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,7 @@ def _one(
             check("false alarms", share <= FALSE_ALARMS, f"fired in {len(alarms)} of {images} images of lookalikes")
         )
         touched = [i for i in range(images) if i not in alarms and (plain.images[i] != with_it.images[i]).any()]
-        checks.append(
-            check("leaves the rest", not touched, f"changed {len(touched)} images in which it did not fire")
-        )
+        checks.append(check("leaves the rest", not touched, f"changed {len(touched)} images in which it did not fire"))
         slower = with_it.seconds / plain.seconds
     else:
         checks.append(check("false alarms", None, "no lookalike prompts are known"))

@@ -113,7 +113,9 @@ def test_a_record_an_image(sd: Any, guidance: float) -> None:
 def test_heat_lies_where_the_evidence_is(sd: Any) -> None:
     eraser = make_eraser()
     seen: list[torch.Tensor] = []
-    with record(sd, [eraser.gate.site], lambda site, x, call: seen.append(eraser.gate.fires(x)[0] @ eraser.gate.weight)):
+    with record(
+        sd, [eraser.gate.site], lambda site, x, call: seen.append(eraser.gate.fires(x)[0] @ eraser.gate.weight)
+    ):
         tiny.run(sd, 0, guidance=1.0)
     with attach(sd, eraser, action="detect", heat=True) as trace:
         tiny.run(sd, 0, guidance=1.0)

@@ -105,14 +105,12 @@ def calibrate(
     fitted.save(path)
     seen = fitted.header["calibrated"]
     print(
-        f"{path}: fitted with {seen['prompts']} prompts; its gate can open at {seen['open_share']:.0%} of its timesteps, "
-        f"where {sum(seen['separation']) / len(seen['separation']):.0%} of the images with the concept stand out"
+        f"{path}: fitted with {seen['prompts']} prompts; its gate can open at {seen['open_share']:.0%} of its "
+        f"timesteps, where {sum(seen['separation']) / len(seen['separation']):.0%} of the images with the concept stand out"
     )
 
 
-def _calibrated(
-    pipe: Any, eraser: Any, concept: Any, neighbours: Any, sampling: Any = None, pairs: int = 8
-) -> Any:
+def _calibrated(pipe: Any, eraser: Any, concept: Any, neighbours: Any, sampling: Any = None, pairs: int = 8) -> Any:
     from neuraleraser.fit import calibrate as run
 
     return run(pipe, eraser, concept, neighbours, sampling=sampling, pairs=pairs)

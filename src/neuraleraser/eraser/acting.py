@@ -79,9 +79,7 @@ class Acting:
         images = self.given.shape[1]
         found = {
             image: [
-                self.trace.names[i]
-                for i in which
-                if self.actions[i] == "refuse" and self.given[i, image % images] > 0
+                self.trace.names[i] for i in which if self.actions[i] == "refuse" and self.given[i, image % images] > 0
             ]
             for image, which in fired.items()
         }

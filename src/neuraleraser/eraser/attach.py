@@ -73,8 +73,8 @@ def _check_model(pipe: Any, e: Eraser) -> None:
         )
     if what:
         warnings.warn(
-            f"the eraser of {e.name!r} was made for other weights of this architecture ({how}), and nobody has measured "
-            "what it does here: calibrate(pipe, eraser, concept) or --calibrate fits its gate to them",
+            f"the eraser of {e.name!r} was made for other weights of this architecture ({how}), and nobody has "
+            "measured what it does here: calibrate(pipe, eraser, concept) or --calibrate fits its gate to them",
             stacklevel=4,
         )
 
@@ -150,8 +150,8 @@ def attach(
     Erasers commute: at a site all read the same x and their changes add up, in an order set by their content; of
     a feature that several scale only the largest change is made.
 
-    Raises SettingsError for an unknown action, a strength out of range or for another number of images than are drawn, DataError for
-    an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in another width,
+    Raises SettingsError for an unknown action, a strength out of range or for another number of images than are
+    drawn, DataError for an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in another width,
     NotApplied before an image is returned if an eraser did not run.
     """
     many = [erasers] if isinstance(erasers, Eraser) else list(erasers)

@@ -41,11 +41,11 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
     """Load an eraser at strength 1, beside those that are loaded -> its name, by default its concept's.
 
     `source` is a file, a folder, a Hub id, or an `Eraser`; `action` is "erase", "detect" or "refuse", as in `attach`.
-    Load before the denoiser is compiled, or at least before
-    its first call: what a compiled denoiser cannot see is raised as NotApplied before an image is returned.
+    Load before the denoiser is compiled, or at least before its first call: what a compiled denoiser cannot see is
+    raised as NotApplied before an image is returned.
 
-    Raises SettingsError for a name that is taken or an unknown action, FileError where there is no eraser, and as `attach` does. Where it
-    raises, what was loaded stays as it was.
+    Raises SettingsError for a name that is taken or an unknown action, FileError where there is no eraser, and as
+    `attach` does. Where it raises, what was loaded stays as it was.
     """
     eraser = source if isinstance(source, Eraser) else Eraser.from_pretrained(source)
     name = eraser.name if name is None else name

@@ -105,9 +105,7 @@ class Trace:
         self._first, self._real, self._largest = first, real, max(self._largest, real)
         self._drawn(range(first, first + real))
 
-    def note(
-        self, erasers: tuple[int, ...], timestep: Tensor, opening: Tensor, evidence: Tensor | None = None
-    ) -> None:
+    def note(self, erasers: tuple[int, ...], timestep: Tensor, opening: Tensor, evidence: Tensor | None = None) -> None:
         """The gates of `erasers` opened this far, opening [rows, erasers], at timestep [rows] or [1]; and their
         evidence by position [rows, P, erasers]."""
         if evidence is not None:

@@ -41,7 +41,9 @@ def calibrate(
     if pairs < 2:
         raise SettingsError(f"{pairs} pairs to calibrate with: pass at least 2")
     if eraser.gate.site.path.split(".")[0] not in DENOISERS:
-        raise SettingsError(f"the gate of {eraser.name!r} is at {eraser.gate.site}: only gates in a denoiser are fitted")
+        raise SettingsError(
+            f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
+        )
     s = sampling or Sampling(batch=min(8, pairs))
     # Spread over the concept's own, whose order goes by phrasing and subject.
     some = [concept.pairs[i * len(concept.pairs) // pairs] for i in range(pairs)]
@@ -74,8 +76,8 @@ def calibrate(
     opens = float((low < SHUT).float().mean())
     if not opens:
         raise ConceptError(
-            f"the features of {eraser.name!r} do not tell it from its matches on this model at any timestep: make a new "
-            "eraser for it"
+            f"the features of {eraser.name!r} do not tell it from its matches on this model at any timestep: make a "
+            "new eraser for it"
         )
     used = [prompt for p in some for prompt in (p.shows, p.without)] + others
     spans = [*eraser.header.get("seeds", ()), seed, seed + max(pairs, len(others)) - 1]

@@ -65,7 +65,12 @@ def widths(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site
         found[site] = x.shape[2]
 
     with record(pipe, dict.fromkeys(sites), note):
-        generate(pipe, ["a picture"], [0], Sampling(steps=1, guidance=1.0, batch=1, height=sampling.height, width=sampling.width))
+        generate(
+            pipe,
+            ["a picture"],
+            [0],
+            Sampling(steps=1, guidance=1.0, batch=1, height=sampling.height, width=sampling.width),
+        )
     return {site: found[site] for site in dict.fromkeys(sites)}
 
 

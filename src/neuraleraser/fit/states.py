@@ -136,9 +136,7 @@ def replayed(
 
     def on(call: DenoiserCall) -> None:
         rows = call.state.shape[0]
-        batches[-1].append(
-            call.rows(torch.arange(rows - size, rows - size + now["real"], device=call.state.device))
-        )
+        batches[-1].append(call.rows(torch.arange(rows - size, rows - size + now["real"], device=call.state.device)))
 
     with denoiser_calls(pipe, on):
         values, times, _ = measured(pipe, site, measure, prompts, seeds, sampling, init, begin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,13 @@ def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
     chosen = sorted((_key(path), p) for path, p in _weights(component))[:_TENSORS]
     values = {key: [float(f"{v:.4g}") for v in _values(p)] for key, p in chosen if _readable(p)}
     source = getattr(getattr(pipe, "config", None), "_name_or_path", "") or ""
-    base = {"base": source} if _HUB_ID.fullmatch(source) else {}
-    return base | {"component": name, "class": type(component).__name__, "shapes": _shapes(pipe, sites), "weights": values}
+    base = {"base": source} if _HUB_ID.fullmatch(source) and not Path(source).exists() else {}
+    return base | {
+        "component": name,
+        "class": type(component).__name__,
+        "shapes": _shapes(pipe, sites),
+        "weights": values,
+    }
 
 
 def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[str, str]:
@@ -40,7 +46,7 @@ def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[
     component = unwrap(getattr(pipe, sites[0].path.split(".")[0]))
     kind = type(component).__name__
     if made.get("class") not in (None, kind):
-        return "architecture", f"it was made for a {made['class']}, and this is a {kind}"
+        return "architecture", f"it was made for a {str(made['class'])[:60]}, and this is a {kind}"
     if made.get("shapes") not in (None, _shapes(pipe, sites)):
         return "architecture", "the weights at its sites have other shapes"
     want = made.get("weights")
