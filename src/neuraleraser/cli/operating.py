@@ -104,9 +104,10 @@ def calibrate(
     fitted = _calibrated(pipe, loaded, meant, neighbours_of(pipe, meant, neighbours), pairs=pairs)
     fitted.save(path)
     seen = fitted.header["calibrated"]
+    apart = sum(seen["separation"]) / len(seen["separation"])
     print(
         f"{path}: fitted with {seen['prompts']} prompts; its gate can open at {seen['open_share']:.0%} of its "
-        f"timesteps, where {sum(seen['separation']) / len(seen['separation']):.0%} of the images with the concept stand out"
+        f"timesteps, where {apart:.0%} of the images with the concept stand out"
     )
 
 

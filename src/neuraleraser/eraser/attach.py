@@ -151,8 +151,8 @@ def attach(
     a feature that several scale only the largest change is made.
 
     Raises SettingsError for an unknown action, a strength out of range or for another number of images than are
-    drawn, DataError for an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in another width,
-    NotApplied before an image is returned if an eraser did not run.
+    drawn, DataError for an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in
+    another width, NotApplied before an image is returned if an eraser did not run.
     """
     many = [erasers] if isinstance(erasers, Eraser) else list(erasers)
     actions = action_list(len(many), action)
