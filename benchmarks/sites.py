@@ -2,12 +2,12 @@
 
     python benchmarks/sites.py [--pipeline canvas] [--out benchmarks/results/sites.json]
 
-For every text-conditioned block, on development concepts:
+For the output and the cross-attention of every text-conditioned block, on development concepts:
 
 - detect: share of rows (image, step) with the concept above the 99.5th percentile of rows without it, for the
   phrasings that the features were chosen on and for held-out ones;
-- ceiling: share of images that no longer show the concept (first judge) when the block's conditional activations
-  come from the matched prompt; also for all blocks from this one on;
+- ceiling: of the images that show the concept, the share that no longer do (first judge) when the site's conditional
+  activations come from the matched prompt; also for all sites of its kind from this one on;
 - following: text-conditioned blocks that run after it.
 """
 
@@ -25,8 +25,8 @@ import tyro
 
 from neuraleraser.activations import Seen, bank, collect
 from neuraleraser.canvas import words
-from neuraleraser.concepts import canvas_concept
-from neuraleraser.fit.ceilings import following, transplant
+from neuraleraser.concepts import Pair, canvas_concept
+from neuraleraser.fit.ceilings import transplant
 from neuraleraser.fit.dictionary import canvas_background
 from neuraleraser.fit.gate import choose
 from neuraleraser.fit.states import SHARES, pool
@@ -34,7 +34,7 @@ from neuraleraser.judges import CanvasJudge
 from neuraleraser.models import open_pipeline
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, candidate_sites
+from neuraleraser.sites import Site, candidate_sites, cross_attention_sites
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Settings:
     """The pipeline to measure."""
     out: Path = Path("benchmarks/results/sites.json")
     """Where the figures go."""
-    images: int = 8
+    images: int = 20
     """Images a concept for the ceilings."""
-    n: int = 1024
+    n: int = 512
     """Features of each site's SAE."""
     ceilings: bool = True
     """Measure ceilings too (slower)."""
@@ -69,11 +69,34 @@ def pooled(pipe, saes: dict[Site, SAE], prompts: list[str], seed: int, sampling:
     }
 
 
+def ceilings(pipe, kinds: list[list[Site]], rows: dict[str, dict], images: int) -> None:
+    """Adds "ceiling" and "ceiling_from_here" to `rows`, and how many images showed each concept."""
+    judge = CanvasJudge.load("first")
+    for name in ("Cartoon", "Rust", "Trees", "Towers"):
+        pairs = canvas_concept(name).pairs
+        pairs = [pairs[i] for i in np.random.default_rng(1).permutation(len(pairs))[:images]]
+
+        def shows(which: list[Site], name: str = name, pairs: list[Pair] = pairs) -> np.ndarray:
+            v = judge(transplant(pipe, pairs, range(200, 200 + images), which, Sampling(batch=2 * images)))
+            style = name in judge.styles
+            return (v.p_style[:, judge.styles.index(name)] if style else v.p_object[:, judge.objects.index(name)]) > 0.5
+
+        base = shows([])
+        for kind in kinds:
+            for k, site in enumerate(kind):
+                row = rows[str(site)]
+                row.setdefault("shown", {})[name] = int(base.sum())
+                for key, which in (("ceiling", [site]), ("ceiling_from_here", kind[k:])):
+                    row.setdefault(key, {})[name] = float(1 - shows(which)[base].mean())
+                print(name, row["site"], row["ceiling"][name], row["ceiling_from_here"][name], flush=True)
+
+
 def main(s: Settings) -> None:
     started = time.time()
     pipe = open_pipeline(s.pipeline)
     sampling = Sampling(batch=40)
-    sites = candidate_sites(pipe)
+    kinds = [candidate_sites(pipe), cross_attention_sites(pipe)]
+    sites = [site for kind in kinds for site in kind]
     background = canvas_background(120, 1)
     prompts = [p for p, _, _ in background]
     vectors = bank(pipe, prompts[:80], range(600, 680), sites, 1600, sampling)
@@ -89,43 +112,29 @@ def main(s: Settings) -> None:
         held += [pairs[i].shows for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
     on, on_held = pooled(pipe, saes, own, 0, sampling), pooled(pipe, saes, held, 100, sampling)
     rows = []
+    following = {site: len(kind) - 1 - i for kind in kinds for i, site in enumerate(kind)}
     for site in sites:
         detect = {}
         for i, name in enumerate(concepts):
-            style = name in words.STYLES
             keep = [j for j, (_, o, st) in enumerate(background) if name not in (st, *o.split("+"))]
-            labels = [(background[j][2] if style else background[j][1]) or "none" for j in keep]
             lacks = off[site][keep].movedim(2, 1).flatten(0, 1)
-            d = choose(on[site][i * 10 : i * 10 + 10, :, 1], lacks, [x for x in labels for _ in range(2)])
+            d = choose(on[site][i * 10 : i * 10 + 10, :, 1], lacks)
             e = [
                 (v[i * 10 : i * 10 + 10, :, 1, d.share][..., d.features].float() @ d.weight)
                 for v in (on[site], on_held[site])
             ]
             bound = (lacks[:, :, d.share][..., d.features].float() @ d.weight).quantile(0.995, 0)
             detect[name] = [float((x > bound).float().mean()) for x in e]
-        rows.append({"site": str(site), "following": following(pipe, site), "detect": detect})
+        rows.append({"site": str(site), "following": following[site], "detect": detect})
         mean = np.mean(list(detect.values()), 0)
         print(
-            f"{site.path:36} follow {rows[-1]['following']}  detect seen {mean[0]:.3f} held-out {mean[1]:.3f}",
+            f"{site.path:62} follow {rows[-1]['following']}  detect seen {mean[0]:.3f} held-out {mean[1]:.3f}",
             {k: round(v[1], 2) for k, v in detect.items()},
             flush=True,
         )
     print(f"{time.time() - started:.0f} s", flush=True)
     if s.ceilings:
-        judge = CanvasJudge.load("first")
-        for name in ("Cartoon", "Rust", "Dogs"):
-            pairs = canvas_concept(name).pairs
-            pairs = [pairs[i] for i in np.random.default_rng(1).permutation(len(pairs))[: s.images]]
-            for k, row in enumerate(rows):
-                for key, which in (("ceiling", [sites[k]]), ("ceiling_from_here", sites[k:])):
-                    v = judge(transplant(pipe, pairs, range(200, 200 + s.images), which, Sampling(batch=2 * s.images)))
-                    p = (
-                        v.p_style[:, judge.styles.index(name)]
-                        if name in judge.styles
-                        else v.p_object[:, judge.objects.index(name)]
-                    )
-                    row.setdefault(key, {})[name] = float((p < 0.5).mean())
-                print(name, row["site"], row["ceiling"][name], row["ceiling_from_here"][name], flush=True)
+        ceilings(pipe, kinds, {row["site"]: row for row in rows}, s.images)
     s.out.parent.mkdir(parents=True, exist_ok=True)
     s.out.write_text(json.dumps({"rows": rows, "machine": platform.processor(), "torch": torch.__version__}, indent=1))
 

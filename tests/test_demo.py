@@ -16,6 +16,7 @@ from neuraleraser.bench.metrics import Measure
 from neuraleraser.bench.report import METRICS, ConceptSection, Pair, Report
 from neuraleraser.concepts import Concept
 from neuraleraser.demo import concept_of, demo
+from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError
 from neuraleraser.settings import DemoSettings
 
@@ -64,6 +65,8 @@ def test_five_concepts_from_phrases(fitted: list[str], tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["contact.png", "erasers", "report.html", "report.json", "run"]
     text = "\n".join(said)
     assert "unchanged" in text and str(tmp_path / "report.html") in text
+    kept = Eraser.load(tmp_path / "erasers" / "Cats.safetensors")
+    assert kept.header["measured"]["ua"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 20}
     assert f"'Fire' -> {tmp_path / 'erasers' / 'On_Fire.safetensors'}" in text
 
 

@@ -11,7 +11,7 @@ import torch
 
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 from neuraleraser.errors import FileError, SettingsError
-from neuraleraser.models import image_to_image, known_sites, open_pipeline, preset_sites, speaks_canvas
+from neuraleraser.models import called, image_to_image, known_sites, open_pipeline, preset_sites, speaks_canvas
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 from tiny import BUILDERS, stable_diffusion
@@ -91,3 +91,13 @@ def test_the_canvas_is_known_by_its_words():
     assert speaks_canvas(canvas)
     assert not speaks_canvas(stable_diffusion())
     assert not speaks_canvas(BUILDERS["pixart"]())
+
+
+def test_a_pipeline_is_called_by_its_id_and_by_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = BUILDERS["stable_diffusion"]()
+    assert called(pipe) == "StableDiffusionPipeline"
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for name, expected in {"owner/model": "owner/model", "runs/mine": "mine", str(tmp_path / "gone"): "gone"}.items():
+        pipe.register_to_config(_name_or_path=name)
+        assert called(pipe) == expected

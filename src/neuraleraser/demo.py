@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from neuraleraser.bench.evaluate import evaluate
+from neuraleraser.bench.evaluate import evaluate, measured
 from neuraleraser.bench.panels import write_report
 from neuraleraser.bench.report import Report, size_text, terminal_table
 from neuraleraser.canvas import words
@@ -55,6 +55,8 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
             say(said)
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
     report = evaluate(pipe, erasers, s.evaluate, run)
+    for e, section in zip(erasers, report.concepts, strict=True):
+        measured(e, section).save(s.folder / "erasers" / f"{e.name}.safetensors")
     paths = write_report(report, s.folder)
     say("\n" + terminal_table(report.concepts) + "\n")
     for path, what in zip(paths, ("pictures, features and figures", "the figures", "before and after"), strict=True):

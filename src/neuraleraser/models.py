@@ -88,8 +88,9 @@ def speaks_canvas(pipe: Any) -> bool:
 
 # Where each family was found to be good, and by whom. A family's sites are offered to all its members (SD 2 has
 # SD 1's layout): the source says on which it was found.
-# The canvas's: to be set from the ceilings measured on the shipped weights.
-_CANVAS: dict[Site, str] = {}
+_CANVAS = {
+    Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"): "detects styles and objects: docs/SITES.md",
+}
 _SAEURON = "SAeUron (arXiv 2501.18052), Stable Diffusion 1.5"
 _SD1 = {
     Site("unet.up_blocks.1.attentions.1"): f"objects: {_SAEURON}",
@@ -104,6 +105,16 @@ _SDXL = {
 }
 # The last of the double blocks.
 _FLUX = {Site("transformer.transformer_blocks.18"): "sdxl-unbox (its folder flux_integration), FLUX.1"}
+
+
+def called(pipe: Any) -> str:
+    """What a file calls the pipeline that it was made for: "canvas", its Hub id, or its folder's name; no path of
+    this machine."""
+    if speaks_canvas(pipe):
+        return CANVAS
+    name = str(getattr(pipe, "name_or_path", None) or getattr(pipe.config, "_name_or_path", None) or "")
+    hub = _HUB_ID.fullmatch(name) and not Path(name).is_dir()
+    return name if hub else Path(name).name or type(pipe).__name__
 
 
 def known_sites(pipe: Any) -> dict[Site, str]:

@@ -21,7 +21,7 @@ from neuraleraser.bench.panels import overlay, spread, write_report
 from neuraleraser.bench.store import Store
 from neuraleraser.bench.verdicts import Verdicts
 from neuraleraser.canvas import words
-from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser import Eraser, attach, model_card
 from neuraleraser.errors import ConceptError, DataError, SettingsError, SplitError
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import EvaluateSettings, Sampling
@@ -123,6 +123,9 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     assert style["overhead"] > 0 and style["overhead_idle"] > 0
     assert style["bystander"] is None and obj["bystander"] == 1
     assert "ua_held_out" in style and "ua_image_to_image" in style
+    kept = Eraser.load(tmp_path / "erasers" / "Van_Gogh.safetensors")
+    assert kept.header["measured"]["ua"]["value"] == pytest.approx(style["ua"], abs=1e-4)
+    assert "| ua |" in model_card(kept.header)
     assert report.concepts[0].features and report.concepts[0].features[0].heatmaps
     table = Verdicts.load(tmp_path / "verdicts.parquet")
     for e in erasers:

@@ -29,6 +29,7 @@ from neuraleraser.bench.cells import (
     check_split,
     erasure_cells,
 )
+from neuraleraser.bench.measure import Measure
 from neuraleraser.bench.panels import feature_panels, pairs_of, spread, versions
 from neuraleraser.bench.published import saeuron, unlearncanvas
 from neuraleraser.bench.report import ConceptSection, Number, Report
@@ -75,7 +76,8 @@ def evaluate(
 ) -> Report:
     """Measure `erasers` one at a time on the canvas `pipe`, keeping images and verdicts in `folder`.
 
-    Called again with the same settings it goes on where it was stopped. The judge is the second one unless
+    Called again with the same settings it goes on where it was stopped. `folder`/erasers then holds the erasers with
+    their figures in the header, where a model card finds them. The judge is the second one unless
     given. Raises SplitError where an eraser was made with what it would be tested with, ConceptError for a
     concept that the judge does not know, SettingsError for a folder of another run or a pipeline that is no
     canvas, DataError where the base shows too little to compare with.
@@ -107,6 +109,8 @@ def evaluate(
     whole.save(store.folder / "verdicts.parquet")
     level, far = thresholds(judge), float(judge.artefact_threshold or 0)
     sections = [_section(pipe, e, concat([base, tables[e.name]]), cells[e.name], s, far, level, store) for e in erasers]
+    for e, section in zip(erasers, sections, strict=True):
+        measured(e, section).save(store.eraser_path(e))
     return Report(
         base=_base(base, far, level),
         judge={f"{kind}_accuracy": float(judge.figures[kind]) for kind in ("style", "object")},
@@ -125,6 +129,16 @@ def _second_judge(pipe: Any) -> Judge:
             "pass model 'canvas', or a judge of your own"
         )
     return CanvasJudge.load("second")
+
+
+def measured(eraser: Eraser, section: ConceptSection) -> Eraser:
+    """The eraser with its figures in the header, as model cards state them."""
+    figures = {
+        name: {"value": round(m.value, 4), "low": round(m.low, 4), "high": round(m.high, 4), "n": m.n}
+        for name, m in section.metrics.items()
+        if isinstance(m, Measure)
+    }
+    return replace(eraser, header={**eraser.header, "measured": figures})
 
 
 def thresholds(judge: Judge) -> dict[str, float]:

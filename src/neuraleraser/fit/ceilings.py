@@ -15,7 +15,7 @@ from torch import Tensor
 from neuraleraser.concepts import Pair
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Call, Site, candidate_sites, edit
+from neuraleraser.sites import Call, Site, edit
 
 
 def transplant(
@@ -48,10 +48,3 @@ def transplant(
             images = generate(pipe, prompts, both, sampling, callback=follow)
         out.append(images[: min(half, n - start)])
     return np.concatenate(out)
-
-
-def following(pipe: Any, site: Site) -> int:
-    """How many text-conditioned blocks run after `site`: where none does, the site is a bottleneck that larger
-    models do not have."""
-    order = candidate_sites(pipe)
-    return len(order) - 1 - [s.path for s in order].index(site.path)

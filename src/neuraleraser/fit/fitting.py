@@ -17,6 +17,7 @@ from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.edits import learnt, replace, scale
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
 from neuraleraser.fit.states import SHARES, conditional, pool, recorded
+from neuraleraser.models import called
 from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, made_for, record, replay
@@ -98,6 +99,7 @@ def fit(
     header = {
         "concept": concept.name,
         "kind": concept.kind,
+        "base": called(pipe),
         "time_scale": "0-1" if float(known.times.max()) <= 1 else "0-999",
         "prompts": [p.shows for p in pairs],
         "seeds": [seeds[0], seeds[-1]],
