@@ -32,8 +32,7 @@ def model_card(header: Mapping[str, Any], repo: str = "owner/name") -> str:
     a number or to {"value", "n", "low", "high"}; where it has none, the card says so.
     """
     name, kind = _line(header["concept"]), _line(header.get("kind") or "concept")
-    made = header.get("made_for")
-    base = header.get("base", header.get("model", made.get("base") if isinstance(made, Mapping) else None))
+    base = header.get("base", header.get("model"))
     where = f" of {_line(base)}" if base else ""
     parts = [
         _front(base),

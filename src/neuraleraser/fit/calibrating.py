@@ -14,6 +14,7 @@ from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.fit.gate import SHUT, bounds
 from neuraleraser.fit.states import measured, replayed
+from neuraleraser.models import called
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import DENOISERS, Call, Site, made_for, record, replay
 
@@ -86,6 +87,7 @@ def calibrate(
         # A test must not draw what the gate was fitted to.
         "prompts": list(dict.fromkeys([*eraser.header.get("prompts", ()), *used])),
         "seeds": [min(spans), max(spans)],
+        "base": called(pipe),
         "made_for": made_for(pipe, [gate.site, *(c.site for c in eraser.corrections)]),
         "open_share": round(opens, 3),
         "calibrated": {

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,24 +14,16 @@ from neuraleraser.sites.place import Site, resolve, unwrap
 
 _TENSORS, _EACH = 64, 4  # weights that are looked at: of so many tensors, so many values
 _LEAST = 8  # tensors that can be compared at all (quantised and offloaded ones cannot)
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
     """What a file says of the model that it was made for, as JSON: the class of the component that `sites` lie in,
-    a digest of the shapes of their weights, 256 of the component's weights, and the Hub id where it came from one."""
+    a digest of the shapes of their weights, and 256 of the component's weights."""
     name = sites[0].path.split(".")[0]
     component = unwrap(getattr(pipe, name))
     chosen = sorted((_key(path), p) for path, p in _weights(component))[:_TENSORS]
     values = {key: [float(f"{v:.4g}") for v in _values(p)] for key, p in chosen if _readable(p)}
-    source = getattr(getattr(pipe, "config", None), "_name_or_path", "") or ""
-    base = {"base": source} if _HUB_ID.fullmatch(source) and not Path(source).exists() else {}
-    return base | {
-        "component": name,
-        "class": type(component).__name__,
-        "shapes": _shapes(pipe, sites),
-        "weights": values,
-    }
+    return {"component": name, "class": type(component).__name__, "shapes": _shapes(pipe, sites), "weights": values}
 
 
 def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[str, str]:
