@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from handmade import SHUT, make_correction, make_eraser, make_gate, random
@@ -78,6 +79,35 @@ def test_sites_behind_shut_gates_are_passed_over(monkeypatch: pytest.MonkeyPatch
         tiny.run(pipe, 0, steps=4)
     acts = shut.corrections[0].site
     assert seen.count(shut.gate.site) == 4 and seen.count(acts) == 1  # once, to see its width
+
+
+class Counted(TorchDispatchMode):
+    """How many operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("erasers", "most"), [(1, 30), (20, 30)])
+def test_what_a_shut_gate_costs(erasers: int, most: int) -> None:
+    """Operations beyond those of the plain denoiser: as few for twenty erasers as for one."""
+    pipe = tiny.stable_diffusion()
+
+    def operations() -> int:
+        with Counted() as counted:
+            pipe.unet(torch.zeros(2, 4, 8, 8), torch.tensor(500), torch.zeros(2, tiny.WORDS, tiny.WIDTH))
+        return counted.count
+
+    plain = operations()
+    with attach(pipe, [make_eraser(seed=20 * i, name=str(i), **SHUT) for i in range(erasers)]):
+        operations()  # the first looks at widths, too
+        assert 0 < operations() - plain <= most
 
 
 def test_erasers_of_different_widths_at_one_site() -> None:

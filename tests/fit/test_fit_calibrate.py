@@ -121,7 +121,9 @@ def test_another_architecture_is_refused(pipe: Any, eraser: Eraser) -> None:
         pass
 
 
-@pytest.mark.parametrize("made", [7, {}, {"weights": 3}, {"weights": {"x": [1]}, "shapes": None}, {"class": None}])
+@pytest.mark.parametrize(
+    "made", [7, {}, {"weights": 3}, {"weights": {"x": [1]}, "shapes": None}, {"class": None}, "text"]
+)
 def test_a_stranger_s_header_is_data(pipe: Any, eraser: Eraser, made: Any) -> None:
     silent(pipe, replace(eraser, header={**eraser.header, "made_for": made}))
 

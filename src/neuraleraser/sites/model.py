@@ -21,8 +21,9 @@ def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
     a digest of the shapes of their weights, and 256 of the component's weights."""
     name = sites[0].path.split(".")[0]
     component = unwrap(getattr(pipe, name))
-    chosen = sorted((_key(path), p) for path, p in _weights(component))[:_TENSORS]
-    values = {key: [float(f"{v:.4g}") for v in _values(p)] for key, p in chosen if _readable(p)}
+    known = {_key(path): p for path, p in _weights(component)}
+    chosen = {key: known[key] for key in sorted(known)[:_TENSORS]}
+    values = {key: [float(f"{v:.4g}") for v in _values(p)] for key, p in chosen.items() if _readable(p)}
     return {"component": name, "class": type(component).__name__, "shapes": _shapes(pipe, sites), "weights": values}
 
 
@@ -45,7 +46,8 @@ def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[
     pairs = []
     for path, p in _weights(component):
         known = want.get(_key(path))
-        if isinstance(known, list) and len(known) == _EACH and _readable(p):
+        told = isinstance(known, list) and len(known) == _EACH and all(isinstance(v, (int, float)) for v in known)
+        if told and _readable(p):
             pairs.append((known, _values(p)))
     if len(pairs) < min(_LEAST, len(want)):
         return "", ""
@@ -57,9 +59,9 @@ def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[
 
 
 def _weights(component: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Matrices and kernels by the names that they have without torch.compile and peft."""
+    """Matrices and kernels by the names that they have without torch.compile and peft; no adapters."""
     for path, p in component.named_parameters():
-        if p.ndim >= 2 and "lora_" not in path:
+        if p.ndim >= 2 and "lora_" not in path and ".processor." not in f".{path}":
             yield ".".join(part for part in path.split(".") if part not in ("_orig_mod", "base_layer")), p
 
 
