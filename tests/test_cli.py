@@ -25,7 +25,8 @@ from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.sae import SAE
 from tiny import stable_diffusion
 
-VERBS = ("demo", "erase", "generate", "evaluate", "sites", "collect", "train", "inspect", "profile")
+VERBS = ("demo", "erase", "generate", "evaluate", "sites", "collect", "train", "inspect")
+VERBS += ("profile", "doctor", "calibrate", "dictionary")
 CANVAS_VERBS = ("train", "render", "sheet", "judge", "dictionary")
 
 
@@ -200,7 +201,7 @@ def test_generate_with_and_without_erasers(model: str, tmp_path: Path, capsys: p
     other, _ = draw("--seed", "1")
     assert not np.array_equal(plain, other)
     both = [str(tmp_path / "vg.safetensors"), str(tmp_path / "cat.safetensors")]
-    seen, text = draw("--eraser", *both, "--detect-only")
+    seen, text = draw("--eraser", *both, "--action", "detect")
     assert np.array_equal(seen, plain)
     assert "Van_Gogh: would have acted at 2 of 2 steps" in text and "Cats: would have acted" in text
     erased, text = draw("--eraser", *both)

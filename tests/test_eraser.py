@@ -238,9 +238,9 @@ def test_strengths_out_of_range(sd: Any, strength: Any) -> None:
 
 def test_detect_only_changes_nothing_and_notes(sd: Any) -> None:
     base = tiny.run(sd, 0, n=2)
-    with attach(sd, make_eraser(), detect_only=True, batch=2) as trace:
+    with attach(sd, make_eraser(), action="detect") as trace:
         assert torch.equal(tiny.run(sd, 0, n=2), base)
-    assert trace.fired == {0: {"Cats": [750.0, 250.0]}, 1: {"Cats": [750.0, 250.0]}}
+    assert trace.fired == {i: {"Cats": [501.0, 1.0]} for i in (0, 1)}
 
 
 def test_images_beside_one_that_fires_keep_their_bits(sd: Any) -> None:
@@ -251,7 +251,7 @@ def test_images_beside_one_that_fires_keep_their_bits(sd: Any) -> None:
     most = torch.stack(found).view(-1, 2, 2).amax((0, 1))  # steps, guidance halves, images
     loud = int(most.argmax())
     between = make_eraser(low=float(most.mean()), high=float(most.max()))
-    with attach(sd, between, batch=2) as trace:
+    with attach(sd, between) as trace:
         out = tiny.run(sd, 0, n=2)
     assert trace.fired.keys() == {loud}
     assert torch.equal(out[1 - loud], base[1 - loud]) and not torch.equal(out[loud], base[loud])

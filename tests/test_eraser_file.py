@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,8 @@ def test_there_and_back(family: str, mode: str, tmp_path: Path) -> None:
     assert back.header == one.header and back.name == "Cats" and back.gate.site == one.gate.site
     assert (tmp_path / "one.safetensors").stat().st_size < 20_000
     x, t = torch.randn(3, 6, one.gate.rows.shape[1]), torch.tensor([0.0, 0.5, 900.0])
-    assert torch.equal(back.gate(x, t), one.gate(x, t))  # the gate is exact
+    near = dataclasses.replace(one.gate, rows=one.gate.rows.half().float())  # all else of the gate is exact
+    assert torch.equal(back.gate(x, t), near(x, t))
     a, b = one.corrections[0], back.corrections[0]
     assert (a.site, a.mode) == (b.site, b.mode) and torch.equal(a.times, b.times)
     for name, value in a.tensors.items():

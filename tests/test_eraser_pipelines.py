@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from handmade import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate
-from neuraleraser.eraser import Eraser, attach, nearest
+from neuraleraser.eraser import Eraser, attach
 
 TIMES = [50.0, 150.0, 400.0, 600.0, 950.0]
 
@@ -38,19 +38,18 @@ def test_schedulers_and_step_counts(sd: Any, scheduler: str, settings: dict[str,
     base = tiny.run(sd, 0, steps=steps)
     with attach(sd, make_eraser(times=TIMES, **SHUT)):
         assert torch.equal(tiny.run(sd, 0, steps=steps), base)
-    with attach(sd, make_eraser(times=TIMES), batch=1) as trace:
+    with attach(sd, make_eraser(times=TIMES)) as trace:
         assert not torch.equal(tiny.run(sd, 0, steps=steps), base)
-    asked = torch.as_tensor(sd.scheduler.timesteps).float()
-    visited = {TIMES[int(i)] for i in nearest(torch.tensor(TIMES), asked)}
-    assert trace.fired == {0: {"Cats": sorted(visited, reverse=True)}}
+    asked = torch.as_tensor(sd.scheduler.timesteps).float().unique()
+    assert trace.fired == {0: {"Cats": asked.flip(0).tolist()}}
 
 
 @pytest.mark.parametrize("timestep", [700, 700.0, torch.tensor(700), torch.tensor([700.0]), torch.tensor([700, 700])])
 def test_any_form_of_timestep(sd: Any, timestep: Any) -> None:
     state, text = torch.zeros(2, 4, 8, 8), torch.zeros(2, tiny.WORDS, tiny.WIDTH)
-    with attach(sd, make_eraser(times=TIMES), detect_only=True) as trace, torch.no_grad():
+    with attach(sd, make_eraser(times=TIMES), action="detect") as trace, torch.no_grad():
         sd.unet(state, timestep, text)
-    assert trace.fired == {0: {"Cats": [600.0]}, 1: {"Cats": [600.0]}}
+    assert trace.fired == {0: {"Cats": [700.0]}, 1: {"Cats": [700.0]}}
 
 
 def test_each_row_has_its_own_time(sd: Any) -> None:
@@ -68,7 +67,7 @@ def test_each_row_has_its_own_time(sd: Any) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_guidance_in_one_batch_or_none(family: str, guidance: float) -> None:
     pipe = tiny.BUILDERS[family]()
-    with attach(pipe, make_eraser(family), batch=2) as trace:
+    with attach(pipe, make_eraser(family)) as trace:
         tiny.run(pipe, 0, n=2, guidance=guidance)
     assert trace.fired.keys() == {0, 1}
 
@@ -78,10 +77,10 @@ def test_flux_with_true_guidance_in_two_passes() -> None:
     negative = {f"negative_{k}": v + 1 for k, v in tiny.embeds(pipe, 2).items()}
     settings = {"n": 2, "true_cfg_scale": 2.0, **negative}
     base = tiny.run(pipe, 0, **settings)
-    with attach(pipe, make_eraser("flux", **SHUT), batch=2) as trace:
+    with attach(pipe, make_eraser("flux", **SHUT)) as trace:
         assert torch.equal(tiny.run(pipe, 0, **settings), base)
     assert not trace.fired
-    with attach(pipe, make_eraser("flux"), batch=2) as trace:
+    with attach(pipe, make_eraser("flux")) as trace:
         assert not torch.equal(tiny.run(pipe, 0, **settings), base)
     assert trace.fired.keys() == {0, 1}
 
@@ -115,11 +114,11 @@ def test_compiled_whole() -> None:
     ]
     many.append(Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "replace"),), {"concept": "shut"}))
     base = tiny.run(pipe, 0)
-    with attach(pipe, many, batch=1) as plain:
+    with attach(pipe, many) as plain:
         want = tiny.run(pipe, 0)
     torch._dynamo.reset()
     try:
-        with attach(pipe, many, batch=1) as trace:
+        with attach(pipe, many) as trace:
             pipe.unet.compile(backend="eager", fullgraph=True)
             torch.testing.assert_close(tiny.run(pipe, 0), want)
             assert trace.fired == plain.fired and trace.fired[0].keys() == {"0", "1", "2"}
@@ -168,7 +167,7 @@ def test_image_to_image(sd: Any) -> None:
     base = other(**call(other, settings))[0]
     with attach(other, make_eraser(**SHUT)):
         assert torch.equal(other(**call(other, settings))[0], base)
-    with attach(other, make_eraser(), batch=1) as trace:
+    with attach(other, make_eraser()) as trace:
         assert not torch.equal(other(**call(other, settings))[0], base)
     assert trace.fired.keys() == {0}
 

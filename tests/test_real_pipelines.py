@@ -88,7 +88,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def hooks(pipe: Any) -> list[Any]:
     """Everything that a context could leave behind."""
-    held: list[Any] = [name for name in ("progress_bar", "maybe_free_model_hooks") if name in vars(pipe)]
+    held: list[Any] = [
+        name for name in ("progress_bar", "maybe_free_model_hooks", "prepare_latents") if name in vars(pipe)
+    ]
     for part in pipe.components.values():
         for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
             held += [

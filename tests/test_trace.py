@@ -10,6 +10,7 @@ import torch
 import tiny
 from handmade import SHUT, make_eraser
 from neuraleraser.eraser import Trace, attach
+from neuraleraser.eraser.trace import KEPT
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 
@@ -18,8 +19,8 @@ def trace(*names: str, batch: int = 0) -> Trace:
     return Trace([make_eraser(name=name) for name in names or ("Cats",)], batch)
 
 
-def note(t: Trace, *opening: float, bin: int = 0, eraser: int = 0) -> None:
-    t.note(eraser, torch.full((len(opening),), bin), torch.tensor(opening, dtype=torch.float32))
+def note(t: Trace, *opening: float, time: float = 250.0, eraser: int = 0) -> None:
+    t.note((eraser,), torch.tensor([time]), torch.tensor(opening, dtype=torch.float32).unsqueeze(1))
 
 
 def images(t: Trace) -> list[int]:
@@ -29,8 +30,8 @@ def images(t: Trace) -> list[int]:
 def test_guidance_halves_are_one_image() -> None:
     t = trace(batch=3)
     note(t, 0, 0, 0, 0, 1, 0)  # the conditional half
-    note(t, 0, 0, 0.1, 0, 0, 0, bin=1)  # the unconditional half
-    note(t, 0, 1, 0, 0, 1, 0, bin=1)  # both: one time, said once
+    note(t, 0, 0, 0.1, 0, 0, 0, time=750.0)  # the unconditional half
+    note(t, 0, 1, 0, 0, 1, 0, time=750.0)  # both: one time, said once
     assert t.fired == {1: {"Cats": [750.0, 250.0]}, 2: {"Cats": [750.0]}}
 
 
@@ -88,7 +89,7 @@ def test_batches_do_not_mix_and_nothing_is_read_twice() -> None:
 def test_erasers_are_told_apart() -> None:
     t = trace("Cats", "Dogs", batch=2)
     note(t, 0, 1)
-    note(t, 1, 1, eraser=1, bin=1)
+    note(t, 1, 1, eraser=1, time=750.0)
     assert t.fired == {0: {"Dogs": [750.0]}, 1: {"Cats": [250.0], "Dogs": [750.0]}}
 
 
@@ -100,9 +101,12 @@ def test_a_gate_that_only_just_opens_has_fired_and_a_shut_one_has_not() -> None:
 
 def test_what_is_kept_does_not_grow_with_calls() -> None:
     t = trace(batch=1)
-    for k in range(50):
-        note(t, 1.0, bin=k % 2)
-    assert sum(x.numel() for x in t._opened.values()) == 2
+    for k in range(2000):
+        note(t, 1.0, time=k % 2)
+    assert len(t._notes) < 600 and len(t._opened[0, 1]) == 2 and len(t.fired) == 1
+    for k in range(KEPT + 5):
+        t.begin(k, 1)
+    assert len(t.records()) == KEPT and t.records()[-1]["image"] == KEPT + 4
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +115,12 @@ def concept_of(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
         )
         raise ConceptError(f"the canvas has no concept {phrase!r}. {hint}")
     return canvas_concept(name)
+
+
+def neighbours_of(pipe: Any, concept: Concept, phrases: Sequence[str] = ()) -> list[Concept]:
+    """What `concept` could be mistaken for: what `phrases` say, or where none does all others of its kind on the
+    canvas, and nothing on pipelines whose vocabulary is not known."""
+    if phrases or not speaks_canvas(pipe):
+        return [concept_of(pipe, phrase, concept.kind if concept.kind != "other" else None) for phrase in phrases]
+    names = words.STYLES if concept.kind == "style" else words.OBJECTS
+    return [canvas_concept(name) for name in names if name not in (concept.name, words.PLAIN)]

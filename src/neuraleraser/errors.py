@@ -6,6 +6,7 @@
     ├── ConceptError    a concept or phrase is unknown, or has too few prompts
     ├── SplitError      selection and test prompts, phrasings, seeds or concepts overlap
     ├── NotApplied      an attached eraser did not act, so no image may be returned
+    ├── Refused         an eraser that refuses found its concept, so no image is returned
     ├── DataError       values that cannot be used: NaN, no rows, a wrong shape
     └── SettingsError   settings that are out of range or contradict each other
 
@@ -14,6 +15,8 @@ Each message is one sentence: what was passed, what was expected, what to do nex
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 
 class NeuralEraserError(Exception):
@@ -38,6 +41,17 @@ class SplitError(NeuralEraserError):
 
 class NotApplied(NeuralEraserError):
     """An eraser is attached but did not act; raised before an image is returned."""
+
+
+class Refused(NeuralEraserError):
+    """An eraser that was attached to refuse found its concept; raised before an image is returned.
+
+    `images`: the images of the call in which one did, counted from 0, each with the erasers' names.
+    """
+
+    def __init__(self, message: str, images: Mapping[int, Sequence[str]]) -> None:
+        super().__init__(message)
+        self.images = {image: list(names) for image, names in images.items()}
 
 
 class DataError(NeuralEraserError):

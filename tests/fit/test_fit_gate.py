@@ -35,8 +35,18 @@ def planted(own: list[int], shared: list[int], n: int = 40) -> tuple[Tensor, Ten
     return shows, lacks
 
 
-def test_the_planted_features_are_chosen() -> None:
+def test_a_feature_that_tells_by_itself_is_the_gate() -> None:
+    shows, lacks = planted(own=[17], shared=[5, 6])
+    found = choose(shows, lacks)
+    assert found.features.tolist() == [17] and found.weight.tolist() == [1]
+    assert bool((found.separation == 1).all())
+
+
+def test_features_that_tell_only_together_are_weighed() -> None:
+    """Each of three fires for some of the rows with the concept."""
     shows, lacks = planted(own=[3, 17, 30], shared=[5, 6])
+    for i, feature in enumerate((3, 17, 30)):
+        shows[i::3, :, :, feature] = 0
     found = choose(shows, lacks, count=3)
     assert set(found.features.tolist()) == {3, 17, 30}
     assert bool((found.weight > 0).all()) and bool((found.separation == 1).all())
@@ -83,8 +93,15 @@ def test_bounds_are_always_usable(seed: int, gap: float, n: int, m: int) -> None
 def test_bounds_part_what_is_apart() -> None:
     shows, lacks = 10 + random(50, 4, seed=1).abs(), random(200, 4, seed=2).abs()
     low, high = bounds(shows, lacks)
-    assert bool((lacks.amax(0) <= low).all()) and bool(((shows > low).float().mean(0) > 0.9).all())
+    assert bool(((lacks > low).float().mean(0) <= 0.005).all()) and bool(((shows > low).float().mean(0) > 0.9).all())
     assert bool((high < shows.quantile(0.9, 0)).all())  # and most rows open it wide
+
+
+def test_half_the_evidence_opens_where_nothing_else_comes_near() -> None:
+    """As of a concept that shares its picture with another."""
+    shows, lacks = 10 + random(50, 4, seed=1), 0.1 * random(200, 4, seed=2).abs()
+    low, high = bounds(shows, lacks)
+    assert bool((5 > high).all()) and bool((lacks.amax(0) < low).all())
 
 
 def test_the_gate_weighs_the_sae_s_own_features() -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sae import SAE, Architecture, StepLog, TrainSettings, labelled_batches, train
-from neuraleraser.sae.labelled import concept_directions, contrast_loss
+from neuraleraser.sae import SAE, Architecture, StepLog, TrainSettings, labelled_batches, measure, train
+from neuraleraser.sae.labelled import concept_directions, contrast_loss, discriminants
+from neuraleraser.sae.sparse import Weights
 
 CONCEPTS, CASES, D = 3, 4, 32
 PLAIN = TrainSettings(n=96, k=2, steps=400, dead_after=8000, bf16=False)
@@ -107,6 +108,55 @@ def test_bound_features_start_towards_their_concepts():
 def trained_for_one_step() -> SAE:
     x, labels = concepts()
     return train(labelled_batches(x, labels, 4000), dataclasses.replace(PLAIN, steps=1, bind=0.3))
+
+
+def test_a_discriminant_is_nothing_without_its_label_and_the_gap_with_it():
+    x, labels = concepts()[0][:, 0].double(), concepts()[1]
+    w = Weights(x[:4], x[:4, 0], x[:4], x.mean(0))
+    rows, bias, out = discriminants(x, labels, w)
+    pre = (x - w.b_dec) @ rows.T + bias
+    for c in range(CONCEPTS):
+        gap = x[labels[:, c]].mean(0) - x[~labels[:, c]].mean(0)
+        assert float(pre[~labels[:, c], c].mean()) == pytest.approx(0, abs=1e-9)
+        assert float(pre[labels[:, c], c].mean()) == pytest.approx(float(gap.norm()))
+        torch.testing.assert_close(out[c], gap / gap.norm())
+
+
+def test_a_label_that_never_changes_leaves_its_row():
+    x, labels = concepts()[0][:100, 0], torch.ones(100, 2)
+    labels[:, 0] = 0
+    w = Weights(x[:4], x[:4, 0], x[:4], x[0])
+    for got, want in zip(discriminants(x, labels, w), w, strict=False):
+        assert torch.equal(got, want[:2])
+
+
+def test_a_discriminant_takes_away_what_else_varies_along_the_gap():
+    """The concept moves coordinate 0, which something else moves more; that alone also moves coordinate 1."""
+    g = torch.Generator().manual_seed(3)
+    labels = (torch.rand(4000, 1, generator=g) < 0.3).float()
+    other = 4 * torch.randn(4000, generator=g)
+    x = 0.1 * torch.randn(4000, 6, generator=g)
+    x[:, 0] += 2 * labels[:, 0] + other
+    x[:, 1] += other
+    w = Weights(torch.zeros(1, 6), torch.zeros(1), torch.zeros(1, 6), torch.zeros(6))
+    rows, bias, out = discriminants(x, labels, w, shrink=1e-5)
+
+    def told(values: Tensor) -> float:
+        return float(((values > values.mean()) == (labels[:, 0] > 0)).float().mean())
+
+    assert told((x @ rows.T + bias)[:, 0]) > 0.99 and told((x @ out.T)[:, 0]) < 0.75
+
+
+def test_a_discriminant_is_held_while_the_rest_learns():
+    x, labels = concepts()
+    stream = labelled_batches(x[:7000], labels[:7000], 256)
+    few, many = (train(stream, dataclasses.replace(PLAIN, steps=n, discriminant=True)) for n in (140, 400))
+    assert torch.equal(few.W_enc[:CONCEPTS], many.W_enc[:CONCEPTS])
+    assert not torch.equal(few.W_enc[CONCEPTS:], many.W_enc[CONCEPTS:])
+    own = tells(many)[:, :CONCEPTS].diag()
+    print(own.tolist(), measure(many, x[7000:, 0])["explained_variance"])
+    assert float(own.min()) > 0.95 and many.header["concepts"] == CONCEPTS
+    assert measure(many, x[7000:, 0])["explained_variance"] > 0.85
 
 
 def test_contrast_separates_concepts():

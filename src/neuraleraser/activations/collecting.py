@@ -37,8 +37,10 @@ def collect(
     on: Callable[[Seen], None],
     sampling: Sampling | None = None,
     init: Images | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> Images:
-    """Draw the images and tell `on` all activations at `sites`; returns the images.
+    """Draw the images and tell `on` all activations at `sites`, and `on_batch` of each batch as `generate` does;
+    returns the images.
 
     With guidance in one batch the first half of a call's rows is the unconditional branch; else all rows count
     as conditional (so a text encoder's pass over the negative prompt does too). `x` is the model's own tensor:
@@ -49,6 +51,8 @@ def collect(
 
     def begin(first: int, real: int) -> None:
         now.update(first=first, real=real)
+        if on_batch:
+            on_batch(first, real)
 
     def note(site: Site, x: Tensor, call: Call) -> None:
         size = s.batch if s.pad else min(s.batch, len(prompts))

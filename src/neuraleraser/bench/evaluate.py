@@ -191,7 +191,7 @@ def _draw_base(
         store.note_fired(part, erasers, fired)
         store.add(BASE, _rows(judge, part, images, method=BASE, seconds=seconds))
 
-    _draw(pipe, erasers, todo, s, on, "base", len(cells), detect_only=True)
+    _draw(pipe, erasers, todo, s, on, "base", len(cells), action="detect")
 
 
 def _draw_erased(pipe: Any, eraser: Eraser, cells: Sequence[Cell], s: Sampling, judge: Judge, store: Store) -> None:
@@ -223,7 +223,7 @@ def _draw(
     label: str,
     total: int,
     *,
-    detect_only: bool = False,
+    action: str = "erase",
 ) -> None:
     """Draw `cells` and tell `on` each finished batch: its cells, images, what fired in each, seconds an image."""
     plain = [c for c in cells if c.group != IMAGE_TO_IMAGE]
@@ -232,7 +232,7 @@ def _draw(
 
         def run(using: Any, part: Sequence[Cell], init: Images | None) -> None:
             clock = [time.monotonic()]
-            with attach(using, erasers, detect_only=detect_only, batch=s.batch) as trace:
+            with attach(using, erasers, action=action, batch=s.batch) as trace:
 
                 def each(index: range, images: Images) -> None:
                     trace.finish()

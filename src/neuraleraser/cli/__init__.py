@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from neuraleraser.cli import canvas, erasing, inside, inspecting, saes  # each registers its verbs
+from neuraleraser.cli import canvas, erasing, inside, inspecting, operating, saes  # each registers its verbs
 from neuraleraser.cli.verbs import app
 from neuraleraser.errors import NeuralEraserError
 
-__all__ = ["canvas", "erasing", "inside", "inspecting", "main", "saes"]
+__all__ = ["canvas", "erasing", "inside", "inspecting", "main", "operating", "saes"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=sys.argv[1:] if argv is None else list(argv),
         )
         name = job.func.__name__
-        job()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            job()
     except NeuralEraserError as error:
         print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -34,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nneuraleraser: stopped. {_GO_ON.get(name, 'Nothing half-written is left.')}", file=sys.stderr)
         return 130
     return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"neuraleraser: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 _GO_ON = {

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
+from neuraleraser.cli.operating import calibrated
 from neuraleraser.cli.verbs import Flat, app, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.settings import DemoSettings, EvaluateSettings, FitSettings, Sampling
@@ -69,7 +70,9 @@ def generate(
     seed: int = 0,
     eraser: tuple[str, ...] = (),
     out: Path = Path("image.png"),
-    detect_only: bool = False,
+    action: Literal["erase", "detect", "refuse"] = "erase",
+    calibrate: bool = False,
+    record: Path | None = None,
     steps: int = Sampling.steps,
     guidance: float = Sampling.guidance,
 ) -> None:
@@ -81,7 +84,10 @@ def generate(
         seed: Seed of the noise that the image starts from.
         eraser: Eraser files, each with its strength after a colon if not 1: van-gogh.safetensors:0.5 (0 to 2).
         out: Where the image goes (PNG).
-        detect_only: Change nothing, and say what would have fired.
+        action: What erasers do. erase; detect, change nothing and say what would have fired; refuse, end with an error
+            and write no image where one would have.
+        calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
+        record: Write what fired, at which timesteps and where, to this file, as JSON Lines.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale; 1 draws without guidance.
     """
@@ -99,13 +105,20 @@ def generate(
     erasers = [Eraser.load(path) for path, _ in named]
     pipe = open_pipeline(model)
     chosen = Sampling(steps=steps, guidance=guidance, batch=1)
-    with attach(pipe, erasers, [strength for _, strength in named], detect_only=detect_only, batch=1) as trace:
-        images = sampling.generate(pipe, [prompt], [seed], chosen, on_batch=trace.begin)
+    if calibrate:
+        erasers = calibrated(pipe, erasers)
+    strengths = [strength for _, strength in named]
+    with attach(pipe, erasers, strengths, action=action, heat=record is not None) as trace:
+        try:
+            images = sampling.generate(pipe, [prompt], [seed], chosen, on_batch=trace.begin)
+        finally:
+            if record:
+                write_bytes(record, trace.jsonl().encode())
     write_bytes(out, png(images[0]))
     fired = trace.fired.get(0, {})
     for e in erasers:
-        times = sorted(set(fired.get(e.name, ())), reverse=True)
-        done = "would have acted" if detect_only else "acted"
+        times = fired.get(e.name, [])
+        done = "would have acted" if action == "detect" else "acted"
         when = (
             f"{done} at {len(times)} of {steps} steps (t = {times[0]:g} to {times[-1]:g})" if times else "did not fire"
         )
@@ -133,6 +146,7 @@ def evaluate(
     settings: Annotated[EvaluateSettings, Flat],
     model: str = "canvas",
     out: Path = Path("runs/evaluate"),
+    calibrate: bool = False,
 ) -> None:
     """Measure erasers with the second judge, on prompts and seeds that none was made with.
 
@@ -140,6 +154,7 @@ def evaluate(
         erasers: Eraser files.
         model: The pipeline: canvas, or a folder with another canvas.
         out: Folder for pictures, verdicts and the report; run again with it to go on.
+        calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
     """
     from neuraleraser.bench.evaluate import evaluate as run
     from neuraleraser.bench.panels import write_report
@@ -150,7 +165,8 @@ def evaluate(
     if not erasers:
         raise SettingsError("there are no erasers to measure: pass their files with --erasers")
     loaded = [Eraser.load(path) for path in erasers]
-    report = run(open_pipeline(model), loaded, settings, out)
+    pipe = open_pipeline(model)
+    report = run(pipe, calibrated(pipe, loaded) if calibrate else loaded, settings, out)
     paths = write_report(report, out)
     print("\n" + terminal_table(report.concepts) + "\n")
     print("\n".join(map(str, paths)))

@@ -1,4 +1,4 @@
-"""The verbs that look inside a pipeline: its sites, and profiles of concepts."""
+"""The verbs that look inside a pipeline: its sites, profiles of concepts, dictionaries of others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.cli.verbs import app, table, verb
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.settings import Sampling
@@ -111,3 +112,36 @@ def profile(
             rows.append((str(k), f"{score[k]:.2f}", f"{share[k]:.4f}", ""))
         print(f"{concept.name}\n{table(rows)}\n")
     print(out)
+
+
+@verb(app, "dictionary")
+def dictionary(
+    sae: Positional[Path],
+    site: Positional[str],
+    /,
+    model: str,
+    prompts: Path,
+    edits: tuple[str, ...] = (),
+    out: Path = Path("runs/imported"),
+) -> None:
+    """Make a dictionary from another library's SAE, for `erase --dictionary` and `profile --sae OUT/sae.safetensors`.
+
+    Args:
+        sae: Folder or weights file of SAeUron, sdxl-unbox, SAELens, sparsify, dictionary_learning or OpenAI.
+        site: The site that it reads, such as unet.up_blocks.1.attentions.1 or unet.mid_block.attentions.0:update.
+        model: The pipeline: canvas, a folder, or a Hub id.
+        prompts: Text file of prompts of many things, one a line: thresholds are calibrated on their images.
+        edits: Sites that erasers will edit; none named: the site and the cross-attentions of later blocks.
+        out: The dictionary's folder.
+    """
+    from neuraleraser.fit import import_dictionary
+    from neuraleraser.models import open_pipeline
+    from neuraleraser.sites import Site
+
+    at, acts = Site.parse(site), [Site.parse(text) for text in edits]
+    texts = [prompt for prompt, _ in read_prompts(prompts)]
+    known = import_dictionary(open_pipeline(model), sae, at, texts, edits=acts)
+    known.save(out)
+    seen = known.sae.header.get("calibration")
+    differs = f"; calibrated thresholds disagree with it on {seen['disagreement']:.1%} of firings" if seen else ""
+    print(f"{out}: {known.sae.n} features of {known.sae.header['format']} at {at}, {len(known.edits)} edits{differs}")

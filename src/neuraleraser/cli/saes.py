@@ -82,6 +82,7 @@ def train(
     active: int = 16,
     steps: int = 1500,
     architecture: Architecture = "batchtopk",
+    discriminant: bool = False,
     bind: float = 0.0,
     contrast: float = 0.0,
     learning_rate: float | None = None,
@@ -100,6 +101,7 @@ def train(
         active: Features that fire for an activation vector, on average.
         steps: Batches to train on.
         architecture: Which features fire in training; afterwards each fires by its own threshold.
+        discriminant: Give every concept a feature that tells it by Fisher's linear discriminant.
         bind: Weight of the loss that gives every concept a feature of its own (0: off; start with 0.3, matryoshka and
             --per-map 16).
         contrast: Weight of the loss that draws images of the same concepts together (0: off; start with 0.01).
@@ -120,12 +122,13 @@ def train(
         raise SettingsError(f"{len(where)} sites, {len(widths)} widths: pass at least one of each")
     wanted = [(site, n) for site in where for n in widths]
     paths = _paths(wanted, out)
-    fixed: dict[str, Any] = {"architecture": architecture, "bind": bind, "contrast": contrast, "lr": learning_rate}
+    fixed: dict[str, Any] = {"architecture": architecture, "lr": learning_rate}
+    fixed |= {"discriminant": discriminant, "bind": bind, "contrast": contrast}
     fixed |= {"k": active, "steps": steps, "seed": stream.seed, "checkpoint_every": checkpoint_every}
     fixed |= {"log_every": min(50, max(1, steps // 20))}
     chosen = [TrainSettings(n=n, **fixed) for _, n in wanted]
     logs = [TrainingLog(p.with_suffix(".jsonl"), tensorboard and tensorboard / p.stem) for p in paths]
-    pool, data, names = _source(where, model, activations, prompts, stream, labelled=bool(bind or contrast))
+    pool, data, names = _source(where, model, activations, prompts, stream, labelled=chosen[0].labelled)
     runs = {
         str(path): Run(s, site, path.with_suffix(".training.safetensors"), data | {"site": site})
         for path, s, (site, _) in zip(paths, chosen, wanted, strict=True)
@@ -159,7 +162,7 @@ def train(
     held_out = _next_vectors(pool, steps, where)
     for (name, run), path in zip(runs.items(), paths, strict=True):
         figures = measure(saes[name], held_out[run.source])
-        more = {"labels": names} if bind else {}
+        more = {"labels": names} if bind or discriminant else {}
         saes[name].save(path, {"site": run.source, "model": model, "measures": figures, **more})
         path.with_suffix(".training.safetensors").unlink(missing_ok=True)
         explained, l0, dead = (figures[key] for key in ("explained_variance", "l0", "dead_share"))

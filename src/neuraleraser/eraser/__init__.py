@@ -16,14 +16,15 @@ where it stays shut nothing is added, and the image keeps its bits. No row sees 
 
 from __future__ import annotations
 
-from neuraleraser.eraser.attach import MAX_STRENGTH, attach
-from neuraleraser.eraser.calls import disable_erasers, load_eraser, set_erasers, unload_erasers
+from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach
+from neuraleraser.eraser.calls import disable_erasers, eraser_trace, load_eraser, set_erasers, unload_erasers
 from neuraleraser.eraser.card import model_card
 from neuraleraser.eraser.file import Eraser
 from neuraleraser.eraser.parts import MODES, Correction, Gate, nearest
 from neuraleraser.eraser.trace import Trace
 
 __all__ = [
+    "ACTIONS",
     "MAX_STRENGTH",
     "MODES",
     "Correction",
@@ -32,6 +33,7 @@ __all__ = [
     "Trace",
     "attach",
     "disable_erasers",
+    "eraser_trace",
     "load_eraser",
     "model_card",
     "nearest",

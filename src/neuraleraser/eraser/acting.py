@@ -6,35 +6,37 @@ one tensor, and nothing that a compiled graph would look at changes with their v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuraleraser.eraser.file import Eraser
-from neuraleraser.eraser.parts import Correction, nearest
+from neuraleraser.eraser.parts import Correction
+from neuraleraser.eraser.stacked import Gates, learnt, numbered, told
 from neuraleraser.eraser.trace import Trace
 from neuraleraser.errors import NotApplied, SettingsError, SiteError
 from neuraleraser.sites import Call, Site
 
 
 class Acting:
-    """Some erasers, their strengths [erasers, images] (or [erasers, 1]: the same for all images), their trace.
+    """Some erasers, their strengths [erasers, images] (or [erasers, 1]: the same for all images), what each does
+    ("erase", "detect" or "refuse"), their trace.
 
     `at` holds the edit of each site.
     """
 
     def __init__(
-        self, erasers: Sequence[Eraser], strengths: Tensor, device: torch.device, trace: Trace, detect_only: bool
+        self, erasers: Sequence[Eraser], strengths: Tensor, device: torch.device, trace: Trace, actions: Sequence[str]
     ) -> None:
-        self.erasers, self.trace, self.device = list(erasers), trace, device
-        self.rows = 0  # of the latest call of the denoiser, where strengths differ by image
+        self.erasers, self.trace, self.device, self.actions = list(erasers), trace, device, list(actions)
         self.at: dict[Site, At] = {}
         # An order set by content, so that sums have the same bits in whatever order erasers are given.
         for i in sorted(range(len(erasers)), key=lambda i: (erasers[i].key, strengths[i].tolist())):
             self._at(erasers[i].gate.site).gates.append(i)
-            for k, c in enumerate(erasers[i].corrections if not detect_only else ()):
+            for k, c in enumerate(erasers[i].corrections if actions[i] == "erase" else ()):
                 self._at(c.site).work.append((i, k))
         self.set(strengths)
         self.place(device)
@@ -44,8 +46,9 @@ class Acting:
 
     def set(self, strengths: Tensor) -> None:
         """From the next call on. Another tensor of the same shape: a compiled graph does not tell."""
+        self.given = strengths.cpu()
         self.strengths = strengths.to(self.device)
-        self.idle = (strengths == 0).all(1).tolist()  # known here, so that no device is asked
+        self.idle = (self.given == 0).all(1).tolist()  # known here, so that no device is asked
 
     def place(self, device: torch.device) -> None:
         """Bring all tensors to `device`."""
@@ -54,80 +57,138 @@ class Acting:
         for at in self.at.values():
             at.share()
 
-    def amount(self, i: int, opening: Tensor) -> Tensor | None:
-        """Strength times opening [rows] of eraser i, or None where it is known to be 0 throughout."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self.idle[i]:
-            return None
-        own, rows = self.strengths[i].to(opening), opening.shape[0]
+    def amounts(self, erasers: Sequence[int], opening: Tensor) -> Tensor:
+        """Strength times opening [rows, erasers]."""
+        own, rows = self.strengths[list(erasers)].mT.to(opening), opening.shape[0]
         images = own.shape[0]
         if images > 1:
-            self.rows = rows
             if rows % images:
                 raise SettingsError(f"strengths for {images} images, but the denoiser was given {rows} rows: {_ONE}")
             if rows > images:  # guidance halves: image j owns rows j, j + images, ...
-                own = own.repeat(rows // images)
-        amount = own * opening
-        # Whether it acts at all: asking costs nothing on a CPU, and would stall a GPU.
-        return None if not compiling and amount.device.type == "cpu" and not bool(amount.any()) else amount
+                own = own.repeat(rows // images, 1)
+        return own * opening
 
-    def check_rows(self, allowed: set[int]) -> None:
-        """SettingsError where strengths by image met a batch of another number of images in the latest call."""
-        rows, images = self.rows, self.strengths.shape[1]
-        self.rows = 0
-        if rows and images > 1 and rows // images not in allowed:
-            raise SettingsError(
-                f"strengths for {images} images, but the denoiser was given {rows} rows, and an image has "
-                f"{' or '.join(map(str, sorted(allowed)))}: {_ONE}"
-            )
+    def check_images(self, drawn: int | None) -> None:
+        """SettingsError where strengths by image met a call that drew another number of images."""
+        images = self.strengths.shape[1]
+        if images > 1 and drawn != images:
+            raise SettingsError(f"strengths for {images} images, but this call draws {drawn}: {_ONE}")
+
+    def refused(self, fired: Mapping[int, Sequence[int]]) -> dict[int, list[str]]:
+        """Of what fired (image -> erasers), the names of those that refuse, and not at strength 0, by image."""
+        images = self.given.shape[1]
+        found = {
+            image: [
+                self.trace.names[i] for i in which if self.actions[i] == "refuse" and self.given[i, image % images] > 0
+            ]
+            for image, which in fired.items()
+        }
+        return {image: names for image, names in sorted(found.items()) if names}
 
 
 _ONE = "set as many strengths as the call draws images, or one for all"
 
 
 class At:
-    """The edit of one site: gates that look here, then corrections that act here."""
+    """The edit of one site: gates that look here, then corrections that act here.
+
+    What the gates found lies in the memo of the forward: "amounts", eraser -> strength times opening [rows] where
+    it may act, and "shut", the erasers of which it is known that they do not.
+    """
 
     def __init__(self, acting: Acting, site: Site) -> None:
         self.acting, self.site = acting, site
         self.gates: list[int] = []  # erasers
         self.work: list[tuple[int, int]] = []  # erasers, and which of their corrections
+        self.fits = False  # whether activations of the right width were seen
 
     def share(self) -> None:
-        """Tell what acts alone from what scales and may share features, once all of `work` is known."""
+        """Put together what is computed together, once all of `gates` and `work` is known."""
         placed = self.acting.placed
+        wide = {placed[i].gate.rows.shape[1]: placed[i] for i in self.gates}
+        wide |= {placed[i].corrections[k].width: placed[i] for i, k in self.work}
+        if len(wide) > 1:
+            names = ", ".join(f"{e.name!r} expects {width}" for width, e in sorted(wide.items()))
+            raise SiteError(f"erasers of different pipelines: at {self.site} that of {names}")
+        ((self.width, self.told),) = [(width, e.name) for width, e in wide.items()]
+        stack = Gates([placed[i].gate for i in self.gates]) if self.gates else None
+        self.looks = stack
+        self.looking = tuple(self.gates[k] for k in stack.order) if stack else ()
         every = [(i, placed[i].corrections[k]) for i, k in self.work]
+        self.needs = {i for i, _ in every}
         scaling = [(i, c) for i, c in every if c.mode == "scale"]
         self.scaled = scaling if len(scaling) > 1 else []
         self.once = Once([c for _, c in self.scaled]) if self.scaled else None
-        self.adding = [(i, c) for i, c in every if not self.scaled or c.mode != "scale"]
+        alone = [(i, c) for i, c in every if c.mode == "replace" or (c.mode == "scale" and not self.scaled)]
+        matrices = [(i, c) for i, c in every if c.mode == "learnt"]
+        # On a CPU one at a time, as most gates are shut there and it is known which; elsewhere all at once. Never
+        # by which happen to be open together: an image's bits would depend on its neighbours.
+        together = [matrices] if self.acting.device.type != "cpu" and matrices else [[pair] for pair in matrices]
+        self.matrices = [made for group in together for made in learnt(group)]
+        self.alone = alone
+
+    def rests(self, memo: dict[Any, Any]) -> bool:
+        """Whether all that would act here is known to be shut, so that the activations need not even be read."""
+        shut = memo.get("shut", _NONE)
+        return bool(shut) and self.fits and not self.gates and self.needs <= shut
 
     def __call__(self, x: Tensor, call: Call) -> Tensor | None:
-        acting, site = self.acting, self.site
+        acting = self.acting
         if x.device != acting.device and not torch.compiler.is_compiling():
             acting.place(x.device)  # the pipeline was moved
-        amounts: dict[int, Tensor | None] = call.memo.setdefault("amounts", {})
-        for i in self.gates:
-            gate = acting.placed[i].gate
-            _check_width(acting.placed[i], site, gate.rows.shape[1], x)
-            index = nearest(gate.times, call.timestep)
-            opening = gate.at(x, index)
-            acting.trace.note(i, index, opening)
-            amounts[i] = acting.amount(i, opening)
-        for i, k in self.work:
-            _check_width(acting.placed[i], site, acting.placed[i].corrections[k].width, x)
-            if i not in amounts:
+        if x.shape[-1] != self.width:
+            raise SiteError(
+                f"{self.site} is {x.shape[-1]} wide, and the eraser of {self.told!r} expects {self.width}: "
+                "use it with the pipeline it was made for"
+            )
+        if not torch.compiler.is_compiling():
+            self.fits = True
+        # Where one number stands for all rows, one is looked up.
+        timestep = call.timestep
+        timestep = timestep[:1] if timestep.stride(0) == 0 else timestep.contiguous()
+        amounts: dict[int, Tensor] = call.memo.setdefault("amounts", {})
+        if self.looks is not None:
+            self._look(self.looks, x, timestep, call, amounts)
+        shut: frozenset[int] = call.memo.get("shut", _NONE)
+        for i, _ in self.work:
+            if i not in amounts and i not in shut:
                 raise NotApplied(
-                    f"{site} ran before {acting.placed[i].gate.site}, whose gate it waits for: swap the sites"
+                    f"{self.site} ran before {acting.placed[i].gate.site}, whose gate it waits for: swap the sites"
                 )
         parts = []
-        for i, c in self.adding:
-            amount = amounts[i]
-            if amount is not None:
-                parts.append(c.delta(x, call.timestep) * amount.view(-1, 1, 1))
-        if self.once is not None and any(amounts[i] is not None for i, _ in self.scaled):
-            parts.append(self.once(x, call.timestep, [amounts[i] for i, _ in self.scaled]))
+        for which, together in self.matrices:
+            given = [amounts[i] for i in which if i in amounts]
+            if len(given) < len(which):  # open and shut may stand together in one product
+                given = [amounts[i] if i in amounts else given[0].new_zeros(given[0].shape) for i in which if given]
+            if given:
+                parts.append(together(x, timestep, torch.stack(given, 1)))
+        for i, c in self.alone:
+            if i in amounts:
+                parts.append(c.delta(x, call.timestep) * amounts[i].view(-1, 1, 1))
+        if self.once is not None and any(i in amounts for i, _ in self.scaled):
+            parts.append(self.once(x, call.timestep, [amounts.get(i) for i, _ in self.scaled]))
         return sum(parts[1:], parts[0]) if parts else None
+
+    def _look(self, looks: Gates, x: Tensor, timestep: Tensor, call: Call, amounts: dict[int, Tensor]) -> None:
+        """Ask the gates, and put down which of them are open."""
+        acting, trace = self.acting, self.acting.trace
+        opening, evidence, z = looks(x, timestep)
+        call.finite = evidence
+        compiling = torch.compiler.is_compiling()
+        # Which are open at all: asking costs nothing on a CPU, and would stall a GPU.
+        asked = not compiling and opening.device.type == "cpu"
+        opened: list[bool] = opening.any(0).tolist() if asked else [True] * len(self.looking)
+        if True in opened:
+            trace.note(self.looking, timestep, opening, looks.where(z) if trace.heat else None)
+            table = acting.amounts(self.looking, opening)
+            for column, i in enumerate(self.looking):
+                if opened[column] and (compiling or not acting.idle[i]):
+                    amounts[i] = table[:, column]
+        if not compiling:
+            call.memo["shut"] = call.memo.get("shut", _NONE) | {i for i in self.looking if i not in amounts}
+
+
+_NONE: frozenset[int] = frozenset()
 
 
 class Once:
@@ -141,19 +202,14 @@ class Once:
     def __init__(self, corrections: Sequence[Correction]) -> None:
         self.corrections = list(corrections)
         numbers: dict[bytes, int] = {}
-        decoder: list[Tensor] = []
         self.index: list[Tensor] = []
+        decoder: dict[int, Tensor] = {}
         for c in corrections:
-            t, mine = c.tensors, []
-            told = torch.cat([t["rows"], t["bias"].unsqueeze(1)], 1).detach().half().cpu().numpy()
-            for row, out in zip(told, t["decoder"], strict=True):
-                feature = row.tobytes()
-                if feature not in numbers:
-                    numbers[feature] = len(numbers)
-                    decoder.append(out)
-                mine.append(numbers[feature])
+            t = c.tensors
+            mine = numbered(numbers, told(t["rows"].half(), t["bias"].half()))
+            decoder |= {feature: out for feature, out in zip(mine, t["decoder"], strict=True) if feature not in decoder}
             self.index.append(torch.tensor(mine, device=t["rows"].device))
-        self.back = torch.stack(decoder)
+        self.back = torch.stack([decoder[feature] for feature in range(len(decoder))])
 
     def __call__(self, x: Tensor, timestep: Tensor, amounts: Sequence[Tensor | None]) -> Tensor:
         """x [B, P, d], timestep [B], how much of each correction [B] -> delta [B, P, d]."""
@@ -165,14 +221,6 @@ class Once:
         every = torch.stack(changes)
         largest = every.gather(0, every.abs().argmax(0, keepdim=True))[0]
         return largest @ self.back.to(largest)
-
-
-def _check_width(eraser: Eraser, site: Site, width: int, x: Tensor) -> None:
-    if x.shape[-1] != width:
-        raise SiteError(
-            f"{site} is {x.shape[-1]} wide, and the eraser of {eraser.name!r} expects {width}: "
-            "use it with the pipeline it was made for"
-        )
 
 
 def _to(eraser: Eraser, device: torch.device) -> Eraser:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from neuraleraser.eraser.acting import Acting
 from neuraleraser.eraser.file import Eraser
 from neuraleraser.eraser.trace import Trace
-from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sites import Edits, rows_an_image
+from neuraleraser.errors import DataError, Refused, SettingsError, SiteError
+from neuraleraser.sites import Edits, differs
 
 MAX_STRENGTH = 2.0
+ACTIONS = ("erase", "detect", "refuse")
+"""What an eraser may do where its gate opens: its edit; nothing, but note it; or raise `Refused`."""
 
 Strengths = float | Tensor | Sequence[float | Tensor | Sequence[float]]
 """One number for all erasers, or one entry an eraser: a number, or one number an image of the batch."""
@@ -43,9 +46,37 @@ def strength_table(count: int, strength: Strengths) -> Tensor:
     return torch.stack([r.expand(width) for r in rows]) if rows else torch.zeros(0, 1)
 
 
+def action_list(count: int, action: str | Sequence[str]) -> list[str]:
+    """One action an eraser. Raises SettingsError for others than `ACTIONS`, or for another number of them."""
+    actions = [action] * count if isinstance(action, str) else list(action)
+    if len(actions) != count or not set(actions) <= set(ACTIONS):
+        raise SettingsError(
+            f"action {_short(action)} for {count} erasers: pass one of {', '.join(ACTIONS)}, or one for each"
+        )
+    return actions
+
+
 def _short(strength: Any) -> str:
     text = str(strength.tolist() if isinstance(strength, Tensor) else strength)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _check_model(pipe: Any, e: Eraser) -> None:
+    """SiteError for an eraser of another architecture than the pipeline's, a warning for one of other weights."""
+    made = e.header.get("made_for")
+    if not isinstance(made, Mapping):
+        return
+    what, how = differs(pipe, [e.gate.site, *(c.site for c in e.corrections)], made)
+    if what == "architecture":
+        raise SiteError(
+            f"the eraser of {e.name!r} is for another architecture ({how}): use it with the pipeline it was made for"
+        )
+    if what:
+        warnings.warn(
+            f"the eraser of {e.name!r} was made for other weights of this architecture ({how}), and nobody has "
+            "measured what it does here: calibrate(pipe, eraser, concept) or --calibrate fits its gate to them",
+            stacklevel=4,
+        )
 
 
 class Attachment:
@@ -55,20 +86,32 @@ class Attachment:
     """
 
     def __init__(
-        self, pipe: Any, erasers: Sequence[Eraser], strengths: Tensor, *, detect_only: bool = False, batch: int = 0
+        self, pipe: Any, erasers: Sequence[Eraser], strengths: Tensor, actions: Sequence[str], trace: Trace
     ) -> None:
         for e in erasers:
             problem = e.problem()
             if problem:
                 raise DataError(f"the eraser of {e.name!r} cannot be attached ({problem}): make it again")
+            _check_model(pipe, e)
         self.pipe = pipe
-        self.trace = Trace(erasers, batch)
+        self.trace = trace
         # On the device where offloaded parts will run, too.
-        self.acting = Acting(erasers, strengths, pipe._execution_device, self.trace, detect_only)
+        self.acting = Acting(erasers, strengths, pipe._execution_device, trace, actions)
         self.edits = Edits(pipe, self.acting.at, self._after)
 
-    def _after(self) -> None:
-        self.acting.check_rows(rows_an_image(self.pipe))
+    def _after(self, images: int | None) -> None:
+        fired = self.trace.called(images)
+        if images == 0:  # the call failed by itself
+            return
+        self.acting.check_images(images)
+        refused = self.acting.refused(fired)
+        if refused:
+            which = "; ".join(f"image {image}: {', '.join(names)}" for image, names in list(refused.items())[:8])
+            raise Refused(
+                f"refused, as an erased concept fired ({which}), and no image is returned: pass another prompt, or "
+                "draw the other images again without it",
+                refused,
+            )
 
     def set(self, strengths: Tensor) -> None:
         """Strengths [erasers, images] or [erasers, 1] from the next call on."""
@@ -89,27 +132,35 @@ def attach(
     erasers: Eraser | Sequence[Eraser],
     strength: Strengths = 1.0,
     *,
-    detect_only: bool = False,
+    action: str | Sequence[str] = "erase",
+    heat: bool = False,
     batch: int = 0,
 ) -> Iterator[Trace]:
     """Context manager: erase while it is open; afterwards the pipeline gives the bits it gave before.
 
     `strength` (one, or one an eraser, which may be one an image of the batch) is 0 for nothing, 1 as fitted, up
-    to 2. `detect_only` changes nothing and only notes what would have fired. `batch` is the number of images in
-    a call where it is known, so that the trace can tell guidance halves from images. Yields the `Trace`.
+    to 2. Yields the `Trace`, which notes what fired in each image; with `heat` it notes where, too.
+
+    `action` (one, or one an eraser) says what is done where a gate opens: "erase" edits; "detect" changes nothing;
+    "refuse" changes nothing either, and raises `Refused` when the steps of a call are done, so that it returns no
+    image. (Where the other images of a batch are to be kept, "detect", and withhold those in `trace.fired`.)
+
+    `batch` is the number of images where the denoiser is called without its pipeline, which otherwise tells it.
 
     Erasers commute: at a site all read the same x and their changes add up, in an order set by their content; of
     a feature that several scale only the largest change is made.
 
-    Raises SettingsError for a strength out of range or for another number of images than are drawn, DataError for
-    an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in another width,
-    NotApplied before an image is returned if an eraser did not run.
+    Raises SettingsError for an unknown action, a strength out of range or for another number of images than are
+    drawn, DataError for an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in
+    another width, NotApplied before an image is returned if an eraser did not run.
     """
     many = [erasers] if isinstance(erasers, Eraser) else list(erasers)
-    attachment = Attachment(pipe, many, strength_table(len(many), strength), detect_only=detect_only, batch=batch)
+    actions = action_list(len(many), action)
+    trace = Trace(many, batch, actions, heat=heat)
+    attachment = Attachment(pipe, many, strength_table(len(many), strength), actions, trace)
     try:
-        yield attachment.trace
+        yield trace
         attachment.check()
     finally:
         attachment.close()
-    attachment.trace.finish()
+    trace.finish()

@@ -3,6 +3,7 @@
     load_eraser(pipe, "owner/van-gogh", name="van-gogh")
     set_erasers(pipe, ["van-gogh"], [0.5])
     set_erasers(pipe, ["van-gogh"], [[1.0, 0.0]])  # by image of a batch of two
+    eraser_trace(pipe).records()  # what fired in which image, when and how far
     disable_erasers(pipe)
     unload_erasers(pipe)
 
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser.attach import Attachment, Strengths, strength_table
+from neuraleraser.eraser.attach import Attachment, Strengths, action_list, strength_table
 from neuraleraser.eraser.file import Eraser
+from neuraleraser.eraser.trace import Trace
 from neuraleraser.errors import SettingsError
 
 _KEPT = "_neuraleraser_loaded"  # an attribute of the pipeline
@@ -30,18 +32,20 @@ _KEPT = "_neuraleraser_loaded"  # an attribute of the pipeline
 @dataclass
 class _Loaded:
     erasers: dict[str, Eraser]
+    actions: list[str]
     strengths: Tensor  # [erasers, images] or [erasers, 1]
     attachment: Attachment
 
 
-def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None) -> str:
+def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None, action: str = "erase") -> str:
     """Load an eraser at strength 1, beside those that are loaded -> its name, by default its concept's.
 
-    `source` is a file, a folder, a Hub id, or an `Eraser`. Load before the denoiser is compiled, or at least before
-    its first call: what a compiled denoiser cannot see is raised as NotApplied before an image is returned.
+    `source` is a file, a folder, a Hub id, or an `Eraser`; `action` is "erase", "detect" or "refuse", as in `attach`.
+    Load before the denoiser is compiled, or at least before its first call: what a compiled denoiser cannot see is
+    raised as NotApplied before an image is returned.
 
-    Raises SettingsError for a name that is taken, FileError where there is no eraser, and as `attach` does. Where it
-    raises, what was loaded stays as it was.
+    Raises SettingsError for a name that is taken or an unknown action, FileError where there is no eraser, and as
+    `attach` does. Where it raises, what was loaded stays as it was.
     """
     eraser = source if isinstance(source, Eraser) else Eraser.from_pretrained(source)
     name = eraser.name if name is None else name
@@ -51,14 +55,17 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None)
             f"an eraser named {name!r} cannot be loaded (the name is taken, or empty): pass another name"
         )
     erasers = {**before.erasers, name: eraser} if before else {name: eraser}
+    actions = [*(before.actions if before else ()), *action_list(1, action)]
     strengths = torch.ones(1, 1)
     if before:
         strengths = torch.cat([before.strengths, torch.ones(1, before.strengths.shape[1])])
-    attachment = Attachment(pipe, list(erasers.values()), strengths)
-    attachment.trace.names = list(erasers)
+    trace = Trace(list(erasers.values()), actions=actions)
+    trace.names = list(erasers)
+    attachment = Attachment(pipe, list(erasers.values()), strengths, actions, trace)
     if before:  # only now: what fails above changes nothing
         before.attachment.close()
-    vars(pipe)[_KEPT] = _Loaded(erasers, strengths, attachment)
+        trace.follow(before.attachment.trace)
+    vars(pipe)[_KEPT] = _Loaded(erasers, actions, strengths, attachment)
     return name
 
 
@@ -82,6 +89,17 @@ def set_erasers(pipe: Any, names: str | Sequence[str], strengths: Strengths = 1.
     table[[there.index(n) for n in names]] = given
     loaded.strengths = table
     loaded.attachment.set(table)
+
+
+def eraser_trace(pipe: Any) -> Trace:
+    """What the loaded erasers found in the images drawn since they were loaded (the last 10,000), counted from 0.
+
+    Raises SettingsError where none is loaded.
+    """
+    loaded = _loaded(pipe)
+    if loaded is None:
+        raise SettingsError("no eraser is loaded, so there is no trace: call load_eraser first")
+    return loaded.attachment.trace
 
 
 def disable_erasers(pipe: Any) -> None:

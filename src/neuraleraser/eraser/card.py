@@ -81,6 +81,9 @@ def _measured(measured: Any) -> str:
 def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """All else that the header says, one level deep."""
     rows: list[tuple[str, Any]] = []
+    made = header.get("made_for")
+    if isinstance(made, Mapping):
+        rows.append(("made for", made.get("class")))
     gate = header.get("gate")
     if isinstance(gate, Mapping):
         rows.append(("gate", gate.get("site")))
@@ -88,7 +91,7 @@ def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if isinstance(edits, list):
         rows += [("edit", f"{e.get('mode')} at {e.get('site')}") for e in edits if isinstance(e, Mapping)]
     for key, value in header.items():
-        if key in ("concept", "kind", "base", "model", "measured", "gate", "edits"):
+        if key in ("concept", "kind", "base", "model", "measured", "made_for", "gate", "edits"):
             continue
         if isinstance(value, Mapping):
             rows += [(f"{key}: {inner}", v) for inner, v in value.items()]

@@ -62,7 +62,7 @@ class Eraser:
         return out
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; floats in half precision but for the gate, whose bounds are exact.
+        """Write one safetensors file; matrices in half precision, and the gate's thresholds and bounds exact.
 
         Raises DataError for an eraser that `load` would refuse.
         """
@@ -70,7 +70,7 @@ class Eraser:
         if problem:
             raise DataError(f"the eraser of {self.name!r} was not written ({problem}): make it again")
         tensors = {
-            k: v.half() if v.is_floating_point() and k.startswith("edit") and not k.endswith("times") else v
+            k: v.half() if k == "gate/rows" or (k.startswith("edit") and not k.endswith("times")) else v
             for k, v in self._tensors().items()
         }
         artifact.save(path, "eraser", tensors, dict(self.header) | self._layout())

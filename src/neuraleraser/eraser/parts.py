@@ -64,15 +64,11 @@ class Gate:
             z = z.topk(max(1, round(z.shape[1] * self.share)), 1).values
         return z.mean(1) @ self.weight.to(z)
 
-    def at(self, x: Tensor, index: Tensor) -> Tensor:
-        """How far the gate is open for each row at time bins index [B] -> [B] in 0..1."""
-        evidence = self.evidence(x)
-        low, high = (v.to(evidence).index_select(0, index) for v in (self.low, self.high))
-        return ((evidence - low) / (high - low)).clamp(0, 1)
-
     def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
         """How far the gate is open for each row: x [B, P, d], timestep [B] -> [B] in 0..1."""
-        return self.at(x, nearest(self.times, timestep))
+        evidence, index = self.evidence(x), nearest(self.times, timestep)
+        low, high = (v.to(evidence).index_select(0, index) for v in (self.low, self.high))
+        return ((evidence - low) / (high - low)).clamp(0, 1)
 
 
 @dataclass(frozen=True)

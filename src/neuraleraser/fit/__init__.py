@@ -8,7 +8,9 @@ fitted to the model's own predictions.
 
 from __future__ import annotations
 
+from neuraleraser.fit.calibrating import calibrate
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.fitting import fit
+from neuraleraser.fit.importing import import_dictionary
 
-__all__ = ["Dictionary", "fit", "load_dictionary"]
+__all__ = ["Dictionary", "calibrate", "fit", "import_dictionary", "load_dictionary"]

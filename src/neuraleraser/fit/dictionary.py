@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from neuraleraser import artifact
-from neuraleraser.activations import bank
+from neuraleraser.activations import CONDITIONAL, Seen, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import WEIGHTS
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.fit.states import pooled_features
-from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
+from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 
@@ -119,30 +119,58 @@ def load_dictionary(folder: Path = CANVAS) -> Dictionary:
 
 
 def make_canvas_dictionary(
-    pipe: Any, folder: Path = CANVAS, images: int = 500, n: int = 512, k: int = 12
+    pipe: Any, folder: Path = CANVAS, images: int = 500, n: int = 256, k: int = 12
 ) -> Dictionary:
-    """Train the canvas's SAE from 200 of its own images and draw the background of `images` more; minutes on two
-    cores. Raises SettingsError for more images than there are selection seeds."""
+    """Train the canvas's SAE from 400 of its own images, half of them of two objects, with a feature for each style
+    and object; draw the background of `images` more. Minutes on two cores. Raises SettingsError for more images
+    than there are selection seeds."""
     if not 0 < images <= 500:
         raise SettingsError(f"images is {images}: pass 1 to 500 (their seeds are 500 to 999)")
     sampling = Sampling(batch=40)
-    prompts = [p for p, _, _ in canvas_background(200, 1)]
-    x = bank(pipe, prompts, range(300, 300 + len(prompts)), [CANVAS_GATE], 1600, sampling)[CANVAS_GATE]
-    sae = train(pool_batches(x, 4096), TrainSettings(n=n, k=k, steps=1500))
-    sae.header["measures"] = measure(sae, x[:50_000])
+    names = [*words.OBJECTS, *words.STYLES]
+    shown = canvas_background(400, 1, two=0.5)
+    labels = torch.tensor(
+        [[float(name in (style, *objects.split("+"))) for name in names] for _, objects, style in shown]
+    )
+    maps, of = labelled_maps(pipe, [p for p, _, _ in shown], range(100, 500), labels, CANVAS_GATE, sampling)
+    settings = TrainSettings(n=n, k=k, steps=1200, discriminant=True, init_vectors=2**17)
+    sae = train(labelled_batches(maps, of, 64), settings)
+    sae.header["labels"] = names
+    sae.header["measures"] = measure(sae, maps.flatten(0, 1)[:50_000])
     known = make_dictionary(pipe, sae, CANVAS_GATE, CANVAS_EDITS, canvas_background(images, 2), sampling, 500)
     known.save(folder)
     return known
 
 
-def canvas_background(count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Prompts of the canvas with what they show: (prompt, objects joined by "+", style), seen phrasings only."""
+def labelled_maps(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], labels: Tensor, site: Site, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """Activations at `site` by whole maps, with what each shows: (x [N, P, d] float32, labels [N, C]) from labels
+    [prompts, C]. One in four maps of the conditional branch at random, one in thirty of the unconditional, which
+    shows nothing."""
+    g = torch.Generator().manual_seed(0)
+    maps: list[Tensor] = []
+    of: list[Tensor] = []
+
+    def on(seen: Seen) -> None:
+        told = seen.branch == CONDITIONAL
+        kept = torch.rand(len(seen.images), generator=g) < (1 / 4 if told else 1 / 30)
+        maps.append(seen.x[kept.to(seen.x.device)].float().cpu())
+        of.append(labels[seen.images.start : seen.images.stop][kept] * told)
+
+    collect(pipe, prompts, seeds, [site], on, sampling)
+    return torch.cat(maps), torch.cat(of)
+
+
+def canvas_background(count: int, seed: int, two: float = 0.19) -> list[tuple[str, str, str]]:
+    """Prompts of the canvas with what they show: (prompt, objects joined by "+", style), seen phrasings only; 6 % of
+    them show no object, and a share `two` shows two."""
     rng = random.Random(seed)
     out = []
     for i in range(count):
         style = words.STYLES[i % len(words.STYLES)]
         r = rng.random()
-        names = rng.sample(words.OBJECTS, 0 if r < 0.06 else 2 if r < 0.25 else 1)
+        names = rng.sample(words.OBJECTS, 0 if r < 0.06 else 2 if r < 0.06 + two else 1)
         p = rng.randrange(2)
         out.append((words.prompt(names, style, p), "+".join(names), style))
     return out

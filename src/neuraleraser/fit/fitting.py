@@ -20,7 +20,7 @@ from neuraleraser.fit.states import SHARES, conditional, pool, recorded
 from neuraleraser.models import called
 from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
-from neuraleraser.sites import DenoiserCall, Site, record, replay
+from neuraleraser.sites import DenoiserCall, Site, made_for, record, replay
 
 Progress = Callable[[str, float], None]
 
@@ -109,6 +109,9 @@ def fit(
         "open_share": round(float((low < SHUT).float().mean()), 3),
         "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)] if losses else [],
         "seconds": round(time.monotonic() - started, 1),
+        "made_for": made_for(pipe, [gate.site, *(c.site for c in corrections)]),
+        # How far thresholds that were calibrated on import differ from what the SAE's own library does.
+        "sae": {k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
     }
     return Eraser(gate, corrections, header)
 

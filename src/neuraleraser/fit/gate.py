@@ -17,6 +17,8 @@ from neuraleraser.sites import Site
 FEATURES = 64
 RARE = 0.005
 """A feature that fires on a smaller share of rows is no candidate."""
+ALONE = 0.95
+"""Share of rows that one feature must separate by itself to be a gate."""
 SHUT = 1e9
 """A bound that no evidence reaches: the gate stays shut at timesteps where it could not tell."""
 
@@ -34,31 +36,49 @@ class Detector:
 
 
 def choose(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
-    """Choose features and weights for both ways of pooling; the one that separates better is kept.
+    """The feature that detects the concept by itself, where there is one; else the `count` that do so together.
 
-    shows [N, T, shares, n] from prompts with the concept, lacks [M, T, shares, n] without it. The `count` features
-    that a logistic regression leans on most (weight times spread) are kept, and weighed by it.
+    shows [N, T, shares, n] from prompts with the concept, lacks [M, T, shares, n] without it. One feature is enough
+    where it separates ALONE of the rows. Else those that a logistic regression leans on most (weight times spread)
+    are kept, and weighed by it. Of both ways of pooling the one that separates better is taken, the mean if equal.
 
     Raises ConceptError if no feature fires more with the concept than without.
     """
-    found: list[Detector] = []
+    pooled = []
     for share in range(len(SHARES)):
         on, off = shows[:, :, share].float(), lacks[:, :, share].float()
         often = (torch.cat([on, off]) > 0).float().mean((0, 1)) > RARE
         candidates = often.nonzero()[:, 0]
-        if not bool((on.mean((0, 1)) > off.mean((0, 1)))[candidates].any()):
-            continue
-        weight = regress(on[..., candidates], off[..., candidates])
-        leaning = weight.abs() * (on.std((0, 1)) + off.std((0, 1)))[candidates]
-        features = candidates[leaning.topk(min(count, len(candidates))).indices]
-        weight = regress(on[..., features], off[..., features])
-        a, b = on[..., features] @ weight, off[..., features] @ weight
-        separation = (a > b.quantile(0.995, 0)).float().mean(0)
-        if bool((weight > 0).any()):
-            found.append(Detector(features, weight, share, separation))
-    if not found:
+        if bool((on.mean((0, 1)) > off.mean((0, 1)))[candidates].any()):
+            pooled.append((on, off, candidates, share))
+    if alone := [d for d in (_one(*p) for p in pooled) if float(d.separation.mean()) >= ALONE]:
+        return max(alone, key=lambda d: float(d.separation.mean()))
+    together = [d for d in (_many(*p, count) for p in pooled) if bool((d.weight > 0).any())]
+    if not together:
         raise ConceptError("no feature fires more with the concept than without: give other prompts, or another site")
-    return max(found, key=lambda d: float(d.separation.mean()))
+    return max(together, key=lambda d: float(d.separation.mean()))
+
+
+def _separation(on: Tensor, off: Tensor) -> Tensor:
+    """Share of rows on [N, T, ...] above the 99.5th percentile of off [M, T, ...] -> [T, ...]."""
+    return (on > off.quantile(0.995, 0)).float().mean(0)
+
+
+def _one(on: Tensor, off: Tensor, candidates: Tensor, share: int) -> Detector:
+    """The candidate that separates best by itself."""
+    separation = _separation(on[..., candidates], off[..., candidates])  # [T, candidates]
+    best = separation.mean(0).argmax()
+    return Detector(candidates[best][None], torch.ones(1), share, separation[:, best])
+
+
+def _many(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -> Detector:
+    """`count` of the candidates, weighed by logistic regression."""
+    weight = regress(on[..., candidates], off[..., candidates])
+    leaning = weight.abs() * (on.std((0, 1)) + off.std((0, 1)))[candidates]
+    features = candidates[leaning.topk(min(count, len(candidates))).indices]
+    weight = regress(on[..., features], off[..., features])
+    separation = _separation(on[..., features] @ weight, off[..., features] @ weight)
+    return Detector(features, weight, share, separation)
 
 
 def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
@@ -82,13 +102,12 @@ def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) ->
 def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     """low and high [T] from evidence on rows with the concept [N, T] and without [M, T].
 
-    low lies well below the weakest rows with the concept, at 0.6 of their first decile, where that leaves it above
-    98 in 100 rows without; a seventh into the gap where there is a wide one. The gate is shut where a typical row
-    with the concept lies below: it could not tell.
+    low lies above 995 in 1,000 rows without, and at 0.3 of the first decile with: a concept that shares its picture
+    with another is about half as strong. The gate is shut where a typical row with the concept lies below: it could
+    not tell.
     """
-    top, most = lacks.amax(0), lacks.quantile(0.98, 0)
-    typical, weak = shows.median(0).values, shows.quantile(0.1, 0)
-    low = torch.where(0.6 * weak > top, top + 0.15 * (weak - top), torch.maximum(most, 0.6 * weak)).clamp(min=1e-6)
+    typical = shows.median(0).values
+    low = torch.maximum(lacks.quantile(0.995, 0), 0.3 * shows.quantile(0.1, 0)).clamp(min=1e-6)
     high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
     return torch.where(shut, SHUT, low), torch.where(shut, 2 * SHUT, high)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,21 @@ def pool(z: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Pooled features of images at one site: `values` float16 [N, T, branches, shares, n], `times` [T] descending
-    as sampled; branch 0 is unconditional where there are two."""
+    """Pooled features of images at one site: `values` float16 [N, T, branches, shares, n], `times` [T] as sampled,
+    descending (but for schedulers that ask for a timestep twice); branch 0 is unconditional where there are two."""
 
     values: Tensor
     times: Tensor
+
+
+def _pools(sae: SAE) -> Callable[[Tensor], Tensor]:
+    """x [B, P, d] -> every feature, pooled in each way [B, shares, n]."""
+
+    def pools(x: Tensor) -> Tensor:
+        z = sae.encode(x.float())
+        return torch.stack([pool(z, q) for q in SHARES], 1).half()
+
+    return pools
 
 
 def pooled_features(
@@ -46,17 +56,43 @@ def pooled_features(
     init: Images | None = None,
 ) -> tuple[Pooled, Images]:
     """Draw the images and pool every feature of `sae` at each step."""
-    seen: dict[tuple[float, int], list[Tensor]] = {}
+    values, times, images = measured(pipe, site, _pools(sae), prompts, seeds, sampling, init)
+    return Pooled(values, times), images
+
+
+def measured(
+    pipe: Any,
+    site: Site,
+    measure: Callable[[Tensor], Tensor],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    init: Images | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor, Images]:
+    """Draw the images and measure activations x [B, P, d] -> [B, ...] at each pass through the site.
+
+    -> values [N, T, branches, ...], times [T] in the order of sampling, images. A scheduler may ask for the same
+    timestep twice (Heun does): T is the number of passes, which is not always that of steps.
+    """
+    batches: list[list[tuple[float, int, Tensor]]] = []
+
+    def begin(first: int, real: int) -> None:
+        batches.append([])
+        if on_batch:
+            on_batch(first, real)
 
     def on(s: Seen) -> None:
-        z = sae.encode(s.x.float())
-        seen.setdefault((s.timestep, s.branch), []).append(torch.stack([pool(z, q) for q in SHARES], 1).half())
+        batches[-1].append((s.timestep, s.branch, measure(s.x)))
 
-    images = collect(pipe, prompts, seeds, [site], on, sampling, init)
-    times = sorted({t for t, _ in seen}, reverse=True)
-    branches = sorted({b for _, b in seen})
-    values = torch.stack([torch.stack([torch.cat(seen[t, b]) for b in branches], 1) for t in times], 1)
-    return Pooled(values, torch.tensor(times)), images
+    images = collect(pipe, prompts, seeds, [site], on, sampling, init, begin)
+    branches = sorted({branch for _, branch, _ in batches[0]})
+    times = torch.tensor([t for t, branch, _ in batches[0] if branch == branches[-1]])
+    values = [
+        torch.stack([torch.stack([v for _, b, v in batch if b == branch], 1) for branch in branches], 2)
+        for batch in batches
+    ]
+    return torch.cat(values), times, images
 
 
 def conditional(values: Pooled) -> Tensor:
@@ -73,22 +109,38 @@ def recorded(
     site: Site,
     init: Images | None = None,
 ) -> tuple[list[DenoiserCall], Pooled]:
-    """Draw the images; keep the conditional half of every denoiser call, all images in a row, and the pooled
-    features at `site`."""
+    """Draw the images -> the conditional half of every denoiser call, all images in a row, and the pooled features
+    at `site`."""
+    calls, values, times = replayed(pipe, prompts, seeds, sampling, site, _pools(sae), init)
+    return calls, Pooled(values, times)
+
+
+def replayed(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    site: Site,
+    measure: Callable[[Tensor], Tensor],
+    init: Images | None = None,
+) -> tuple[list[DenoiserCall], Tensor, Tensor]:
+    """Draw the images; keep the conditional half of every denoiser call, all images in a row -> calls, and values
+    and times as `measured` gives them."""
     batches: list[list[DenoiserCall]] = []
     size = sampling.batch if sampling.pad else min(sampling.batch, len(prompts))
+    now = {"real": 0}
+
+    def begin(first: int, real: int) -> None:
+        batches.append([])
+        now["real"] = real
 
     def on(call: DenoiserCall) -> None:
-        if not batches or len(batches[-1]) == len_steps[0]:
-            batches.append([])
         rows = call.state.shape[0]
-        real = min(size, len(prompts) - size * (len(batches) - 1))
-        batches[-1].append(call.rows(torch.arange(rows - size, rows - size + real, device=call.state.device)))
+        batches[-1].append(call.rows(torch.arange(rows - size, rows - size + now["real"], device=call.state.device)))
 
-    len_steps = [sampling.steps if init is None else min(int(sampling.steps * sampling.strength), sampling.steps)]
     with denoiser_calls(pipe, on):
-        pooled, _ = pooled_features(pipe, sae, site, prompts, seeds, sampling, init)
-    return [join(parts) for parts in zip(*batches, strict=True)], pooled
+        values, times, _ = measured(pipe, site, measure, prompts, seeds, sampling, init, begin)
+    return [join(parts) for parts in zip(*batches, strict=True)], values, times
 
 
 def join(calls: Sequence[DenoiserCall]) -> DenoiserCall:

@@ -65,7 +65,7 @@ def checked(
         raise DataError(f"batch {step} has shape {tuple(x.shape)}: expected [B, {d or 'd'}] with B > 0")
     if bad := int((~torch.isfinite(x)).sum()):
         raise DataError(f"batch {step} holds {bad} NaN or infinite values of {x.numel()}: mend their source")
-    if not (settings.bind or settings.contrast):
+    if not settings.labelled:
         return x.detach().float(), None
     if labels is None:
         raise DataError(f"batch {step} has no labels: labelled training takes a stream of (x [B, d], labels [M, C])")

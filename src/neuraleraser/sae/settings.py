@@ -41,6 +41,9 @@ class TrainSettings:
     bind: float = 0.0
     """Weight of the loss that binds feature c to label c, for a stream of (x, labels); a good start is 0.3, with
     matryoshka, whose first features have to carry what they detect."""
+    discriminant: bool = False
+    """Feature c reads label c by Fisher's linear discriminant of the first vectors, and keeps that encoder row; for
+    a stream of (x, labels)."""
     contrast: float = 0.0
     """Weight of the loss that draws maps of the same labels together, for a stream of (x, labels); start at 0.01."""
     seed: int = 0
@@ -73,6 +76,11 @@ class TrainSettings:
                 raise SettingsError(f"{name} is {value}: pass 0 (off) or a positive weight")
         if not 0 <= self.seed < 2**63:
             raise SettingsError(f"seed is {self.seed}: pass a whole number from 0 to 2^63 - 1")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the stream has to yield labels."""
+        return self.discriminant or self.bind > 0 or self.contrast > 0
 
     def lr_at(self, step: int, d: int) -> float:
         """The learning rate of step 0 <= step < steps for width d: constant, then to zero over the last fifth.

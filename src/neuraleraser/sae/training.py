@@ -16,7 +16,7 @@ from torch import Tensor
 from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
 from neuraleraser.sae.jumprelu import first_log_threshold
-from neuraleraser.sae.labelled import concept_directions
+from neuraleraser.sae.labelled import concept_directions, discriminants
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
 from neuraleraser.sae.reading import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
@@ -84,9 +84,10 @@ def train(
     architectures (`settings.architecture`) end in the same SAE: JumpReLU has learnt its thresholds, TopK's are set
     last, so that each feature fires as often on the first vectors of the stream, which is read again for it.
 
-    With `settings.bind` or `settings.contrast` the stream yields (x, labels [M, C]), one row of labels for every
-    B / M consecutive vectors, and their losses (`labelled.py`) are added: feature c then belongs to concept c, for
-    the C first features. `header["concepts"]` says how many there are.
+    With `settings.discriminant`, `bind` or `contrast` the stream yields (x, labels [M, C]), one row of labels for
+    every B / M consecutive vectors (`labelled.py`). With the first two feature c then belongs to concept c, for the C
+    first features: set by Fisher's discriminant before the first step and held, or drawn there by a loss.
+    `header["concepts"]` says how many there are.
 
     With `checkpoint`, a file is written every `settings.checkpoint_every` steps and at the end; where it
     exists already, training goes on from it, and on a CPU ends in the bits of a run that was never stopped
@@ -197,6 +198,9 @@ def _step(state: _State, x: Tensor, labels: Tensor | None, settings: TrainSettin
     for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
         p.grad = grad
     with torch.no_grad():
+        if settings.discriminant:  # set in closed form, and held
+            for p in (w.W_enc, w.b_enc):
+                p.grad[: state.concepts] = 0  # pyright: ignore[reportOptionalSubscript]
         # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
         along = w.W_dec.grad
         assert along is not None
@@ -241,7 +245,9 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
     rows = torch.nn.functional.normalize(torch.randn(settings.n, d, generator=g), dim=1).to(sample.device)
     w = Weights(rows.clone(), rows.new_zeros(settings.n), rows, geometric_median(sample * scale))
     concepts = 0 if labels is None else labels.shape[1]
-    if labels is not None and settings.bind:
+    if labels is not None and settings.discriminant:
+        w.W_enc[:concepts], w.b_enc[:concepts], w.W_dec[:concepts] = discriminants(sample * scale, labels, w)
+    elif labels is not None and settings.bind:
         toward = concept_directions(sample, labels, rows[:concepts])
         w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
     own = first_log_threshold(w, sample * scale, settings.k) if settings.architecture == "jumprelu" else None
@@ -285,7 +291,7 @@ def _unscaled(state: _State) -> Weights:
 def _header(state: _State, run: Run) -> dict[str, Any]:
     """What a trained SAE says about itself."""
     header = {"settings": asdict(run.settings), "data_scale": state.scale, "steps": state.step}
-    header |= {"concepts": state.concepts} if run.settings.bind else {}
+    header |= {"concepts": state.concepts} if run.settings.bind or run.settings.discriminant else {}
     return header | ({"data": dict(run.data)} if run.data else {})
 
 

@@ -23,10 +23,12 @@ from neuraleraser.sites.attach import Edits, edit, record
 from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.candidates import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
 from neuraleraser.sites.hooks import Call, Edit
+from neuraleraser.sites.model import differs, made_for
 from neuraleraser.sites.noise import noised, scheduler_steps
-from neuraleraser.sites.place import Site, denoiser, rows_an_image
+from neuraleraser.sites.place import DENOISERS, Site, denoiser
 
 __all__ = [
+    "DENOISERS",
     "Call",
     "DenoiserCall",
     "Edit",
@@ -36,11 +38,12 @@ __all__ = [
     "cross_attention_sites",
     "denoiser",
     "denoiser_calls",
+    "differs",
     "edit",
+    "made_for",
     "noised",
     "record",
     "replay",
-    "rows_an_image",
     "scheduler_steps",
     "text_encoder_sites",
     "text_streams",

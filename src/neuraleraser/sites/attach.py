@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from neuraleraser.errors import SiteError
+from neuraleraser.errors import NeuralEraserError, SiteError
 from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.hooks import Call, Edit, State, Tap, forward_arguments
 from neuraleraser.sites.place import DENOISERS, Site, check_stream, resolve, unwrap
@@ -49,11 +49,14 @@ def edit(pipe: Any, edits: Mapping[Site, Edit]) -> Iterator[None]:
 class Edits:
     """Edits hung in a pipeline until `close`: what `edit` holds while it is open. Raises as `edit` does.
 
-    `after` is called at the end of each call of the pipeline, before images are returned. Plain fields only, so
-    that a deep copy of a pipeline that keeps its `Edits` has hooks and `Edits` of its own.
+    `after` is called once in each call of the pipeline, when its steps are done and before images are returned, with
+    the number of images that it draws (None where the pipeline does not tell); where the steps failed, with 0.
+    Plain fields only, so that a deep copy of a pipeline that keeps its `Edits` has hooks and `Edits` of its own.
     """
 
-    def __init__(self, pipe: Any, edits: Mapping[Site, Edit], after: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, pipe: Any, edits: Mapping[Site, Edit], after: Callable[[int | None], None] | None = None
+    ) -> None:
         self.pipe, self.after = pipe, after
         self.roots = _plan(pipe, edits)  # nothing is touched before every site is found
         for root in self.roots:
@@ -156,19 +159,30 @@ class _Watch:
     diffusers calls `progress_bar` before it denoises and `maybe_free_model_hooks` just before it returns:
     both are shadowed on the instance. A call in which no hook ran (a denoiser compiled before, or replaced)
     is noticed at its end, even where an earlier forward did run them. Some pipelines (SDXL's inpainting, asked for
-    latents) return without the second, so the end of the bar's own `with` is watched too.
+    latents) return without the second, so the end of the bar's own `with` is watched too. `prepare_latents` tells
+    how many images a call draws: the rows of what it returns.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.hung: list[Edits] = []
+        self.images: int | None = None
+        self.told = True  # whether those who are hung were told of the end of the call
         self.own = {name: vars(pipe)[name] for name in _SHADOWED if name in vars(pipe)}
         self.progress_bar, self.free = pipe.progress_bar, pipe.maybe_free_model_hooks
+        self.prepare = getattr(pipe, "prepare_latents", None)
 
     @property
     def roots(self) -> list[_Root]:
         return [root for edits in self.hung for root in edits.roots]
 
+    def prepared(self, *args: Any, **kwargs: Any) -> Any:
+        made = self.prepare(*args, **kwargs)  # pyright: ignore[reportOptionalCall]: shadowed only where there is one
+        latents = made[0] if isinstance(made, tuple) else made
+        self.images = latents.shape[0] if isinstance(latents, Tensor) else None
+        return made
+
     def begin(self, *args: Any, **kwargs: Any) -> Any:
+        self.told = False
         for root in self.roots:
             check_caches(root.state.name, root.module)  # one may have been switched on since
             if root.state.timestep_index is not None:  # text encoders ran before this
@@ -178,13 +192,25 @@ class _Watch:
 
     def denoised(self) -> None:
         """What has run once the steps are done: denoiser and text encoders, not yet a VAE."""
-        self._check([r for r in self.roots if r.state.timestep_index is not None or "text_encoder" in r.state.name])
+        try:
+            self._check([r for r in self.roots if r.state.timestep_index is not None or "text_encoder" in r.state.name])
+            self._tell(self.images)
+        except NeuralEraserError:
+            self.failed()
+            self.free()  # the pipeline will not come to it
+            raise
+
+    def failed(self) -> None:
+        self._tell(0)
 
     def end(self) -> None:
         self.free()  # first, so that offloaded models leave the device whatever follows
         try:
             self._check(self.roots)
+            if not self.told:
+                self._tell(self.images)
         finally:
+            self.images = None
             for root in self.roots:
                 root.state.forget()
 
@@ -192,9 +218,12 @@ class _Watch:
         for root in roots:
             root.state.check_visited()
             root.state.check_finite()
+
+    def _tell(self, images: int | None) -> None:
+        self.told = True
         for edits in self.hung:
             if edits.after:
-                edits.after()
+                edits.after(images)
 
     def restore(self, pipe: Any) -> None:
         for name in _SHADOWED:
@@ -204,7 +233,7 @@ class _Watch:
 
 
 class _Bar:
-    """A progress bar whose `with` tells the watch that it ended without an exception."""
+    """A progress bar whose `with` tells the watch how it ended."""
 
     def __init__(self, bar: Any, watch: _Watch) -> None:
         self.bar, self.watch = bar, watch
@@ -216,13 +245,15 @@ class _Bar:
         answer = self.bar.__exit__(kind, error, trace)
         if kind is None:
             self.watch.denoised()
+        else:
+            self.watch.failed()
         return answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.bar, name)
 
 
-_SHADOWED = ("progress_bar", "maybe_free_model_hooks")
+_SHADOWED = ("progress_bar", "maybe_free_model_hooks", "prepare_latents")
 
 
 def _watch(pipe: Any) -> _Watch:
@@ -230,4 +261,6 @@ def _watch(pipe: Any) -> _Watch:
     if not isinstance(watch, _Watch):
         watch = _Watch(pipe)
         vars(pipe).update(progress_bar=watch.begin, maybe_free_model_hooks=watch.end)
+        if watch.prepare is not None:
+            vars(pipe)["prepare_latents"] = watch.prepared
     return watch

@@ -24,15 +24,20 @@ from neuraleraser.sites.place import TEXT_FIRST, Site, is_text_first
 class Call:
     """What an edit knows of the forward it runs in.
 
-    timestep: [B] float32 on the activation's device, as the denoiser got it; zeros outside the denoiser.
+    timestep: [B] float32 on the activation's device, as the denoiser got it; zeros outside the denoiser. Where one
+    number stood for all rows it is expanded, with stride 0.
     memo: one dict for one forward of the denoiser (or text encoder), shared by this context's sites.
+    finite: NaN or infinity shows in x, of which the edit may say here that it shows in a smaller tensor, too.
     """
 
     timestep: Tensor
     memo: dict[Any, Any]
+    finite: Tensor | None = None
 
 
 Edit = Callable[[Tensor, Call], Tensor | None]
+"""x [B, positions, d] and its `Call` -> delta, or None. An edit may have a method `rests(memo) -> bool`: whether it is
+known to return None in this forward, so that x need not be read."""
 
 
 @dataclass
@@ -90,8 +95,8 @@ class State:
     def check_finite(self, on: str | None = None) -> None:
         """NotApplied for NaN or infinity met so far. Waits for the device; `on` limits to one kind."""
         for tap in self.taps:
-            if on in (None, tap.poison.device.type) and not math.isfinite(tap.poison.item()):
-                tap.poison = torch.zeros_like(tap.poison)
+            if on in (None, tap.poison.device.type) and tap.noted and not math.isfinite(tap.poison.item()):
+                tap.clear()
                 raise NotApplied(
                     f"{tap.name}: NaN or infinity in the activations or in the edit; "
                     "look at the model's dtype (fp16 overflows), its input and the edit's strength."
@@ -102,7 +107,7 @@ class State:
         self.missed = []
         for tap in self.taps:
             tap.visited = False
-            tap.poison = torch.zeros_like(tap.poison)
+            tap.clear()
 
 
 class Tap:
@@ -122,6 +127,7 @@ class Tap:
         # 0 while all is finite, NaN from then on. A tensor: asking at each step would stall a GPU.
         parameter = next(module.parameters(), None)
         self.poison = torch.zeros((), device=None if parameter is None else parameter.device)
+        self.noted = False  # whether anything has been added to it
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the edits' deltas, or None (leave it) where no edit returned one."""
@@ -138,10 +144,14 @@ class Tap:
         self.visited = True
         changes: list[tuple[str, Tensor]] = []
         for site, change in self.edits:  # all see the same activations
+            rests = getattr(change, "rests", None)
+            if rests is not None and rests(forward.memo):
+                continue
             x = self._read(site, args, kwargs, output)
-            delta = change(x, Call(_rows(forward.timestep, x, site), forward.memo))
+            call = Call(_rows(forward.timestep, x, site), forward.memo)
+            delta = change(x, call)
             if delta is None:
-                self._note(x)
+                self._note(x if call.finite is None else call.finite)
             elif delta.shape != x.shape:
                 raise NotApplied(f"{site}: the edit returned {list(delta.shape)}, expected {list(x.shape)}.")
             else:
@@ -190,10 +200,16 @@ class Tap:
             raise SiteError(f"{self.name}: {self.kind} returns {type(part).__name__} there, no tensor.")
         return part
 
+    def clear(self) -> None:
+        """Forget what was met so far."""
+        if self.noted:
+            self.noted, self.poison = False, torch.zeros_like(self.poison)
+
     def _note(self, x: Tensor) -> None:
         # 0 * sum is 0, or NaN once a value is NaN or infinite: one reduction, and no answer is waited for
         if self.poison.device != x.device:
             self.poison = torch.zeros((), device=x.device)
+        self.noted = True
         self.poison = self.poison + x.detach().sum(dtype=torch.float32) * 0
 
 

@@ -51,7 +51,8 @@ class _Add(torch.autograd.Function):
 
 def added(out: Tensor, delta: Tensor) -> Tensor:
     """`out` plus delta [B, positions, d], in the dtype and the strides of `out`."""
-    new: Any = _Add.apply(out, from_positions(delta, out).to(out.dtype))
+    delta = from_positions(delta, out).to(out.dtype)
+    new: Any = _Add.apply(out, delta) if torch.is_grad_enabled() else _Add.forward(out, delta)
     # Kernels are chosen by strides, and another kernel gives other bits: keep the layout of the output.
     overlapping = any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True))
     if new.stride() != out.stride() and not overlapping:

@@ -62,23 +62,6 @@ def denoiser(pipe: Any) -> nn.Module:
     return getattr(pipe, denoiser_name(pipe))
 
 
-def rows_an_image(pipe: Any) -> set[int]:
-    """How many rows an image may have in one call of the denoiser, as far as the pipeline tells while it runs.
-
-    A UNet is given all guidance branches in one batch; of transformers' pipelines some do that, and some call it
-    once for each branch.
-    """
-    guided = getattr(pipe, "do_classifier_free_guidance", None)
-    if guided is None:  # guidance is a local variable of the pipeline's call
-        return {1, 2}
-    rows = 1 + bool(getattr(pipe, "do_perturbed_attention_guidance", False))
-    if not guided:
-        return {rows}
-    if hasattr(pipe, "image_guidance_scale"):  # InstructPix2Pix guides by prompt and by image
-        rows += 1
-    return {rows + 1} if denoiser_name(pipe) == "unet" else {1, rows + 1}
-
-
 def resolve(pipe: Any, site: Site) -> nn.Module:
     """The module of a site. SiteError names the nearest that exist."""
     names = site.path.split(".")

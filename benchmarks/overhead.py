@@ -1,0 +1,393 @@
+"""What erasers cost: a denoiser step plain, with 1, 20 and 200 erasers, and with a hook that runs a whole SAE.
+
+    python benchmarks/overhead.py --sizes canvas sd15 --json overhead.json
+    python benchmarks/overhead.py --sizes sd15 sdxl flux --device cuda --dtype bf16 --batches 1 16 --json gpu.json
+
+Denoisers have the published sizes and random weights (the canvas its own). An eraser has a gate of 64 features and
+learnt corrections of rank 8 at six sites; "eraser" is timed with every gate open, "eraser-shut" with every gate shut.
+"full-sae-hook" is SAeUron's shape: 16 features a dimension, the 32 largest kept, at the gate's site alone; it decodes
+only what it kept, which is less work than a dense decoder.
+
+Time in hooks is taken around each hook, in the step itself: events on a GPU, a clock on a CPU. `seconds` is the plain
+step plus that time, `ratio_to_plain` its ratio to the plain step: the difference of two whole steps would drown in
+their noise (`step_seconds` has it all the same). FLUX has 19 double and 38 single blocks, which float32 on a machine of
+24 GB does not hold: --flux-blocks 1 1 times one of each, and the plain step is reckoned from them.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from neuraleraser.eraser import Correction, Eraser, Gate, Trace
+from neuraleraser.eraser.acting import Acting
+from neuraleraser.models import open_pipeline
+from neuraleraser.sites import Call, Site, candidate_sites, cross_attention_sites, edit
+from neuraleraser.sites.place import resolve
+
+FEATURES, RANK, EDITS, BINS = 64, 8, 6, 5
+EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure what erasers cost."""
+
+    sizes: tuple[Literal["tiny", "canvas", "sd15", "sdxl", "flux"], ...] = ("canvas", "sd15")
+    """Which denoisers."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of weights and activations."""
+    batches: tuple[int, ...] = (1,)
+    """Images in a step; UNets get two rows an image, as under guidance."""
+    erasers: tuple[int, ...] = (1, 20, 200)
+    """How many erasers are attached together."""
+    repeats: int = 7
+    """Timed steps of each kind; the median counts."""
+    full_sae: bool = True
+    """Time the whole SAE, too."""
+    flux_blocks: tuple[int, int] = (19, 38)
+    """Double and single blocks of FLUX that are built; with fewer, the plain step is reckoned from them."""
+    json: Path | None = None
+    """Where the figures go."""
+
+
+@dataclass
+class Bench:
+    """A denoiser, how to call it, where erasers look and act, and what its plain step must be multiplied with."""
+
+    pipe: Any
+    run: Callable[[], Any]
+    gate: Site
+    edits: list[Site]
+    factor: float = 1.0
+
+
+def build(size: str, batch: int, s: Settings) -> Bench:
+    device, dtype = (
+        torch.device(s.device),
+        {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.dtype],
+    )
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    if size == "flux":
+        return _flux(batch, s, device, dtype, random)
+    more: dict[str, Any] = {}
+    if size == "canvas":
+        unet = open_pipeline("canvas").unet
+    else:
+        unet = _made(lambda: _unet(size), device, dtype)
+    unet = unet.to(device, dtype).eval()
+    side, width, rows = unet.config.sample_size, unet.config.cross_attention_dim, 2 * batch
+    if size == "sdxl":
+        more = {"added_cond_kwargs": {"text_embeds": random(rows, 1280), "time_ids": random(rows, 6)}}
+    words = 32 if size == "canvas" else 77
+    state, text, t = random(rows, unet.config.in_channels, side, side), random(rows, words, width), torch.tensor(500)
+    pipe = _pipe(unet=unet)
+    at = {"sd15": "up_blocks.1.attentions.1", "sdxl": "up_blocks.0.attentions.1"}.get(size)
+    sites = cross_attention_sites(pipe)
+    first = sites[0] if at is None else next(x for x in sites if x.path.startswith(f"unet.{at}."))
+    gate = first if at is None else Site(f"unet.{at}")
+    later = sites[sites.index(first) :]
+    if at is not None:  # the block's own output comes after the attentions in it
+        later = [gate, *[x for x in later if not x.path.startswith(f"{gate.path}.")]]
+    return Bench(pipe, lambda: unet(state, t, text, return_dict=False, **more), gate, later[:EDITS])
+
+
+def _unet(size: str) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    if size == "tiny":
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+        return UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=16, **blocks
+        )  # type: ignore[arg-type]
+    if size == "sd15":
+        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),  # type: ignore[arg-type]
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+    )
+
+
+def _flux(batch: int, s: Settings, device: torch.device, dtype: torch.dtype, random: Callable[..., Tensor]) -> Bench:
+    from diffusers import FluxTransformer2DModel
+
+    double, single = s.flux_blocks
+    model = _made(
+        lambda: FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True), device, dtype
+    ).eval()
+    ids = torch.zeros(64 * 64, 3, device=device)  # 1024 x 1024 pixels
+    call = {
+        "hidden_states": random(batch, 64 * 64, 64),
+        "encoder_hidden_states": random(batch, 512, 4096),
+        "pooled_projections": random(batch, 768),
+        "timestep": torch.full((batch,), 0.5, device=device, dtype=dtype),
+        "guidance": torch.full((batch,), 3.5, device=device),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(512, 3, device=device),
+    }
+    pipe = _pipe(transformer=model)
+    sites = candidate_sites(pipe)
+    gate = sites[double - 1]  # the last of the double blocks, as in sdxl-unbox
+    # Blocks are nearly all of a step, and a token meets as much arithmetic in a single block as in a double one.
+    factor = (19 + 38) / (double + single)
+    return Bench(pipe, lambda: model(**call, return_dict=False), gate, sites[double - 1 :][:EDITS], factor)
+
+
+def _made(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
+    """A model made on its device in its dtype, never twice in memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return make()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _pipe(**parts: nn.Module) -> Any:
+    """A pipeline that holds a denoiser and nothing else."""
+    from diffusers import DiffusionPipeline
+
+    class Bare(DiffusionPipeline):
+        def __init__(self, unet: Any = None, transformer: Any = None) -> None:
+            super().__init__()
+            self.register_modules(**parts)
+
+        @property
+        def components(self) -> dict[str, Any]:
+            return parts
+
+    return Bare(**parts)
+
+
+def widths(bench: Bench) -> dict[Site, tuple[int, int]]:
+    """(positions, width) of each site."""
+    seen: dict[Site, tuple[int, int]] = {}
+
+    def note(site: Site) -> Callable[[Tensor, Call], None]:
+        return lambda x, call: seen.update({site: (x.shape[1], x.shape[2])})
+
+    with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, *bench.edits}}):
+        bench.run()
+    return seen
+
+
+def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, shut: bool) -> Eraser:
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    d = shapes[bench.gate][1]
+    scale = 1.0 if bench.gate.path.startswith("transformer.") else 1000.0
+    times = torch.linspace(0, scale, BINS)
+    low = torch.full((BINS,), 1e30) if shut else torch.zeros(BINS)
+    gate = Gate(
+        bench.gate, torch.arange(FEATURES), random(FEATURES, d), torch.zeros(FEATURES), torch.zeros(FEATURES),
+        torch.ones(FEATURES), 1.0, times, low, 2 * low + 1e-3,
+    )  # fmt: skip
+    edits = []
+    for site in bench.edits:
+        w = shapes[site][1]
+        tensors = {
+            "down": random(BINS, w, RANK) / w**0.5,
+            "up": 1e-4 * random(BINS, RANK, w),
+            "bias_out": 1e-4 * random(BINS, w),
+        }
+        edits.append(Correction(site, "learnt", times, tensors))
+    return Eraser(gate, tuple(edits), {"concept": str(seed)})
+
+
+class FullSAE:
+    """SAeUron's hook: encode every position by every feature, keep the largest, scale some, decode the difference."""
+
+    def __init__(self, d: int, device: torch.device, dtype: torch.dtype) -> None:
+        n = EXPANSION * d
+        self.w_enc = torch.randn(n, d, device=device, dtype=dtype) / d**0.5
+        self.w_dec = self.w_enc.clone()
+        self.b_enc, self.b_dec = (torch.zeros(k, device=device, dtype=dtype) for k in (n, d))
+        self.factor = torch.ones(n, device=device, dtype=dtype)
+        self.factor[:16] = -5
+
+    def __call__(self, x: Tensor, call: Call) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        pre = torch.relu(nn.functional.linear(flat - self.b_dec, self.w_enc, self.b_enc))
+        z, index = pre.topk(KEPT, -1)
+        change = z * (self.factor[index] - 1)
+        return torch.einsum("nk,nkd->nd", change, self.w_dec[index]).view_as(x)
+
+
+class Clock:
+    """Time in the hooks of a step: started before and stopped after those of each module."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.spans: list[tuple[Any, Any]] = []
+        self.last: Any = None
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self, *_: Any) -> None:
+        self.last = self.now()
+
+    def stop(self, *_: Any) -> None:
+        self.spans.append((self.last, self.now()))
+
+    def seconds(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        spans, self.spans = self.spans, []
+        return sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in spans)
+
+
+@contextmanager
+def hooked(bench: Bench, edits: dict[Site, Any], clock: Clock) -> Iterator[None]:
+    modules = [resolve(bench.pipe, site) for site in edits]
+    handles = [m.register_forward_hook(clock.start) for m in modules]
+    with edit(bench.pipe, edits):
+        handles += [m.register_forward_hook(clock.stop) for m in modules]
+        yield
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def step(bench: Bench, device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    bench.run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
+    bench = build(size, batch, s)
+    device = torch.device(s.device)
+    shapes = widths(bench)
+    positions, d = shapes[bench.gate]
+    rows = batch * (1 if size == "flux" else 2)
+    dtype = next(iter(bench.pipe.components.values())).dtype
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        bench.run()
+    plain_flops = counter.get_total_flops() * bench.factor
+    plain = statistics.median(step(bench, s.device) for _ in range(s.repeats)) * bench.factor
+    shared = {"size": size, "device": device_name(s.device), "batch": batch, "dtype": s.dtype}
+    out = [shared | {"name": "plain", "erasers": 0, "ratio_to_plain": 1.0, "seconds": plain, "flops": plain_flops}]
+
+    def add(name: str, count: int, edits: dict[Site, Any], flops: float, size_: int, file: int | None) -> None:
+        clock = Clock(s.device)
+        with hooked(bench, edits, clock):
+            step(bench, s.device)
+            clock.seconds()
+            whole, inside = [], []
+            for _ in range(s.repeats):
+                whole.append(step(bench, s.device))
+                inside.append(clock.seconds())
+        hook = statistics.median(inside)
+        row = {
+            "name": name, "erasers": count, "ratio_to_plain": (plain + hook) / plain, "seconds": plain + hook,
+            "hook_seconds": hook, "step_seconds": statistics.median(whole), "flops": flops,
+            "flops_share": flops / plain_flops, "bytes": size_, "file_bytes": file,
+        }  # fmt: skip
+        out.append(shared | row)
+        print(json.dumps(out[-1]), flush=True)
+
+    print(json.dumps(out[0]), flush=True)
+    for count in s.erasers:
+        for shut in (False, True):
+            erasers = [make_eraser(bench, shapes, seed, shut) for seed in range(count)]
+            acting = Acting(erasers, torch.ones(count, 1), device, Trace(erasers), ["erase"] * count)
+            flops = 2.0 * rows * positions * d * FEATURES * count
+            if not shut or device.type != "cpu":  # a CPU knows that a gate is shut
+                flops += sum(4.0 * rows * p * w * RANK * count for p, w in (shapes[x] for x in bench.edits))
+            tensors = [t for e in acting.placed for t in _tensors(e)]
+            file = None
+            if count == 1:
+                with tempfile.TemporaryDirectory() as folder:
+                    erasers[0].save(Path(folder) / "e.safetensors")
+                    file = (Path(folder) / "e.safetensors").stat().st_size
+            bytes_ = sum(t.numel() * t.element_size() for t in tensors)
+            add("eraser-shut" if shut else "eraser", count, dict(acting.at), flops, bytes_, file)
+            del acting, erasers, tensors
+            gc.collect()
+    if s.full_sae:
+        sae = FullSAE(d, device, dtype)
+        flops = 2.0 * rows * positions * d * (EXPANSION * d + KEPT)
+        bytes_ = 2 * sae.w_enc.numel() * sae.w_enc.element_size()
+        add("full-sae-hook", 1, {bench.gate: sae}, flops, bytes_, None)
+    return out
+
+
+def _tensors(e: Eraser) -> list[Tensor]:
+    gate = [v for v in vars(e.gate).values() if isinstance(v, Tensor)]
+    return gate + [t for c in e.corrections for t in c.tensors.values()]
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def main(s: Settings) -> None:
+    rows: list[dict[str, Any]] = []
+    for size in s.sizes:
+        for batch in s.batches:
+            rows += measure(size, batch, s)
+            gc.collect()
+    if s.json:
+        s.json.parent.mkdir(parents=True, exist_ok=True)
+        s.json.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("size", "batch", "name", "erasers", "ratio", "in hooks, ms", "of the step's arithmetic")
+    lines = [head]
+    for r in rows:
+        hook = f"{1000 * r['hook_seconds']:.3f}" if "hook_seconds" in r else f"(step {1000 * r['seconds']:.1f})"
+        share = f"{r.get('flops_share', 1):.2%}"
+        lines.append(
+            (r["size"], str(r["batch"]), r["name"], str(r["erasers"]), f"{r['ratio_to_plain']:.4f}", hook, share)
+        )
+    wide = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, wide, strict=True)) for line in lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,125 @@
+"""The verbs of whoever runs a service: look whether erasers work, and fit their gates to other weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from neuraleraser.cli.verbs import app, table, verb
+from neuraleraser.errors import FileError, SettingsError
+
+
+@verb(app, "doctor")
+def doctor(
+    model: Positional[str],
+    /,
+    erasers: tuple[Path, ...],
+    neighbours: tuple[str, ...] = (),
+    lookalikes: Path | None = None,
+    clip: str | None = None,
+    images: int = 8,
+    steps: int = 25,
+    calibrate: bool = False,
+) -> None:
+    """Look whether erasers work on a pipeline, and exit with 1 if one does not.
+
+    Args:
+        model: The pipeline: canvas, a folder, or a Hub id.
+        erasers: Eraser files.
+        neighbours: Phrases of what they could be mistaken for; none named: on the canvas all others of the kind.
+        lookalikes: Text file of prompts without the concepts in which they must not fire, one a line.
+        clip: A CLIP checkpoint (folder or Hub id) to judge by; needs neighbours. The canvas has its own judge.
+        images: Images drawn of each kind.
+        steps: Denoising steps.
+        calibrate: Fit the gates to this pipeline's weights first (nothing is written).
+    """
+    from neuraleraser.cli.prompts import read_prompts
+    from neuraleraser.demo import concept_of, neighbours_of
+    from neuraleraser.doctor import doctor as look
+    from neuraleraser.eraser import Eraser
+    from neuraleraser.judges import CanvasJudge, clip_judge
+    from neuraleraser.models import open_pipeline, speaks_canvas
+    from neuraleraser.settings import Sampling
+
+    if not erasers:
+        raise SettingsError("there are no erasers to look at: pass their files with --erasers")
+    loaded = [Eraser.load(path) for path in erasers]
+    given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
+    pipe = open_pipeline(model)
+    sampling = Sampling(batch=min(images, 8), steps=steps)
+    concepts = [concept_of(pipe, e.name, e.header.get("kind")) for e in loaded]
+    near = [neighbours_of(pipe, c, neighbours) for c in concepts]
+    if calibrate:
+        loaded = [_calibrated(pipe, e, c, n, sampling) for e, c, n in zip(loaded, concepts, near, strict=True)]
+    judges: list[Any] = []
+    if clip:
+        judges = [clip_judge(pipe, c, n, clip, sampling=sampling) for c, n in zip(concepts, near, strict=True)]
+    elif speaks_canvas(pipe):
+        judges = [CanvasJudge.load("second")] * len(loaded)
+    others = [
+        given or [p.without for p in c.pairs[:: max(1, len(c.pairs) // images)]] + [o.pairs[0].shows for o in n]
+        for c, n in zip(concepts, near, strict=True)
+    ]
+    found = look(pipe, loaded, concepts, others, judges, images=images, sampling=sampling)
+    mark = {True: "well", False: "WRONG", None: "?"}
+    print(table([("eraser", "check", "", "found"), *((c.eraser, c.what, mark[c.well], c.found) for c in found.checks)]))
+    print(f"\n{found.verdict}")
+    if not found.well:
+        sys.exit(1)
+
+
+@verb(app, "calibrate")
+def calibrate(
+    eraser: Positional[Path],
+    /,
+    model: str,
+    concept: str | None = None,
+    neighbours: tuple[str, ...] = (),
+    pairs: int = 8,
+    out: Path | None = None,
+) -> None:
+    """Fit an eraser's gate to other weights of the same architecture, from a few prompts.
+
+    Args:
+        eraser: The eraser's file.
+        model: The pipeline: canvas, a folder, or a Hub id.
+        concept: What it erases, as a phrase or a JSON file of prompts; None: the name in its file.
+        neighbours: Phrases of what it could be mistaken for; none named: on the canvas all others of the kind.
+        pairs: Prompts with the concept, and as many without.
+        out: The new file; None: the old one's name with "-calibrated".
+    """
+    from neuraleraser.demo import concept_of, neighbours_of
+    from neuraleraser.eraser import Eraser
+    from neuraleraser.models import open_pipeline
+
+    loaded = Eraser.load(eraser)
+    path = out or eraser.with_name(f"{eraser.stem}-calibrated{eraser.suffix}")
+    if path.is_dir():
+        raise FileError(f"{str(path)!r} is a folder: pass the path of a file with --out")
+    pipe = open_pipeline(model)
+    meant = concept_of(pipe, concept or loaded.name, loaded.header.get("kind"))
+    fitted = _calibrated(pipe, loaded, meant, neighbours_of(pipe, meant, neighbours), pairs=pairs)
+    fitted.save(path)
+    seen = fitted.header["calibrated"]
+    apart = sum(seen["separation"]) / len(seen["separation"])
+    print(
+        f"{path}: fitted with {seen['prompts']} prompts; its gate can open at {seen['open_share']:.0%} of its "
+        f"timesteps, where {apart:.0%} of the images with the concept stand out"
+    )
+
+
+def _calibrated(pipe: Any, eraser: Any, concept: Any, neighbours: Any, sampling: Any = None, pairs: int = 8) -> Any:
+    from neuraleraser.fit import calibrate as run
+
+    return run(pipe, eraser, concept, neighbours, sampling=sampling, pairs=pairs)
+
+
+def calibrated(pipe: Any, erasers: Any) -> list[Any]:
+    """The erasers with gates fitted to `pipe`, by the names in their files."""
+    from neuraleraser.demo import concept_of, neighbours_of
+
+    concepts = [concept_of(pipe, e.name, e.header.get("kind")) for e in erasers]
+    return [_calibrated(pipe, e, c, neighbours_of(pipe, c)) for e, c in zip(erasers, concepts, strict=True)]

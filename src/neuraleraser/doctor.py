@@ -1,0 +1,190 @@
+"""`doctor`: whether erasers do on this pipeline what they are for, looked at in a few images.
+
+A quick look before an eraser goes into service, and after the model or a library under it changed. It is no
+measurement (`evaluate` is one): the prompts are those the concept is known by, and there are few of them.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neuraleraser.concepts import Concept
+from neuraleraser.eraser import Eraser, Trace, attach
+from neuraleraser.errors import DataError, NotApplied, SettingsError, SiteError
+from neuraleraser.sampling import Images, generate
+from neuraleraser.settings import Sampling
+
+FIRES = 0.75
+"""An eraser is well if it fires in this share of the images of its own prompts that show the concept."""
+GONE = 0.9
+"""... if the judge no longer sees the concept in this share of those in which it did."""
+FALSE_ALARMS = 0.1
+"""... if it fires in at most this share of the images of lookalike prompts."""
+SLOW = 1.25
+"""... and if an image takes at most this many times as long. Few images are timed, so the limit is wide."""
+FIRST_SEED = 110_000
+"""After all seeds that erasers are made or tested with."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: of which eraser, what, whether it is well (None: cannot be told), in words."""
+
+    eraser: str
+    what: str
+    well: bool | None
+    found: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks, and the verdict in one line."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing is wrong; what cannot be told is not counted as wrong."""
+        return all(c.well is not False for c in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        count = len({c.eraser for c in self.checks})
+        wrong = [f"{c.eraser}: {c.found}" for c in self.checks if c.well is False]
+        unknown = sum(c.well is None for c in self.checks)
+        what = f"{count} eraser{'s' if count > 1 else ''}"
+        if wrong:
+            return f"NOT WELL ({what}): {'; '.join(wrong)}"
+        left = f", {unknown} that no one could read" if unknown else ""
+        return f"WELL ({what}, {len(self.checks) - unknown} checks{left})"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    images: Images
+    seconds: float  # an image
+    trace: Trace | None
+
+
+def doctor(
+    pipe: Any,
+    erasers: Sequence[Eraser],
+    concepts: Sequence[Concept],
+    lookalikes: Sequence[Sequence[str]],
+    judges: Sequence[Any] = (),
+    *,
+    images: int = 8,
+    sampling: Sampling | None = None,
+) -> Diagnosis:
+    """Look at each eraser alone: does it fit, do its hooks run, does it fire on its concept's prompts, is the concept
+    gone, does it fire on lookalikes, what does it cost.
+
+    concepts: of each eraser, whose prompts with it are drawn; lookalikes: of each eraser, prompts without it that it
+    might be mistaken for. `judges`: none, or one for each eraser, a callable such as `CanvasJudge` or `ClipJudge` that
+    knows the concept by the eraser's name; with None, or one that does not know it, whether the concept is gone is
+    said to be unknown. `images` are drawn of each kind, twice.
+
+    Raises SettingsError where there is nothing to look at, or not a concept, lookalikes and a judge for each eraser.
+    """
+    judges = judges or [None] * len(erasers)
+    if not erasers or not len(erasers) == len(concepts) == len(lookalikes) == len(judges) or images < 1:
+        raise SettingsError(
+            f"{len(erasers)} erasers with {len(concepts)} concepts, {len(lookalikes)} sets of lookalikes and "
+            f"{len(judges)} judges, {images} images: pass at least one eraser and image, and one of all for each eraser"
+        )
+    s = sampling or Sampling(batch=min(images, 8))
+    generate(pipe, [concepts[0].pairs[0].shows], [FIRST_SEED], s)  # warm, so that the first timing is fair
+    checks: list[Check] = []
+    for eraser, concept, others, judge in zip(erasers, concepts, lookalikes, judges, strict=True):
+        checks += _one(pipe, eraser, concept, others, judge, images, s)
+    return Diagnosis(tuple(checks))
+
+
+def _one(
+    pipe: Any, eraser: Eraser, concept: Concept, others: Sequence[str], judge: Any, images: int, s: Sampling
+) -> list[Check]:
+    def check(what: str, well: bool | None, found: str) -> Check:
+        return Check(eraser.name, what, well, found)
+
+    own = [concept.pairs[i * len(concept.pairs) // images].shows for i in range(images)]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            after = _draw(pipe, own, s, eraser)
+        except SiteError as error:
+            return [check("fits", False, f"does not fit ({error})")]
+        except NotApplied as error:
+            return [check("fits", True, "fits"), check("hooks run", False, f"did not run ({error})")]
+    other = [str(w.message) for w in warned if "other weights" in str(w.message)]
+    checks = [
+        check("fits", None if other else True, "was made for other weights: calibrate it" if other else "fits"),
+        check("hooks run", True, "its hooks ran at every step"),
+    ]
+    assert after.trace is not None
+    base = _draw(pipe, own, s)
+    fired = after.trace.fired
+    showed = _shows(judge, base.images, eraser.name)
+    rows = range(images) if showed is None else np.flatnonzero(showed).tolist()
+    if not rows:
+        checks.append(check("fires", None, f"the judge sees it in none of {images} plain images"))
+    else:
+        acted = sum(i in fired for i in rows)
+        checks.append(check("fires", acted >= FIRES * len(rows), f"fired in {acted} of {len(rows)} images of it"))
+    still = _shows(judge, after.images, eraser.name)
+    if showed is None or still is None:
+        changed = sum(bool((after.images[i] != base.images[i]).any()) for i in range(images))
+        checks.append(check("gone", None, f"no judge here knows it ({changed} of {images} images changed)"))
+    elif rows:
+        left = int((showed & ~still).sum())
+        checks.append(check("gone", left >= GONE * len(rows), f"gone from {left} of {len(rows)} images that showed it"))
+    if others:
+        prompts = [others[i * len(others) // images] for i in range(images)]
+        plain, with_it = _draw(pipe, prompts, s), _draw(pipe, prompts, s, eraser)
+        assert with_it.trace is not None
+        alarms = with_it.trace.fired
+        share = len(alarms) / images
+        checks.append(
+            check("false alarms", share <= FALSE_ALARMS, f"fired in {len(alarms)} of {images} images of lookalikes")
+        )
+        touched = [i for i in range(images) if i not in alarms and (plain.images[i] != with_it.images[i]).any()]
+        checks.append(check("leaves the rest", not touched, f"changed {len(touched)} images in which it did not fire"))
+        slower = with_it.seconds / plain.seconds
+    else:
+        checks.append(check("false alarms", None, "no lookalike prompts are known"))
+        slower = after.seconds / base.seconds
+    checks.append(
+        check("cost", slower <= SLOW, f"an image takes {after.seconds:.2f} s, {slower:.2f} times as long as without")
+    )
+    return checks
+
+
+def _draw(pipe: Any, prompts: Sequence[str], s: Sampling, eraser: Eraser | None = None) -> _Drawn:
+    seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
+    with attach(pipe, [eraser] if eraser else []) as trace:
+        started = time.perf_counter()
+        images = generate(pipe, prompts, seeds, s, on_batch=trace.begin)
+        seconds = (time.perf_counter() - started) / len(prompts)
+    return _Drawn(images, seconds, trace if eraser else None)
+
+
+def _shows(judge: Any, images: Images, name: str) -> NDArray[np.bool_] | None:
+    """Whether the judge sees the concept in each image, None where it does not know it."""
+    if judge is None or name not in (*judge.styles, *judge.objects):
+        return None
+    seen = judge(images)
+    if name in judge.styles:
+        p, level = np.asarray(seen.p_style)[:, list(judge.styles).index(name)], float(judge.style_threshold)
+    else:
+        k = list(judge.objects).index(name)
+        p, level = np.asarray(seen.p_object)[:, k], float(judge.object_thresholds[k])
+    if not np.isfinite(p).all():
+        raise DataError(f"the judge gave NaN or infinity for {name!r}: pass one that gives probabilities")
+    return p > level

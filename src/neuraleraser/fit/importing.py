@@ -1,0 +1,85 @@
+"""A dictionary from another library's SAE: SAeUron's, sdxl-unbox's, or any that `sae.formats` reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from neuraleraser.activations import bank
+from neuraleraser.errors import DataError, SiteError
+from neuraleraser.fit.dictionary import Dictionary, make_dictionary
+from neuraleraser.sae import formats
+from neuraleraser.sampling import generate
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Call, Site, candidate_sites, cross_attention_sites, record
+
+
+def import_dictionary(
+    pipe: Any,
+    path: str | os.PathLike[str],
+    site: Site,
+    prompts: Sequence[str],
+    *,
+    format: formats.Format | None = None,
+    edits: Sequence[Site] = (),
+    per_image: int = 1024,
+    sampling: Sampling | None = None,
+    seed: int = 500,
+) -> Dictionary:
+    """Read the SAE at `path`, made for `site` of this pipeline, and see how it fires on `prompts` of everything, so
+    that `fit` can make erasers with it.
+
+    Features that compete (TopK) get thresholds of their own, calibrated on `per_image` activations of each prompt's
+    image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so. `edits`:
+    where erasers will act, by default at the site itself and at the cross-attentions of later blocks (of a pipeline
+    without them, at later blocks). Images are drawn with seeds from `seed` on.
+
+    Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's, DataError where
+    there are no prompts.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to see the SAE fire on: pass prompts of many things, hundreds are good")
+    s = sampling or Sampling(batch=4)
+    shapes = widths(pipe, [site, *(edits or _later(pipe, site))], s)
+    seeds = range(seed, seed + len(prompts))
+    x = bank(pipe, prompts, seeds, [site], per_image, s)[site]
+    try:
+        sae = formats.read(path, format, calibrate=x)
+    except DataError as error:
+        raise SiteError(f"{site} is {shapes[site]} wide, and {path} was made for another site ({error})") from error
+    if sae.d != shapes[site]:
+        raise SiteError(f"{site} is {shapes[site]} wide, and {path} holds an SAE for {sae.d}: pass the site it reads")
+    sae.header["site"] = str(site)
+    background = [(prompt, "", "") for prompt in prompts]
+    return make_dictionary(pipe, sae, site, dict(shapes), background, s, seed)
+
+
+def widths(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site, int]:
+    """The width of each site's activations, from one step."""
+    found: dict[Site, int] = {}
+
+    def note(site: Site, x: Tensor, call: Call) -> None:
+        found[site] = x.shape[2]
+
+    with record(pipe, dict.fromkeys(sites), note):
+        generate(
+            pipe,
+            ["a picture"],
+            [0],
+            Sampling(steps=1, guidance=1.0, batch=1, height=sampling.height, width=sampling.width),
+        )
+    return {site: found[site] for site in dict.fromkeys(sites)}
+
+
+def _later(pipe: Any, site: Site, most: int = 6) -> list[Site]:
+    """Cross-attentions of the blocks after that of `site`, or those blocks, at most so many."""
+    blocks = candidate_sites(pipe)
+    at = [i for i, b in enumerate(blocks) if f"{site.path}.".startswith(f"{b.path}.")]
+    if not at:
+        raise SiteError(f"{site} is in none of the blocks that are known: pass the sites to edit")
+    after = {b.path for b in blocks[at[0] + 1 :]}
+    cross = [x for x in cross_attention_sites(pipe) if any(f"{x.path}.".startswith(f"{b}.") for b in after)]
+    return (cross or [b for b in blocks if b.path in after])[:most]

@@ -1,0 +1,134 @@
+"""Many erasers as a few tensors do what each does by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiny
+from handmade import SHUT, make_correction, make_eraser, make_gate, random
+from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser.acting import At
+from neuraleraser.eraser.stacked import Gates, Learnt, learnt
+from neuraleraser.errors import SiteError
+from neuraleraser.sites import Site
+
+SITE = Site("unet.mid_block.attentions.0")
+T = torch.tensor([30.0, 420.0, 980.0])
+
+
+def gates() -> list[Any]:
+    """Three kinds of pooling, two of time bins, and one gate that shares two features with another."""
+    many = [make_gate(SITE, 6, f=4, seed=9 * i, low=0.1, high=3.0, share=s) for i, s in enumerate((1.0, 0.3, 0.3))]
+    many.append(make_gate(SITE, 6, f=4, seed=50, low=0.1, high=3.0, times=(100.0, 500.0, 900.0)))
+    rows, bias = many[3].rows.clone(), many[3].bias.clone()
+    rows[1:3], bias[1:3] = many[0].rows[:2], many[0].bias[:2]
+    many[3] = replace(many[3], rows=rows, bias=bias, weight=torch.tensor([1.0, -0.5, 2.0, -1.0]))
+    return many
+
+
+@pytest.mark.parametrize("timestep", [T, T[:1]])
+def test_gates_together(timestep: Tensor) -> None:
+    x, many = random(3, 10, 6, seed=3), gates()
+    together = Gates(many)
+    assert together.rows.shape[0] == 14  # of 16 features, two stand twice
+    opening, evidence, z = together(x, timestep)
+    assert 0 < int((opening == 0).sum()) and int((opening > 0).sum()) > 3
+    for column, i in enumerate(together.order):
+        torch.testing.assert_close(opening[:, column], many[i](x, timestep.expand(3)))
+        torch.testing.assert_close(evidence[:, column], many[i].evidence(x))
+        where = many[i].fires(x) @ many[i].weight
+        torch.testing.assert_close(together.where(z)[..., column], where)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_what_is_not_finite_shows_in_the_evidence(bad: float, share: float) -> None:
+    x = random(2, 10, 6, seed=3)
+    x[1, 4, 2] = bad
+    _, evidence, _ = Gates([make_gate(SITE, 6, share=share, threshold=1e6)])(x, T[:1])
+    assert torch.isfinite(evidence[0]).all() and not torch.isfinite(evidence[1]).all()
+
+
+@pytest.mark.parametrize("timestep", [T, T[:1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_learnt_corrections_together(timestep: Tensor, dtype: torch.dtype) -> None:
+    some = [make_correction(SITE, 6, seed=9 * i, rank=r) for i, r in enumerate((2, 3, 1))]
+    x, amounts = random(3, 10, 6, seed=3).to(dtype), torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+    want = sum(c.delta(x.float(), timestep.expand(3)) * a.view(3, 1, 1) for c, a in zip(some, amounts.T, strict=True))
+    together = Learnt(some)
+    for _ in range(2):  # the second time from the kept tables
+        got = together(x, timestep, amounts)
+        assert got.dtype == dtype and not got[1].any()
+        near = 1e-5 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(got.float(), want, atol=near, rtol=near)
+    assert len(learnt([(0, some[0]), (1, make_correction(SITE, 6, times=(1.0, 2.0))), (2, some[1])])) == 2
+
+
+def test_sites_behind_shut_gates_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = tiny.stable_diffusion(), []
+    call = At.__call__
+    monkeypatch.setattr(At, "__call__", lambda at, x, c: (seen.append(at.site), call(at, x, c))[1])
+    shut = make_eraser(**SHUT)
+    with attach(pipe, shut):
+        tiny.run(pipe, 0, steps=4)
+    acts = shut.corrections[0].site
+    assert seen.count(shut.gate.site) == 4 and seen.count(acts) == 1  # once, to see its width
+
+
+class Counted(TorchDispatchMode):
+    """How many operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("erasers", "most"), [(1, 30), (20, 30)])
+def test_what_a_shut_gate_costs(erasers: int, most: int) -> None:
+    """Operations beyond those of the plain denoiser: as few for twenty erasers as for one."""
+    pipe = tiny.stable_diffusion()
+
+    def operations() -> int:
+        with Counted() as counted:
+            pipe.unet(torch.zeros(2, 4, 8, 8), torch.tensor(500), torch.zeros(2, tiny.WORDS, tiny.WIDTH))
+        return counted.count
+
+    plain = operations()
+    with attach(pipe, [make_eraser(seed=20 * i, name=str(i), **SHUT) for i in range(erasers)]):
+        operations()  # the first looks at widths, too
+        assert 0 < operations() - plain <= most
+
+
+def test_erasers_of_different_widths_at_one_site() -> None:
+    pipe = tiny.stable_diffusion()
+    wide = make_eraser()
+    narrow = Eraser(make_gate(wide.gate.site, 16), (make_correction(wide.gate.site, 16),), {"concept": "Dogs"})
+    with pytest.raises(SiteError, match="'Dogs' expects 16, 'Cats' expects 32"), attach(pipe, [wide, narrow]):
+        pass
+    assert not pipe.unet.mid_block.attentions[0]._forward_hooks
+
+
+def test_twenty_at_once_are_the_sum_of_each() -> None:
+    """Weak enough that one does not change what the next one sees."""
+    pipe = tiny.stable_diffusion()
+    base = tiny.run(pipe, 0, steps=1)
+    many = [make_eraser(seed=20 * i, name=str(i)) for i in range(20)]
+    alone = []
+    for e in many:
+        with attach(pipe, e, 0.01):
+            alone.append(tiny.run(pipe, 0, steps=1) - base)
+    with attach(pipe, many, 0.01) as trace:
+        together = tiny.run(pipe, 0, steps=1) - base
+    assert trace.fired[0].keys() == {e.name for e in many}
+    torch.testing.assert_close(together, torch.stack(alone).sum(0), atol=0.05 * float(together.abs().max()), rtol=0)

@@ -1,0 +1,120 @@
+"""SAEs in the shape that SAeUron and sdxl-unbox publish: read, profiled, and made into erasers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tiny
+import tiny_text
+from neuraleraser import Eraser, import_dictionary
+from neuraleraser.activations import bank
+from neuraleraser.cli import main
+from neuraleraser.concepts import Concept, Pair, neighbour_score, profile
+from neuraleraser.eraser import attach
+from neuraleraser.errors import DataError, SiteError
+from neuraleraser.fit import Dictionary, fit
+from neuraleraser.fit.states import conditional, pooled_features
+from neuraleraser.sampling import generate
+from neuraleraser.settings import FitSettings, Sampling
+from neuraleraser.sites import Site
+
+S = Sampling(steps=2, batch=2)
+PROMPTS = ["a b", "c d", "e f", "g h", "i j", "k l"]
+CONCEPT = Concept("x", "other", (Pair("x x", "b c"), Pair("x x d", "b c d"), Pair("e x x", "e b c")))
+
+
+def rows(n: int, x: Tensor) -> Tensor:
+    """Directions of an SAE [n, d] that has something to say of activations x."""
+    own = x[torch.arange(n) % len(x)] - x.mean(0)
+    noise = torch.randn(n, x.shape[1], generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(own + 0.3 * own.norm(dim=1, keepdim=True) * noise / x.shape[1] ** 0.5, dim=1)
+
+
+def saeuron(folder: Path, x: Tensor, k: int = 4) -> Path:
+    n, w = 64, rows(64, x)
+    folder.mkdir(parents=True)
+    tensors = {"encoder.weight": w, "encoder.bias": torch.zeros(n), "W_dec": w.clone(), "b_dec": x.mean(0)}
+    save_file(tensors, folder / "sae.safetensors")
+    config = {"d_in": x.shape[1], "expansion_factor": 4, "num_latents": n, "k": k, "batch_topk": True}
+    config |= {"sample_topk": False, "input_unit_norm": False, "multi_topk": False}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+def unbox(folder: Path, x: Tensor, k: int = 4) -> Path:
+    n, w = 64, rows(64, x)
+    folder.mkdir(parents=True)
+    state = {"encoder.weight": w, "latent_bias": torch.zeros(n), "decoder.weight": w.T.contiguous()}
+    state |= {"pre_bias": x.mean(0), "stats_last_nonzero": torch.zeros(n, dtype=torch.long)}
+    torch.save({"state_dict": state}, folder / "state_dict.pth")
+    for name in ("mean.pt", "std.pt"):
+        torch.save(torch.rand(n), folder / name)
+    config = {"n_dirs_local": n, "d_model": x.shape[1], "k": k, "auxk": 16, "dead_steps_threshold": 2441}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sdxl() -> Any:
+    return tiny_text.build("stable_diffusion_xl")
+
+
+@pytest.mark.parametrize(
+    ("build", "publish", "site", "format"),
+    [
+        (tiny.stable_diffusion, saeuron, Site("unet.down_blocks.1.attentions.0"), "saeuron"),
+        (sdxl, unbox, Site("unet.down_blocks.1.attentions.0", "update"), "sdxl-unbox"),
+    ],
+)
+def test_published_dictionaries_become_erasers(
+    build: Any, publish: Any, site: Site, format: str, tmp_path: Path
+) -> None:
+    pipe = build()
+    x = bank(pipe, PROMPTS, range(6), [site], 64, S)[site]
+    known = import_dictionary(pipe, publish(tmp_path / "theirs", x), site, PROMPTS, sampling=S)
+    seen = known.sae.header["calibration"]
+    assert known.sae.header["format"] == format and known.sae.header["k"] == 4
+    assert 0 <= seen["disagreement"] < 1 and seen["l0"] > 0 and known.site == site and known.edits[site] == x.shape[1]
+    assert all(at == site or at.path.endswith("attn2") for at in known.edits) and len(known.edits) > 1
+    # Its features profile ...
+    pooled, _ = pooled_features(pipe, known.sae, site, ["x x", "b c"], [0, 0], S)
+    stats = profile(conditional(pooled)[:, :, 0], pooled.times, ["x", "no x"])
+    assert float(neighbour_score(stats, "x").max()) > 0
+    # ... and become an eraser, whose file says how far the thresholds differ.
+    eraser = fit(pipe, CONCEPT, FitSettings(pairs=3, steps=3, bins=1, batch=2, rank=2), known=known, sampling=S)
+    eraser.save(tmp_path / "x.safetensors")
+    back = Eraser.load(tmp_path / "x.safetensors")
+    assert back.header["sae"] == {"format": format, "k": 4, "calibration": seen}
+    with attach(pipe, back):
+        generate(pipe, ["x x"], [1], S)
+    known.save(tmp_path / "ours")
+    assert Dictionary.load(tmp_path / "ours").sae.header["calibration"] == seen
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
+    theirs = saeuron(tmp_path / "theirs", torch.randn(64, 16))
+    with pytest.raises(SiteError, match="is 32 wide"):
+        import_dictionary(pipe, theirs, site, PROMPTS, sampling=S)
+    with pytest.raises(DataError, match="no prompts"):
+        import_dictionary(pipe, theirs, site, [], sampling=S)
+    with pytest.raises(SiteError, match="pass the sites to edit"):
+        import_dictionary(pipe, theirs, Site("unet.conv_in"), PROMPTS, sampling=S)
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
+    pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    theirs = saeuron(tmp_path / "theirs", bank(pipe, PROMPTS, range(6), [site], 64, S)[site])
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    argv = ["dictionary", str(theirs), str(site), "--model", str(tmp_path / "model")]
+    assert main([*argv, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "ours")]) == 0
+    said = capsys.readouterr().out
+    assert "64 features of saeuron" in said and "calibrated thresholds disagree with it on" in said
+    assert Dictionary.load(tmp_path / "ours").sae.header["site"] == str(site)

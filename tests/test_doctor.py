@@ -1,0 +1,141 @@
+"""The doctor: well or not, and why, on a tiny pipeline with erasers that are known to be either."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from handmade import SHUT, make_eraser
+from neuraleraser import doctor
+from neuraleraser.cli import main
+from neuraleraser.concepts import Concept, Pair
+from neuraleraser.doctor import Diagnosis
+from neuraleraser.errors import SettingsError
+from neuraleraser.judges import Judgement
+from neuraleraser.sampling import generate
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import made_for
+
+S = Sampling(steps=2, batch=2)
+CATS = Concept("Cats", "object", (Pair("a b", "c"), Pair("d e", "f")))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny.stable_diffusion()
+
+
+class Judge:
+    """Sees cats in the images that the plain model draws, and in no others."""
+
+    styles, objects = (), ("Cats",)
+    style_threshold, object_thresholds = 0.5, (0.5,)
+
+    def __init__(self, pipe: Any, always: bool = False) -> None:
+        base = generate(pipe, [p.shows for p in CATS.pairs], range(110_000, 110_002), S)
+        self.known, self.always = base, always
+
+    def __call__(self, images: Any) -> Judgement:
+        seen = np.array([[float(self.always or any((i == k).all() for k in self.known))] for i in images], np.float32)
+        return Judgement(np.zeros((len(images), 0), np.float32), seen, None)
+
+
+def look(pipe: Any, eraser: Any, judge: Any = None, lookalikes: tuple[str, ...] = ()) -> Diagnosis:
+    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], images=2, sampling=S)
+
+
+def found(d: Diagnosis) -> dict[str, Any]:
+    return {c.what: c.well for c in d.checks if c.what != "cost"}  # what an image costs here says nothing
+
+
+def test_one_that_works(pipe: Any) -> None:
+    d = look(pipe, make_eraser(), Judge(pipe))
+    want = {"fits": True, "hooks run": True, "fires": True, "gone": True, "false alarms": None}
+    assert found(d) == want and "gone from 2 of 2 images that showed it" in [c.found for c in d.checks]
+    assert not pipe.unet.mid_block.attentions[0]._forward_hooks
+
+
+def test_one_that_stays_shut(pipe: Any) -> None:
+    d = look(pipe, make_eraser(**SHUT), Judge(pipe), ("g", "h"))
+    want = {"fits": True, "hooks run": True, "fires": False, "gone": False}
+    assert found(d) == want | {"false alarms": True, "leaves the rest": True}
+    assert not d.well and d.verdict.startswith("NOT WELL (1 eraser): Cats: fired in 0 of 2")
+
+
+def test_one_that_does_not_take_the_concept_out(pipe: Any) -> None:
+    d = look(pipe, make_eraser(), Judge(pipe, always=True), ("g",))
+    assert found(d)["fires"] is True and found(d)["gone"] is False and found(d)["false alarms"] is False
+
+
+def test_without_a_judge_it_is_not_known_whether_the_concept_is_gone(pipe: Any) -> None:
+    d = look(pipe, make_eraser())
+    assert found(d)["gone"] is None and found(d)["fires"] is True
+
+
+def test_one_for_another_pipeline_or_other_weights(pipe: Any) -> None:
+    d = look(pipe, make_eraser("flux"))
+    assert found(d) == {"fits": False} and "NOT WELL" in d.verdict
+    e = make_eraser()
+    made = made_for(pipe, [e.gate.site, *(c.site for c in e.corrections)])
+    told = type(e)(e.gate, e.corrections, {**e.header, "made_for": made})
+    assert found(look(pipe, told))["fits"] is True
+    tuned = copy.deepcopy(pipe)
+    for p in tuned.unet.parameters():
+        p.data *= 1.2
+    assert found(look(tuned, told))["fits"] is None
+
+
+def test_hooks_that_do_not_run(pipe: Any) -> None:
+    twin = copy.deepcopy(pipe)
+    twin.unet = torch.compile(twin.unet, backend="eager")
+    try:
+        tiny.run(twin, 0, prompt="a", guidance=2.5)  # compiled before anything is attached
+        d = look(twin, make_eraser())
+    finally:
+        torch._dynamo.reset()
+    assert found(d) == {"fits": True, "hooks run": False}
+
+
+def test_nothing_to_look_at(pipe: Any) -> None:
+    for erasers, concepts, images in ([], [], 2), ([make_eraser()], [], 2), ([make_eraser()], [CATS], 0):
+        with pytest.raises(SettingsError, match="pass at least one eraser"):
+            doctor(pipe, erasers, concepts, [()] * len(erasers), images=images)
+
+
+def test_on_the_command_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    make_eraser().save(tmp_path / "open.safetensors")
+    make_eraser(**SHUT).save(tmp_path / "shut.safetensors")
+    (tmp_path / "alike.txt").write_text("g\nh\n")
+    argv = ["doctor", str(tmp_path / "model"), "--images", "2", "--steps", "2", "--erasers"]
+    assert main([*argv, str(tmp_path / "shut.safetensors"), "--lookalikes", str(tmp_path / "alike.txt")]) == 1
+    said = capsys.readouterr().out
+    assert said.strip().splitlines()[-1].startswith("NOT WELL (1 eraser): Cats: fired in 0 of 2 images of it")
+    assert "false alarms" in said and "fired in 0 of 2 images of lookalikes" in said
+    assert main([*argv, str(tmp_path / "open.safetensors"), "--images", "0"]) == 2
+
+
+def test_refused_on_the_command_line_with_a_record(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    make_eraser().save(tmp_path / "cats.safetensors")
+    argv = ["generate", "a", "--model", str(tmp_path / "model"), "--steps", "2", "--out", str(tmp_path / "image.png")]
+    argv += [
+        "--eraser",
+        str(tmp_path / "cats.safetensors"),
+        "--action",
+        "refuse",
+        "--record",
+        str(tmp_path / "r.jsonl"),
+    ]
+    assert main(argv) == 2
+    assert "neuraleraser: refused, as an erased concept fired (image 0: Cats)" in capsys.readouterr().err
+    assert not (tmp_path / "image.png").exists()
+    assert '"eraser": "Cats", "action": "refuse"' in (tmp_path / "r.jsonl").read_text()
