@@ -216,15 +216,16 @@ def _source(
 
 
 def _next_vectors(pool: Any, step: int, sources: Sequence[str]) -> dict[str, Any]:
-    """The vectors that come from this step on, [up to HELD_OUT, d] of each source, whole batches."""
+    """The vectors that come from this step on, [up to HELD_OUT, d] of each source; in no more batches than steps."""
     import torch
 
     parts: dict[str, list[Any]] = {source: [] for source in sources}
     stream = pool(step)
-    while sum(map(len, parts[sources[0]])) < HELD_OUT:
-        item = next(stream)
+    for _, item in zip(range(step), stream, strict=False):
         for source in sources:
             x = item[source]
             parts[source].append((x[0] if isinstance(x, tuple) else x).float())
+        if sum(map(len, parts[sources[0]])) >= HELD_OUT:
+            break
     stream.close()
     return {source: torch.cat(part)[:HELD_OUT] for source, part in parts.items()}
