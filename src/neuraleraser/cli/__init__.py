@@ -16,7 +16,7 @@ __all__ = ["canvas", "erasing", "inside", "main", "operating"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what was foreseen, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 from a doctor who found something, 2 for what was foreseen, 130 for Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each start that torchvision is missing
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            job()
+            code = job()
     except NeuralEraserError as error:
         print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    return 0
+    return code or 0
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
