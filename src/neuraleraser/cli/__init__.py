@@ -16,7 +16,8 @@ __all__ = ["canvas", "erasing", "inside", "main", "operating"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 from a doctor who found something, 2 for what was foreseen, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 from a doctor who found something, 2 for what was foreseen, 130 for
+    Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each start that torchvision is missing
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
