@@ -44,17 +44,19 @@ def choose(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
 
     Raises ConceptError if no feature fires more with the concept than without.
     """
-    found: list[Detector] = []
+    pooled = []
     for share in range(len(SHARES)):
         on, off = shows[:, :, share].float(), lacks[:, :, share].float()
         often = (torch.cat([on, off]) > 0).float().mean((0, 1)) > RARE
         candidates = often.nonzero()[:, 0]
         if bool((on.mean((0, 1)) > off.mean((0, 1)))[candidates].any()):
-            found += [d for d in (_one(on, off, candidates, share), _many(on, off, candidates, share, count)) if d]
-    if not found:
+            pooled.append((on, off, candidates, share))
+    if alone := [d for d in (_one(*p) for p in pooled) if float(d.separation.mean()) >= ALONE]:
+        return max(alone, key=lambda d: float(d.separation.mean()))
+    together = [d for d in (_many(*p, count) for p in pooled) if bool((d.weight > 0).any())]
+    if not together:
         raise ConceptError("no feature fires more with the concept than without: give other prompts, or another site")
-    alone = [d for d in found if len(d.features) == 1 and float(d.separation.mean()) >= ALONE]
-    return max(alone or found, key=lambda d: float(d.separation.mean()))
+    return max(together, key=lambda d: float(d.separation.mean()))
 
 
 def _separation(on: Tensor, off: Tensor) -> Tensor:
@@ -69,14 +71,14 @@ def _one(on: Tensor, off: Tensor, candidates: Tensor, share: int) -> Detector:
     return Detector(candidates[best][None], torch.ones(1), share, separation[:, best])
 
 
-def _many(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -> Detector | None:
-    """`count` of the candidates by logistic regression; None where it finds none that speaks for the concept."""
+def _many(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -> Detector:
+    """`count` of the candidates, weighed by logistic regression."""
     weight = regress(on[..., candidates], off[..., candidates])
     leaning = weight.abs() * (on.std((0, 1)) + off.std((0, 1)))[candidates]
     features = candidates[leaning.topk(min(count, len(candidates))).indices]
     weight = regress(on[..., features], off[..., features])
     separation = _separation(on[..., features] @ weight, off[..., features] @ weight)
-    return Detector(features, weight, share, separation) if bool((weight > 0).any()) else None
+    return Detector(features, weight, share, separation)
 
 
 def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
