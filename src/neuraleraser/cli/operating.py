@@ -45,6 +45,8 @@ def doctor(
 
     if not erasers:
         raise SettingsError("there are no erasers to look at: pass their files with --erasers")
+    if images < 1 or steps < 1:
+        raise SettingsError(f"images is {images} and steps {steps}: pass at least 1 of each")
     loaded = [Eraser.load(path) for path in erasers]
     given = read_prompts(lookalikes) if lookalikes else []
     pipe = open_pipeline(model)
