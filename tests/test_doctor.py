@@ -15,7 +15,7 @@ from handmade import SHUT, make_eraser
 from neuraleraser import doctor
 from neuraleraser.cli import main
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.doctor import Diagnosis
+from neuraleraser.diagnosis import Diagnosis
 from neuraleraser.errors import SettingsError
 from neuraleraser.judges import Judgement
 from neuraleraser.sampling import generate

@@ -44,7 +44,7 @@ _HOME: dict[str, str] = {
     "collect": "activations",
     "cross_attention_sites": "sites",
     "disable_erasers": "eraser",
-    "doctor": "doctor",
+    "doctor": "diagnosis",
     "edit": "sites",
     "eraser_trace": "eraser",
     "file_concept": "concepts",

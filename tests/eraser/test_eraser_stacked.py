@@ -24,8 +24,8 @@ T = torch.tensor([30.0, 420.0, 980.0])
 
 def gates() -> list[Any]:
     """Three kinds of pooling, two of time bins, and one gate that shares two features with another."""
-    many = [make_gate(SITE, 6, f=4, seed=9 * i, low=0.1, high=3.0, share=s) for i, s in enumerate((1.0, 0.3, 0.3))]
-    many.append(make_gate(SITE, 6, f=4, seed=50, low=0.1, high=3.0, times=(100.0, 500.0, 900.0)))
+    many = [make_gate(SITE, 6, f=4, seed=9 * i, low=1.3, high=30.0, share=s) for i, s in enumerate((1.0, 0.3, 0.3))]
+    many.append(make_gate(SITE, 6, f=4, seed=50, low=1.3, high=30.0, times=(100.0, 500.0, 900.0)))
     rows, bias = many[3].rows.clone(), many[3].bias.clone()
     rows[1:3], bias[1:3] = many[0].rows[:2], many[0].bias[:2]
     many[3] = replace(many[3], rows=rows, bias=bias, weight=torch.tensor([1.0, -0.5, 2.0, -1.0]))
@@ -94,7 +94,7 @@ class Counted(TorchDispatchMode):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("erasers", "most"), [(1, 30), (20, 30)])
+@pytest.mark.parametrize(("erasers", "most"), [(1, 35), (20, 35)])
 def test_what_a_shut_gate_costs(erasers: int, most: int) -> None:
     """Operations beyond those of the plain denoiser: as few for twenty erasers as for one."""
     pipe = tiny.stable_diffusion()

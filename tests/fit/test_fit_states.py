@@ -28,7 +28,6 @@ def sae() -> SAE:
     [
         ("DDIMScheduler", {"clip_sample": False, "steps_offset": 1}, 3),
         ("HeunDiscreteScheduler", {"timestep_spacing": "linspace"}, 5),  # two calls a step but for the last
-        ("KDPM2DiscreteScheduler", {"steps_offset": 1}, 5),
         ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}, 4),  # the second step twice
     ],
 )

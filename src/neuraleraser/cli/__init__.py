@@ -16,7 +16,8 @@ __all__ = ["canvas", "erasing", "inside", "inspecting", "main", "operating", "sa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what was foreseen, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 from a doctor who found something, 2 for what was foreseen, 130 for
+    Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each start that torchvision is missing
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -30,14 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = job.func.__name__
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            job()
+            code = job()
     except NeuralEraserError as error:
         print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nneuraleraser: stopped. {_GO_ON.get(name, 'Nothing half-written is left.')}", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def doctor(
     images: int = 8,
     steps: int = 25,
     calibrate: bool = False,
-) -> None:
+) -> int:
     """Look whether erasers work on a pipeline, and exit with 1 if one does not.
 
     Args:
@@ -38,7 +37,7 @@ def doctor(
     """
     from neuraleraser.cli.prompts import read_prompts
     from neuraleraser.demo import concept_of, neighbours_of
-    from neuraleraser.doctor import doctor as look
+    from neuraleraser.diagnosis import doctor as look
     from neuraleraser.eraser import Eraser
     from neuraleraser.judges import CanvasJudge, clip_judge
     from neuraleraser.models import open_pipeline, speaks_canvas
@@ -46,6 +45,8 @@ def doctor(
 
     if not erasers:
         raise SettingsError("there are no erasers to look at: pass their files with --erasers")
+    if images < 1 or steps < 1:
+        raise SettingsError(f"images is {images} and steps {steps}: pass at least 1 of each")
     loaded = [Eraser.load(path) for path in erasers]
     given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
     pipe = open_pipeline(model)
@@ -67,8 +68,7 @@ def doctor(
     mark = {True: "well", False: "WRONG", None: "?"}
     print(table([("eraser", "check", "", "found"), *((c.eraser, c.what, mark[c.well], c.found) for c in found.checks)]))
     print(f"\n{found.verdict}")
-    if not found.well:
-        sys.exit(1)
+    return 0 if found.well else 1
 
 
 @verb(app, "calibrate")

@@ -14,13 +14,13 @@ Flat = arg(name="")
 """The fields of a settings object as options of their own, without a prefix."""
 
 
-def verb(group: SubcommandApp, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def verb(group: SubcommandApp, name: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:
     """Register a function as a subcommand that is called only after all options were read: otherwise tyro would
     take a ValueError from inside it for a wrong option."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
         @functools.wraps(function)
-        def later(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        def later(*args: Any, **kwargs: Any) -> Callable[[], int | None]:
             return functools.partial(function, *args, **kwargs)
 
         group.command(name=name)(later)
