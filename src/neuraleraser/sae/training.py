@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +17,20 @@ from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.sae.jumprelu import first_log_threshold
 from neuraleraser.sae.labelled import check_labels, concept_directions
 from neuraleraser.sae.model import SAE
-from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
 from neuraleraser.sae.settings import StepLog, TrainSettings
 from neuraleraser.sae.sparse import Weights
+from neuraleraser.sae.steps import State as _State
+from neuraleraser.sae.steps import step as _step
 from neuraleraser.sae.topk import calibrated
 
 Stream = Callable[[int], Iterator[Tensor | tuple[Tensor, Tensor]]]
 """The batches x [B, d], or (x, labels [M, C]), from a step on: a pure function of the step, so that training can
 resume anywhere. Labels of 0 and 1 say what M maps of B / M consecutive vectors show."""
 
-THRESHOLD_RATE = 0.01  # of the moving average of the cut
 _CHECKPOINT = "sae-training"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # Adam's state for each tensor
 _NUMBERS = ("scale", "variance", "threshold", "step")
 _FREE = ("log_every", "checkpoint_every")  # settings that a resumed run may change
-
-
-@dataclass
-class _State:
-    """All that a training run is at a step: what a checkpoint holds."""
-
-    weights: Weights  # for scaled data
-    optimiser: torch.optim.Adam
-    idle: Tensor  # [n] int64, vectors since each feature last fired
-    scale: float  # raw activations are multiplied by this
-    variance: float  # mean ||x - mean||^2 of the first vectors, scaled
-    threshold: float = 0.0
-    step: int = 0
-    concepts: int = 0  # that the labels tell apart, in labelled training
-    log_threshold: Tensor | None = None  # [n], learnt by JumpReLU
-
-    def parameters(self) -> dict[str, Tensor]:
-        """What is learnt, by name."""
-        own = {} if self.log_threshold is None else {"log_threshold": self.log_threshold}
-        return self.weights._asdict() | own
 
 
 def train(
@@ -90,67 +70,18 @@ def train(
             if x.device != state.idle.device:  # resumed: the file was read on the CPU
                 state = _moved(state, x.device)
             log = _step(state, x * state.scale, labels, settings)
-            if on_step and (state.step % settings.log_every == 0 or state.step == settings.steps):
-                on_step(log)
-            if path and (state.step % settings.checkpoint_every == 0 or state.step == settings.steps):
+            last = state.step == settings.steps
+            if last or state.step % settings.log_every == 0:
+                told = log()  # also where nobody listens: on a GPU divergence is noticed here
+                if on_step:
+                    on_step(told)
+            if path and (last or state.step % settings.checkpoint_every == 0):
                 _write(path, state, settings)
         _close(stream)
     if settings.architecture != "topk":
         return _fold(state, settings)
     sample, _ = _first_vectors(batches, settings)
     return calibrated(_unscaled(_moved(state, sample.device)), settings.k, sample, _header(state, settings))
-
-
-def _step(state: _State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> StepLog:
-    """One step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place."""
-    w, b, n = state.weights, len(x), settings.n
-    low = torch.bfloat16 if settings.bf16 else x.dtype
-    made = forward(w, state.log_threshold, x, state.variance, settings, low)
-    state.idle = torch.where(made.counts > 0, 0, state.idle + b)
-    dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
-
-    k_aux = x.shape[1] // 2 if settings.k_aux is None else settings.k_aux
-    aux = revival(w, x, made.residual, dead, k_aux, low)
-    loss = made.main + AUX_WEIGHT * aux
-    bind = contrast = None
-    if labels is not None:
-        own = state.log_threshold
-        cut = state.threshold if own is None else own[: labels.shape[1]].detach().exp()
-        bind, contrast = labelled_losses(w, x, labels, cut, settings, low)
-        loss = loss + settings.bind * bind + settings.contrast * contrast
-    learnt = list(state.parameters().values())
-    for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
-        p.grad = grad
-    with torch.no_grad():
-        # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
-        along = w.W_dec.grad
-        assert along is not None
-        along.sub_((along * w.W_dec).sum(1, keepdim=True) * w.W_dec)
-        norm = float(torch.nn.utils.clip_grad_norm_(learnt, 1.0))
-        if not math.isfinite(norm):
-            raise SettingsError(f"training diverged at step {state.step} (gradient {norm}): lower lr")
-        lr = settings.lr_at(state.step, x.shape[1])
-        state.optimiser.param_groups[0]["lr"] = lr
-        state.optimiser.step()
-        w.W_dec.div_(w.W_dec.norm(dim=1, keepdim=True))
-
-    if made.cut is not None:
-        rate = min(1.0, max(THRESHOLD_RATE, 10 / (state.step + 1)))  # faster at first, when the cut moves
-        state.threshold += rate * (made.cut - state.threshold)
-    state.step += 1
-    return StepLog(
-        step=state.step,
-        vectors=b,
-        fvu=float(unexplained(made.residual.detach(), state.variance)),
-        aux=float(aux.detach()),
-        l0=int(made.counts.sum()) / b,
-        dead=len(dead) / n,
-        threshold=state.threshold,
-        lr=lr,
-        grad_norm=norm,
-        bind=0.0 if bind is None else float(bind.detach()),
-        contrast=0.0 if contrast is None else float(contrast.detach()),
-    )
 
 
 def _start(batches: Stream, settings: TrainSettings) -> _State:
@@ -197,7 +128,7 @@ def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
 def _fold(state: _State, settings: TrainSettings) -> SAE:
     """The SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
     own, s = state.log_threshold, state.scale
-    threshold = torch.full_like(state.weights.b_enc, state.threshold / s) if own is None else own.exp() / s
+    threshold = torch.full_like(state.weights.b_enc, float(state.threshold) / s) if own is None else own.exp() / s
     return SAE(*_unscaled(state), threshold, _header(state, settings))
 
 
@@ -286,8 +217,11 @@ def _moved(state: _State, device: torch.device) -> _State:
 
 
 def _write(path: Path, state: _State, settings: TrainSettings) -> None:
-    """Write the whole state to `path`, in one piece or not at all."""
-    header = {"settings": asdict(settings)} | {name: getattr(state, name) for name in (*_NUMBERS, "concepts")}
+    """Write the whole state to `path`, in one piece or not at all. Raises SettingsError where training diverged."""
+    if state.log:
+        state.log()
+    numbers = {name: getattr(state, name) for name in (*_NUMBERS, "concepts")}
+    header = {"settings": asdict(settings)} | numbers | {"threshold": float(state.threshold)}
     artifact.save(path, _CHECKPOINT, _tensors(state), header)
 
 
