@@ -105,9 +105,10 @@ def sparsify(job: Job, best: bool) -> Codes:
 
 def sae_lens(job: Job, best: bool) -> Codes:
     """SAELens' BatchTopK by its own SAETrainer."""
-    lens = importlib.import_module("sae_lens")
-    config = importlib.import_module("sae_lens.config")
-    trainer = importlib.import_module("sae_lens.training.sae_trainer")
+    with stubs("wandb", "opentelemetry", "babe", "nltk", "plotly", "plotly_express", "dotenv"):
+        lens = importlib.import_module("sae_lens")
+        config = importlib.import_module("sae_lens.config")
+        trainer = importlib.import_module("sae_lens.training.sae_trainer")
     torch.manual_seed(0)
     sae = lens.BatchTopKTrainingSAE(
         lens.BatchTopKTrainingSAEConfig(d_in=job.d, d_sae=job.n, k=job.k, device=job.device)

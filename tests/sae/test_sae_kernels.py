@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the kernels need triton, which CUDA builds of torch bring along")
 
+from neuraleraser import artifact
 from neuraleraser.errors import SettingsError
 from neuraleraser.sae import TrainSettings, kernels, pool_batches, sparse, steps, train, training
 from neuraleraser.sae.kernels import decode, fused, select, update
@@ -235,7 +236,7 @@ def test_divergence_is_told_when_the_log_is_read(on_kernels, tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(SettingsError, match="diverged at step 3"):
         train(bad, SETTINGS, checkpoint=path)
-    assert bool(torch.isfinite(training._resume(path, SETTINGS).weights.W_enc).all())
+    assert bool(torch.isfinite(artifact.load(path, "sae-training")[0]["W_enc"]).all())
 
 
 class Waits(TorchDispatchMode):

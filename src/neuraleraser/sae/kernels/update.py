@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from neuraleraser.sae.kernels.select import ByFeature
@@ -195,7 +195,7 @@ def _update(
     end = tl.where(segments > segment, lo, hi)  # the pairs of a feature that fires often are summed already
     dec0, dec1, enc0, enc1, bias = _walk(e, into, rows, values, lo, end, w0, w1, d, i0, i1, AT_ONCE)
     for s in range(segment, segments):
-        of = sums + s.to(tl.int64) * (2 * d + 1)
+        of = sums + s * (2 * d + 1)
         dec0 += tl.load(of + i0, mask=k0, other=0.0)
         dec1 += tl.load(of + i1, mask=k1, other=0.0)
         enc0 += tl.load(of + d + i0, mask=k0, other=0.0)
