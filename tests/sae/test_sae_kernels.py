@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the kernels need triton, which CUDA builds of torch bring along")
 
 from neuraleraser import artifact
-from neuraleraser.errors import SettingsError
+from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import TrainSettings, kernels, pool_batches, sparse, steps, train, training
 from neuraleraser.sae.kernels import decode, fused, select, update
 from neuraleraser.sae.sparse import Weights
@@ -207,6 +207,15 @@ def test_training_is_that_of_the_cpu(architecture, on_kernels, monkeypatch):
     assert torch.equal(state.idle, twin.idle)
 
 
+def test_low_products_are_near(on_kernels, monkeypatch):
+    chosen = dataclasses.replace(SETTINGS, bf16=True)
+    states = [training._start(STREAM, settings) for settings in (chosen, SETTINGS)]
+    x = next(STREAM(0))
+    low, full = (steps.step(s, x * s.scale, None, c)() for s, c in zip(states, (chosen, SETTINGS), strict=True))
+    assert low.fvu == pytest.approx(full.fvu, rel=0.03) and low.grad_norm == pytest.approx(full.grad_norm, rel=0.05)
+    assert low != full
+
+
 def test_a_checkpoint_of_the_kernels_is_resumed(on_kernels, tmp_path):
     path = tmp_path / "run.safetensors"
     whole = train(STREAM, SETTINGS)
@@ -239,6 +248,25 @@ def test_divergence_is_told_when_the_log_is_read(on_kernels, tmp_path):
     assert bool(torch.isfinite(artifact.load(path, "sae-training")[0]["W_enc"]).all())
 
 
+def test_bad_input_is_told_when_the_log_is_read(on_kernels, tmp_path, monkeypatch):
+    """It does no harm until then, and names its batch."""
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    state = training._start(STREAM, SETTINGS)
+    for i, x in zip(range(4), STREAM(0), strict=False):
+        if i == 2:
+            x = x.clone()
+            x[3, 1] = torch.nan
+        log = steps.step(state, x * state.scale, None, SETTINGS)
+        assert bool(torch.isfinite(state.weights.W_enc).all())
+        if i < 2:
+            log()
+        else:
+            with pytest.raises(DataError, match="batch 2 holds NaN"):
+                log()
+    with pytest.raises(DataError, match="batch 2"):
+        training._write(tmp_path / "run.safetensors", state, SETTINGS)
+
+
 class Waits(TorchDispatchMode):
     """Names the operations for which a host has to wait for a GPU."""
 
@@ -259,7 +287,7 @@ def test_a_step_does_not_wait(on_kernels, monkeypatch):
     state = training._start(STREAM, SETTINGS)
     state.threshold = torch.zeros((), device=DEVICE)
     waited = []
-    monkeypatch.setattr(steps, "on_gpu", lambda x: True)
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
     for x, at in zip(STREAM(0), range(5), strict=False):
         with Waits() as waits:
             log = steps.step(state, x * state.scale, None, SETTINGS)

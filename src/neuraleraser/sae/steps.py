@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from neuraleraser.errors import SettingsError
+from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import kernels
 from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
 from neuraleraser.sae.settings import StepLog, TrainSettings
@@ -36,6 +36,7 @@ class State:
     step: int = 0
     concepts: int = 0  # that the labels tell apart, in labelled training
     log_threshold: Tensor | None = None  # [n], learnt by JumpReLU
+    bad: Tensor | None = None  # on a GPU: the first batch with NaN or infinity, as a scalar; -1: none yet
     watch: Watch | None = None  # of the kernels for GPUs; in no checkpoint
     log: Callable[[], StepLog] | None = None  # reads the last step's; raises where training has diverged
 
@@ -48,9 +49,13 @@ class State:
 def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> Callable[[], StepLog]:
     """One step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place.
 
-    -> what reads the step's log. On a GPU only that waits for the device, and raises the SettingsError of divergence;
-    on a CPU divergence is raised at once.
+    -> what reads the step's log. On a GPU only that waits for the device, and raises the SettingsError of divergence
+    and the DataError of NaN or infinity in x (which count as 0 until then); on a CPU divergence is raised at once,
+    and x is known to be finite.
     """
+    waits = kernels.on_gpu(x)
+    if waits:
+        x = _finite(state, x)
     low = torch.bfloat16 if settings.bf16 else x.dtype
     lr = settings.lr_at(state.step, x.shape[1])
     if kernels.usable(x, settings, labels is not None):
@@ -59,13 +64,15 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
         made = plain_step(state, x, labels, settings, low, lr)
 
     def checked_norm() -> float:
+        if bad is not None and (first := int(bad)) >= 0:
+            raise DataError(f"batch {first} holds NaN or infinite values: mend their source")
         norm = float(made.norm)
         if not math.isfinite(norm):
             raise SettingsError(f"training diverged at step {done - 1} (gradient {norm}): lower lr")
         return norm
 
     done, vectors, n = state.step + 1, len(x), settings.n  # not x itself, which the log would keep alive
-    waits = on_gpu(x)
+    bad = state.bad
     if not waits:
         checked_norm()
     cut = made.cut if waits else float(made.cut)
@@ -97,9 +104,12 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
     return log
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether reading a scalar made from x makes the host wait."""
-    return x.is_cuda
+def _finite(state: State, x: Tensor) -> Tensor:
+    """x with 0 for NaN and infinity; notes the step of the first batch that had any."""
+    bad = ~torch.isfinite(x)
+    was = torch.full((), -1, device=x.device) if state.bad is None else state.bad
+    state.bad = torch.where((was < 0) & bad.any(), state.step, was)
+    return x.masked_fill(bad, 0.0)
 
 
 class _Made(NamedTuple):
@@ -151,15 +161,15 @@ def plain_step(
     with torch.no_grad():
         grads = [p.grad for p in learnt if p.grad is not None]
         # By rows that fit into a processor's cache, where these products of whole matrices would not.
-        rows = settings.n if on_gpu(x) else max(1, CACHED // x.shape[1])
+        rows = settings.n if kernels.on_gpu(x) else max(1, CACHED // x.shape[1])
         # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
         for grad, row in zip(grads[2].split(rows), w.W_dec.split(rows), strict=True):
             grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)
         norm = torch.nn.utils.get_total_norm(grads)
-        if on_gpu(x) or norm > 1:
+        if kernels.on_gpu(x) or norm > 1:
             torch.nn.utils.clip_grads_with_norm_(learnt, 1.0, norm)
         state.optimiser.param_groups[0]["lr"] = lr
-        if on_gpu(x) or math.isfinite(norm):
+        if kernels.on_gpu(x) or math.isfinite(norm):
             state.optimiser.step()
             for row in w.W_dec.split(rows):
                 row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.sae import kernels
 from neuraleraser.sae.jumprelu import first_log_threshold
 from neuraleraser.sae.labelled import check_labels, concept_directions
 from neuraleraser.sae.model import SAE
@@ -151,7 +152,7 @@ def _first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Te
     stream = batches(0)
     while sum(map(len, parts)) < settings.init_vectors and len(parts) < settings.steps:
         d = parts[0].shape[1] if parts else None
-        x, labels = _next(stream, len(parts), d, settings, known[0].shape[1] if known else 0)
+        x, labels = _next(stream, len(parts), d, settings, known[0].shape[1] if known else 0, wait=True)
         parts.append(x)
         if labels is not None:
             known.append(labels.repeat_interleave(len(x) // len(labels), 0))
@@ -161,7 +162,12 @@ def _first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Te
 
 
 def _next(
-    stream: Iterator[Tensor | tuple[Tensor, Tensor]], step: int, d: int | None, settings: TrainSettings, concepts: int
+    stream: Iterator[Tensor | tuple[Tensor, Tensor]],
+    step: int,
+    d: int | None,
+    settings: TrainSettings,
+    concepts: int,
+    wait: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled; checked."""
     item, steps = next(stream, None), settings.steps
@@ -174,7 +180,8 @@ def _next(
         raise DataError(f"the stream ended after {step} batches: pass a longer one, or fewer steps than {steps}")
     if x.ndim != 2 or 0 in x.shape or (d is not None and x.shape[1] != d):
         raise DataError(f"batch {step} has shape {tuple(x.shape)}: expected [B, {d or 'd'}] with B > 0")
-    if bad := int((~torch.isfinite(x)).sum()):
+    # A host would wait for a GPU here: there, `steps.step` looks.
+    if (wait or not kernels.on_gpu(x)) and (bad := int((~torch.isfinite(x)).sum())):
         raise DataError(f"batch {step} holds {bad} NaN or infinite values of {x.numel()}: mend their source")
     if not (settings.bind or settings.contrast):
         return x.detach().float(), None

@@ -15,11 +15,16 @@ from torch import Tensor
 from neuraleraser.sae.settings import TrainSettings
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether reading a number made from x makes the host wait for a device."""
+    return x.is_cuda
+
+
 def usable(x: Tensor, settings: TrainSettings, labelled: bool) -> bool:
     """Whether these kernels train on x: BatchTopK or TopK without labels, on a GPU that has bfloat16 (Ampere, 2020, or
     later), where Triton is installed. All else runs on torch's own operations."""
     return (
-        x.is_cuda
+        on_gpu(x)
         and settings.architecture in ("batchtopk", "topk")
         and not labelled
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
