@@ -252,19 +252,27 @@ def test_bad_input_is_told_when_the_log_is_read(on_kernels, tmp_path, monkeypatc
     """It does no harm until then, and names its batch."""
     monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
     state = training._start(STREAM, SETTINGS)
-    for i, x in zip(range(4), STREAM(0), strict=False):
-        if i == 2:
+    for i, x in zip(range(3), STREAM(0), strict=False):
+        if i == 1:
             x = x.clone()
             x[3, 1] = torch.nan
         log = steps.step(state, x * state.scale, None, SETTINGS)
-        assert bool(torch.isfinite(state.weights.W_enc).all())
-        if i < 2:
-            log()
-        else:
-            with pytest.raises(DataError, match="batch 2 holds NaN"):
-                log()
-    with pytest.raises(DataError, match="batch 2"):
-        training._write(tmp_path / "run.safetensors", state, SETTINGS)
+    assert bool(torch.isfinite(state.weights.W_enc).all())
+    with pytest.raises(DataError, match="batch 1 holds NaN"):
+        log()
+
+    opened = []
+
+    def bad(start: int):
+        opened.append(start)
+        for i, x in enumerate(STREAM(start)):
+            yield x + (torch.inf if len(opened) == 2 and start + i == 3 else 0)
+
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(DataError, match="batch 3 holds NaN or infinite"):
+        train(bad, dataclasses.replace(SETTINGS, log_every=100), checkpoint=path)
+    tensors, header = artifact.load(path, "sae-training")
+    assert header["step"] == 2 and bool(torch.isfinite(tensors["W_enc"]).all())
 
 
 class Waits(TorchDispatchMode):
