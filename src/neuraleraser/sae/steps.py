@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
     waits = kernels.on_gpu(x)
     if waits:
         x = _finite(state, x)
-    low = torch.bfloat16 if settings.bf16 else x.dtype
+    low = torch.bfloat16 if settings.bf16 and (waits or has_bf16()) else x.dtype
     lr = settings.lr_at(state.step, x.shape[1])
     if kernels.usable(x, settings, labels is not None):
         made = _fused_step(state, x, settings, low)
@@ -102,6 +103,14 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
 
     state.log = log
     return log
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself: emulated, it is slower than float32. True where torch is too
+    old to tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _finite(state: State, x: Tensor) -> Tensor:
