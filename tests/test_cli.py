@@ -83,6 +83,7 @@ def test_wrong_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixtur
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run what is wrong: exit code 2, one line on stderr, returned."""
+    capsys.readouterr()
     assert main(argv) == 2
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.strip()]

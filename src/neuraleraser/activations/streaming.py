@@ -14,7 +14,7 @@ from neuraleraser.activations.collecting import CONDITIONAL, sample
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
 from neuraleraser.settings import STREAM_SEEDS, StreamSettings
-from neuraleraser.sites import Site
+from neuraleraser.sites import Site, record
 
 
 def activation_stream(
@@ -31,9 +31,9 @@ def activation_stream(
     again and again, each time with other noise. With `labels` [prompts, C] of 0 and 1, what each prompt shows, the
     batches are (x, labels): those of the row's own prompt, so none where a row is the unconditional branch.
 
-    While the stream is open a thread uses `pipe`: leave it alone. Raises SettingsError for no sites, DataError for
-    no prompts or labels that do not fit; while it runs, DataError for NaN or infinity (with site, timestep and
-    prompts) and for a site with fewer vectors than `per_image`.
+    While the stream is open a thread uses `pipe`: leave it alone. Raises SiteError for a site that is not there,
+    SettingsError for none, DataError for no prompts or labels that do not fit; while it runs, DataError for NaN or
+    infinity (with site, timestep and prompts) and for a site with fewer vectors than `per_image`.
     """
     s = settings or StreamSettings()
     count, size = s.sampling.batch, s.sampling.batch * s.per_image // s.per_map
@@ -43,6 +43,8 @@ def activation_stream(
         raise SettingsError(f"{len(sites)} sites, {count} images at a time: pass at least one of each")
     if labels is not None and (labels.ndim != 2 or len(labels) != len(prompts)):
         raise DataError(f"labels have shape {tuple(labels.shape)} for {len(prompts)} prompts: pass [prompts, C]")
+    with record(pipe, sites, lambda site, x, call: None):
+        pass  # a site that is not there is an error now, not once a thread draws
     start = int(torch.randint(len(STREAM_SEEDS), (), generator=generator(s.seed, "noise")))
 
     def chunk(number: int, stopped: Stopped) -> Mapping[str, Rows]:

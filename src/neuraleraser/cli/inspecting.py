@@ -78,7 +78,7 @@ def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) 
         raise DataError(f"{path}: field W_enc takes activations {sae.d} wide, {at} of {model!r} has {x.shape[1]}")
     print(_figures(measure(sae, x), sae.n, f"on {s.images} images"))
     found = substitution(pipe, sae, at, texts, seeds, together, s.times)
-    rows = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]
+    rows: list[tuple[str, ...]] = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]
     for t in found.times:
         losses = [f"{value:.4f}" for value in (t.loss, t.replaced, t.mean)]
         rows.append((f"{t.time:g}", f"{t.explained_variance:.1%}", f"{t.l0:.1f}", *losses, f"{t.recovered:.1%}"))

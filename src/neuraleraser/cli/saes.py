@@ -103,7 +103,7 @@ def train(
         architecture: Which features fire in training; afterwards each fires by its own threshold.
         discriminant: Give every concept a feature that tells it by Fisher's linear discriminant.
         bind: Weight of the loss that gives every concept a feature of its own (0: off; start with 0.3, matryoshka and
-            --per-map 16).
+            16 vectors a map).
         contrast: Weight of the loss that draws images of the same concepts together (0: off; start with 0.01).
         learning_rate: Peak learning rate; None: from features, width and steps.
         checkpoint_every: Steps from one checkpoint to the next.
