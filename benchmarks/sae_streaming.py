@@ -82,7 +82,7 @@ def main(s: Settings) -> None:
             {
                 "n": sae.n,
                 **{key: figures[key] for key in ("explained_variance", "l0", "dead_share", "vectors")},
-                "kept": {t.time: t.recovered for t in lost.times},
+                "kept": {t.time: t.recovered if t.mean > t.loss else None for t in lost.times},
                 "image_difference": lost.difference,
             }
         )

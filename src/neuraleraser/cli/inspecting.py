@@ -81,7 +81,15 @@ def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) 
     rows: list[tuple[str, ...]] = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]
     for t in found.times:
         losses = [f"{value:.4f}" for value in (t.loss, t.replaced, t.mean)]
-        rows.append((f"{t.time:g}", f"{t.explained_variance:.1%}", f"{t.l0:.1f}", *losses, f"{t.recovered:.1%}"))
+        rows.append(
+            (
+                f"{t.time:g}",
+                f"{t.explained_variance:.1%}",
+                f"{t.l0:.1f}",
+                *losses,
+                f"{t.recovered:.1%}" if t.mean > t.loss else "-",
+            )
+        )
     print("\nDenoising loss with the reconstructions, or the mean, in place of the activations\n" + table(rows))
     print("kept: of what the activations are worth for the loss; 100 % is as good as the model itself")
     print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
