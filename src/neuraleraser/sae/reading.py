@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.errors import DataError
+from neuraleraser.sae import kernels
 from neuraleraser.sae.labelled import check_labels
 from neuraleraser.sae.settings import TrainSettings
 
@@ -52,9 +53,10 @@ def take(stream: Iterator[Any], step: int, steps: int) -> Any:
 
 
 def checked(
-    item: Batch, step: int, d: int | None, settings: TrainSettings, concepts: int
+    item: Batch, step: int, d: int | None, settings: TrainSettings, concepts: int, wait: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled.
+    """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled. `wait` looks for NaN
+    and infinity also on a GPU, for which the host has to wait there; else `steps.step` looks.
 
     Raises DataError for another shape or width, NaN or infinity, labels that are missing or do not fit.
     """
@@ -63,7 +65,7 @@ def checked(
     x, labels = item if isinstance(item, (tuple, list)) else (item, None)
     if x.ndim != 2 or 0 in x.shape or (d is not None and x.shape[1] != d):
         raise DataError(f"batch {step} has shape {tuple(x.shape)}: expected [B, {d or 'd'}] with B > 0")
-    if bad := int((~torch.isfinite(x)).sum()):
+    if (wait or not kernels.on_gpu(x)) and (bad := int((~torch.isfinite(x)).sum())):
         raise DataError(f"batch {step} holds {bad} NaN or infinite values of {x.numel()}: mend their source")
     if not settings.labelled:
         return x.detach().float(), None
@@ -82,7 +84,7 @@ def first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Ten
         while sum(map(len, parts)) < settings.init_vectors and len(parts) < settings.steps:
             d, concepts = parts[0].shape[1] if parts else None, known[0].shape[1] if known else 0
             step = len(parts)
-            x, labels = checked(take(stream, step, settings.steps), step, d, settings, concepts)
+            x, labels = checked(take(stream, step, settings.steps), step, d, settings, concepts, wait=True)
             parts.append(x)
             if labels is not None:
                 known.append(labels.repeat_interleave(len(x) // len(labels), 0))

@@ -18,39 +18,18 @@ from neuraleraser.errors import DataError, FileError, NeuralEraserError, Setting
 from neuraleraser.sae.jumprelu import first_log_threshold
 from neuraleraser.sae.labelled import concept_directions, discriminants
 from neuraleraser.sae.model import SAE
-from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
 from neuraleraser.sae.reading import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
 from neuraleraser.sae.settings import StepLog, TrainSettings
 from neuraleraser.sae.sparse import Weights
+from neuraleraser.sae.steps import State as _State
+from neuraleraser.sae.steps import step as _step
 from neuraleraser.sae.topk import calibrated
 
-THRESHOLD_RATE = 0.01  # of the moving average of the cut
 _ALONE = "activations"
 _CHECKPOINT = "sae-training"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # Adam's state for each tensor
 _NUMBERS = ("scale", "variance", "threshold", "step")
 _FREE = ("log_every", "checkpoint_every")  # settings that a resumed run may change
-
-
-@dataclass
-class _State:
-    """All that a training run is at a step: what a checkpoint holds."""
-
-    weights: Weights  # for scaled data
-    optimiser: torch.optim.Adam
-    idle: Tensor  # [n] int64, vectors since each feature last fired
-    scale: float  # raw activations are multiplied by this
-    variance: float  # mean ||x - mean||^2 of the first vectors, scaled
-    threshold: float = 0.0
-    step: int = 0
-    concepts: int = 0  # that the labels tell apart, in labelled training
-    log_threshold: Tensor | None = None  # [n], learnt by JumpReLU
-    whole: bool = True  # no step is half done
-
-    def parameters(self) -> dict[str, Tensor]:
-        """What is learnt, by name."""
-        own = {} if self.log_threshold is None else {"log_threshold": self.log_threshold}
-        return self.weights._asdict() | own
 
 
 @dataclass(frozen=True)
@@ -133,7 +112,7 @@ def train_together(
                 if states[name].step == step < run.settings.steps:
                     states[name] = _advanced(states[name], item, name, run, on_step)
     except (NeuralEraserError, KeyboardInterrupt) as error:
-        kept = [str(_keep(run, states[name])) for name, run in runs.items() if _worth(run, states[name])]
+        kept = [str(run.path) for name, run in runs.items() if _kept(run, states[name])]
         if kept and isinstance(error, NeuralEraserError):
             raise type(error)(f"{error} (all steps before are kept in {', '.join(kept)})") from error
         raise
@@ -161,9 +140,12 @@ def _advanced(
     state.whole = False
     log = _step(state, x * state.scale, labels, settings)
     state.whole = True
-    if on_step and (state.step % settings.log_every == 0 or state.step == settings.steps):
-        on_step(name, log)
-    if run.path and (state.step % settings.checkpoint_every == 0 or state.step == settings.steps):
+    last = state.step == settings.steps
+    if last or state.step % settings.log_every == 0:
+        told = log()  # also where nobody listens: on a GPU divergence is noticed here
+        if on_step:
+            on_step(name, told)
+    if run.path and (last or state.step % settings.checkpoint_every == 0):
         _keep(run, state)
     return state
 
@@ -175,61 +157,6 @@ def _finished(batches: Streams, state: _State, name: str, run: Run) -> SAE:
         return _fold(state, header)
     sample, _ = first_vectors(only(batches, run.source or name), run.settings)
     return calibrated(_unscaled(_moved(state, sample.device)), run.settings.k, sample, header)
-
-
-def _step(state: _State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> StepLog:
-    """One step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place."""
-    w, b, n = state.weights, len(x), settings.n
-    low = torch.bfloat16 if settings.bf16 else x.dtype
-    made = forward(w, state.log_threshold, x, state.variance, settings, low)
-    state.idle = torch.where(made.counts > 0, 0, state.idle + b)
-    dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
-
-    k_aux = x.shape[1] // 2 if settings.k_aux is None else settings.k_aux
-    aux = revival(w, x, made.residual, dead, k_aux, low)
-    loss = made.main + AUX_WEIGHT * aux
-    bind = contrast = None
-    if labels is not None:
-        own = state.log_threshold
-        cut = state.threshold if own is None else own[: labels.shape[1]].detach().exp()
-        bind, contrast = labelled_losses(w, x, labels, cut, settings, low)
-        loss = loss + settings.bind * bind + settings.contrast * contrast
-    learnt = list(state.parameters().values())
-    for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
-        p.grad = grad
-    with torch.no_grad():
-        if settings.discriminant:  # set in closed form, and held
-            for p in (w.W_enc, w.b_enc):
-                p.grad[: state.concepts] = 0  # pyright: ignore[reportOptionalSubscript]
-        # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
-        along = w.W_dec.grad
-        assert along is not None
-        along.sub_((along * w.W_dec).sum(1, keepdim=True) * w.W_dec)
-        norm = float(torch.nn.utils.clip_grad_norm_(learnt, 1.0))
-        if not math.isfinite(norm):
-            raise SettingsError(f"training diverged at step {state.step} (gradient {norm}): lower lr")
-        lr = settings.lr_at(state.step, x.shape[1])
-        state.optimiser.param_groups[0]["lr"] = lr
-        state.optimiser.step()
-        w.W_dec.div_(w.W_dec.norm(dim=1, keepdim=True))
-
-    if made.cut is not None:
-        rate = min(1.0, max(THRESHOLD_RATE, 10 / (state.step + 1)))  # faster at first, when the cut moves
-        state.threshold += rate * (made.cut - state.threshold)
-    state.step += 1
-    return StepLog(
-        step=state.step,
-        vectors=b,
-        fvu=float(unexplained(made.residual.detach(), state.variance)),
-        aux=float(aux.detach()),
-        l0=int(made.counts.sum()) / b,
-        dead=len(dead) / n,
-        threshold=state.threshold,
-        lr=lr,
-        grad_norm=norm,
-        bind=0.0 if bind is None else float(bind.detach()),
-        contrast=0.0 if contrast is None else float(contrast.detach()),
-    )
 
 
 def _start(batches: Stream, settings: TrainSettings) -> _State:
@@ -278,7 +205,7 @@ def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
 def _fold(state: _State, header: Mapping[str, Any]) -> SAE:
     """The SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
     own, s = state.log_threshold, state.scale
-    threshold = torch.full_like(state.weights.b_enc, state.threshold / s) if own is None else own.exp() / s
+    threshold = torch.full_like(state.weights.b_enc, float(state.threshold) / s) if own is None else own.exp() / s
     return SAE(*_unscaled(state), threshold, header)
 
 
@@ -320,18 +247,26 @@ def _moved(state: _State, device: torch.device) -> _State:
     return _rebuilt({name: x.to(device) for name, x in _tensors(state).items()}, vars(state))
 
 
-def _worth(run: Run, state: _State) -> bool:
-    """Whether a state can be kept, and is not just a finished run's, which was."""
-    return run.path is not None and state.whole and 0 < state.step < run.settings.steps
+def _kept(run: Run, state: _State) -> bool:
+    """Keep a state where training ends early, unless it is half done, diverged, or a finished run's, which was kept."""
+    if run.path is None or not state.whole or not 0 < state.step < run.settings.steps:
+        return False
+    try:
+        _keep(run, state)
+    except (DataError, SettingsError):  # on a GPU the log, and what is wrong, is read only now
+        return False
+    return True
 
 
-def _keep(run: Run, state: _State) -> Path:
-    """Write the whole state to the run's checkpoint, in one piece or not at all."""
+def _keep(run: Run, state: _State) -> None:
+    """Write the whole state to the run's checkpoint, in one piece or not at all. Raises SettingsError where training
+    diverged."""
     assert run.path is not None
+    if state.log:
+        state.log()
     header = {"settings": asdict(run.settings), "data": dict(run.data)}
-    header |= {name: getattr(state, name) for name in (*_NUMBERS, "concepts")}
+    header |= {name: getattr(state, name) for name in (*_NUMBERS, "concepts")} | {"threshold": float(state.threshold)}
     artifact.save(run.path, _CHECKPOINT, _tensors(state), header)
-    return run.path
 
 
 def _resume(path: Path, run: Run) -> _State:
