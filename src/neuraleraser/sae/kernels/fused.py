@@ -79,7 +79,8 @@ def fused_step(
         with torch.enable_grad():
             rows = [p[dead].requires_grad_() for p in w[:3]]
             aux = revived_error(Weights(*rows, w.b_dec), x, e, k_aux, low)
-            extra = Extra(dead, *torch.autograd.grad(AUX_WEIGHT * aux, rows))
+            to_enc, to_bias, to_dec = torch.autograd.grad(AUX_WEIGHT * aux, rows)
+        extra = Extra(dead, to_enc, to_bias, to_dec)
         aux = aux.detach()
 
     clip = (1 / (watch.norm + 1e-6)).clamp_max(1.0)

@@ -6,6 +6,9 @@ one, by counting in a row that stays in registers. Then every row is read once t
 write it: pairs come out ordered by row and by feature, without a sort and without atomic order.
 """
 
+# A kernel is subscripted by its grid, which only Triton knows.
+# pyright: reportIndexIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
