@@ -75,8 +75,7 @@ def resolve(phrase: str) -> str | None:
 def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
     """The concept `name` of the canvas: its phrasings with every style or object, matched without it.
 
-    A style's match is the same object in no style; an object's match is an empty scene in the same style, or, in
-    one pair of three, the picture of another object that it stood beside.
+    A style's match is the same object in no style; an object's match is an empty scene in the same style.
     Raises ConceptError for a name the canvas has not.
     """
     which = range(4)[phrasings]
@@ -90,16 +89,11 @@ def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
                 pairs.append(Pair(f"{how}, {what}", what))
         return Concept(name, "style", tuple(pairs))
     if name in words.OBJECTS:
-        others = [other for other in words.OBJECTS if other != name]
         for i in which:
             what, nothing = words.OBJECT_PHRASES[name][i], words.EMPTY_PHRASES[i]
-            for j, style in enumerate(words.STYLES):
+            for style in words.STYLES:
                 how = "" if style == words.PLAIN else " " + words.STYLE_PHRASES[style][i]
                 pairs.append(Pair(what + how, nothing + how))
-                if j % 2 == i % 2:
-                    other = words.OBJECT_PHRASES[others[(3 * j + i) % len(others)]][i]
-                    both = f"{what} and {other}" if j % 4 < 2 else f"{other} and {what}"
-                    pairs.append(Pair(both + how, other + how))
         return Concept(name, "object", tuple(pairs))
     near = ", ".join(n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN)
     raise ConceptError(f"the canvas has no concept {name!r}. It knows: {near}")
