@@ -48,10 +48,10 @@ def train(folder: Path, tick: Callable[[], None]) -> None:
 
 
 def collect(folder: Path, tick: Callable[[], None]) -> None:
-    """Twelve shards."""
-    settings = StreamSettings(1, 8, images=24, window=3, reuse=1, sampling=Sampling(steps=1, batch=2))
+    """Sixty shards."""
+    settings = StreamSettings(1, 8, images=120, window=3, reuse=1, sampling=Sampling(steps=1, batch=2))
     pool = stream(tick, settings)
-    write_shards(pool, folder, 12, described("tiny", PROMPTS, settings), lambda number: tick())
+    write_shards(pool, folder, 60, described("tiny", PROMPTS, settings), lambda number: tick())
 
 
 def stream(tick: Callable[[], None], settings: StreamSettings) -> Any:
