@@ -11,31 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from erasers import GATE, open_eraser
 from neuraleraser import artifact
+from neuraleraser.activations import Shards
 from neuraleraser.canvas import pipeline as canvas
 from neuraleraser.cli import main
 from neuraleraser.cli.erasing import parse_eraser
-from neuraleraser.cli.inside import read_prompts
+from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.sae import SAE
 from tiny import stable_diffusion
 
-VERBS = (
-    "demo",
-    "erase",
-    "generate",
-    "evaluate",
-    "sites",
-    "collect",
-    "train",
-    "profile",
-    "doctor",
-    "calibrate",
-    "dictionary",
-)
+VERBS = ("demo", "erase", "generate", "evaluate", "sites", "collect", "train", "inspect")
+VERBS += ("profile", "doctor", "calibrate", "dictionary")
 CANVAS_VERBS = ("train", "render", "sheet", "judge", "dictionary")
 
 
@@ -92,6 +83,7 @@ def test_wrong_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixtur
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run what is wrong: exit code 2, one line on stderr, returned."""
+    capsys.readouterr()
     assert main(argv) == 2
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.strip()]
@@ -114,6 +106,16 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["collect", "--sites"], "0 sites"),
         (["collect", "--sites", "unet:what"], "'unet:what' is no site"),
         (["collect", "--sites", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
+        (["collect", "--sites", "unet", "--images", "0"], "1 sites, 0 images"),
+        (["train"], "0 sites, 1 widths"),
+        (["train", "unet", "--features"], "1 sites, 0 widths"),
+        (["train", "unet", "--features", "8", "--active", "9"], "k is 9 but there are only n = 8 features"),
+        (["train", "unet", "--per-map", "3"], "batch is 4096: pass a multiple of per_map = 3"),
+        (["train", "unet", "mid", "--out", "one.safetensors"], "2 SAEs do not fit into one file one.safetensors"),
+        (["train", "unet", "--activations", "nowhere"], "nowhere/index.safetensors does not exist"),
+        (["train", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
+        (["inspect", "no.safetensors"], "no.safetensors does not exist"),
+        (["inspect", "--images", "0"], "images is 0"),
         (["profile", "--sae", "no.safetensors"], "no concept was named"),
         (["profile", "cat", "--sae", "no.safetensors"], "no.safetensors does not exist"),
         (["canvas", "sheet", "--objects", "Unicorns"], "pass objects of Architectures"),
@@ -221,27 +223,86 @@ def test_sites_lists_blocks_with_their_shapes(model: str, capsys: pytest.Capture
     assert "objects: SAeUron (arXiv 2501.18052)" in rows["unet.up_blocks.1.attentions.1"]
 
 
+SAMPLING = ["--sampling.steps", "2", "--sampling.batch", "2"]
+FEW = ["--active", "4", "--steps", "6", "--batch", "16", *SAMPLING]
+
+
 def test_from_prompts_to_an_sae_and_its_profile(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\n\n a dog \n")
-    assert read_prompts(prompts) == ["a cat", "a dog"]
-    kept, sae, out = (tmp_path / f"{name}.safetensors" for name in ("kept", "sae", "profile"))
-    drawn = ["--model", model, "--prompts", str(prompts), "--images", "3"]
-    argv = ["collect", "--sites", GATE.path, *drawn, "--per-image", "50", "--batch", "3", "--out", str(kept)]
-    assert main(argv) == 0
-    tensors, header = artifact.load(kept, "activations")
-    assert header["prompts"] == ["a cat", "a dog", "a cat"] and tensors[str(GATE)].shape[1] == 32
-    few = ["--features", "64", "--active", "4", "--steps", "6", "--batch", "32", "--out", str(sae)]
-    assert main(["train", GATE.path, "--activations", str(kept), *few]) == 0
-    assert SAE.load(sae).header["site"] == str(GATE)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.safetensors", "prompts.txt", "sae.safetensors"]
-    assert main(["train", "unet.mid_block", "--activations", str(kept), *few]) == 2
-    assert "holds activations of" in capsys.readouterr().err
+    prompts.write_text("a cat\tCats, Fire\n\n a dog \n")
+    assert read_prompts(prompts) == [("a cat", ("Cats", "Fire")), ("a dog", ())]
+    kept, sae, out = tmp_path / "kept", tmp_path / "sae.safetensors", tmp_path / "profile.safetensors"
+    drawn = ["--model", model, "--prompts", str(prompts)]
+    collect = ["collect", "--sites", GATE.path, *drawn, *SAMPLING, "--images", "3", "--per-image", "20"]
+    assert main([*collect, "--out", str(kept)]) == 0
+    assert "2 shards of 40 vectors at each of 1 sites" in capsys.readouterr().out
+    shards = Shards.open(kept)
+    assert shards.data["labels"] == ["Cats", "Fire"] and shards.load(0)[str(GATE)][0].shape == (40, 32)
+    train = ["train", GATE.path, "--activations", str(kept), "--features", "64", *FEW, "--out", str(sae)]
+    assert main(train) == 0
+    header = SAE.load(sae).header
+    assert header["site"] == str(GATE) and header["data"]["activations"] == shards.digest
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["kept", "prompts.txt", "sae.jsonl", "sae.safetensors"]
+    assert "holds activations of" in refused(["train", "unet.mid_block", "--activations", str(kept), *FEW], capsys)
+    assert "is larger than what a refill gives, 40" in refused([*train, "--batch", "4096"], capsys)
     argv = ["profile", "Van Gogh style", "--sae", str(sae), "--model", model, "--images", "2", "--top", "3"]
     assert main([*argv, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "SAeUron's share score" in text and len(text.splitlines()) == 1 + 4 + 2
     assert artifact.load(out, "profile")[1]["names"] == ["Van Gogh style", "no Van Gogh style"]
+
+
+def test_several_saes_while_the_pipeline_draws(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Two sites, two widths, with labels; nothing but the SAEs and their logs is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a cat\tCats\na dog\n")
+    sites = [GATE.path, "unet.mid_block.attentions.0:update"]
+    argv = ["train", *sites, "--model", model, "--prompts", "p.txt", "--features", "32", "64", *FEW]
+    argv += ["--per-image", "16", "--window", "2", "--per-map", "4", "--bind", "0.3", "--architecture", "matryoshka"]
+    assert main([*argv, "--out", "saes"]) == 0
+    paths = sorted(p.name for p in Path("saes").iterdir())
+    names = [f"{GATE.path}-{n}" for n in (32, 64)] + [f"unet.mid_block.attentions.0-update-image-{n}" for n in (32, 64)]
+    assert paths == sorted(f"{name}.{end}" for name in names for end in ("jsonl", "safetensors"))
+    sae = SAE.load(Path("saes") / f"{names[0]}.safetensors")
+    assert sae.n == 32 and sae.header["labels"] == ["Cats"] and sae.header["settings"]["bind"] == 0.3
+    assert len((Path("saes") / f"{names[0]}.jsonl").read_text().splitlines()) == 6
+    Path("p.txt").write_text("a cat\na dog\n")
+    assert "says of no prompt what it shows" in refused([*argv, "--out", "other"], capsys)
+    assert not Path("other").exists()
+
+
+def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a cat\na dog\n")
+    rows = torch.cat([torch.eye(32), -torch.eye(32)])
+    SAE(rows, torch.zeros(64), rows, torch.zeros(32), torch.zeros(64), {"site": str(GATE)}).save("sae.safetensors")
+    assert main(["inspect", "sae.safetensors"]) == 0
+    assert "The file holds no measures.\n\nPass --model" in capsys.readouterr().out
+    argv = ["inspect", "sae.safetensors", "--model", model, "--prompts", "p.txt", "--images", "2", "--times", "2"]
+    assert main([*argv, "--per-image", "20", "--sampling.steps", "2", "--sheet", "s.png"]) == 0
+    text = capsys.readouterr().out
+    assert "Measured on 2 images, 40 vectors" in text and "variance explained  100.00%" in re.sub(" {3,}", "  ", text)
+    bar = [line for line in text.splitlines() if "█" in line]
+    assert bar and max(map(len, text.splitlines())) <= 120
+    kept = text[text.index("timestep") :].splitlines()
+    assert kept[0].split()[-1] == "kept" and len(kept[1].split()) == 7
+    with Image.open("s.png") as sheet:
+        assert sheet.width > 2 * 16
+    wrong = ["--site", "unet.up_blocks.1.attentions.0", "--sampling.steps", "1"]
+    assert "sae.safetensors: field W_enc takes activations 32 wide" in refused([*argv, *wrong], capsys)
+
+
+def test_inspect_shows_what_the_shipped_file_says(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(canvas.WEIGHTS / "dictionary")]) == 0
+    text = capsys.readouterr().out
+    sae = SAE.load(canvas.WEIGHTS / "dictionary" / "sae.safetensors")
+    figures = sae.header["measures"]
+    assert f"{figures['explained_variance']:.2%}" in text and "Measured when it was made" in text
+    bars = dict(re.findall(r"^ *(never|[\d.]+ to [\d.]+) +([\d,]+)", text, re.M))
+    assert sum(int(count.replace(",", "")) for count in bars.values()) == sae.n
 
 
 def test_prompts_that_are_none(tmp_path: Path):

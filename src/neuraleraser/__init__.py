@@ -27,11 +27,14 @@ _HOME: dict[str, str] = {
     "SAE": "sae",
     "Sampling": "settings",
     "SettingsError": "errors",
+    "Shards": "activations",
     "Site": "sites",
     "SiteError": "errors",
     "SplitError": "errors",
+    "StreamSettings": "settings",
     "Trace": "eraser",
     "TrainSettings": "sae",
+    "activation_stream": "activations",
     "attach": "eraser",
     "bank": "activations",
     "calibrate": "fit",
@@ -54,8 +57,10 @@ _HOME: dict[str, str] = {
     "phrase_concept": "concepts",
     "record": "sites",
     "set_erasers": "eraser",
+    "substitution": "activations",
     "text_encoder_sites": "sites",
     "unload_erasers": "eraser",
+    "write_shards": "activations",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from neuraleraser.errors import SettingsError
+
 SELECTION_SEEDS = range(0, 1000)
 """Seeds that erasers are made and defaults are chosen with."""
 TEST_SEEDS = range(10_000, 110_000)
 """Seeds that erasers are tested with, and never made (DESIGN.md, law 12)."""
+STREAM_SEEDS = range(2**31, 2**32)
+"""Seeds that endless streams of images for training are drawn with. Torch's generator on the CPU knows a seed by its
+last 32 bits: from 2^32 on the first seeds, and with them the tests' noise, would come again."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,69 @@ class Sampling:
     """For image-to-image: how much of the way back to noise the start image is taken."""
     pad: bool = True
     """Fill the last batch up, so that its images have the same bits in any company."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How activations are drawn for training, mixed, and cut into batches.
+
+    Raises SettingsError for a value out of range.
+    """
+
+    batch: int = 4096
+    """Activation vectors in a training batch."""
+    per_image: int = 1024
+    """Vectors kept of an image at each site, over all its steps, positions and guidance branches."""
+    images: int = 0
+    """Images to draw, which are used again and again, in a new order; 0: new ones all along."""
+    window: int = 16
+    """How many batches of images are mixed at a time, in memory."""
+    reuse: int = 4
+    """How often a vector is used before it leaves memory: drawing takes longer than training."""
+    per_map: int = 1
+    """Vectors of one image and step that stay together, for labels of whole images; 1: each goes alone."""
+    seed: int = 0
+    """Decides the images' noise and all orders."""
+    ahead: int = 1
+    """Batches of images that a thread draws during training; 0: drawing and training take turns."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How images are drawn."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "per_image", "window", "reuse", "per_map"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}: pass at least 1")
+        for name in ("images", "seed", "ahead"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}: pass 0 or more")
+        for name in ("batch", "per_image"):
+            if getattr(self, name) % self.per_map:
+                raise SettingsError(f"{name} is {getattr(self, name)}: pass a multiple of per_map = {self.per_map}")
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """On what an SAE is measured. Raises SettingsError for a value out of range."""
+
+    prompts: Path | None = None
+    """Text file, one prompt a line; None: captions of the canvas."""
+    images: int = 20
+    """Images to measure on, drawn in one batch."""
+    per_image: int = 2048
+    """Activation vectors of an image, over all its steps, positions and guidance branches."""
+    times: int = 6
+    """Timesteps at which the denoising loss is measured."""
+    seed: int = 200_000
+    """Seed of the first image; the others follow. Erasers are made and tested with other seeds."""
+    sheet: Path | None = None
+    """PNG file for the images: as the model draws them (left), and with reconstructions (right)."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How images are drawn."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "per_image", "times"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}: pass at least 1")
 
 
 @dataclass(frozen=True)

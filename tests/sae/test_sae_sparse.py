@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neuraleraser.sae import sparse
-from neuraleraser.sae.objective import AUX_WEIGHT, revival, revival_loss, unexplained
-from neuraleraser.sae.sparse import Weights, pairs, reconstruct, select
+from neuraleraser.sae.objective import AUX_WEIGHT, revival, revival_loss
+from neuraleraser.sae.sparse import Weights, pairs, select, unexplained_at
 
 
 def naive(pre: Tensor, keep: int) -> Tensor:
@@ -67,7 +67,9 @@ def test_fast_selection_equals_the_naive_one(b, n, share, seed, kind):
     rows, cols = want.nonzero().unbind(1)
     assert torch.equal(fired.cols, cols)
     assert torch.equal(fired.counts, want.sum(0))
+    assert torch.equal(fired.rows, rows)
     assert torch.equal(rows[fired.order], fired.rows_by_col)
+    assert torch.equal(fired.col_start, want.sum(0).cumsum(0) - want.sum(0))
     assert torch.equal(fired.rows_by_col, want.T.nonzero()[:, 1])
     ends = want.sum(1).cumsum(0)
     assert torch.equal(fired.row_start, torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]]))
@@ -121,13 +123,21 @@ def sparse_of(w: Weights, x: Tensor, mask: Tensor) -> sparse.Fired:
     return pairs(flat, pre.flatten()[flat], *pre.shape)
 
 
+def main_loss(w: Weights, x: Tensor, fired: sparse.Fired) -> Tensor:
+    return unexplained_at(w, x, fired, torch.float64)[0] / (len(x) * 2.0)
+
+
+def residual_of(w: Weights, x: Tensor, fired: sparse.Fired) -> Tensor:
+    return unexplained_at(w, x, fired, torch.float64)[1]
+
+
 @pytest.mark.parametrize("k_aux", [2, 3, 50])
 def test_gradients_of_the_whole_loss(k_aux):
     """Against finite differences of the dense loss: with the right sign of the residual, and only with it."""
     w, x, mask = case(0)
     dead = torch.tensor([9, 10, 11])
     fired = sparse_of(w, x, mask)
-    e = (x - reconstruct(w, x, fired)).detach()
+    e = residual_of(w, x, fired)
     pre_dead = ((x - w.b_dec) @ w.W_enc.T + w.b_enc)[:, dead].detach()
     chosen = pre_dead >= pre_dead.topk(min(k_aux, 3), dim=1).values[:, -1:]
 
@@ -138,14 +148,14 @@ def test_gradients_of_the_whole_loss(k_aux):
 
     assert torch.autograd.gradcheck(value, tuple(w))
     want = torch.autograd.grad(value(*w), w)
-    main = unexplained(x - reconstruct(w, x, fired), 2.0)
-    aux = revival_loss(w, x, x - reconstruct(w, x, fired), dead, k_aux, torch.float64)
+    main = main_loss(w, x, fired)
+    aux = revival_loss(w, x, e, dead, k_aux, torch.float64)
     torch.testing.assert_close(main + AUX_WEIGHT * aux, value(*w))
     got = torch.autograd.grad(main + AUX_WEIGHT * aux, w)
     torch.testing.assert_close(got, want)
     assert bool((got[0][dead].abs().sum(1) > 0).all()), "the encoder rows of dead features must learn"
 
-    main = unexplained(x - reconstruct(w, x, fired), 2.0)
+    main = main_loss(w, x, fired)
     wrong = revival_loss(w, x, -e, dead, k_aux, torch.float64)
     flipped = torch.autograd.grad(main + AUX_WEIGHT * wrong, w)
     with pytest.raises(AssertionError):
@@ -155,7 +165,7 @@ def test_gradients_of_the_whole_loss(k_aux):
 def test_a_vector_is_explained_by_at_most_an_eighth_of_the_dead():
     w, x, mask = case(3, n=40)
     fired, dead = sparse_of(w, x, mask), torch.arange(9, 40)
-    residual = (x - reconstruct(w, x, fired)).detach()
+    residual = residual_of(w, x, fired)
     for k_aux, used in ((2, 2), (3, 3), (9, 3)):
         aux = revival(w, x, residual, dead, k_aux, torch.float64)
         assert torch.equal(aux, revival_loss(w, x, residual, dead, used, torch.float64))
@@ -168,7 +178,7 @@ def test_gradcheck_of_the_sparse_path_itself():
 
     def value(*params: Tensor) -> Tensor:
         p = Weights(*params)
-        return (x - reconstruct(p, x, sparse_of(p, x, mask))).square().sum()
+        return main_loss(p, x, sparse_of(p, x, mask))
 
     assert torch.autograd.gradcheck(value, tuple(w))
 
@@ -178,7 +188,7 @@ def test_revival_steps_downhill_towards_the_missing_part(seed):
     """A small step of the dead features brings x_hat + e_hat closer to x; with e's sign flipped, farther."""
     w, x, mask = case(seed)
     dead = torch.tensor([9, 10, 11])
-    e = (x - reconstruct(w, x, sparse_of(w, x, mask))).detach()
+    e = residual_of(w, x, sparse_of(w, x, mask))
     with torch.no_grad():
         w.W_dec[dead] = w.W_enc[dead] * 1e-3  # near nothing, so that what is learnt decides
 
@@ -198,6 +208,24 @@ def test_revival_steps_downhill_towards_the_missing_part(seed):
 def test_a_vector_for_which_nothing_fires_is_reconstructed_as_the_bias():
     w, x, mask = case(2)
     mask[3] = False
-    assert torch.equal(reconstruct(w, x, sparse_of(w, x, mask))[3], w.b_dec)
+    assert torch.equal(residual_of(w, x, sparse_of(w, x, mask))[3], (x - w.b_dec)[3])
     mask[:] = False
-    assert torch.equal(reconstruct(w, x, sparse_of(w, x, mask)), w.b_dec.expand(7, 5))
+    loss, residual = unexplained_at(w, x, sparse_of(w, x, mask), torch.float64)
+    assert torch.equal(residual, x - w.b_dec)
+    to_enc, to_bias, to_dec, to_b_dec = torch.autograd.grad(loss, w)
+    assert not to_enc.any() and not to_bias.any() and not to_dec.any()
+    torch.testing.assert_close(to_b_dec, -2 * residual.sum(0))
+
+
+def test_low_products_touch_the_gradient_of_values_alone():
+    """In bfloat16 the encoder's gradient is near, the decoder's the same."""
+    w, x, mask = case(4)
+    w = Weights(*(p.detach().float().requires_grad_() for p in w))
+    fired = sparse_of(w, x.float(), mask)
+    got, want = (
+        torch.autograd.grad(unexplained_at(w, x.float(), fired, low)[0], w) for low in (torch.bfloat16, torch.float32)
+    )
+    assert torch.equal(got[2], want[2])
+    assert not torch.equal(got[0], want[0])
+    for a, b in zip(got, want, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.01

@@ -95,7 +95,7 @@ def test_folding_is_exact():
     scaled = SAE(*w, torch.full((8,), threshold))
     x = torch.randn(50, 4, generator=g)
     idle = torch.zeros(8, dtype=torch.int64)
-    folded = _fold(_State(w, _optimiser(w), idle, s, 1.0, threshold), SMALL)
+    folded = _fold(_State(w, _optimiser(w), idle, s, 1.0, threshold), {})
     assert torch.equal(folded.encode(x), scaled.encode(x * s) / s)
     assert torch.equal(folded(x), scaled(x * s) / s)
 

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from neuraleraser.cli import canvas, erasing, inside, operating  # each registers its verbs
+from neuraleraser.cli import canvas, erasing, inside, inspecting, operating, saes  # each registers its verbs
 from neuraleraser.cli.verbs import app
 from neuraleraser.errors import NeuralEraserError
 
-__all__ = ["canvas", "erasing", "inside", "main", "operating"]
+__all__ = ["canvas", "erasing", "inside", "inspecting", "main", "operating", "saes"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each start that torchvision is missing
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    job = app.cli(
-        prog="neuraleraser",
-        description="Take one concept out of a text-to-image diffusion model, and measure how well it stays out.",
-        args=sys.argv[1:] if argv is None else list(argv),
-    )
+    name = ""
     try:
+        job = app.cli(
+            prog="neuraleraser",
+            description="Take one concept out of a text-to-image diffusion model, and measure how well it stays out.",
+            args=sys.argv[1:] if argv is None else list(argv),
+        )
+        name = job.func.__name__
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             code = job()
@@ -34,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\nneuraleraser: stopped. {_GO_ON.get(job.func.__name__, 'Nothing half-written is left.')}",
-            file=sys.stderr,
-        )
+        print(f"\nneuraleraser: stopped. {_GO_ON.get(name, 'Nothing half-written is left.')}", file=sys.stderr)
         return 130
     return code or 0
 
@@ -49,6 +48,7 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 _GO_ON = {
     "demo": "Run `neuraleraser demo --resume` (with the same options) to go on.",
     "evaluate": "Run the same command again to go on.",
+    "collect": "Run the same command again to go on.",
     "train": "Run the same command again to go on.",
     "canvas_train": "Run the same command again to go on.",
     "canvas_judge": "Run the same command again to go on.",

@@ -35,7 +35,7 @@ def doctor(
         steps: Denoising steps.
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """
-    from neuraleraser.cli.inside import read_prompts
+    from neuraleraser.cli.prompts import read_prompts
     from neuraleraser.demo import concept_of, neighbours_of
     from neuraleraser.diagnosis import doctor as look
     from neuraleraser.eraser import Eraser
@@ -48,7 +48,7 @@ def doctor(
     if images < 1 or steps < 1:
         raise SettingsError(f"images is {images} and steps {steps}: pass at least 1 of each")
     loaded = [Eraser.load(path) for path in erasers]
-    given = read_prompts(lookalikes) if lookalikes else []
+    given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
     pipe = open_pipeline(model)
     sampling = Sampling(batch=min(images, 8), steps=steps)
     concepts = [concept_of(pipe, e.name, e.header.get("kind")) for e in loaded]

@@ -38,3 +38,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         cells = zip(row, widths, range(len(row)), strict=True)
         lines.append("  ".join(c.ljust(w) if i in (0, last) else c.rjust(w) for c, w, i in cells).rstrip())
     return "\n".join(lines)
+
+
+def bars(rows: Sequence[tuple[str, int]], width: int = 48) -> str:
+    """A histogram: a line for each (name, count), the longest bar `width` characters long."""
+    most = max((count for _, count in rows), default=0) or 1
+    names, numbers = max(len(name) for name, _ in rows), max(len(f"{count:,}") for _, count in rows)
+    lines = []
+    for name, count in rows:
+        eighths = max(round(8 * width * count / most), 1 if count > 0 else 0)  # what is there can be seen
+        bar = "█" * (eighths // 8) + ["", *"▏▎▍▌▋▊▉"][eighths % 8]
+        lines.append(f"{name:>{names}}  {count:>{numbers},}  {bar}".rstrip())
+    return "\n".join(lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from neuraleraser.sae.sparse import Fired, Weights, decode_at, encode_at, pairs
@@ -28,13 +27,11 @@ def nested_residuals(w: Weights, x: Tensor, fired: Fired, sizes: tuple[int, ...]
     broad concept is not split up into, and hidden by, its narrow cases.
     """
     values = encode_at(w, x, fired)
-    rows = torch.empty_like(fired.cols)
-    rows[fired.order] = fired.rows_by_col
     residual, residuals = x - w.b_dec, []
     for low, high in pairwise((0, *sizes)):
         at = ((fired.cols >= low) & (fired.cols < high)).nonzero().squeeze(1)
         width = high - low
-        part = pairs(rows[at] * width + fired.cols[at] - low, fired.values[at], len(x), width)
+        part = pairs(fired.rows[at] * width + fired.cols[at] - low, fired.values[at], len(x), width)
         residual = residual - decode_at(values[at], w.W_dec[low:high], part)
         residuals.append(residual)
     return residuals

@@ -11,7 +11,7 @@ from neuraleraser.sae import labelled
 from neuraleraser.sae.jumprelu import jump_losses
 from neuraleraser.sae.matryoshka import nested_residuals, prefixes
 from neuraleraser.sae.settings import TrainSettings
-from neuraleraser.sae.sparse import Fired, Weights, reconstruct, select
+from neuraleraser.sae.sparse import Fired, Weights, select, unexplained_at
 from neuraleraser.sae.topk import mean_cut, select_rows
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencoders, appendix A.2
@@ -22,8 +22,8 @@ class Pass(NamedTuple):
 
     main: Tensor  # scalar, to be minimised
     residual: Tensor  # [B, d], x - x_hat
-    counts: Tensor  # [n] int64, how often each feature fired
-    cut: float | None  # what a feature had to exceed to fire; None where none fired
+    counts: Tensor  # [n] integers, how often each feature fired
+    cut: Tensor  # scalar, what a feature had to exceed to fire; 0 where none fired
 
 
 def forward(
@@ -36,9 +36,7 @@ def forward(
     """
     if log_threshold is not None:
         residual, penalty, counts = jump_losses(w, log_threshold, x, settings.k, low)
-        return Pass(
-            unexplained(residual, variance) + penalty, residual, counts, float(log_threshold.detach().exp().mean())
-        )
+        return Pass(unexplained(residual, variance) + penalty, residual, counts, log_threshold.detach().exp().mean())
     with torch.no_grad():
         fired = choose(w, x, settings, low)
     if settings.architecture == "matryoshka":
@@ -46,11 +44,12 @@ def forward(
         main = torch.stack([unexplained(r, variance) for r in residuals]).mean()
         residual = residuals[-1]
     else:
-        residual = x - reconstruct(w, x, fired)
-        main = unexplained(residual, variance)
-    cut = None
-    if len(fired.values):
-        cut = mean_cut(fired) if settings.architecture == "topk" else float(fired.values.min())
+        squares, residual = unexplained_at(w, x, fired, low)
+        main = squares / (len(x) * variance)
+    if not len(fired.values):
+        cut = x.new_zeros(())
+    else:
+        cut = mean_cut(fired) if settings.architecture == "topk" else fired.values.min()
     return Pass(main, residual, fired.counts, cut)
 
 
@@ -88,13 +87,18 @@ def revival_loss(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: i
     AuxK of Gao et al. 2024. It teaches dead features, and only them, to add what is missing. Values are taken
     with their sign: after a ReLU, a feature that is negative everywhere would have no gradient to return by.
     """
-    e = residual.detach()
-    into = (x - w.b_dec.detach()).to(low)
-    pre = (into @ w.W_enc[dead].to(low).T).to(x.dtype) + w.b_enc[dead]
-    if k_aux < len(dead):
+    return revived_error(Weights(w.W_enc[dead], w.b_enc[dead], w.W_dec[dead], w.b_dec), x, residual, k_aux, low)
+
+
+def revived_error(dead: Weights, x: Tensor, residual: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
+    """`revival_loss`, given the rows of the dead features alone (and the b_dec that all share)."""
+    e = residual.detach().to(x.dtype)
+    into = (x - dead.b_dec.detach()).to(low)
+    pre = (into @ dead.W_enc.to(low).T).to(x.dtype) + dead.b_enc
+    if k_aux < pre.shape[1]:
         values, cols = pre.topk(k_aux, dim=1, sorted=False)
         pre = torch.zeros_like(pre).scatter(1, cols, values)
-    e_hat = (pre.to(low) @ w.W_dec[dead].to(low)).to(x.dtype)
+    e_hat = (pre.to(low) @ dead.W_dec.to(low)).to(x.dtype)
     return (e - e_hat).square().sum() / e.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
 
 

@@ -49,7 +49,7 @@ class TrainSettings:
     seed: int = 0
     """Decides the initial weights; the stream has its own seed."""
     bf16: bool = True
-    """Large matrix products in bfloat16 (weights stay float32): faster on processors that have it."""
+    """Large matrix products in bfloat16, where the processor has it (weights stay float32)."""
     log_every: int = 50
     """Steps from one call of `on_step` to the next."""
     checkpoint_every: int = 1000

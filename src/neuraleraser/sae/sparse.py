@@ -2,7 +2,8 @@
 
 One encoder product per step has to touch all B * n pre-activations. It is made in blocks of rows that stay
 in cache, and of each block only the few values that may survive are kept. All that follows (decoding, three
-gradients) runs over those as weighted sums of rows: `embedding_bag` forwards, which sum in a fixed order.
+gradients) runs over those as weighted sums of rows, `embedding_bag` forwards, which sum in a fixed order; only the
+gradient of the kept values is a product of two rows for each of them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**20  # pre-activations made at a time: 2 MB in bfloat16
-SAMPLE_ROWS = 128  # rows that the first guess of the cut is made from
+BLOCK = 2**22  # pre-activations made at a time: 8 MB in bfloat16; a product of fewer rows is slower
+SAMPLE_ROWS = 64  # rows that the first guess of the cut is made from
 
 
 class Weights(NamedTuple):
@@ -33,6 +34,7 @@ class Fired:
     """The kept (row, feature) pairs of a batch [B, d], ordered by row, and once more by feature."""
 
     values: Tensor  # [m] pre-activations, all > 0
+    rows: Tensor  # [m] int64, row of each pair
     cols: Tensor  # [m] int64, feature of each pair
     row_start: Tensor  # [B] int64, first pair of each row
     rows_by_col: Tensor  # [m] int64, row of each pair in order of feature
@@ -62,15 +64,17 @@ def select(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> Fired:
 def pairs(flat: Tensor, values: Tensor, b: int, n: int) -> Fired:
     """Index pairs given as ascending flat positions [m] into a [b, n] matrix, with their values [m]."""
     rows, cols = torch.div(flat, n, rounding_mode="floor"), flat.remainder(n)
-    sorted_cols, order = torch.sort(cols, stable=True)
+    order = torch.sort(cols.short() if n <= 2**15 else cols, stable=True).indices  # fewer bits sort faster
+    counts = torch.bincount(cols, minlength=n)
     return Fired(
         values=values,
+        rows=rows,
         cols=cols,
         row_start=torch.searchsorted(rows, torch.arange(b, device=flat.device)),
         rows_by_col=rows[order],
         order=order,
-        col_start=torch.searchsorted(sorted_cols, torch.arange(n, device=flat.device)),
-        counts=torch.bincount(cols, minlength=n),
+        col_start=counts.cumsum(0) - counts,
+        counts=counts,
     )
 
 
@@ -85,30 +89,83 @@ def _guess(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> float:
 
 
 def _survivors(pre: Callable[[slice], Tensor], b: int, n: int, floor: float) -> tuple[Tensor, Tensor]:
-    """Flat positions (ascending) and values of all pre-activations >= floor and > 0."""
+    """Flat positions (ascending) and values of all pre-activations > floor >= 0."""
     step = max(1, BLOCK // n)
     flat, values = [], []
     for start in range(0, b, step):
-        block = pre(slice(start, min(start + step, b))).reshape(-1)
-        at = _nonzero(block >= floor if floor > 0 else block > 0)
+        block = F.threshold(pre(slice(start, min(start + step, b))).reshape(-1), floor, 0.0)
+        at, kept = _nonzero(block)
         flat.append(at + start * n)
-        values.append(block[at])
+        values.append(kept)
     return torch.cat(flat), torch.cat(values)
 
 
-def _nonzero(mask: Tensor) -> Tensor:
-    """mask.nonzero() of a flat bool tensor, faster where few are set: eight at a time, then within those."""
-    if mask.numel() % 8:
-        return mask.nonzero().squeeze(1)
-    words = mask.view(torch.int64)
+def _nonzero(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and values of what is not 0 in a flat tensor, faster where that is little: whole eight-byte words
+    first, then within those that are not 0."""
+    each = 8 // x.element_size()
+    if each == 1 or x.numel() % each:
+        at = x.nonzero().squeeze(1)
+        return at, x[at]
+    words = x.view(torch.int64)
     some = words.nonzero().squeeze(1)
-    within = words[some].view(torch.bool).nonzero().squeeze(1)
-    return some[within >> 3] * 8 + (within & 7)
+    values = words[some].view(x.dtype)
+    within = values.nonzero().squeeze(1)
+    return some[within // each] * each + within % each, values[within]
 
 
 def _bag(index: Tensor, table: Tensor, start: Tensor, weights: Tensor) -> Tensor:
     """Per bag, the sum of weights[j] * table[index[j]]: [bags, d]."""
     return F.embedding_bag(index, table, start, mode="sum", per_sample_weights=weights)
+
+
+def _products(grad: Tensor, table: Tensor, fired: Fired) -> Tensor:
+    """<grad[row], table[col]> [m] at the pairs alone, of grad [B, d] and table [n, d]: what `embedding_bag` calls the
+    gradient of its weights, here without the forward pass that autograd would want first."""
+    op = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return op(grad, table, fired.cols, fired.row_start, fired.rows, 0)  # 0: mode sum
+
+
+def _to_encoder(grad: Tensor, into: Tensor, w_enc: Tensor, fired: Fired) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of W_enc [n, d], b_enc [n] and b_dec [d], from those of the kept values [m]; into = x - b_dec."""
+    by_col = grad[fired.order]
+    to_bias = torch.zeros_like(w_enc[:, 0]).index_add_(0, fired.cols, grad)
+    return _bag(fired.rows_by_col, into, fired.col_start, by_col), to_bias, -(to_bias @ w_enc)
+
+
+class _Unexplained(torch.autograd.Function):
+    """(||x - x_hat||^2, a scalar, and x - x_hat [B, d], for looking at) through the kept pairs, differentiable in the
+    weights. The gradients are written out, so that no tensor of x's size is made but the residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w_enc: Tensor,
+        b_enc: Tensor,
+        w_dec: Tensor,
+        b_dec: Tensor,
+        x: Tensor,
+        fired: Fired,
+        low: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        into = x - b_dec
+        values = fired.values.to(x.dtype)
+        residual = torch.sub(into, _bag(fired.cols, w_dec, fired.row_start, values))
+        ctx.save_for_backward(w_enc, w_dec, into, values, residual)
+        ctx.fired, ctx.low = fired, low
+        ctx.mark_non_differentiable(residual)
+        flat = residual.view(-1)
+        return torch.dot(flat, flat), residual
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:  # pyright: ignore
+        w_enc, w_dec, into, values, residual = ctx.saved_tensors
+        f: Fired = ctx.fired
+        factor = -2 * grad
+        to_values = factor * _products(residual.to(ctx.low), w_dec.to(ctx.low), f).to(values.dtype)
+        to_dec = _bag(f.rows_by_col, residual, f.col_start, (factor * values)[f.order])
+        to_enc, to_bias, to_b_dec = _to_encoder(to_values, into, w_enc, f)
+        return to_enc, to_bias, to_dec, to_b_dec + factor * residual.sum(0), None, None, None
 
 
 class _EncodeAt(torch.autograd.Function):
@@ -123,10 +180,7 @@ class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyright: ignore
         w_enc, b_dec, x = ctx.saved_tensors
-        f: Fired = ctx.fired
-        to_bias = torch.zeros_like(w_enc[:, 0]).index_add_(0, f.cols, grad)
-        to_rows = _bag(f.rows_by_col, x - b_dec, f.col_start, grad[f.order])
-        return to_rows, to_bias, -(to_bias @ w_enc), None, None
+        return *_to_encoder(grad, x - b_dec, w_enc, ctx.fired), None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -143,18 +197,13 @@ class _Decode(torch.autograd.Function):
         values, w_dec = ctx.saved_tensors
         f: Fired = ctx.fired
         grad = grad.contiguous()
-        to_rows = _bag(f.rows_by_col, grad, f.col_start, values[f.order])
-        # embedding_bag's own backward for its weights is the product <grad_row, w_col> at the pairs alone.
-        with torch.enable_grad():
-            at = values.detach().requires_grad_()
-            out = _bag(f.cols, w_dec.detach(), f.row_start, at)
-        (to_values,) = torch.autograd.grad(out, at, grad)
-        return to_values, to_rows, None
+        return _products(grad, w_dec, f), _bag(f.rows_by_col, grad, f.col_start, values[f.order]), None
 
 
-def reconstruct(w: Weights, x: Tensor, fired: Fired) -> Tensor:
-    """x_hat [B, d] of x [B, d] through the kept pairs, differentiable in the weights (not in x)."""
-    return decode_at(encode_at(w, x, fired), w.W_dec, fired) + w.b_dec
+def unexplained_at(w: Weights, x: Tensor, fired: Fired, low: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(||x - x_hat||^2, a scalar; x - x_hat [B, d]) of x [B, d] through the kept pairs. The first is differentiable in
+    the weights (not in x), the second in nothing. The products of rows in its gradient are made in dtype `low`."""
+    return _Unexplained.apply(*w, x, fired, low)  # pyright: ignore[reportReturnType]
 
 
 def encode_at(w: Weights, x: Tensor, fired: Fired) -> Tensor:

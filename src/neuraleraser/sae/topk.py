@@ -31,13 +31,12 @@ def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired
     return pairs(torch.cat(flat), torch.cat(values), b, n)
 
 
-def mean_cut(fired: Fired) -> float:
+def mean_cut(fired: Fired) -> Tensor:
     """What a feature had to exceed to be kept: the smallest kept value of a vector, on average over vectors that
     have any."""
-    rows = torch.empty_like(fired.cols)
-    rows[fired.order] = fired.rows_by_col
-    least = fired.values.new_full((len(fired.row_start),), torch.inf).scatter_reduce(0, rows, fired.values, "amin")
-    return float(least[least < torch.inf].float().mean())
+    least = fired.values.new_full((len(fired.row_start),), torch.inf)
+    least = least.scatter_reduce(0, fired.rows, fired.values, "amin")
+    return least[least < torch.inf].float().mean()
 
 
 def calibrated(w: Weights, k: int, x: Tensor, header: dict[str, Any]) -> SAE:

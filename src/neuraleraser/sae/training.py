@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +14,38 @@ import torch
 from torch import Tensor
 
 from neuraleraser import artifact
-from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
 from neuraleraser.sae.jumprelu import first_log_threshold
-from neuraleraser.sae.labelled import check_labels, concept_directions, discriminants
+from neuraleraser.sae.labelled import concept_directions, discriminants
 from neuraleraser.sae.model import SAE
-from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
+from neuraleraser.sae.reading import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
 from neuraleraser.sae.settings import StepLog, TrainSettings
 from neuraleraser.sae.sparse import Weights
+from neuraleraser.sae.steps import State as _State
+from neuraleraser.sae.steps import step as _step
 from neuraleraser.sae.topk import calibrated
 
-Stream = Callable[[int], Iterator[Tensor | tuple[Tensor, Tensor]]]
-"""The batches x [B, d], or (x, labels [M, C]), from a step on: a pure function of the step, so that training can
-resume anywhere. Labels of 0 and 1 say what M maps of B / M consecutive vectors show."""
-
-THRESHOLD_RATE = 0.01  # of the moving average of the cut
+_ALONE = "activations"
 _CHECKPOINT = "sae-training"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # Adam's state for each tensor
 _NUMBERS = ("scale", "variance", "threshold", "step")
 _FREE = ("log_every", "checkpoint_every")  # settings that a resumed run may change
 
 
-@dataclass
-class _State:
-    """All that a training run is at a step: what a checkpoint holds."""
+@dataclass(frozen=True)
+class Run:
+    """One SAE of several that are trained from one stream."""
 
-    weights: Weights  # for scaled data
-    optimiser: torch.optim.Adam
-    idle: Tensor  # [n] int64, vectors since each feature last fired
-    scale: float  # raw activations are multiplied by this
-    variance: float  # mean ||x - mean||^2 of the first vectors, scaled
-    threshold: float = 0.0
-    step: int = 0
-    concepts: int = 0  # that the labels tell apart, in labelled training
-    log_threshold: Tensor | None = None  # [n], learnt by JumpReLU
+    settings: TrainSettings
+    source: str = ""
+    """Whose batches it is trained on; "": those of its own name."""
+    checkpoint: str | os.PathLike[str] | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What the stream is, in JSON: kept with checkpoint and SAE, and a checkpoint of other data is refused."""
 
-    def parameters(self) -> dict[str, Tensor]:
-        """What is learnt, by name."""
-        own = {} if self.log_threshold is None else {"log_threshold": self.log_threshold}
-        return self.weights._asdict() | own
+    @property
+    def path(self) -> Path | None:
+        return None if self.checkpoint is None else Path(self.checkpoint)
 
 
 def train(
@@ -81,85 +76,92 @@ def train(
     or do not fit, a stream that is empty or ends early; SettingsError for settings other than the checkpoint's, or
     divergence; FileError for a damaged checkpoint.
     """
-    path = None if checkpoint is None else Path(checkpoint)
-    state = _resume(path, settings) if path is not None and path.exists() else _start(batches, settings)
-    d = len(state.weights.b_dec)
-    if state.step < settings.steps:
-        stream = batches(state.step)
-        while state.step < settings.steps:
-            x, labels = _next(stream, state.step, d, settings, state.concepts)
-            if x.device != state.idle.device:  # resumed: the file was read on the CPU
-                state = _moved(state, x.device)
-            log = _step(state, x * state.scale, labels, settings)
-            if on_step and (state.step % settings.log_every == 0 or state.step == settings.steps):
-                on_step(log)
-            if path and (state.step % settings.checkpoint_every == 0 or state.step == settings.steps):
-                _write(path, state, settings)
-        _close(stream)
-    if settings.architecture != "topk":
-        return _fold(state, settings)
-    sample, _ = _first_vectors(batches, settings)
-    return calibrated(_unscaled(_moved(state, sample.device)), settings.k, sample, _header(state, settings))
+
+    def alone(step: int) -> Iterator[dict[str, Batch]]:
+        stream = batches(step)
+        try:
+            for item in stream:
+                yield {_ALONE: item}
+        finally:
+            close(stream)
+
+    told = None if on_step is None else lambda name, log: on_step(log)
+    return train_together(alone, {_ALONE: Run(settings, checkpoint=checkpoint)}, told)[_ALONE]
 
 
-def _step(state: _State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> StepLog:
-    """One step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place."""
-    w, b, n = state.weights, len(x), settings.n
-    low = torch.bfloat16 if settings.bf16 else x.dtype
-    made = forward(w, state.log_threshold, x, state.variance, settings, low)
-    state.idle = torch.where(made.counts > 0, 0, state.idle + b)
-    dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
+def train_together(
+    batches: Streams, runs: Mapping[str, Run], on_step: Callable[[str, StepLog], None] | None = None
+) -> dict[str, SAE]:
+    """Train several SAEs (of other sites, widths, architectures) from one pass of `batches(step) -> iterator of
+    {source: batch}`; each ends in the bits that `train` on its own source would end in.
 
-    k_aux = x.shape[1] // 2 if settings.k_aux is None else settings.k_aux
-    aux = revival(w, x, made.residual, dead, k_aux, low)
-    loss = made.main + AUX_WEIGHT * aux
-    bind = contrast = None
-    if labels is not None:
-        own = state.log_threshold
-        cut = state.threshold if own is None else own[: labels.shape[1]].detach().exp()
-        bind, contrast = labelled_losses(w, x, labels, cut, settings, low)
-        loss = loss + settings.bind * bind + settings.contrast * contrast
-    learnt = list(state.parameters().values())
-    for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
-        p.grad = grad
-    with torch.no_grad():
-        if settings.discriminant:  # set in closed form, and held
-            for p in (w.W_enc, w.b_enc):
-                p.grad[: state.concepts] = 0  # pyright: ignore[reportOptionalSubscript]
-        # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
-        along = w.W_dec.grad
-        assert along is not None
-        along.sub_((along * w.W_dec).sum(1, keepdim=True) * w.W_dec)
-        norm = float(torch.nn.utils.clip_grad_norm_(learnt, 1.0))
-        if not math.isfinite(norm):
-            raise SettingsError(f"training diverged at step {state.step} (gradient {norm}): lower lr")
-        lr = settings.lr_at(state.step, x.shape[1])
-        state.optimiser.param_groups[0]["lr"] = lr
-        state.optimiser.step()
-        w.W_dec.div_(w.W_dec.norm(dim=1, keepdim=True))
+    `on_step(name, log)` is told of each run, by its name in `runs`. With checkpoints, runs go on where each stopped:
+    the stream starts at the step of the one that is least far, and the others wait. What a run has learnt is written
+    to its checkpoint also where the stream fails or is interrupted, or another run diverges. Raises as `train`
+    does; DataError, too, where the stream lacks a run's source.
+    """
+    if not runs:
+        raise SettingsError("there are no runs to train: pass at least one")
+    states = {name: _begin(batches, name, run) for name, run in runs.items()}
+    first, last = min(state.step for state in states.values()), max(run.settings.steps for run in runs.values())
+    stream = batches(first) if first < last else iter(())
+    try:
+        for step in range(first, last):
+            item = take(stream, step, last)
+            for name, run in runs.items():
+                if states[name].step == step < run.settings.steps:
+                    states[name] = _advanced(states[name], item, name, run, on_step)
+    except (NeuralEraserError, KeyboardInterrupt) as error:
+        kept = [str(run.path) for name, run in runs.items() if _kept(run, states[name])]
+        if kept and isinstance(error, NeuralEraserError):
+            raise type(error)(f"{error} (all steps before are kept in {', '.join(kept)})") from error
+        raise
+    finally:
+        close(stream)
+    return {name: _finished(batches, states[name], name, run) for name, run in runs.items()}
 
-    if made.cut is not None:
-        rate = min(1.0, max(THRESHOLD_RATE, 10 / (state.step + 1)))  # faster at first, when the cut moves
-        state.threshold += rate * (made.cut - state.threshold)
-    state.step += 1
-    return StepLog(
-        step=state.step,
-        vectors=b,
-        fvu=float(unexplained(made.residual.detach(), state.variance)),
-        aux=float(aux.detach()),
-        l0=int(made.counts.sum()) / b,
-        dead=len(dead) / n,
-        threshold=state.threshold,
-        lr=lr,
-        grad_norm=norm,
-        bind=0.0 if bind is None else float(bind.detach()),
-        contrast=0.0 if contrast is None else float(contrast.detach()),
-    )
+
+def _begin(batches: Streams, name: str, run: Run) -> _State:
+    """The state that a run starts from, or goes on from."""
+    path = run.path
+    if path is not None and path.exists():
+        return _resume(path, run)
+    return _start(only(batches, run.source or name), run.settings)
+
+
+def _advanced(
+    state: _State, item: Mapping[str, Batch], name: str, run: Run, on_step: Callable[[str, StepLog], None] | None
+) -> _State:
+    """The state after one step more."""
+    settings = run.settings
+    x, labels = checked(of(item, run.source or name), state.step, len(state.weights.b_dec), settings, state.concepts)
+    if x.device != state.idle.device:  # resumed: the file was read on the CPU
+        state = _moved(state, x.device)
+    state.whole = False
+    log = _step(state, x * state.scale, labels, settings)
+    state.whole = True
+    last = state.step == settings.steps
+    if last or state.step % settings.log_every == 0:
+        told = log()  # also where nobody listens: on a GPU divergence is noticed here
+        if on_step:
+            on_step(name, told)
+    if run.path and (last or state.step % settings.checkpoint_every == 0):
+        _keep(run, state)
+    return state
+
+
+def _finished(batches: Streams, state: _State, name: str, run: Run) -> SAE:
+    """The SAE of a run whose steps are done."""
+    header = _header(state, run)
+    if run.settings.architecture != "topk":
+        return _fold(state, header)
+    sample, _ = first_vectors(only(batches, run.source or name), run.settings)
+    return calibrated(_unscaled(_moved(state, sample.device)), run.settings.k, sample, header)
 
 
 def _start(batches: Stream, settings: TrainSettings) -> _State:
     """The state before the first step: scale and bias from the first vectors, the rest from the seed."""
-    sample, labels = _first_vectors(batches, settings)
+    sample, labels = first_vectors(batches, settings)
     d = sample.shape[1]
     power = float(sample.double().square().sum(1).mean())
     variance = float((sample.double() - sample.double().mean(0)).square().sum(1).mean())
@@ -200,11 +202,11 @@ def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
     return at
 
 
-def _fold(state: _State, settings: TrainSettings) -> SAE:
+def _fold(state: _State, header: Mapping[str, Any]) -> SAE:
     """The SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
     own, s = state.log_threshold, state.scale
-    threshold = torch.full_like(state.weights.b_enc, state.threshold / s) if own is None else own.exp() / s
-    return SAE(*_unscaled(state), threshold, _header(state, settings))
+    threshold = torch.full_like(state.weights.b_enc, float(state.threshold) / s) if own is None else own.exp() / s
+    return SAE(*_unscaled(state), threshold, header)
 
 
 def _unscaled(state: _State) -> Weights:
@@ -213,57 +215,11 @@ def _unscaled(state: _State) -> Weights:
     return Weights(w.W_enc, w.b_enc / s, w.W_dec, w.b_dec / s)
 
 
-def _header(state: _State, settings: TrainSettings) -> dict[str, Any]:
+def _header(state: _State, run: Run) -> dict[str, Any]:
     """What a trained SAE says about itself."""
-    header = {"settings": asdict(settings), "data_scale": state.scale, "steps": state.step}
-    return header | ({"concepts": state.concepts} if settings.bind or settings.discriminant else {})
-
-
-def _first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Tensor | None]:
-    """Up to `init_vectors` vectors [N, d] float32 from the start of the stream, and their labels [N, C], if any."""
-    parts: list[Tensor] = []
-    known: list[Tensor] = []
-    stream = batches(0)
-    while sum(map(len, parts)) < settings.init_vectors and len(parts) < settings.steps:
-        d = parts[0].shape[1] if parts else None
-        x, labels = _next(stream, len(parts), d, settings, known[0].shape[1] if known else 0)
-        parts.append(x)
-        if labels is not None:
-            known.append(labels.repeat_interleave(len(x) // len(labels), 0))
-    _close(stream)
-    vectors = settings.init_vectors
-    return torch.cat(parts)[:vectors], torch.cat(known)[:vectors] if known else None
-
-
-def _next(
-    stream: Iterator[Tensor | tuple[Tensor, Tensor]], step: int, d: int | None, settings: TrainSettings, concepts: int
-) -> tuple[Tensor, Tensor | None]:
-    """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled; checked."""
-    item, steps = next(stream, None), settings.steps
-    if isinstance(item, (tuple, list)) and len(item) != 2:  # a list is what a DataLoader makes of a pair
-        raise DataError(f"batch {step} is {len(item)} values: pass activations [B, d], or (x [B, d], labels [M, C])")
-    x, labels = item if isinstance(item, (tuple, list)) else (item, None)
-    if x is None:
-        if step == 0:
-            raise DataError("the stream of activations is empty: pass at least one batch [B, d]")
-        raise DataError(f"the stream ended after {step} batches: pass a longer one, or fewer steps than {steps}")
-    if x.ndim != 2 or 0 in x.shape or (d is not None and x.shape[1] != d):
-        raise DataError(f"batch {step} has shape {tuple(x.shape)}: expected [B, {d or 'd'}] with B > 0")
-    if bad := int((~torch.isfinite(x)).sum()):
-        raise DataError(f"batch {step} holds {bad} NaN or infinite values of {x.numel()}: mend their source")
-    if not settings.labelled:
-        return x.detach().float(), None
-    if labels is None:
-        raise DataError(f"batch {step} has no labels: labelled training takes a stream of (x [B, d], labels [M, C])")
-    check_labels(labels, len(x), settings.n, concepts or None, step)
-    return x.detach().float(), labels.to(x.device)
-
-
-def _close(stream: Iterator[Any]) -> None:
-    """Let a generator run its clean-up now; other iterators have none."""
-    close = getattr(stream, "close", None)
-    if close:
-        close()
+    header = {"settings": asdict(run.settings), "data_scale": state.scale, "steps": state.step}
+    header |= {"concepts": state.concepts} if run.settings.bind or run.settings.discriminant else {}
+    return header | ({"data": dict(run.data)} if run.data else {})
 
 
 def _tensors(state: _State) -> dict[str, Tensor]:
@@ -291,21 +247,40 @@ def _moved(state: _State, device: torch.device) -> _State:
     return _rebuilt({name: x.to(device) for name, x in _tensors(state).items()}, vars(state))
 
 
-def _write(path: Path, state: _State, settings: TrainSettings) -> None:
-    """Write the whole state to `path`, in one piece or not at all."""
-    header = {"settings": asdict(settings)} | {name: getattr(state, name) for name in (*_NUMBERS, "concepts")}
-    artifact.save(path, _CHECKPOINT, _tensors(state), header)
+def _kept(run: Run, state: _State) -> bool:
+    """Keep a state where training ends early, unless it is half done, diverged, or a finished run's, which was kept."""
+    if run.path is None or not state.whole or not 0 < state.step < run.settings.steps:
+        return False
+    try:
+        _keep(run, state)
+    except (DataError, SettingsError):  # on a GPU the log, and what is wrong, is read only now
+        return False
+    return True
 
 
-def _resume(path: Path, settings: TrainSettings) -> _State:
-    """The state that `_write` wrote, on the CPU."""
+def _keep(run: Run, state: _State) -> None:
+    """Write the whole state to the run's checkpoint, in one piece or not at all. Raises SettingsError where training
+    diverged."""
+    assert run.path is not None
+    if state.log:
+        state.log()
+    header = {"settings": asdict(run.settings), "data": dict(run.data)}
+    header |= {name: getattr(state, name) for name in (*_NUMBERS, "concepts")} | {"threshold": float(state.threshold)}
+    artifact.save(run.path, _CHECKPOINT, _tensors(state), header)
+
+
+def _resume(path: Path, run: Run) -> _State:
+    """The state that `_keep` wrote, on the CPU."""
+    settings = run.settings
     tensors, header = artifact.load(path, _CHECKPOINT)
-    asked, was = asdict(settings), header.get("settings")
-    if not isinstance(was, dict):
+    asked, was, data = asdict(settings), header.get("settings"), header.get("data", {})
+    if not isinstance(was, dict) or not isinstance(data, dict):
         raise FileError(f"{path} names no settings, so it is no checkpoint: delete it to start over")
     was = {f.name: f.default for f in fields(settings) if f.default is not MISSING} | was  # older than some setting
-    changed = [key for key in asked if key not in _FREE and was.get(key) != asked[key]]
-    other = [f"{key} = {was.get(key)!r}, not {asked[key]!r}" for key in changed]
+    given = json.loads(json.dumps(dict(run.data)))  # as it is read back: tuples become lists
+    pairs = [(key, was.get(key), asked[key]) for key in asked if key not in _FREE]
+    pairs += [(key, data.get(key), given.get(key)) for key in {**data, **given}]
+    other = [f"{key} = {old!r}, not {new!r}" for key, old, new in pairs if old != new]
     if other:
         raise SettingsError(f"{path} was made with {'; '.join(other)}: pass those, or another checkpoint")
     try:

@@ -24,6 +24,7 @@ from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.candidates import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
 from neuraleraser.sites.hooks import Call, Edit
 from neuraleraser.sites.model import differs, made_for
+from neuraleraser.sites.noise import noised, scheduler_steps
 from neuraleraser.sites.place import DENOISERS, Site, denoiser
 
 __all__ = [
@@ -40,8 +41,10 @@ __all__ = [
     "differs",
     "edit",
     "made_for",
+    "noised",
     "record",
     "replay",
+    "scheduler_steps",
     "text_encoder_sites",
     "text_streams",
 ]

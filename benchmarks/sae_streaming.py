@@ -1,0 +1,111 @@
+"""An SAE from scratch, streaming from a running pipeline: how long it takes, and how good it is.
+
+    python benchmarks/sae_streaming.py --json                  # the canvas, at its gate's site, width and steps
+    python benchmarks/sae_streaming.py --json --stream.ahead 0 # drawing and training take turns
+
+Figures are of activations that the SAE has not seen, those that would have come next; a feature is dead if it fires
+on none of them, with thresholds as saved. `--json` prints one object with what was asked, found, and run on.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import tyro
+
+from neuraleraser.activations import activation_stream, substitution
+from neuraleraser.fit.dictionary import CANVAS_GATE, canvas_background
+from neuraleraser.models import open_pipeline
+from neuraleraser.sae import Run, StepLog, TrainSettings, measure, train_together
+from neuraleraser.settings import Sampling, StreamSettings
+from neuraleraser.sites import Site
+
+
+@dataclass
+class Settings:
+    """An SAE from scratch, streaming."""
+
+    site: str = str(CANVAS_GATE)
+    """Where."""
+    n: tuple[int, ...] = (512,)
+    """Features; several widths are trained from one pass."""
+    k: int = 12
+    """Features that fire for a vector."""
+    steps: int = 1500
+    """Batches to train on."""
+    vectors: int = 1_000_000
+    """Vectors to measure on."""
+    images: int = 40
+    """Images of the substitution test."""
+    json: bool = False
+    """Print one JSON object, and nothing else."""
+    stream: StreamSettings = field(default_factory=lambda: StreamSettings(sampling=Sampling(batch=40)))
+    """How activations are drawn and mixed."""
+
+
+def main(s: Settings) -> None:
+    pipe = open_pipeline("canvas")
+    prompts = [p for p, _, _ in canvas_background(4000, 1)]
+    pool = activation_stream(pipe, prompts, [Site.parse(s.site)], s.stream)
+    draw, drawn, first = pool.chunk, 0, 0.0
+
+    def chunk(number: int, stopped: Any) -> Any:
+        nonlocal drawn
+        drawn += s.stream.sampling.batch
+        return draw(number, stopped)
+
+    def on_step(name: str, log: StepLog) -> None:
+        nonlocal first
+        first = first or time.monotonic()
+
+    pool.chunk = chunk
+    runs = {str(n): Run(TrainSettings(n=n, k=s.k, steps=s.steps, log_every=1), s.site) for n in s.n}
+    started = time.monotonic()
+    saes = train_together(pool, runs, on_step)
+    seconds, images = time.monotonic() - started, drawn
+    stream, parts = pool(s.steps), []
+    while sum(map(len, parts)) < s.vectors:
+        parts.append(next(stream)[s.site].float())
+    stream.close()  # type: ignore[attr-defined]
+    x = torch.cat(parts)[: s.vectors]
+    found = []
+    for sae in saes.values():
+        texts = [p for p, _, _ in canvas_background(s.images, 3)]
+        lost = substitution(pipe, sae, Site.parse(s.site), texts, range(200_000, 200_000 + s.images))
+        figures = measure(sae, x)
+        found.append(
+            {
+                "n": sae.n,
+                **{key: figures[key] for key in ("explained_variance", "l0", "dead_share", "vectors")},
+                "kept": {t.time: t.recovered if t.mean > t.loss else None for t in lost.times},
+                "image_difference": lost.difference,
+            }
+        )
+    out = {
+        "seconds": seconds,
+        "seconds_to_first_step": first - started,
+        "images": images,
+        "vectors_a_second": s.steps * s.stream.batch * len(runs) / seconds,
+        "saes": found,
+        "settings": asdict(s),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    if s.json:
+        print(json.dumps(out))
+        return
+    print(f"{seconds:.0f} s ({out['seconds_to_first_step']:.0f} s to the first step), {images} images")
+    for one in found:
+        print(
+            f"{one['n']} features: {one['explained_variance']:.2%} of the variance explained, {one['l0']:.1f} fire, "
+            f"{one['dead_share']:.2%} dead on {one['vectors']:,} vectors"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

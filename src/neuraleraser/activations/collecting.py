@@ -1,0 +1,168 @@
+"""Telling activations while a pipeline draws, and keeping a random sample of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.errors import DataError
+from neuraleraser.sae.mixing import Unwanted
+from neuraleraser.sampling import Images, generate
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Call, Site, record
+
+CONDITIONAL, UNCONDITIONAL = 1, 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Activations of one site in one denoiser call, one guidance branch: x [B, P, d] of `images`, at `timestep`."""
+
+    site: Site
+    x: Tensor
+    timestep: float
+    images: range
+    branch: int
+
+
+def collect(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sites: Sequence[Site],
+    on: Callable[[Seen], None],
+    sampling: Sampling | None = None,
+    init: Images | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Images:
+    """Draw the images and tell `on` all activations at `sites`, and `on_batch` of each batch as `generate` does;
+    returns the images.
+
+    With guidance in one batch the first half of a call's rows is the unconditional branch; else all rows count
+    as conditional (so a text encoder's pass over the negative prompt does too). `x` is the model's own tensor:
+    copy what you keep.
+    """
+    s = sampling or Sampling()
+    now = {"first": 0, "real": 0}
+
+    def begin(first: int, real: int) -> None:
+        now.update(first=first, real=real)
+        if on_batch:
+            on_batch(first, real)
+
+    def note(site: Site, x: Tensor, call: Call) -> None:
+        size = s.batch if s.pad else min(s.batch, len(prompts))
+        t = float(call.timestep[0])
+        images = range(now["first"], now["first"] + now["real"])
+        if x.shape[0] == 2 * size:
+            on(Seen(site, x[: now["real"]], t, images, UNCONDITIONAL))
+            on(Seen(site, x[size : size + now["real"]], t, images, CONDITIONAL))
+        else:
+            on(Seen(site, x[: now["real"]], t, images, CONDITIONAL))
+
+    with record(pipe, sites, note):
+        return generate(pipe, prompts, seeds, s, init=init, on_batch=begin)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was kept of one site: x [N, P, d], maps of P vectors each; the image [N] and the guidance branch [N] that
+    each comes from. As many of every image, images in a row."""
+
+    x: Tensor
+    image: Tensor
+    branch: Tensor
+
+
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sites: Sequence[Site],
+    maps: int,
+    generator: torch.Generator,
+    sampling: Sampling | None = None,
+    per_map: int = 1,
+    unwanted: Callable[[], bool] | None = None,
+) -> dict[Site, Sample]:
+    """Draw the images and keep `maps` random maps of each, over all steps, positions and branches; all where there
+    are fewer. A map is `per_map` random positions of one call. What is kept stays in the model's dtype and memory.
+
+    Raises DataError on NaN or infinity, naming site, timestep and prompts, and for a site with fewer positions than
+    a map; Unwanted as soon as `unwanted()` is true.
+    """
+    kept: dict[tuple[Site, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def on(seen: Seen) -> None:
+        if unwanted and unwanted():
+            raise Unwanted
+        _check(seen, prompts)
+        b, p, _ = seen.x.shape
+        whole = p // per_map
+        if not whole:
+            raise DataError(f"{seen.site} has {p} positions, too few for a map of {per_map}: pass a smaller per_map")
+        # Every map gets a random key, and those of the largest keys stay: a fair draw, however many calls follow.
+        key, which = torch.rand((b, whole), generator=generator).topk(min(whole, maps), 1)
+        at = torch.arange(whole)[None, :, None].expand(b, -1, -1)
+        if per_map > 1:
+            at = torch.rand((b, p), generator=generator).argsort(1)[:, : whole * per_map].unflatten(1, (whole, -1))
+        at = at.gather(1, which[..., None].expand(-1, -1, per_map)).to(seen.x.device)
+        x = seen.x.detach()[torch.arange(b, device=at.device)[:, None, None], at]
+        branch = torch.full_like(which, seen.branch)
+        home = seen.site, seen.images.start
+        if home in kept:
+            key, x, branch = (torch.cat(pair, 1) for pair in zip(kept[home], (key, x, branch), strict=True))
+            key, stay = key.topk(min(maps, key.shape[1]), 1)
+            x = x[torch.arange(b, device=x.device)[:, None], stay.to(x.device)]
+            branch = branch.gather(1, stay)
+        kept[home] = key, x, branch
+
+    collect(pipe, prompts, seeds, sites, on, sampling)
+    out = {}
+    for site in sites:
+        parts = [(first, *rest) for (at, first), rest in kept.items() if at == site]
+        image = [(first + torch.arange(len(key)))[:, None].expand_as(key) for first, key, _, _ in parts]
+        out[site] = Sample(
+            torch.cat([x.flatten(0, 1) for _, _, x, _ in parts]),
+            torch.cat([i.flatten() for i in image]),
+            torch.cat([branch.flatten() for _, _, _, branch in parts]),
+        )
+    return out
+
+
+def bank(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sites: Sequence[Site],
+    per_image: int = 256,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> dict[Site, Tensor]:
+    """A random sample of activation vectors, `per_image` an image, over steps, positions and branches; all of them
+    where there are fewer.
+
+    -> {site: [up to images * per_image, d]} float32 on the CPU, in random order. Raises DataError where there are no
+    prompts, and on NaN or infinity, naming the site, timestep and prompts.
+    """
+    if not prompts:
+        raise DataError("there are no prompts, so there are no activations: pass at least one")
+    generator = torch.Generator().manual_seed(seed)
+    found = sample(pipe, prompts, seeds, sites, per_image, generator, sampling)
+    order = torch.Generator().manual_seed(seed + 1)
+    return {site: s.x[torch.randperm(len(s.x), generator=order), 0].float().cpu() for site, s in found.items()}
+
+
+def _check(seen: Seen, prompts: Sequence[str]) -> None:
+    """DataError for NaN or infinity, which a sum keeps."""
+    good = torch.isfinite(seen.x.sum((1, 2), dtype=torch.float32))
+    if not bool(good.all()):
+        bad = [prompts[i] for i, ok in zip(seen.images, good.tolist(), strict=True) if not ok]
+        raise DataError(
+            f"NaN or infinity in the activations of {seen.site} at timestep {seen.timestep:g}, "
+            f"prompts {bad[:3]}: use float32 or bfloat16"
+        )

@@ -1,0 +1,191 @@
+"""A stream of activations on disk: its blocks, one file each, already mixed over images, positions and timesteps.
+
+A folder holds `shard-000000.safetensors`, ... and `index.safetensors`, which has no tensors but says in its header
+what the stream is, how many shards it has, and the size and SHA-256 of each that is written. A shard is whole or
+absent, and the index is renamed into place after each: recording that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser import artifact
+from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
+
+INDEX = "index.safetensors"
+_KIND, _SHARD, _LABELS = "activations", "activations-shard", "/labels"
+_AGAIN = "delete it and run `neuraleraser collect` again with the same options, which makes what is missing"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A recorded stream: each source's rows, `rows` a shard; `data` says what was recorded."""
+
+    folder: Path
+    data: Mapping[str, Any]
+    count: int
+    rows: int
+    per_map: int
+    sources: tuple[str, ...]
+    files: tuple[tuple[int, str], ...]  # of each, the file's bytes and its tensors' SHA-256
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Shards:
+        """Read the index of a folder. Raises FileError for one that is damaged, or lacks shards."""
+        found = cls._read(Path(folder))
+        if len(found.files) < found.count:
+            raise FileError(
+                f"{folder} holds {len(found.files)} of {found.count} shards: run `neuraleraser collect` again with the "
+                "same options, which makes the others"
+            )
+        return found
+
+    @classmethod
+    def _read(cls, folder: Path) -> Shards:
+        path = folder / INDEX
+        _, header = artifact.load(path, _KIND)
+        try:
+            numbers = {name: _whole(name, header[name]) for name in ("count", "rows", "per_map")}
+            sources = tuple(header["sources"])
+            files = tuple((_whole("bytes", size), str(digest)) for size, digest in header["shards"])
+            if not isinstance(header["data"], dict) or not all(isinstance(name, str) for name in sources):
+                raise ValueError("field data is no object, or sources are no names")
+            if not sources or len(files) > numbers["count"]:
+                raise ValueError(f"{len(sources)} sources, {len(files)} shards of {numbers['count']}")
+        except (KeyError, TypeError, ValueError) as e:
+            raise FileError(f"{path} is no whole index (field {e}): {_AGAIN}") from e
+        return cls(folder, header["data"], **numbers, sources=sources, files=files)
+
+    @property
+    def digest(self) -> str:
+        """One hash of all shards: what a training run was made with."""
+        return hashlib.sha256("".join(digest for _, digest in self.files).encode()).hexdigest()
+
+    def batches(
+        self,
+        batch: int,
+        seed: int = 0,
+        *,
+        window: int = 1,
+        ahead: int = 1,
+        device: torch.device | str | None = None,
+    ) -> MixingPool:
+        """The stream of batches of `batch` vectors, as `activation_stream` gives it: shards in random order, then
+        all again in another. A thread reads the next shard, and checks it, while batches are used."""
+        if batch % self.per_map:
+            raise SettingsError(f"batch is {batch}: pass a multiple of the {self.per_map} vectors that stay together")
+
+        def chunk(number: int, stopped: Stopped) -> Mapping[str, Rows]:
+            epoch, at = divmod(number, self.count)
+            return self.load(int(torch.randperm(self.count, generator=generator(seed, "shards", epoch))[at]))
+
+        rows = batch // self.per_map
+        return MixingPool(chunk, self.rows, rows, window=window, seed=seed, ahead=ahead, device=device)
+
+    def load(self, number: int) -> dict[str, Rows]:
+        """The rows of a shard. Raises FileError, naming file and field, if it is not the one that was written."""
+        path, (size, digest) = shard_path(self.folder, number), self.files[number]
+        if not path.is_file():
+            raise FileError(f"{path} does not exist: run `neuraleraser collect` again with the same options")
+        if (found := path.stat().st_size) != size:
+            raise FileError(
+                f"{path} is truncated or another file: it has {found} bytes, field bytes says {size}: {_AGAIN}"
+            )
+        tensors, _ = artifact.load(path, _SHARD)
+        if (own := _sha256(tensors)) != digest:
+            twins = [i for i, (_, other) in enumerate(self.files) if other == own]
+            what = f"is shard {twins[0]} under another name" if twins else "was altered"
+            raise FileError(f"{path} {what}: its SHA-256 is {own[:12]}, field sha256 says {digest[:12]}: {_AGAIN}")
+        out: dict[str, Rows] = {}
+        for source in self.sources:
+            rows = tuple(tensors[name] for name in (source, source + _LABELS) if name in tensors)
+            if not rows or any(len(x) != self.rows for x in rows):
+                raise FileError(f"{path} holds no {self.rows} rows of tensor {source!r}: {_AGAIN}")
+            out[source] = rows
+        return out
+
+
+def write_shards(
+    pool: MixingPool,
+    folder: str | os.PathLike[str],
+    count: int,
+    data: Mapping[str, Any],
+    on_shard: Callable[[int], None] | None = None,
+) -> Shards:
+    """Record the first `count` blocks of a pool as shards, those that are not there yet; `on_shard(number)` is told
+    of each. `data` says in JSON what the stream is.
+
+    Raises SettingsError where the folder holds another stream, FileError for an index that is damaged or a disk
+    that is full.
+    """
+    folder, files = Path(folder), list[tuple[int, str]]()
+    data = json.loads(json.dumps(dict(data)))  # as it is read back
+    if (folder / INDEX).exists():
+        old = Shards._read(folder)
+        pairs = [("count", old.count, count)] + [(k, old.data.get(k), data.get(k)) for k in {**old.data, **data}]
+        other = [f"{name} = {was!r}, not {now!r}" for name, was, now in pairs if was != now]
+        if other:
+            raise SettingsError(f"{folder} holds a stream of {'; '.join(other)}: pass those, or another folder")
+        files = list(old.files)
+    stream: Iterator[dict[str, Rows]] | None = None
+    at = 0
+    try:
+        for number in range(count):
+            path = shard_path(folder, number)
+            if number < len(files) and path.is_file() and path.stat().st_size == files[number][0]:
+                continue
+            if stream is None or at != number:
+                if stream is not None:
+                    stream.close()  # type: ignore[attr-defined]
+                stream, at = pool.blocks(number), number
+            block, at = next(stream), at + 1
+            tensors = {}
+            for source, rows in block.items():
+                tensors |= dict(zip((source, source + _LABELS), rows, strict=False))
+            artifact.save(path, _SHARD, tensors, {"number": number})
+            files[number : number + 1] = [(path.stat().st_size, _sha256(tensors))]
+            first = next(iter(block.values()))[0]
+            header = {
+                "data": data,
+                "count": count,
+                "rows": len(first),
+                "per_map": first.shape[1] if first.ndim == 3 else 1,
+                "sources": list(block),
+                "shards": files,
+            }
+            artifact.save(folder / INDEX, _KIND, {}, header)
+            if on_shard:
+                on_shard(number)
+    finally:
+        if stream is not None:
+            stream.close()  # type: ignore[attr-defined]
+    return Shards.open(folder)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.safetensors"
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, shapes and values. Not of the file, in which safetensors puts the header's fields in any order."""
+    found = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        found.update(x.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}")
+    return value

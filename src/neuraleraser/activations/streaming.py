@@ -1,0 +1,103 @@
+"""An endless stream of activations, drawn while an SAE trains on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.activations.collecting import CONDITIONAL, sample
+from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
+from neuraleraser.settings import STREAM_SEEDS, StreamSettings
+from neuraleraser.sites import Site, record
+
+
+def activation_stream(
+    pipe: Any,
+    prompts: Sequence[str],
+    sites: Sequence[Site],
+    settings: StreamSettings | None = None,
+    labels: Tensor | None = None,
+) -> MixingPool:
+    """The activations of `pipe` at `sites`, as batches {str(site): x [batch, d]} from any step on, for
+    `train_together`: drawn as they are needed, mixed over images, positions and timesteps, never on disk.
+
+    A chunk of the pool is one batch of images (`settings.sampling.batch`). The prompts are drawn in random order,
+    again and again, each time with other noise. With `labels` [prompts, C] of 0 and 1, what each prompt shows, the
+    batches are (x, labels): those of the row's own prompt, so none where a row is the unconditional branch.
+
+    While the stream is open a thread uses `pipe`: leave it alone. Raises SiteError for a site that is not there,
+    SettingsError for none, DataError for no prompts or labels that do not fit; while it runs, DataError for NaN or
+    infinity (with site, timestep and prompts) and for a site with fewer vectors than `per_image`.
+    """
+    s = settings or StreamSettings()
+    count, size = s.sampling.batch, s.sampling.batch * s.per_image // s.per_map
+    if not prompts:
+        raise DataError("there are no prompts, so there are no activations: pass at least one")
+    if not sites or count < 1:
+        raise SettingsError(f"{len(sites)} sites, {count} images at a time: pass at least one of each")
+    if labels is not None and (labels.ndim != 2 or len(labels) != len(prompts)):
+        raise DataError(f"labels have shape {tuple(labels.shape)} for {len(prompts)} prompts: pass [prompts, C]")
+    with record(pipe, sites, lambda site, x, call: None):
+        pass  # a site that is not there is an error now, not once a thread draws
+    start = int(torch.randint(len(STREAM_SEEDS), (), generator=generator(s.seed, "noise")))
+
+    def chunk(number: int, stopped: Stopped) -> Mapping[str, Rows]:
+        numbers = range(number * count, (number + 1) * count)
+        shown = [_prompt(i, len(prompts), s.seed) for i in numbers]
+        seeds = [STREAM_SEEDS[(start + i) % len(STREAM_SEEDS)] for i in numbers]
+        found = sample(
+            pipe,
+            [prompts[i] for i in shown],
+            seeds,
+            sites,
+            s.per_image // s.per_map,
+            generator(s.seed, "positions", number),
+            s.sampling,
+            s.per_map,
+            stopped,
+        )
+        out: dict[str, Rows] = {}
+        for site, kept in found.items():
+            if len(kept.x) != size:
+                raise DataError(
+                    f"{site} has {len(kept.x) * s.per_map // count} vectors an image, fewer than per_image = "
+                    f"{s.per_image}: pass at most that"
+                )
+            x = kept.x[:, 0] if s.per_map == 1 else kept.x
+            if labels is None:
+                out[str(site)] = (x,)
+            else:
+                own = labels[torch.tensor(shown)[kept.image].to(labels.device)]
+                own = own * (kept.branch == CONDITIONAL).to(own)[:, None]
+                out[str(site)] = x, own.to(x.device)
+        return out
+
+    return MixingPool(
+        chunk,
+        size,
+        s.batch // s.per_map,
+        window=s.window,
+        reuse=s.reuse,
+        cycle=-(-s.images // count) if s.images else None,
+        seed=s.seed,
+        ahead=s.ahead,
+    )
+
+
+def described(model: str, prompts: Sequence[str], settings: StreamSettings) -> dict[str, Any]:
+    """What a stream is, in JSON, for `Run.data` and shards: a run goes on only with the same."""
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    plain = {name: value for name, value in asdict(settings).items() if name != "ahead"}  # it decides nothing
+    return {"model": model, "prompts": len(prompts), "prompts_sha256": digest, "stream": plain}
+
+
+def _prompt(image: int, prompts: int, seed: int) -> int:
+    """Which prompt an image shows: all of them in random order, then all in another."""
+    epoch, at = divmod(image, prompts)
+    return int(torch.randperm(prompts, generator=generator(seed, "prompts", epoch))[at])

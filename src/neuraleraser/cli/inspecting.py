@@ -1,0 +1,123 @@
+"""The verb that looks at an SAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional
+
+from neuraleraser.cli.prompts import prompts_of, read_prompts
+from neuraleraser.cli.verbs import Flat, app, bars, table, verb
+from neuraleraser.errors import DataError
+from neuraleraser.settings import InspectSettings
+
+
+@verb(app, "inspect")
+def inspect(
+    sae: Positional[Path | None] = None,
+    /,
+    settings: Annotated[InspectSettings, Flat] = InspectSettings(),  # noqa: B008  (frozen)
+    model: str | None = None,
+    site: str | None = None,
+) -> None:
+    """Say how good an SAE is: on its own activations, and what the pipeline loses with its reconstructions.
+
+    Args:
+        sae: The SAE's file; None: the one that ships for the canvas.
+        model: The pipeline to measure it in: canvas, a folder, or a Hub id; None: the canvas where it is the canvas's,
+            else only what the file says is shown.
+        site: Where the SAE reads; None: what its file says.
+    """
+    from neuraleraser.fit.dictionary import CANVAS
+    from neuraleraser.sae import SAE
+
+    path = sae or CANVAS / "sae.safetensors"
+    path = path / "sae.safetensors" if path.is_dir() else path
+    loaded = SAE.load(path)
+    said = str(loaded.header.get("model") or ("canvas" if sae is None else ""))
+    named = model or ("canvas" if said == "canvas" else None)  # no file decides what is downloaded
+    where = site or loaded.header.get("site")
+    made = loaded.header.get("settings")
+    lines = [("file", str(path)), ("features", f"{loaded.n}, on activations {loaded.d} wide")]
+    lines += [("site", str(where or "not said: pass --site")), ("pipeline", named or said or "not said: pass --model")]
+    if isinstance(made, dict):
+        kind = made.get("architecture", "batchtopk")
+        lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
+    print(table([(name, "", value) for name, value in lines]) + "\n")
+    if named and where:
+        _measured(loaded, path, named, str(where), settings)
+        return
+    try:
+        print(_figures(loaded.header["measures"], loaded.n, "when it was made"))
+    except (KeyError, TypeError, ValueError):
+        print("The file holds no measures.")
+    print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
+
+
+def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) -> None:
+    """Measure `sae` in its pipeline, and print it."""
+    from neuraleraser.activations import bank, substitution
+    from neuraleraser.bench.files import write_bytes
+    from neuraleraser.bench.panels import grid_sheet
+    from neuraleraser.bench.pictures import png
+    from neuraleraser.models import open_pipeline
+    from neuraleraser.sae import measure
+    from neuraleraser.sites import Site
+
+    at, lines = Site.parse(where), read_prompts(s.prompts) if s.prompts else None
+    pipe = open_pipeline(model)
+    texts = prompts_of(pipe, model, lines, s.images)[0]
+    texts, seeds = [texts[i % len(texts)] for i in range(s.images)], range(s.seed, s.seed + s.images)
+    together = replace(s.sampling, batch=s.images)
+    x = bank(pipe, texts, seeds, [at], s.per_image, together)[at]
+    if x.shape[1] != sae.d:
+        raise DataError(f"{path}: field W_enc takes activations {sae.d} wide, {at} of {model!r} has {x.shape[1]}")
+    print(_figures(measure(sae, x), sae.n, f"on {s.images} images"))
+    found = substitution(pipe, sae, at, texts, seeds, together, s.times)
+    rows: list[tuple[str, ...]] = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]
+    for t in found.times:
+        losses = [f"{value:.4f}" for value in (t.loss, t.replaced, t.mean)]
+        rows.append(
+            (
+                f"{t.time:g}",
+                f"{t.explained_variance:.1%}",
+                f"{t.l0:.1f}",
+                *losses,
+                f"{t.recovered:.1%}" if t.mean > t.loss else "-",
+            )
+        )
+    print("\nDenoising loss with the reconstructions, or the mean, in place of the activations\n" + table(rows))
+    print("kept: of what the activations are worth for the loss; 100 % is as good as the model itself")
+    print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
+    if s.sheet:
+        pairs = zip(texts, found.before, found.after, strict=True)
+        write_bytes(s.sheet, png(grid_sheet([(text, [a, b]) for text, a, b in pairs], ["model", "reconstructed"])))
+        print(s.sheet)
+
+
+def _figures(figures: Mapping[str, Any], n: int, where: str) -> str:
+    """Explained variance, L0, dead share and the histogram of firing rates of n features."""
+    edges, counts = figures["rates"]["log10_edges"], figures["rates"]["features"]
+    dead = round(figures["dead_share"] * n)
+    rows = [
+        ("variance explained", "", f"{figures['explained_variance']:.2%}"),
+        ("features that fire", "", f"{figures['l0']:.2f} for a vector"),
+        ("dead features", "", f"{figures['dead_share']:.2%} ({dead:,} of {n:,} never fired)"),
+    ]
+    ranges = [f"{_percent(low)} to {_percent(high)}" for low, high in pairwise(edges)]
+    shown = list(zip(ranges, counts, strict=True))
+    while shown and not shown[0][1]:
+        shown.pop(0)
+    histogram = bars([("never", dead), *shown])
+    return (
+        f"Measured {where}, {figures['vectors']:,} vectors\n{table(rows)}\n\nFeatures by firing rate, in %\n{histogram}"
+    )
+
+
+def _percent(log10: float) -> str:
+    """The rate 10^log10 in percent, in one digit: -3.5 -> 0.03."""
+    return f"{float(f'{100 * 10**log10:.1g}'):g}"

@@ -1,0 +1,48 @@
+"""Prompts for the verbs that draw, and what they show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from neuraleraser.errors import FileError, SettingsError
+
+Lines = list[tuple[str, tuple[str, ...]]]
+
+
+def read_prompts(path: Path) -> Lines:
+    """The lines of a text file that are not blank: (prompt, the names after a tab, separated by commas). Raises
+    FileError if there are none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"the prompts {str(path)!r} cannot be read ({error}): pass a text file, one a line") from error
+    found = []
+    for line in lines:
+        prompt, _, names = line.partition("\t")
+        if prompt.strip():
+            found.append((prompt.strip(), tuple(name.strip() for name in names.split(",") if name.strip())))
+    if not found:
+        raise FileError(f"{str(path)!r} holds no prompts: write one a line")
+    return found
+
+
+def prompts_of(pipe: Any, model: str, lines: Lines | None, count: int) -> tuple[list[str], Any, list[str]]:
+    """(prompts, labels [prompts, C] of 0 and 1 or None, the C names): of a file's lines, or else `count` captions of
+    the canvas. Raises SettingsError for another pipeline without a file."""
+    import torch
+
+    from neuraleraser.canvas.words import PLAIN
+    from neuraleraser.fit.dictionary import canvas_background
+    from neuraleraser.models import speaks_canvas
+
+    if lines is None:
+        if not speaks_canvas(pipe):
+            raise SettingsError(f"{model!r} is not the canvas, so its prompts are unknown here: pass --prompts FILE")
+        captions = canvas_background(count, 1)
+        lines = [(p, tuple(n for n in (*o.split("+"), s) if n and n != PLAIN)) for p, o, s in captions]
+    texts = [prompt for prompt, _ in lines]
+    names = sorted({name for _, shown in lines for name in shown})
+    if not names:
+        return texts, None, []
+    return texts, torch.tensor([[name in shown for name in names] for _, shown in lines], dtype=torch.uint8), names

@@ -1,0 +1,192 @@
+"""A pool of activations that is refilled while training goes on, and still gives the same batches every time.
+
+Vectors of one image, or of neighbouring positions, are alike; batches have to mix many images. The pool holds the
+`window` newest chunks. A refill takes in one more chunk, and the oldest goes. Between two refills lies a block, in
+which every chunk of the pool gives one of its `window` slices, drawn once at random: so a block mixes all chunks of
+the pool, a chunk lasts for `window` blocks, and each of its rows is used exactly `reuse` times.
+
+What a step sees is a pure function of (seed, step) and of the chunks: a killed run that is resumed draws the `window`
+chunks of its block again, and goes on with the same bits. A thread may draw the next chunks meanwhile; what it draws
+depends on their numbers alone, never on when it draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.errors import DataError, SettingsError
+
+Stopped = Callable[[], bool]
+Rows = tuple[Tensor, ...]
+"""Of one source: x [C, d], or maps x [C, P, d] of P vectors that stay together; then, maybe, labels [C, K]."""
+Chunks = Callable[[int, Stopped], Mapping[str, Rows]]
+"""The chunk of a number, from 0 on: for each source C rows. A pure function of the number; where `stopped()` turns
+true, nobody waits for the chunk any more, and the function may raise `Unwanted`."""
+
+
+class Unwanted(Exception):
+    """Raised by a chunk function that was stopped."""
+
+
+def generator(*what: int | str) -> torch.Generator:
+    """A generator on the CPU whose seed is a hash of what it is for: streams of other purposes never meet."""
+    digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
+class MixingPool:
+    """The stream of batches that a pool of chunks gives: `pool(step)` iterates from any step on.
+
+    Each item is {source: x [batch, d]}, or {source: (x, labels)} where chunks have labels; `batch` counts rows, of
+    which a map of P vectors is one. A refill gives `per_block` batches; rows that fill no batch are left out, others
+    in every block. The pool lies on `device` (None: where the chunks are).
+
+    chunk: the chunks, `size` rows each. window: how many of them the pool holds. reuse: how often each row is used.
+    cycle: after so many chunks the first comes again; as many blocks use each row `reuse` times, and the next ones do
+    so in a new order. With a window as large, chunks stay in the pool and are drawn once. ahead: chunks that a thread
+    draws while batches are used; 0 draws between batches. Raises SettingsError for settings out of range, or a batch
+    larger than a block.
+    """
+
+    def __init__(
+        self,
+        chunk: Chunks,
+        size: int,
+        batch: int,
+        *,
+        window: int = 16,
+        reuse: int = 1,
+        cycle: int | None = None,
+        seed: int = 0,
+        ahead: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        numbers = {"size": size, "batch": batch, "window": window, "reuse": reuse, "cycle": cycle}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}: pass at least 1")
+        if ahead < 0:
+            raise SettingsError(f"ahead is {ahead}: pass 0 (no thread) or more")
+        self.chunk, self.size, self.batch = chunk, size, batch
+        self.window, self.reuse, self.seed = min(window, cycle or window), reuse, seed
+        self.cycle, self.ahead, self.device = cycle, ahead, device
+        if batch > size * reuse:
+            raise SettingsError(
+                f"a batch of {batch} rows is larger than what a refill gives, {size * reuse}: pass at most that, "
+                "or larger chunks (more vectors an image, more images at a time)"
+            )
+        self.per_block = size * reuse // batch
+        self._ring: _Ring | None = None  # kept from one iteration for the next
+
+    def __call__(self, step: int) -> Iterator[dict[str, Any]]:
+        """Batches from this step on, without end."""
+        block, first = divmod(step, self.per_block)
+        stream = self._filled(block)
+        try:
+            for ring, order in stream:
+                for i in range(first, self.per_block):
+                    yield {
+                        name: _batch(rows) for name, rows in ring.take(order[i * self.batch :][: self.batch]).items()
+                    }
+                first = 0
+        finally:
+            stream.close()  # type: ignore[attr-defined]
+
+    def blocks(self, first: int) -> Iterator[dict[str, Rows]]:
+        """Whole blocks from this one on, without end: all `size * reuse` rows between two refills, mixed."""
+        stream = self._filled(first)
+        try:
+            for ring, order in stream:
+                yield ring.take(order)
+        finally:
+            stream.close()  # type: ignore[attr-defined]
+
+    def _filled(self, block: int) -> Iterator[tuple[_Ring, Tensor]]:
+        """For this block and those after it: the pool, filled, and the places of the block's rows in it."""
+        ring, self._ring = self._ring or _Ring(self.window, self.size, self.device), None
+        stop = threading.Event()
+        coming: dict[int, Future[Mapping[str, Rows]]] = {}
+        with ThreadPoolExecutor(1, "activations") as thread:
+            try:
+                while True:
+                    wanted = range(block, block + self.window + self.ahead)
+                    for number in wanted:
+                        name = self._name(number)
+                        if self.ahead and name not in coming and not ring.has(number, name):
+                            coming[name] = thread.submit(self.chunk, name, stop.is_set)
+                    for number in wanted[: self.window]:
+                        name = self._name(number)
+                        if not ring.has(number, name):
+                            made = coming.pop(name).result() if self.ahead else self.chunk(name, stop.is_set)
+                            ring.put(number, name, made)
+                    yield ring, self._order(block)
+                    block += 1
+            finally:
+                stop.set()
+                for future in coming.values():
+                    future.cancel()
+                wait(coming.values())
+                self._ring = ring
+
+    def _name(self, number: int) -> int:
+        return number if self.cycle is None else number % self.cycle
+
+    def _order(self, block: int) -> Tensor:
+        """Places [size * reuse] in the ring of the block's rows, mixed."""
+        parts, epoch = [], block // self.cycle if self.cycle else 0
+        for i in range(self.window):
+            number = block + self.window - 1 - i  # the newest gives its first slice
+            low, high = (j * self.size * self.reuse // self.window for j in (i, i + 1))
+            rows = torch.randperm(self.size, generator=generator(self.seed, "slices", self._name(number), epoch))
+            parts.append(rows[torch.arange(low, high) % self.size] + number % self.window * self.size)
+        places = torch.cat(parts)
+        return places[torch.randperm(len(places), generator=generator(self.seed, "block", block))]
+
+
+class _Ring:
+    """`window` chunks of `size` rows in one tensor for each source; a new chunk takes the place of the oldest."""
+
+    def __init__(self, window: int, size: int, device: torch.device | str | None) -> None:
+        self.window, self.size, self.device = window, size, device
+        self.held: list[int | None] = [None] * window
+        self.tensors: dict[str, Rows] = {}
+
+    def has(self, number: int, name: int) -> bool:
+        return self.held[number % self.window] == name
+
+    def put(self, number: int, name: int, chunk: Mapping[str, Rows]) -> None:
+        """Take in a chunk. Raises DataError unless it is like those before."""
+        if not self.tensors:
+            self.tensors = {
+                source: tuple(x.new_empty(self.window * self.size, *x.shape[1:], device=self.device) for x in rows)
+                for source, rows in chunk.items()
+            }
+        found = {source: [(len(x), *x.shape[1:]) for x in rows] for source, rows in chunk.items()}
+        expected = {source: [(self.size, *x.shape[1:]) for x in rows] for source, rows in self.tensors.items()}
+        if found != expected:
+            raise DataError(f"chunk {name} has shapes {found}: expected {expected}, as in the chunks before")
+        slot = number % self.window
+        self.held[slot] = None  # should the copy fail, it holds neither
+        for source, rows in chunk.items():
+            for kept, x in zip(self.tensors[source], rows, strict=True):
+                kept[slot * self.size : (slot + 1) * self.size].copy_(x)
+        self.held[slot] = name
+
+    def take(self, places: Tensor) -> dict[str, Rows]:
+        """Copies of the rows at these places."""
+        return {
+            source: tuple(x.index_select(0, places.to(x.device)) for x in rows) for source, rows in self.tensors.items()
+        }
+
+
+def _batch(rows: Rows) -> Tensor | Rows:
+    """x [B, d] alone, or with its labels; the vectors of maps in a row."""
+    x = rows[0].flatten(0, 1) if rows[0].ndim == 3 else rows[0]
+    return x if len(rows) == 1 else (x, *rows[1:])

@@ -1,0 +1,45 @@
+"""Law 8 with real processes: killed by SIGKILL at random moments and run again, the end has the same bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+
+def inside(path: Path) -> Any:
+    """All of a file, but for the order in which safetensors writes the fields of a header."""
+    if path.suffix == ".jsonl" or path.name.startswith("."):
+        return path.read_bytes()
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        values = {name: (x.dtype, x.shape, x.flatten().view(torch.uint8).tolist()) for name, x in tensors.items()}
+        return values, file.metadata()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+@pytest.mark.parametrize(
+    ("job", "kills"),
+    [
+        ("train", 2),
+        ("collect", 2),
+        pytest.param("train", 10, marks=pytest.mark.slow),
+        pytest.param("collect", 10, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments(job: str, kills: int, tmp_path: Path):
+    script = Path(__file__).with_name("killed.py")
+    argv = [sys.executable, str(script), job, str(tmp_path), str(kills), "5"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, killed = ({p.name: inside(p) for p in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
+    left = {name for name in killed if name.startswith(".")}  # files aside, of writes that were cut off
+    assert killed.keys() - left == whole.keys() and len(whole) > 3
+    for name in whole:
+        assert killed[name] == whole[name], name
