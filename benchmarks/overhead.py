@@ -112,10 +112,10 @@ def build(size: str, batch: int, s: Settings) -> Bench:
 
 
 def _unet(size: str) -> nn.Module:
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     if size == "tiny":
-        blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+        blocks: Any = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
         return UNet2DConditionModel(
             sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=16, **blocks
         )  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def _unet(size: str) -> nn.Module:
         block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
+        transformer_layers_per_block=(1, 2, 10),  # type: ignore[arg-type]
         attention_head_dim=(5, 10, 20),  # type: ignore[arg-type]
         cross_attention_dim=2048,
         addition_embed_type="text_time",
@@ -137,7 +137,7 @@ def _unet(size: str) -> nn.Module:
 
 
 def _flux(batch: int, s: Settings, device: torch.device, dtype: torch.dtype, random: Callable[..., Tensor]) -> Bench:
-    from diffusers import FluxTransformer2DModel
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     double, single = s.flux_blocks
     model = _made(
@@ -174,7 +174,7 @@ def _made(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtyp
 
 def _pipe(**parts: nn.Module) -> Any:
     """A pipeline that holds a denoiser and nothing else."""
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     class Bare(DiffusionPipeline):
         def __init__(self, unet: Any = None, transformer: Any = None) -> None:
@@ -378,7 +378,7 @@ def main(s: Settings) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     head = ("size", "batch", "name", "erasers", "ratio", "in hooks, ms", "of the step's arithmetic")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for r in rows:
         hook = f"{1000 * r['hook_seconds']:.3f}" if "hook_seconds" in r else f"(step {1000 * r['seconds']:.1f})"
         share = f"{r.get('flops_share', 1):.2%}"
