@@ -44,7 +44,7 @@ def choose(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
 
     Raises ConceptError if no feature fires more with the concept than without.
     """
-    pooled = []
+    pooled: list[tuple[Tensor, Tensor, Tensor, int]] = []
     for share in range(len(SHARES)):
         on, off = shows[:, :, share].float(), lacks[:, :, share].float()
         often = (torch.cat([on, off]) > 0).float().mean((0, 1)) > RARE

@@ -8,6 +8,7 @@ gradient of the kept values is a product of two rows for each of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ def _guess(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> float:
     rank = int(1.15 * share + 4 * share**0.5) + 1
     if rank >= sample.numel():
         return 0.0
-    return max(0.0, float(sample.reshape(-1).topk(rank, sorted=False).values.min()))
+    floor = float(sample.reshape(-1).topk(rank, sorted=False).values.min())
+    return floor if 0 < floor < math.inf else 0.0  # infinity would never be exceeded, nor halved
 
 
 def _survivors(pre: Callable[[slice], Tensor], b: int, n: int, floor: float) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def fused_step(
     if len(dead) and k_aux:
         with torch.enable_grad():
             rows = [p[dead].requires_grad_() for p in w[:3]]
-            aux = revived_error(Weights(*rows, w.b_dec), x, e, k_aux, low)
+            aux = revived_error(Weights(rows[0], rows[1], rows[2], w.b_dec), x, e, k_aux, low)
             to_enc, to_bias, to_dec = torch.autograd.grad(AUX_WEIGHT * aux, rows)
         extra = Extra(dead, to_enc, to_bias, to_dec)
         aux = aux.detach()
