@@ -106,6 +106,11 @@ def test_half_the_evidence_opens_halfway_where_nothing_else_comes_near() -> None
     assert bool((high < shows.quantile(0.1, 0)).all())
 
 
+def test_of_few_rows_none_without_the_concept_opens_the_gate() -> None:
+    shows, lacks = 3 + random(8, 4, seed=1).abs(), random(16, 4, seed=2).abs()
+    assert bool((lacks <= bounds(shows, lacks)[0]).all())
+
+
 def test_the_gate_weighs_the_sae_s_own_features() -> None:
     """Rows copied, the decoder's bias folded in: z and evidence are those of `SAE.encode`."""
     w = torch.nn.functional.normalize(random(20, 8, seed=1), dim=1)

@@ -13,7 +13,7 @@ from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.fit.gate import SHUT, bounds
-from neuraleraser.fit.states import measured, replayed
+from neuraleraser.fit.states import measured, replayed, rows_of
 from neuraleraser.models import called
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import DENOISERS, Call, Site, made_for, record, replay
@@ -65,10 +65,10 @@ def calibrate(
     with record(pipe, [gate.site], note), torch.no_grad():
         for a, b in zip(plain, shown, strict=True):
             replay(pipe, a.state, a.timestep, b.conditioning)
-    lacks = [_rows(without)]
+    lacks = [rows_of(without)]
     others = [c.pairs[i % len(c.pairs)].shows for i, c in enumerate(neighbours) if c.name != concept.name]
     if others:
-        lacks.append(_rows(measured(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)[0]))
+        lacks.append(rows_of(measured(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)[0]))
     # For each of the gate's bins the pass at the nearest time.
     at = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
     shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, at], torch.cat(lacks)[:, at]
@@ -98,8 +98,3 @@ def calibrate(
     }
     header.pop("measured", None)  # on other weights
     return Eraser(replace(eraser.gate, low=low, high=high), eraser.corrections, header)
-
-
-def _rows(values: Tensor) -> Tensor:
-    """[N, T, branches] -> [N * branches, T]."""
-    return values.movedim(2, 1).flatten(0, 1)

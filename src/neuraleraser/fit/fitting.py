@@ -16,7 +16,7 @@ from neuraleraser.eraser import Eraser, nearest
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.edits import learnt, replace, scale
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
-from neuraleraser.fit.states import SHARES, conditional, pool, recorded
+from neuraleraser.fit.states import SHARES, conditional, pool, recorded, rows_of
 from neuraleraser.models import called
 from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
@@ -58,7 +58,7 @@ def fit(
     at = nearest(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
     shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
     lacks = _others(known, concept)
-    own = _rows(pooled_plain.values)[:, at]
+    own = rows_of(pooled_plain.values)[:, at]
     lacks = torch.cat([lacks, own])
     detector = choose(shows, lacks)
     speaking = detector.features[detector.weight > 0]
@@ -119,11 +119,6 @@ def fit(
 def _some(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[order[i % len(pairs)]] for i in range(count)]
-
-
-def _rows(values: Tensor) -> Tensor:
-    """[N, T, branches, shares, n] -> [N * branches, T, shares, n]."""
-    return values.movedim(2, 1).flatten(0, 1)
 
 
 def _others(known: Dictionary, concept: Concept) -> Tensor:

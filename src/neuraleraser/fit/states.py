@@ -95,6 +95,11 @@ def measured(
     return torch.cat(values), times, images
 
 
+def rows_of(values: Tensor) -> Tensor:
+    """[N, T, branches, ...] -> [N * branches, T, ...]."""
+    return values.movedim(2, 1).flatten(0, 1)
+
+
 def conditional(values: Pooled) -> Tensor:
     """[N, T, shares, n] of the conditional branch."""
     return values.values[:, :, -1 if values.values.shape[2] > CONDITIONAL else 0]
