@@ -33,7 +33,7 @@ from neuraleraser.canvas.train import (
     train_vae,
     vae_loss,
 )
-from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.errors import ConceptError, DataError, FileError, SettingsError
 
 
 def tiny_unet() -> UNet2DConditionModel:
@@ -362,6 +362,30 @@ def test_both_stages_go_through_resume_and_are_skipped_when_done(
     monkeypatch.setattr(train, "vae_loss", never)
     done_already = train_denoiser(renders, train_vae(renders, settings), settings)
     assert same(weights(done_already.unet), weights(whole.unet))
+
+
+def test_objects_are_seen_twice(renders: Renders):
+    plain, more = train.shown(renders, ()), train.shown(renders, ("Cats", "Dogs"))
+    assert plain.tolist() == list(range(64))
+    twice = [i for i in range(64) if {"Cats", "Dogs"} & set(renders.content(i).objects)]
+    assert twice and more.tolist() == [*range(64), *twice]
+    with pytest.raises(ConceptError, match="Unicorn"):
+        TrainCanvas(twice=("Cats", "Unicorn"))
+
+
+def test_a_warm_start_keeps_the_shipped_autoencoder(
+    renders: Renders, settings: TrainCanvas, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = train.build_tokenizer()
+    shipped = train.assemble(tiny_unet(), tiny_vae(), train.build_text_encoder(tokenizer), tokenizer)
+    monkeypatch.setattr(train, "load_pipeline", lambda: shipped)
+    monkeypatch.setattr(train, "render_set", lambda *args, **more: renders)
+    # A rate of nothing: what comes out is what it started from.
+    pipe = train.train(replace(settings, warm_start=True, learning_rate=0.0))
+    for part in ("vae", "unet", "text_encoder"):
+        there = weights(getattr(pipe, part))
+        assert same(there, {k: v.half().float() for k, v in weights(getattr(shipped, part)).items()}), part
+    assert not (settings.folder / "vae.safetensors").exists()
 
 
 def test_what_cannot_be_trained_on_is_refused(renders: Renders, settings: TrainCanvas, monkeypatch: pytest.MonkeyPatch):

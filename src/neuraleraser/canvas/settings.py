@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuraleraser.canvas.words import OBJECTS
+from neuraleraser.errors import ConceptError
+
 
 @dataclass(frozen=True)
 class TrainCanvas:
-    """Train the canvas pipeline from nothing (or from the shipped weights)."""
+    """Train the canvas pipeline from nothing (or from the shipped weights).
+
+    Raises ConceptError for an unknown object.
+    """
 
     folder: Path = Path("runs/canvas")
     """Where renders, checkpoints and the finished pipeline go."""
@@ -23,10 +29,16 @@ class TrainCanvas:
     learning_rate: float = 1e-3
     """Peak learning rate of the denoiser."""
     warm_start: bool = False
-    """Start the denoiser from the shipped weights."""
+    """Start the denoiser from the shipped weights, with the shipped autoencoder."""
+    twice: tuple[str, ...] = ()
+    """Objects whose pictures the denoiser sees twice as often: those that it draws worst."""
     minutes: float = 0
     """Stop the denoiser after this long (0: when its steps are done); run again to go on."""
     compile: bool = True
     """Compile the training step: about 1.8 times faster after one or two minutes."""
     seed: int = 0
     """Seed of initial weights, order, noise and captions."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.twice) - set(OBJECTS)):
+            raise ConceptError(f"{', '.join(unknown)} to be seen twice: pass objects of {', '.join(OBJECTS)}")

@@ -13,7 +13,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ from neuraleraser.canvas.pipeline import (
     load_pipeline,
 )
 from neuraleraser.canvas.settings import TrainCanvas
-from neuraleraser.canvas.words import caption
+from neuraleraser.canvas.words import OBJECTS, caption
 from neuraleraser.errors import DataError, FileError, SettingsError
 
 CHECKPOINT_SECONDS = 60.0
@@ -274,6 +274,12 @@ def draw_captions(renders: Renders, index: np.ndarray, rng: random.Random) -> li
     return ["" if rng.random() < 0.1 else caption(c.objects, c.style, rng) for c in contents]
 
 
+def shown(renders: Renders, twice: Sequence[str]) -> np.ndarray:
+    """Indices of the renders to draw batches from: all, and once more those that show an object of `twice`."""
+    again = np.isin(renders.objects, [OBJECTS.index(o) for o in twice]).any(1)
+    return np.concatenate([np.arange(len(renders.images)), np.flatnonzero(again)])
+
+
 def _latents(renders: Renders, vae: AutoencoderKL, path: Path) -> Tensor:
     """All renders encoded, unscaled: from `path` if it is there, else made and kept there."""
     if path.exists():
@@ -325,11 +331,12 @@ def _denoise(
     loss_of = torch.compile(denoiser_loss) if settings.compile else denoiser_loss
     alphas = build_scheduler().alphas_cumprod.float()
     cumulative = np.cumsum(time_weights().numpy())
-    stream = batches(len(latents), settings.batch, run.step, settings.seed + 1)
+    order = shown(renders, settings.twice)
+    stream = batches(len(order), settings.batch, run.step, settings.seed + 1)
     mean, started = None, time.monotonic()
     with tqdm(total=settings.steps, initial=run.step, desc="denoiser", mininterval=5) as bar:
         while run.step < settings.steps:
-            index = next(stream)
+            index = order[next(stream)]
             texts = draw_captions(renders, index, random.Random(settings.seed * 7_777_777 + run.step))
             ids = tokenizer(
                 texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
@@ -372,7 +379,8 @@ def train(settings: TrainCanvas) -> StableDiffusionPipeline:
     """The whole recipe, from renders to a saved pipeline in `settings.folder`."""
     torch.set_float32_matmul_precision("high")
     renders = render_set(settings.renders, seed=1, folder=settings.folder)
-    vae = train_vae(renders, settings)
+    # Shipped denoisers draw latents of the shipped autoencoder: another's would mean nothing to them.
+    vae = load_pipeline().vae if settings.warm_start else train_vae(renders, settings)
     pipe = train_denoiser(renders, vae, settings)
     save_pipeline(pipe, settings.folder / "pipeline")
     return pipe
