@@ -3,10 +3,10 @@
     python benchmarks/overhead.py --sizes canvas sd15 --json overhead.json
     python benchmarks/overhead.py --sizes sd15 sdxl flux --device cuda --dtype bf16 --batches 1 16 --json gpu.json
 
-Denoisers have the published sizes and random weights (the canvas its own). An eraser has a gate of 64 features and
-learnt corrections of rank 8 at six sites; "eraser" is timed with every gate open, "eraser-shut" with every gate shut.
-"full-sae-hook" is SAeUron's shape: 16 features a dimension, the 32 largest kept, at the gate's site alone; it decodes
-only what it kept, which is less work than a dense decoder.
+Denoisers have the published sizes and random weights (the canvas its own). An eraser has a gate of 64 features (on
+the canvas of one, as those that are made there) and learnt corrections of rank 8 at six sites; "eraser" is timed with
+every gate open, "eraser-shut" with every gate shut. "full-sae-hook" is SAeUron's shape: 16 features a dimension, the
+32 largest kept, at the gate's site alone; it decodes only what it kept, which is less work than a dense decoder.
 
 Time in hooks is taken around each hook, in the step itself: events on a GPU, a clock on a CPU. `seconds` is the plain
 step plus that time, `ratio_to_plain` its ratio to the plain step: the difference of two whole steps would drown in
@@ -38,7 +38,7 @@ from neuraleraser.models import open_pipeline
 from neuraleraser.sites import Call, Site, candidate_sites, cross_attention_sites, edit
 from neuraleraser.sites.place import resolve
 
-FEATURES, RANK, EDITS, BINS = 64, 8, 6, 5
+RANK, EDITS, BINS = 8, 6, 5
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
 
 
@@ -75,6 +75,7 @@ class Bench:
     gate: Site
     edits: list[Site]
     factor: float = 1.0
+    features: int = 64
 
 
 def build(size: str, batch: int, s: Settings) -> Bench:
@@ -108,7 +109,8 @@ def build(size: str, batch: int, s: Settings) -> Bench:
     later = sites[sites.index(first) :]
     if at is not None:  # the block's own output comes after the attentions in it
         later = [gate, *[x for x in later if not x.path.startswith(f"{gate.path}.")]]
-    return Bench(pipe, lambda: unet(state, t, text, return_dict=False, **more), gate, later[:EDITS])
+    run = lambda: unet(state, t, text, return_dict=False, **more)  # noqa: E731
+    return Bench(pipe, run, gate, later[:EDITS], features=1 if size == "canvas" else 64)
 
 
 def _unet(size: str) -> nn.Module:
@@ -206,13 +208,13 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
-    d = shapes[bench.gate][1]
+    d, f = shapes[bench.gate][1], bench.features
     scale = 1.0 if bench.gate.path.startswith("transformer.") else 1000.0
     times = torch.linspace(0, scale, BINS)
     low = torch.full((BINS,), 1e30) if shut else torch.zeros(BINS)
     gate = Gate(
-        bench.gate, torch.arange(FEATURES), random(FEATURES, d), torch.zeros(FEATURES), torch.zeros(FEATURES),
-        torch.ones(FEATURES), 1.0, times, low, 2 * low + 1e-3,
+        bench.gate, torch.arange(f), random(f, d), torch.zeros(f), torch.zeros(f), torch.ones(f), 1.0,
+        times, low, 2 * low + 1e-3,
     )  # fmt: skip
     edits = []
     for site in bench.edits:
@@ -332,7 +334,7 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
         for shut in (False, True):
             erasers = [make_eraser(bench, shapes, seed, shut) for seed in range(count)]
             acting = Acting(erasers, torch.ones(count, 1), device, Trace(erasers), ["erase"] * count)
-            flops = 2.0 * rows * positions * d * FEATURES * count
+            flops = 2.0 * rows * positions * d * bench.features * count
             if not shut or device.type != "cpu":  # a CPU knows that a gate is shut
                 flops += sum(4.0 * rows * p * w * RANK * count for p, w in (shapes[x] for x in bench.edits))
             tensors = [t for e in acting.placed for t in _tensors(e)]

@@ -63,10 +63,13 @@ def test_learnt_corrections_together(timestep: Tensor, dtype: torch.dtype) -> No
     want = sum(c.delta(x.float(), timestep.expand(3)) * a.view(3, 1, 1) for c, a in zip(some, amounts.T, strict=True))
     together = Learnt(some)
     for _ in range(2):  # the second time from the kept tables
-        got = together(x, timestep, amounts)
-        assert got.dtype == dtype and not got[1].any()
+        got, low = together(x, timestep, amounts)
+        assert got.dtype == dtype and not got[1].any() and torch.isfinite(low).all()
         near = 1e-5 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(got.float(), want, atol=near, rtol=near)
+    for bad in (float("nan"), float("inf")):  # of any value in x, the projections tell
+        x[2, 9, 5] = bad
+        assert torch.isfinite(together(x, timestep, amounts)[1].sum((1, 2))).tolist() == [True, True, False]
     assert len(learnt([(0, some[0]), (1, make_correction(SITE, 6, times=(1.0, 2.0))), (2, some[1])])) == 2
 
 

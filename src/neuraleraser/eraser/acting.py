@@ -155,19 +155,26 @@ class At:
                 raise NotApplied(
                     f"{self.site} ran before {acting.placed[i].gate.site}, whose gate it waits for: swap the sites"
                 )
-        parts = []
+        parts: list[Tensor] = []
+        finite: Tensor | None = None
         for which, together in self.matrices:
             given = [amounts[i] for i in which if i in amounts]
             if len(given) < len(which):  # open and shut may stand together in one product
                 given = [amounts[i] if i in amounts else given[0].new_zeros(given[0].shape) for i in which if given]
             if given:
-                parts.append(together(x, timestep, torch.stack(given, 1)))
+                delta, low = together(x, timestep, torch.stack(given, 1))
+                parts.append(delta)
+                # What is not finite in x is not in its projection; only in float16 can a change overflow by itself.
+                finite = low if len(self.work) == len(which) and x.dtype != torch.float16 else None
         for i, c in self.alone:
             if i in amounts:
                 parts.append(c.delta(x, call.timestep) * amounts[i].view(-1, 1, 1))
         if self.once is not None and any(i in amounts for i, _ in self.scaled):
             parts.append(self.once(x, call.timestep, [amounts.get(i) for i, _ in self.scaled]))
-        return sum(parts[1:], parts[0]) if parts else None
+        if not parts:
+            return None
+        call.finite = finite
+        return sum(parts[1:], parts[0])
 
     def _look(self, looks: Gates, x: Tensor, timestep: Tensor, call: Call, amounts: dict[int, Tensor]) -> None:
         """Ask the gates, and put down which of them are open."""

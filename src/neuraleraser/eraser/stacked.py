@@ -112,39 +112,46 @@ class Gates:
 
 
 class Learnt:
-    """Learnt corrections of several erasers at one site, of equal time bins, as one of the sum of their ranks."""
+    """Learnt corrections of several erasers at one site, of equal time bins, as one of the sum of their ranks.
+
+    Each has one column more than its rank: x times `down` gives 1 there, and its row of `up` is the bias. So two
+    products make the whole change, and what the erasers' amounts are multiplied with is small.
+    """
 
     def __init__(self, corrections: Sequence[Correction]) -> None:
         t = [c.tensors for c in corrections]
         self.middles = _middles(corrections[0].times)
-        self.down = torch.cat([v["down"] for v in t], 2)  # [T, d, r]
-        self.up = torch.cat([v["up"] for v in t], 1)  # [T, r, d]
-        self.bias = torch.stack([v["bias_out"] for v in t], 1)  # [T, E, d]
-        ranks = torch.tensor([v["down"].shape[2] for v in t])
+        self.down = torch.cat([torch.nn.functional.pad(v["down"], (0, 1)) for v in t], 2)  # [T, d, r]
+        self.up = torch.cat([torch.cat([v["up"], v["bias_out"].unsqueeze(1)], 1) for v in t], 1)  # [T, r, d]
+        ranks = torch.tensor([v["down"].shape[2] + 1 for v in t])
+        self.one = torch.zeros(self.down.shape[2]).index_fill_(0, ranks.cumsum(0) - 1, 1.0).to(self.down)  # [r]
         self.owner = torch.arange(len(t)).repeat_interleave(ranks).to(self.down.device)
         self.cast: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def __call__(self, x: Tensor, timestep: Tensor, amounts: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timestep: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, d], timestep [B] or [1], amounts [B, E] -> sum of amount times delta [B, P, d], 0 where all
-        amounts are."""
+        amounts are; and x's projections, which the sum is made of."""
         index = bins(self.middles, timestep)
-        down, up, bias = (v.index_select(0, index) for v in self._in(x.dtype))
+        down, up, one = self._in(x.dtype)
         amounts = amounts.to(x.dtype)
-        each = (amounts if amounts.shape[1] == 1 else amounts.index_select(1, self.owner)).unsqueeze(1)
+        each = amounts if amounts.shape[1] == 1 else amounts.index_select(1, self.owner)
+        up = up.index_select(0, index) * each.unsqueeze(2)
         if len(index) == 1:
-            return ((x @ down[0]) * each) @ up[0] + (amounts @ bias[0]).unsqueeze(1)
-        low = torch.bmm(x, down) * each
-        return torch.baddbmm(torch.bmm(amounts.unsqueeze(1), bias), low, up)
+            low = torch.addmm(one, x.reshape(-1, x.shape[2]), down.index_select(0, index)[0])
+            low = low.view(*x.shape[:2], -1)
+        else:
+            low = torch.baddbmm(one, x, down.index_select(0, index))
+        return torch.bmm(low, up), low
 
     def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The tables in the model's dtype, made once."""
-        own = self.down, self.up, self.bias
+        own = self.down, self.up, self.one
         if dtype == self.down.dtype:
             return own
         if torch.compiler.is_compiling():
-            return self.down.to(dtype), self.up.to(dtype), self.bias.to(dtype)
+            return self.down.to(dtype), self.up.to(dtype), self.one.to(dtype)
         if dtype not in self.cast:
-            self.cast[dtype] = self.down.to(dtype), self.up.to(dtype), self.bias.to(dtype)
+            self.cast[dtype] = self.down.to(dtype), self.up.to(dtype), self.one.to(dtype)
         return self.cast[dtype]
 
 

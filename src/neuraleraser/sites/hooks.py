@@ -27,7 +27,8 @@ class Call:
     timestep: [B] float32 on the activation's device, as the denoiser got it; zeros outside the denoiser. Where one
     number stood for all rows it is expanded, with stride 0.
     memo: one dict for one forward of the denoiser (or text encoder), shared by this context's sites.
-    finite: NaN or infinity shows in x, of which the edit may say here that it shows in a smaller tensor, too.
+    finite: a tensor, smaller than x, in which the edit says that NaN or infinity of x or of its delta show, too; None:
+    all of what the edit left or made is looked through.
     """
 
     timestep: Tensor
@@ -142,7 +143,7 @@ class Tap:
                 )
             forward = _Forward(None)  # such as a VAE, of which pipelines call encode and decode
         self.visited = True
-        changes: list[tuple[str, Tensor]] = []
+        changes: list[tuple[str, Tensor, Tensor | None]] = []
         for site, change in self.edits:  # all see the same activations
             rests = getattr(change, "rests", None)
             if rests is not None and rests(forward.memo):
@@ -155,13 +156,13 @@ class Tap:
             elif delta.shape != x.shape:
                 raise NotApplied(f"{site}: the edit returned {list(delta.shape)}, expected {list(x.shape)}.")
             else:
-                changes.append((site.stream, delta))
+                changes.append((site.stream, delta, call.finite))
         if not changes:
             return None
-        for stream, delta in changes:
+        for stream, delta, finite in changes:
             old = self._stream(output, stream)
             new = added(old, delta)
-            self._note(new)  # NaN in what was read or in the delta ends here too
+            self._note(new if finite is None else finite)  # NaN in what was read or in the delta ends in new, too
             output = swapped(output, old, new)
         return output
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from neuraleraser.errors import SiteError
@@ -27,32 +26,14 @@ def from_positions(x: Tensor, like: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(like.shape) if like.ndim == 4 else x
 
 
-class _Add(torch.autograd.Function):
-    """out + delta, with the very bits of out (-0.0 too) where delta is 0.
-
-    The gradient is that of out + delta everywhere. torch.where alone would cut it wherever delta is 0: an
-    edit that starts from zero could never be learnt, and an attack would not see a gate nearly open.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(out: Tensor, delta: Tensor) -> Tensor:
-        return torch.where(delta != 0, out + delta, out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], grads[0]
-
-
 def added(out: Tensor, delta: Tensor) -> Tensor:
-    """`out` plus delta [B, positions, d], in the dtype and the strides of `out`."""
+    """`out` plus delta [B, positions, d], in the dtype and the strides of `out`, with its very bits where delta is 0.
+
+    Of -0.0 + 0.0 the sign would be lost. 0 - delta is +0.0 for either zero, and what +0.0 is taken from keeps its bits;
+    other values are added exactly as by a plus, and so are gradients.
+    """
     delta = from_positions(delta, out).to(out.dtype)
-    new: Any = _Add.apply(out, delta) if torch.is_grad_enabled() else _Add.forward(out, delta)
+    new = out - (0 - delta)
     # Kernels are chosen by strides, and another kernel gives other bits: keep the layout of the output.
     overlapping = any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True))
     if new.stride() != out.stride() and not overlapping:
