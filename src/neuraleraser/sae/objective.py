@@ -21,6 +21,7 @@ class Pass(NamedTuple):
     """Of one batch of scaled activations [B, d]."""
 
     main: Tensor  # scalar, to be minimised
+    fvu: Tensor  # scalar, ||x - x_hat||^2 over the variance, without gradient
     residual: Tensor  # [B, d], x - x_hat
     counts: Tensor  # [n] integers, how often each feature fired
     cut: Tensor  # scalar, what a feature had to exceed to fire; 0 where none fired
@@ -36,21 +37,22 @@ def forward(
     """
     if log_threshold is not None:
         residual, penalty, counts = jump_losses(w, log_threshold, x, settings.k, low)
-        return Pass(unexplained(residual, variance) + penalty, residual, counts, log_threshold.detach().exp().mean())
+        fvu = unexplained(residual, variance)
+        return Pass(fvu + penalty, fvu.detach(), residual, counts, log_threshold.detach().exp().mean())
     with torch.no_grad():
         fired = choose(w, x, settings, low)
     if settings.architecture == "matryoshka":
         residuals = nested_residuals(w, x, fired, prefixes(settings.n))
-        main = torch.stack([unexplained(r, variance) for r in residuals]).mean()
-        residual = residuals[-1]
+        nested = torch.stack([unexplained(r, variance) for r in residuals])
+        main, fvu, residual = nested.mean(), nested[-1], residuals[-1]
     else:
         squares, residual = unexplained_at(w, x, fired, low)
-        main = squares / (len(x) * variance)
+        main = fvu = squares / (len(x) * variance)
     if not len(fired.values):
         cut = x.new_zeros(())
     else:
         cut = mean_cut(fired) if settings.architecture == "topk" else fired.values.min()
-    return Pass(main, residual, fired.counts, cut)
+    return Pass(main, fvu.detach(), residual, fired.counts, cut)
 
 
 def unexplained(residual: Tensor, variance: float) -> Tensor:

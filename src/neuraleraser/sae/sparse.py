@@ -19,6 +19,7 @@ from torch import Tensor
 
 BLOCK = 2**22  # pre-activations made at a time: 8 MB in bfloat16; a product of fewer rows is slower
 SAMPLE_ROWS = 64  # rows that the first guess of the cut is made from
+WIDE = 512  # up to this width products of two rows are faster in float32 than converted to bfloat16 and back
 
 
 class Weights(NamedTuple):
@@ -57,9 +58,17 @@ def select(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> Fired:
         floor = floor / 2 if floor > 1e-6 else 0.0
         flat, values = _survivors(pre, b, n, floor)
     if len(values) > keep:
-        kept = values >= values.topk(keep, sorted=False).values.min()
-        flat, values = flat[kept], values[kept]
+        kept = (values >= _cut(values, keep)).nonzero().squeeze(1)
+        flat, values = flat.index_select(0, kept), values.index_select(0, kept)
     return pairs(flat, values, b, n)
+
+
+def _cut(values: Tensor, keep: int) -> Tensor:
+    """The `keep`-th largest of values [m] > 0, a scalar."""
+    if values.element_size() > 2:
+        return values.topk(keep, sorted=False).values.min()
+    # Of positive numbers the bits are in order, too, and sixteen of them are sorted without a comparison.
+    return values.view(torch.int16).sort().values[-keep].view(values.dtype)
 
 
 def pairs(flat: Tensor, values: Tensor, b: int, n: int) -> Fired:
@@ -111,9 +120,15 @@ def _nonzero(x: Tensor) -> tuple[Tensor, Tensor]:
         return at, x[at]
     words = x.view(torch.int64)
     some = words.nonzero().squeeze(1)
-    values = words[some].view(x.dtype)
-    within = values.nonzero().squeeze(1)
-    return some[within // each] * each + within % each, values[within]
+    values = words.index_select(0, some).view(x.dtype)
+    # As integers, which are compared without being converted first: what `threshold` left is +0.0 or not zero.
+    within = values.view(_INTEGERS[x.element_size()]).nonzero().squeeze(1)
+    shift = each.bit_length() - 1
+    at = (some.index_select(0, within >> shift) << shift) + (within & each - 1)
+    return at, values.index_select(0, within)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def _bag(index: Tensor, table: Tensor, start: Tensor, weights: Tensor) -> Tensor:
@@ -164,7 +179,8 @@ class _Unexplained(torch.autograd.Function):
         w_enc, w_dec, into, values, residual = ctx.saved_tensors
         f: Fired = ctx.fired
         factor = -2 * grad
-        to_values = factor * _products(residual.to(ctx.low), w_dec.to(ctx.low), f).to(values.dtype)
+        low = ctx.low if w_dec.shape[1] > WIDE else w_dec.dtype
+        to_values = factor * _products(residual.to(low), w_dec.to(low), f).to(values.dtype)
         to_dec = _bag(f.rows_by_col, residual, f.col_start, (factor * values)[f.order])
         to_enc, to_bias, to_b_dec = _to_encoder(to_values, into, w_enc, f)
         return to_enc, to_bias, to_dec, to_b_dec + factor * residual.sum(0), None, None, None

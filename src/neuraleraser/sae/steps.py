@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import kernels
-from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival, unexplained
+from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival
 from neuraleraser.sae.settings import StepLog, TrainSettings
 from neuraleraser.sae.sparse import Weights
 
@@ -186,5 +186,4 @@ def plain_step(
             state.optimiser.step()
             for row in w.W_dec.split(rows):
                 row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True))
-        fvu = unexplained(made.residual.detach(), state.variance)
-    return _Made(made.cut, fvu, made.counts.sum(), len(dead), aux.detach(), norm, bind.detach(), contrast.detach())
+    return _Made(made.cut, made.fvu, made.counts.sum(), len(dead), aux.detach(), norm, bind.detach(), contrast.detach())
