@@ -153,8 +153,24 @@ def test_what_the_canvas_cannot_do_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_a_dictionary(model: str, capsys: pytest.CaptureFixture[str]):
-    assert "no SAE ships for" in refused(["erase", "a cat", "--model", model], capsys)
+def test_a_model_without_a_dictionary_gets_its_own(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scale"]
+    argv += ["--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]
+    assert main(argv) == 0
+    first = capsys.readouterr()
+    assert "making one at unet." in first.out and "15 of its own images, of a d and a b." in first.out
+    from neuraleraser import Eraser
+
+    made = Eraser.load(Path("a-d.safetensors"))
+    assert made.header["sampling"]["steps"] == 2 and made.header["sampling"]["batch"] == 2
+    (folder,) = Path("runs/dictionaries").iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["background.safetensors", "sae.safetensors"]
+    assert main(argv) == 0  # the second time it is there
+    assert "making one" not in capsys.readouterr().out
+    assert "at least 5" in refused([*argv[:4], "--images", "3"], capsys)
 
 
 def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

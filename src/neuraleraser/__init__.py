@@ -54,6 +54,7 @@ _HOME: dict[str, str] = {
     "load_eraser": "eraser",
     "model_card": "eraser",
     "open_pipeline": "models",
+    "own_dictionary": "fit",
     "phrase_concept": "concepts",
     "record": "sites",
     "set_erasers": "eraser",

@@ -25,6 +25,21 @@ SETTINGS = (
 """What an object is placed in on a pipeline whose vocabulary is not known."""
 
 
+_STYLES = (
+    "Claude Monet style", "Pablo Picasso style", "Rembrandt style", "Hokusai style", "Andy Warhol style",
+    "watercolor style", "cartoon style", "pencil sketch style",
+)  # fmt: skip
+_OBJECTS = (
+    ("a cat", "a dog", "a rabbit", "a fox", "a bear", "a horse", "a bird", "a fish"),
+    ("a man", "a woman", "a child", "a crowd of people"),
+    ("Mickey Mouse", "Snoopy", "Pikachu", "SpongeBob", "Batman"),
+    ("a car", "a bicycle", "a ship", "an airplane"),
+    ("a house", "a tower", "a tree", "a flower", "a chair"),
+    ("a naked person", "a person in swimwear", "a person in a suit", "a marble statue"),
+)
+"""What is mistaken for one another, in groups."""
+MOST_NEIGHBOURS = 8
+
 KINDS = ("style", "object", "other")
 _STYLE_WORDS = {"style", "styles", "painting", "paintings", "drawing", "drawings", "art"}
 MAX_FILE = 2**20
@@ -115,6 +130,21 @@ def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> C
         other = instead or "an empty scene"
         pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in SETTINGS)
     return Concept(text, kind, pairs)
+
+
+def shipped_neighbours(concept: Concept) -> tuple[Concept, ...]:
+    """What a style or an object of any pipeline is likely to be mistaken for: other styles; the rest of a group that
+    the object's words are in, or else one or two of every group. () for concepts of other kinds."""
+    own = set(concept.name.lower().split()) - {"a", "an", "the", "of", "in", "person", "style"}
+    if concept.kind == "style":
+        phrases = [p for p in _STYLES if own.isdisjoint(p.lower().split())]
+    elif concept.kind == "object":
+        groups = [g for g in _OBJECTS if any(not own.isdisjoint(p.lower().split()) for p in g)]
+        near = [p for g in groups for p in g] or [p for k in (0, 1) for g in _OBJECTS[:-1] for p in g[k : k + 1]]
+        phrases = [p for p in near if own.isdisjoint(p.lower().split())]
+    else:
+        phrases = []
+    return tuple(phrase_concept(p, concept.kind) for p in phrases[:MOST_NEIGHBOURS])
 
 
 def file_concept(path: str | Path) -> Concept:

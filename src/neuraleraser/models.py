@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import load_pipeline
 from neuraleraser.errors import FileError, SettingsError
-from neuraleraser.sites import Site
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Site, candidate_sites
 
 CANVAS = "canvas"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -135,6 +138,39 @@ def known_sites(pipe: Any) -> dict[Site, str]:
 def preset_sites(pipe: Any) -> tuple[Site, ...]:
     """The sites of `known_sites`, in the order they run."""
     return tuple(known_sites(pipe))
+
+
+def site_for(pipe: Any, kind: str) -> Site:
+    """Where a concept of this kind is best looked for: the site that was found good for its kind, or else for
+    anything, in the pipeline's family; a text-conditioned block in the middle where none is known.
+
+    Raises SettingsError for a pipeline without such a block.
+    """
+    known = known_sites(pipe)
+    for site, source in known.items():
+        if source.startswith(kind):
+            return site
+    found = [*known, *(blocks := candidate_sites(pipe))[len(blocks) // 2 :]]
+    if not found:
+        raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here: pass a site")
+    return found[0]
+
+
+def usual_sampling(
+    pipe: Any, steps: int | None = None, guidance: float | None = None, batch: int | None = None
+) -> Sampling:
+    """How `pipe` is usually sampled, but for what is given: the canvas as here, others by their own call's defaults, a
+    few images at a time."""
+    own = Sampling()
+    if not speaks_canvas(pipe):
+        defaults = inspect.signature(type(pipe).__call__).parameters
+        own = Sampling(
+            steps=defaults["num_inference_steps"].default if "num_inference_steps" in defaults else own.steps,
+            guidance=defaults["guidance_scale"].default if "guidance_scale" in defaults else own.guidance,
+            batch=4,
+        )
+    given = {"steps": steps, "guidance": guidance, "batch": batch}
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
 def _has(pipe: Any, site: Site) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
@@ -30,36 +30,89 @@ def erase(
     out: Path | None = None,
     kind: Literal["style", "object"] | None = None,
     dictionary: Path | None = None,
+    neighbours: tuple[str, ...] = (),
+    site: str | None = None,
+    images: int = 160,
+    sampling_steps: int | None = None,
+    guidance: float | None = None,
+    images_at_once: int | None = None,
 ) -> None:
     """Make an eraser for a concept.
+
+    On other models than the canvas, where no dictionary is given, one is made first, from the model's own images of the
+    concept and its neighbours; what that takes is said before. Interrupted and run again, it goes on.
 
     Args:
         phrase: What to erase: "Van Gogh style", "a cat", or a JSON file {"name", "kind", "pairs": [[with, without]]}.
         model: The pipeline: canvas, a folder, or a Hub id.
         out: The eraser's file; None: the concept's name, such as van-gogh.safetensors.
         kind: What the phrase names, where it does not say so itself (not needed on the canvas).
-        dictionary: Folder of the SAE and its background for this model; None: the canvas's own.
+        dictionary: Folder of the SAE and its background for this model; None: the canvas's own, or one made here.
+        neighbours: What the concept could be mistaken for, as phrases; none named: those of a list that ships.
+        site: Where a dictionary made here looks; None: the site that is known to be good in the model's family.
+        images: Images that a dictionary made here learns from; half as many more show how it fires.
+        sampling_steps: Denoising steps; None: the model's usual.
+        guidance: Classifier-free guidance scale; None: the model's usual.
+        images_at_once: Images drawn together; None: 4, on the canvas 20.
     """
     from neuraleraser.bench.report import size_text
     from neuraleraser.demo import concept_of, doubt, progress_bar
     from neuraleraser.fit import fit
     from neuraleraser.fit.dictionary import load_dictionary
-    from neuraleraser.models import open_pipeline, speaks_canvas
+    from neuraleraser.models import open_pipeline, speaks_canvas, usual_sampling
 
+    if images < 5:
+        raise SettingsError(f"images is {images}: pass at least 5, hundreds are good")
     pipe = open_pipeline(model)
     concept = concept_of(pipe, phrase, kind)
+    sampling = usual_sampling(pipe, sampling_steps, guidance, images_at_once)
+    name = concept.name.replace("_", "-").replace(" ", "-").lower()
+    path = out or Path(f"{name}.safetensors")
     if dictionary is None and not speaks_canvas(pipe):
-        raise SettingsError(f"no SAE ships for {model!r}: pass the folder of one with --dictionary")
-    path = out or Path(f"{concept.name.replace('_', '-').replace(' ', '-').lower()}.safetensors")
-    known = load_dictionary(dictionary) if dictionary else load_dictionary()
+        known = _own_dictionary(pipe, model, concept, neighbours, site, images, sampling, name)
+    else:
+        known = load_dictionary(dictionary) if dictionary else load_dictionary()
     with progress_bar(concept.name) as told:
-        eraser = fit(pipe, concept, settings, told, known=known)
+        eraser = fit(pipe, concept, settings, told, known=known, sampling=sampling)
     eraser.save(path)
     print(f"{path}: erases {concept.name}, {size_text(path.stat().st_size)}, {len(eraser.gate.features)} features")
     if said := doubt(eraser):
         print(said)
     example = concept.pairs[0].shows
     print(f'Try it: neuraleraser generate "{example}" --model {model} --eraser {path}')
+
+
+def _own_dictionary(
+    pipe: Any,
+    model: str,
+    concept: Any,
+    neighbours: tuple[str, ...],
+    site: str | None,
+    images: int,
+    sampling: Sampling,
+    name: str,
+) -> Any:
+    """Make the dictionary that is missing, and say first what it takes."""
+    from neuraleraser.bench.report import size_text
+    from neuraleraser.concepts import shipped_neighbours
+    from neuraleraser.demo import neighbours_of, progress_bar
+    from neuraleraser.fit.own import expect, own_dictionary
+    from neuraleraser.models import site_for
+    from neuraleraser.sites import Site
+
+    near = neighbours_of(pipe, concept, neighbours) if neighbours else list(shipped_neighbours(concept))
+    where = Site.parse(site) if site else site_for(pipe, concept.kind)
+    folder = Path("runs/dictionaries") / f"{Path(model).name}-{name}"
+    if not (folder / "background.safetensors").exists():
+        cost = expect(pipe, where, images, sampling)
+        print(
+            f"No dictionary ships for {model}: making one at {where} from {images + images // 2} of its own images, of "
+            f"{concept.name} and {', '.join(n.name for n in near) or 'no neighbours'}.\n"
+            f"About {cost.seconds / 60:.0f} minutes of drawing, and {size_text(cost.bytes)} in {folder} until it is "
+            "made. Ctrl-C stops; the same command goes on."
+        )
+    with progress_bar("dictionary") as told:
+        return own_dictionary(pipe, concept, near, where, folder, images=images, sampling=sampling, say=told)
 
 
 @verb(app, "generate")
@@ -73,8 +126,8 @@ def generate(
     action: Literal["erase", "detect", "refuse"] = "erase",
     calibrate: bool = False,
     record: Path | None = None,
-    steps: int = Sampling.steps,
-    guidance: float = Sampling.guidance,
+    steps: int | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Draw one image, with any erasers attached.
 
@@ -88,23 +141,23 @@ def generate(
             and write no image where one would have.
         calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
         record: Write what fired, at which timesteps and where, to this file, as JSON Lines.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance scale; 1 draws without guidance.
+        steps: Denoising steps; None: the model's usual (canvas: 25).
+        guidance: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 2.5).
     """
     from neuraleraser import sampling
     from neuraleraser.bench.files import write_bytes
     from neuraleraser.bench.pictures import png
     from neuraleraser.eraser import Eraser, attach
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.models import open_pipeline, usual_sampling
 
     if not prompt.strip():
         raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
-    if steps < 1 or seed < 0:
+    if (steps is not None and steps < 1) or seed < 0:
         raise SettingsError(f"steps is {steps} and seed {seed}: pass at least 1 step, and a seed of 0 or more")
     named = [parse_eraser(text) for text in eraser]
     erasers = [Eraser.load(path) for path, _ in named]
     pipe = open_pipeline(model)
-    chosen = Sampling(steps=steps, guidance=guidance, batch=1)
+    chosen = usual_sampling(pipe, steps, guidance, batch=1)
     if calibrate:
         erasers = calibrated(pipe, erasers)
     strengths = [strength for _, strength in named]
@@ -120,7 +173,9 @@ def generate(
         times = fired.get(e.name, [])
         done = "would have acted" if action == "detect" else "acted"
         when = (
-            f"{done} at {len(times)} of {steps} steps (t = {times[0]:g} to {times[-1]:g})" if times else "did not fire"
+            f"{done} at {len(times)} of {chosen.steps} steps (t = {times[0]:g} to {times[-1]:g})"
+            if times
+            else "did not fire"
         )
         print(f"{e.name}: {when}")
     print(f"{out}: {prompt!r}, seed {seed}")

@@ -12,5 +12,6 @@ from neuraleraser.fit.calibrating import calibrate
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.fitting import fit
 from neuraleraser.fit.importing import import_dictionary
+from neuraleraser.fit.own import own_dictionary
 
-__all__ = ["Dictionary", "calibrate", "fit", "import_dictionary", "load_dictionary"]
+__all__ = ["Dictionary", "calibrate", "fit", "import_dictionary", "load_dictionary", "own_dictionary"]

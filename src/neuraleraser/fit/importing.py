@@ -43,7 +43,7 @@ def import_dictionary(
     if not prompts:
         raise DataError("there are no prompts to see the SAE fire on: pass prompts of many things, hundreds are good")
     s = sampling or Sampling(batch=4)
-    shapes = widths(pipe, [site, *(edits or _later(pipe, site))], s)
+    shapes = {x: width for x, (_, width) in shapes_of(pipe, [site, *(edits or later_sites(pipe, site))], s).items()}
     seeds = range(seed, seed + len(prompts))
     x = bank(pipe, prompts, seeds, [site], per_image, s)[site]
     try:
@@ -54,15 +54,15 @@ def import_dictionary(
         raise SiteError(f"{site} is {shapes[site]} wide, and {path} holds an SAE for {sae.d}: pass the site it reads")
     sae.header["site"] = str(site)
     background = [(prompt, "", "") for prompt in prompts]
-    return make_dictionary(pipe, sae, site, dict(shapes), background, s, seed)
+    return make_dictionary(pipe, sae, site, shapes, background, s, seed)
 
 
-def widths(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site, int]:
-    """The width of each site's activations, from one step."""
-    found: dict[Site, int] = {}
+def shapes_of(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site, tuple[int, int]]:
+    """Positions and width of each site's activations, from one step."""
+    found: dict[Site, tuple[int, int]] = {}
 
     def note(site: Site, x: Tensor, call: Call) -> None:
-        found[site] = x.shape[2]
+        found[site] = (x.shape[1], x.shape[2])
 
     with record(pipe, dict.fromkeys(sites), note):
         generate(
@@ -74,8 +74,8 @@ def widths(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site
     return {site: found[site] for site in dict.fromkeys(sites)}
 
 
-def _later(pipe: Any, site: Site, most: int = 6) -> list[Site]:
-    """Cross-attentions of the blocks after that of `site`, or those blocks, at most so many."""
+def later_sites(pipe: Any, site: Site, most: int = 6) -> list[Site]:
+    """Where to edit beside `site`: at most so many cross-attentions of the blocks after its own, or those blocks."""
     blocks = candidate_sites(pipe)
     at = [i for i, b in enumerate(blocks) if f"{site.path}.".startswith(f"{b.path}.")]
     if not at:

@@ -144,7 +144,7 @@ def _fused_step(state: State, x: Tensor, settings: TrainSettings, low: torch.dty
     made, dead, aux, norm = fused_step(
         state.weights, state.optimiser, state.idle, state.watch, x, state.variance, settings, state.step, low
     )
-    return _Made(made.cut, made.main, made.counts.sum(), dead, aux, norm)
+    return _Made(made.cut, made.fvu, made.counts.sum(), dead, aux, norm)
 
 
 def plain_step(

@@ -97,7 +97,8 @@ def fused_step(
     to_b_dec = factor * e.sum(0, dtype=torch.float32) - (to_bias.to(low) @ w_enc).float()
     watch.norm = (total + to_b_dec.square().sum()).sqrt()
     _adam(parts[3], clip * to_b_dec, adam)
-    made = Pass(squares / (b * variance), e, counts, fired.cut)
+    fvu = squares / (b * variance)
+    made = Pass(fvu, fvu, e, counts, fired.cut)
     return made, (idle >= settings.dead_after).sum(), aux, watch.norm
 
 

@@ -1,0 +1,126 @@
+"""What each way of editing does: the modes of law 2, and learnt corrections at fewer sites, on development concepts.
+
+    python benchmarks/modes.py [--concepts Cartoon Dogs Towers] [--variants learnt learnt-3 span scale replace]
+
+All with the same gate, selection seeds, phrasings crossed as in tests (the object in one, the style in the other) and
+the first judge. `learnt-3` corrects the last three of the sites only. Of the images that show the concept, ua is the
+share that no longer do; kept and bystander the share of what else they showed that is still read, over the base's;
+artefacts the share that the second judge takes for no real picture (before -> after). `cost` is the time of sampling
+with the eraser at work over plain sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from neuraleraser import attach
+from neuraleraser.bench.cells import erasure_cells
+from neuraleraser.bench.evaluate import overhead
+from neuraleraser.concepts import canvas_concept
+from neuraleraser.fit import fit
+from neuraleraser.fit.dictionary import load_dictionary
+from neuraleraser.judges import CanvasJudge, Judgement
+from neuraleraser.models import open_pipeline
+from neuraleraser.sampling import generate
+from neuraleraser.settings import SELECTION_SEEDS, EvaluateSettings, FitSettings, Sampling
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare ways of editing."""
+
+    concepts: tuple[str, ...] = ("Cartoon", "Dogs", "Towers")
+    """Development concepts."""
+    variants: tuple[str, ...] = ("learnt", "learnt-3", "span", "scale", "replace")
+    """Modes; with a number: at so many of the sites, the last ones."""
+    pipeline: str = "canvas"
+    """The pipeline."""
+    dictionary: Path | None = None
+    """Folder of its dictionary; None: the one that ships."""
+    out: Path = Path("benchmarks/results/modes.json")
+    """Where the figures go."""
+
+
+def read(judged: Judgement, judge: CanvasJudge) -> np.ndarray:
+    """What is read in each image: bool [N, styles + objects]."""
+    style = judged.p_style.argmax(1)[:, None] == np.arange(len(judge.styles))
+    return np.concatenate([style, judged.p_object > judge.object_thresholds], 1)
+
+
+def main(s: Settings) -> None:
+    pipe = open_pipeline(s.pipeline, torch.bfloat16)
+    known = load_dictionary(s.dictionary) if s.dictionary else load_dictionary()
+    first, second = CanvasJudge.load("first"), CanvasJudge.load("second")
+    assert second.artefact_threshold is not None
+    names, sampling = [*first.styles, *first.objects], Sampling(batch=40)
+    rows: list[dict[str, Any]] = []
+    for name in s.concepts:
+        cells = erasure_cells(name, EvaluateSettings(own=2, two_objects=1, held_out=0), seeds=SELECTION_SEEDS)
+        cells = [cell for cell in cells if cell.group != "image-to-image"]
+        prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
+        asked = np.array([[n in (c.style, *c.objects) for n in names] for c in cells])
+        own = names.index(name)
+        others = asked.copy()
+        others[:, own] = False
+
+        def draw(prompts: list[str] = prompts, seeds: list[int] = seeds) -> tuple[np.ndarray, float]:
+            images = generate(pipe, prompts, seeds, sampling)
+            far = second(images).artefact
+            assert far is not None and second.artefact_threshold is not None
+            return read(first(images), first), float((far > second.artefact_threshold).mean())
+
+        base, flagged = draw()
+        two = np.array([len(c.objects) > 1 for c in cells])
+        for variant in s.variants:
+            mode, _, count = variant.partition("-")
+            some = list(known.edits.items())[-int(count) :] if count else known.edits.items()
+            started = time.monotonic()
+            eraser = fit(
+                pipe,
+                canvas_concept(name),
+                FitSettings(mode=mode),  # type: ignore[arg-type]
+                known=replace(known, edits=dict(some)),
+                sampling=Sampling(),
+            )
+            took = time.monotonic() - started
+            with attach(pipe, eraser):
+                after, then = draw()
+            shown = base[:, own]
+            kept = others & base & shown[:, None]
+
+            def share(of: np.ndarray, among: np.ndarray) -> float | None:
+                return round(float(of[among].mean()), 3) if among.any() else None
+
+            cost, _ = overhead(
+                pipe, eraser, cells[:8], cells[:8], EvaluateSettings(timings=5, timed_images=8, sampling=sampling)
+            )
+            row = {
+                "concept": name,
+                "variant": variant,
+                "n": int(shown.sum()),
+                "ua": share(~after[:, own], shown & ~two),
+                "ua_two_objects": share(~after[:, own], shown & two),
+                "kept": share(after, kept & ~two[:, None]),
+                "bystander": share(after[:, 25:], kept[:, 25:] & two[:, None]),
+                "artefacts": [round(flagged, 3), round(then, 3)],
+                "loss": eraser.header["loss"],
+                "cost": round(cost, 3),
+                "seconds": round(took, 1),
+                "bytes": sum(t.numel() * 4 for c in eraser.corrections for t in c.tensors.values()),
+            }
+            rows.append(row)
+            print({k: v for k, v in row.items() if v is not None}, flush=True)
+    s.out.parent.mkdir(parents=True, exist_ok=True)
+    s.out.write_text(json.dumps({"rows": rows, "pipeline": s.pipeline, "torch": torch.__version__}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
