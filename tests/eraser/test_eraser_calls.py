@@ -285,10 +285,11 @@ def test_accelerate_hooks_on_every_block(sd: Any) -> None:
     assert torch.equal(tiny.run(sd, 0), whole)
 
 
-def test_two_pipelines_in_two_threads() -> None:
+@pytest.mark.parametrize("images", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_two_pipelines_in_two_threads(images: int) -> None:
     pipes = [tiny.stable_diffusion(), tiny.stable_diffusion()]
     erasers = [make_eraser(name="0"), make_eraser(seed=40, mode="scale", name="1")]
-    plans = [[(seed, (1.0, 0.5, 0.0, 2.0)[(seed + k) % 4]) for seed in range(10)] for k in (0, 1)]
+    plans = [[(seed, (1.0, 0.5, 0.0, 2.0)[(seed + k) % 4]) for seed in range(images)] for k in (0, 1)]
     for pipe, eraser in zip(pipes, erasers, strict=True):
         load_eraser(pipe, eraser, "same name")
 
@@ -307,6 +308,6 @@ def test_two_pipelines_in_two_threads() -> None:
     for thread in threads:
         thread.join()
     for i in (0, 1):
-        assert len(together[i]) == 10
+        assert len(together[i]) == images
         assert all(torch.equal(a, b) for a, b in zip(alone[i], together[i], strict=True))
     assert not torch.equal(alone[0][1], alone[1][1])
