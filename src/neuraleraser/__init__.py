@@ -34,6 +34,7 @@ _HOME: dict[str, str] = {
     "StreamSettings": "settings",
     "Trace": "eraser",
     "TrainSettings": "sae",
+    "UnlearnCanvasJudge": "judges",
     "activation_stream": "activations",
     "attach": "eraser",
     "bank": "activations",
