@@ -23,6 +23,7 @@ _HOME: dict[str, str] = {
     "FitSettings": "settings",
     "NeuralEraserError": "errors",
     "NotApplied": "errors",
+    "NudeNetJudge": "judges",
     "Refused": "errors",
     "SAE": "sae",
     "Sampling": "settings",
