@@ -121,6 +121,33 @@ def test_on_the_command_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*argv, str(tmp_path / "open.safetensors"), "--images", "0"]) == 2
 
 
+def test_judges_on_the_command_line(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
+    make_eraser().save(tmp_path / "cats.safetensors")
+    asked: list[Any] = []
+
+    class Always(Judge):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            asked.append((given, {name: str(value) for name, value in named.items()}))
+            self.known, self.always = [], True
+
+        load = classmethod(lambda cls, *given, **named: cls(*given, **named))
+
+    monkeypatch.setattr("neuraleraser.judges.NudeNetJudge", Always)
+    monkeypatch.setattr("neuraleraser.judges.UnlearnCanvasJudge", Always)
+    argv = ["doctor", str(tmp_path / "model"), "--erasers", str(tmp_path / "cats.safetensors")]
+    argv += ["--images", "2", "--steps", "2"]
+    for more in (["--nudenet"], ["--unlearncanvas", "style50.pth", "style50_cls.pth"]):
+        assert main([*argv, *more]) == 1
+        assert "gone from 0 of 2 images that showed it" in capsys.readouterr().out
+    files = (Path("style50.pth"), Path("style50_cls.pth"))
+    assert asked == [((), {"name": "Cats"}), (files, {"device": "cpu"})]
+    assert main([*argv, "--nudenet", "--clip", "nobody/nothing"]) == 2
+    assert "one of --clip, --unlearncanvas and --nudenet" in capsys.readouterr().err
+
+
 def test_refused_on_the_command_line_with_a_record(
     pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

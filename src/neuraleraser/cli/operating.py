@@ -19,6 +19,8 @@ def doctor(
     neighbours: tuple[str, ...] = (),
     lookalikes: Path | None = None,
     clip: str | None = None,
+    unlearncanvas: tuple[Path, Path] | None = None,
+    nudenet: bool = False,
     images: int = 8,
     steps: int = 25,
     calibrate: bool = False,
@@ -31,6 +33,8 @@ def doctor(
         neighbours: Phrases of what they could be mistaken for; none named: on the canvas all others of the kind.
         lookalikes: Text file of prompts without the concepts in which they must not fire, one a line.
         clip: A CLIP checkpoint (folder or Hub id) to judge by; needs neighbours. The canvas has its own judge.
+        unlearncanvas: UnlearnCanvas's classifiers to judge by: style50.pth and style50_cls.pth.
+        nudenet: Judge by NudeNet's detector, whatever the erasers are called (extra nudenet).
         images: Images drawn of each kind.
         steps: Denoising steps.
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
@@ -39,7 +43,7 @@ def doctor(
     from neuraleraser.demo import concept_of, neighbours_of
     from neuraleraser.diagnosis import doctor as look
     from neuraleraser.eraser import Eraser
-    from neuraleraser.judges import CanvasJudge, clip_judge
+    from neuraleraser.judges import CanvasJudge, NudeNetJudge, UnlearnCanvasJudge, clip_judge
     from neuraleraser.models import open_pipeline, speaks_canvas
     from neuraleraser.settings import Sampling
 
@@ -47,6 +51,8 @@ def doctor(
         raise SettingsError("there are no erasers to look at: pass their files with --erasers")
     if images < 1 or steps < 1:
         raise SettingsError(f"images is {images} and steps {steps}: pass at least 1 of each")
+    if bool(clip) + bool(unlearncanvas) + nudenet > 1:
+        raise SettingsError("there is one judge at a time: pass one of --clip, --unlearncanvas and --nudenet")
     loaded = [Eraser.load(path) for path in erasers]
     given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
     pipe = open_pipeline(model)
@@ -58,6 +64,10 @@ def doctor(
     judges: list[Any] = []
     if clip:
         judges = [clip_judge(pipe, c, n, clip, sampling=sampling) for c, n in zip(concepts, near, strict=True)]
+    elif unlearncanvas:
+        judges = [UnlearnCanvasJudge.load(*unlearncanvas, device=pipe.device)] * len(loaded)
+    elif nudenet:
+        judges = [NudeNetJudge(name=e.name) for e in loaded]
     elif speaks_canvas(pipe):
         judges = [CanvasJudge.load("second")] * len(loaded)
     others = [

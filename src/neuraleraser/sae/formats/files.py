@@ -43,9 +43,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote to `path`: tensors, numbers, text, lists and dicts; anything else is refused."""
-    _check_archive(path)
+def read_pickle(path: Path, again: str = _AGAIN) -> Any:
+    """What `torch.save` wrote to `path`: tensors, numbers, text, lists and dicts; anything else is refused.
+
+    `again`: what to do about a file that is no archive.
+    """
+    _check_archive(path, again)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged pickle can fail in any way
@@ -158,7 +161,7 @@ def _aside(path: Path) -> Iterator[Path]:
             aside.unlink()
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, again: str = _AGAIN) -> None:
     """Refuse what is no zip archive (torch has written those since 1.6) or unpacks to far more than it is."""
     try:
         held = path.stat().st_size
@@ -169,7 +172,7 @@ def _check_archive(path: Path) -> None:
     except OSError as e:
         raise FileError(f"{path} could not be read ({e.strerror}): check the path and permissions") from e
     except Exception as e:
-        raise FileError(f"{path} is not a whole archive of tensors ({type(e).__name__}): {_AGAIN}") from e
+        raise FileError(f"{path} is not a whole archive of tensors ({type(e).__name__}): {again}") from e
     if unpacked > _SWELL * held + _SLACK:
         raise FileError(f"{path} would unpack from {held} to {unpacked} bytes: that is no file of weights")
 

@@ -14,7 +14,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 import tiny
 from neuraleraser.concepts import phrase_concept
 from neuraleraser.errors import ConceptError, DataError, FileError
-from neuraleraser.judges import NONE, ClipJudge, _cut, clip_judge, sentence
+from neuraleraser.judges import NONE, ClipJudge, clip_judge, sentence
+from neuraleraser.judges.clip import _cut
 
 SIDE = 16
 RED, GREEN, BLUE, GREY = (220, 20, 20), (20, 220, 20), (20, 20, 220), (120, 120, 120)
@@ -126,7 +127,9 @@ def test_sizes_batches_and_neighbours_change_nothing(clip: str) -> None:
     np.testing.assert_array_equal(own, kept)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3)), None])
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 0, 8, 3), np.uint8), None]
+)
 def test_other_things_than_images_are_refused(clip: str, wrong: Any) -> None:
     with pytest.raises(DataError, match=r"\[N, H, W, 3\]"):
         told(clip, "style")[0](wrong)
@@ -163,7 +166,7 @@ def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pyt
         asked.append((list(prompts), list(seeds)))
         return (own if "red" in prompts[0] else other)[: len(prompts)]
 
-    monkeypatch.setattr("neuraleraser.judges.generate", draw)
+    monkeypatch.setattr("neuraleraser.judges.clip.generate", draw)
     pipe = tiny.stable_diffusion()
     judge = clip_judge(pipe, phrase_concept(PAIR[0]), [phrase_concept(PAIR[1])], clip, images=12, seed=5)
     assert judge.styles == PAIR and set(judge.figures["false_alarms"]) == {PAIR[1], NONE}

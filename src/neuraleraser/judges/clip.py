@@ -1,78 +1,19 @@
-"""Judges: what an image shows, as probabilities.
-
-A judge is any callable from images, uint8 [N, S, S, 3], to a `Judgement`; there is nothing to inherit from. Here are
-the canvas's own two, and CLIP, which tells a concept from its neighbours by their names.
-"""
+"""CLIP as a judge: it tells a concept from its neighbours by their names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from neuraleraser.canvas.judge import SIZE, Judge, judge_path, load_judge
-from neuraleraser.canvas.judge_nets import Which
-from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.concepts import Concept
-from neuraleraser.errors import ConceptError, DataError, FileError, SettingsError
+from neuraleraser.errors import ConceptError, DataError, FileError
+from neuraleraser.judges.judgement import Judgement, check
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a judge saw in N images, float32.
-
-    `p_style` [N, styles] sums to 1 over the styles; `p_object` [N, objects] has each object by itself;
-    `artefact` [N] is the distance to the nearest kind of real image, None from a judge that measures none.
-    """
-
-    p_style: NDArray[np.float32]
-    p_object: NDArray[np.float32]
-    artefact: NDArray[np.float32] | None
-
-
-class CanvasJudge:
-    """One of the canvas's two judges; only "second" measures artefacts.
-
-    styles, objects: the names, in the order of the columns.
-    object_thresholds, style_threshold: the probabilities above which an object, any style, is there.
-    artefact_threshold: the distance that 99 % of held-out renders stay below, None without one.
-    figures: accuracies on held-out renders that neither training nor calibration used.
-    """
-
-    def __init__(self, judge: Judge) -> None:
-        self.styles, self.objects = STYLES, OBJECTS
-        self.style_threshold = judge.style_threshold
-        self.object_thresholds = np.array(judge.object_thresholds, np.float32)
-        self.artefact_threshold = judge.artefact_threshold
-        self.figures = judge.figures
-        self._judge = judge
-
-    @classmethod
-    def load(cls, which: Which, path: Path | None = None) -> CanvasJudge:
-        """Open the shipped judge "first" or "second", or another file of one at `path`.
-
-        Raises SettingsError for another name, FileError for a missing or damaged file.
-        """
-        if which not in ("first", "second"):
-            raise SettingsError(f"there is no canvas judge {which!r}: pass 'first' or 'second'")
-        return cls(load_judge(path or judge_path(which)))
-
-    def __call__(self, images: NDArray[np.uint8]) -> Judgement:
-        """Judge `images`, uint8 RGB [N, 64, 64, 3]; N may be 0. Raises DataError for anything else.
-
-        An image's figures do not depend on its neighbours, but for rounding (about 1e-5).
-        """
-        check(images)
-        p_style, p_object, artefact = self._judge(images)
-        return Judgement(p_style.numpy(), p_object.numpy(), None if artefact is None else artefact.numpy())
-
 
 CLIP = "openai/clip-vit-large-patch14"
 LEAST_IMAGES = 8
@@ -134,7 +75,7 @@ class ClipJudge:
                 "pass images of the concept and of one neighbour at least"
             )
         for name, some in images.items():
-            check(some, None)
+            check(some)
             if len(some) < LEAST_IMAGES:
                 raise DataError(
                     f"{len(some)} images of {name or 'none of the names'!r}: pass at least {LEAST_IMAGES} of each name"
@@ -167,7 +108,7 @@ class ClipJudge:
 
         An image's figures do not depend on its neighbours, but for rounding.
         """
-        check(images, None)
+        check(images)
         logits = self._logits(images)
         nothing = np.zeros((len(images), 0), np.float32)
         if self.styles:
@@ -265,16 +206,3 @@ def _cut(own: NDArray[np.float64], others: Sequence[NDArray[np.float64]]) -> flo
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     raised = np.exp(logits - logits.max(1, keepdims=True))
     return raised / raised.sum(1, keepdims=True)
-
-
-def check(images: Any, size: int | None = SIZE) -> None:
-    """Raise DataError unless `images` is uint8 [N, size, size, 3]; of any height and width where `size` is None."""
-    shape = f"[N, {size}, {size}, 3]" if size else "[N, H, W, 3]"
-    wanted = f"pass a uint8 array {shape}"
-    if not isinstance(images, np.ndarray):
-        raise DataError(f"the judge was given a {type(images).__name__}: {wanted}")
-    if images.dtype != np.uint8:
-        raise DataError(f"the judge was given {images.dtype} {list(images.shape)}: {wanted} with values 0-255")
-    fits = images.ndim == 4 and images.shape[3] == 3 and (not size or images.shape[1:3] == (size, size))
-    if not fits:
-        raise DataError(f"the judge was given uint8 of shape {list(images.shape)}: {wanted}")

@@ -1,0 +1,193 @@
+"""UnlearnCanvas's two classifiers, of styles and of objects (arXiv 2402.11846), as a judge.
+
+Each is a ViT-L/16 at 224 pixels with a linear head. Their files hold it under timm's names of the tensors; it is
+computed here straight from those, because timm needs torchvision to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from neuraleraser.artifact import load_plain
+from neuraleraser.errors import FileError
+from neuraleraser.judges.judgement import Judgement, check
+from neuraleraser.sae.formats import files
+
+PHOTOS = "Seed_Images"
+"""What the benchmark calls photographs: an output of the style classifier, and none of its 50 styles."""
+UNLEARNCANVAS_STYLES: tuple[str, ...] = (
+    "Abstractionism", "Artist_Sketch", "Blossom_Season", "Bricks", "Byzantine", "Cartoon", "Cold_Warm",
+    "Color_Fantasy", "Comic_Etch", "Crayon", "Cubism", "Dadaism", "Dapple", "Defoliation", "Early_Autumn",
+    "Expressionism", "Fauvism", "French", "Glowing_Sunset", "Gorgeous_Love", "Greenfield", "Impressionism", "Ink_Art",
+    "Joy", "Liquid_Dreams", "Magic_Cube", "Meta_Physics", "Meteor_Shower", "Monet", "Mosaic", "Neon_Lines", "On_Fire",
+    "Pastel", "Pencil_Drawing", "Picasso", "Pop_Art", "Red_Blue_Ink", "Rust", PHOTOS, "Sketch", "Sponge_Dabbed",
+    "Structuralism", "Superstring", "Surrealism", "Ukiyoe", "Van_Gogh", "Vibrant_Flow", "Warm_Love", "Warm_Smear",
+    "Watercolor", "Winter",
+)  # fmt: skip
+"""Names of the style classifier's outputs, in their order (`theme_available` in the benchmark's code)."""
+UNLEARNCANVAS_OBJECTS: tuple[str, ...] = (
+    "Architectures", "Bears", "Birds", "Butterfly", "Cats", "Dogs", "Fishes", "Flame", "Flowers", "Frogs", "Horses",
+    "Human", "Jellyfish", "Rabbits", "Sandwiches", "Sea", "Statues", "Towers", "Trees", "Waterfalls",
+)  # fmt: skip
+"""Names of the object classifier's outputs, in their order (`class_available`)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a vision transformer: width of its vectors, blocks, heads, pixels of a patch and of the image."""
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    side: int
+
+
+LARGE = Shape(width=1024, depth=24, heads=16, patch=16, side=224)
+"""timm's vit_large_patch16_224.augreg_in21k, from which the benchmark trained both."""
+
+
+class UnlearnCanvasJudge:
+    """The benchmark's classifiers. They read what its own fine-tuned model draws; on other models' images they mean
+    little (of a stock Stable Diffusion's Van Goghs they know a tenth).
+
+    `p_style` and `p_object` are each a softmax, so that of both the most probable one is the benchmark's answer.
+
+    styles, objects: the benchmark's names, 51 with `Seed_Images` and 20, in the order of the columns.
+    style_threshold: 0.5; what is above it is the answer.
+    object_thresholds: just below 1/20. The answer is always above it, so that in `bench.metrics` one object asked for
+    is read exactly when it is the answer, and an object counts as gone only when it is less probable than by chance.
+    artefact_threshold: None, they measure no artefacts.
+    figures: none; the files bring none that can be checked.
+    """
+
+    styles: tuple[str, ...] = UNLEARNCANVAS_STYLES
+    objects: tuple[str, ...] = UNLEARNCANVAS_OBJECTS
+    style_threshold = 0.5
+    artefact_threshold = None
+
+    def __init__(self, style: Vit, object: Vit) -> None:
+        self.object_thresholds = np.full(len(self.objects), 1 / (len(self.objects) + 1), np.float32)
+        self.figures: dict[str, Any] = {}
+        self._style, self._object = style, object
+
+    @classmethod
+    def load(cls, style: str | Path, object: str | Path, device: str | torch.device = "cpu") -> UnlearnCanvasJudge:
+        """Open the benchmark's `style50.pth` and `style50_cls.pth`, or the same state dicts as safetensors.
+
+        Raises FileError for a file that is missing or damaged, holds more than tensors and plain values, or is not
+        that classifier.
+        """
+        heads = ((style, cls.styles, "style50.pth"), (object, cls.objects, "style50_cls.pth"))
+        return cls(
+            *(Vit(_weights(Path(path), len(names), usual, LARGE), LARGE, device) for path, names, usual in heads)
+        )
+
+    def __call__(self, images: NDArray[np.uint8]) -> Judgement:
+        """Judge `images`, uint8 RGB [N, H, W, 3] of any size; N may be 0. Raises DataError for anything else.
+
+        An image's figures do not depend on its neighbours, but for rounding.
+        """
+        check(images)
+        return Judgement(self._style(images), self._object(images), None)
+
+
+class Vit:
+    """A classifying vision transformer (arXiv 2010.11929) from a state dict with timm's names: images to softmax."""
+
+    def __init__(self, weights: Mapping[str, Tensor], shape: Shape, device: str | torch.device) -> None:
+        self.weights = {name: x.to(device) for name, x in weights.items()}
+        self.shape, self.device = shape, torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, images: NDArray[np.uint8], batch: int = 16) -> NDArray[np.float32]:
+        """uint8 [N, H, W, 3] -> probabilities [N, outputs], float32."""
+        out = [np.zeros((0, len(self.weights["head.bias"])), np.float32)]
+        for start in range(0, len(images), batch):
+            pixels = prepare(images[start : start + batch], self.shape.side).to(self.device)
+            out.append(self.logits(pixels).softmax(1).cpu().numpy())
+        return np.concatenate(out)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """float32 [N, 3, side, side] in -1..1 -> [N, outputs]."""
+        w, s = self.weights, self.shape
+
+        def linear(x: Tensor, name: str) -> Tensor:
+            return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            return F.layer_norm(x, (s.width,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
+
+        x = F.conv2d(pixels, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=s.patch).flatten(2).mT
+        x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], dim=1) + w["pos_embed"]
+        for block in (f"blocks.{i}" for i in range(s.depth)):
+            qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+            q, k, v = qkv.unflatten(2, (3, s.heads, -1)).permute(
+                2, 0, 3, 1, 4
+            )  # each [N, heads, positions, width/heads]
+            seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + linear(seen, f"{block}.attn.proj")
+            x = x + linear(F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+        return linear(norm(x[:, 0], "norm"), "head")
+
+
+def prepare(images: NDArray[np.uint8], side: int) -> Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, side, side] in -1..1.
+
+    Resized without keeping the ratio, by Pillow's bilinear filter: what torchvision's Resize does to a Pillow image.
+    """
+    resized = [np.asarray(Image.fromarray(x).resize((side, side), Image.Resampling.BILINEAR)) for x in images]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5).contiguous()
+
+
+def layout(shape: Shape, outputs: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of such a classifier."""
+    d, hidden, positions = shape.width, 4 * shape.width, (shape.side // shape.patch) ** 2 + 1
+    sizes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, d),
+        "pos_embed": (1, positions, d),
+        "patch_embed.proj.weight": (d, 3, shape.patch, shape.patch),
+        "patch_embed.proj.bias": (d,),
+    }
+    linears = {"norm": (d,), "head": (outputs, d)}
+    for block in (f"blocks.{i}" for i in range(shape.depth)):
+        linears |= {f"{block}.norm1": (d,), f"{block}.attn.qkv": (3 * d, d), f"{block}.attn.proj": (d, d)}
+        linears |= {f"{block}.norm2": (d,), f"{block}.mlp.fc1": (hidden, d), f"{block}.mlp.fc2": (d, hidden)}
+    for name, size in linears.items():
+        sizes |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    return sizes
+
+
+def _weights(path: Path, outputs: int, usual: str, shape: Shape) -> dict[str, Tensor]:
+    """The classifier's tensors in float32, once all of them, and no others, are there in the right shapes."""
+    hint = f"pass the benchmark's {usual}, which has {outputs} outputs"
+    if path.suffix == ".safetensors":
+        state: Any = load_plain(path)
+    else:
+        state = files.read_pickle(path, again=hint)
+        # The benchmark keeps its optimizer's state beside the weights.
+        state = state.get("model_state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise FileError(f"{path} holds no state dict of a classifier: {hint}")
+    wanted = layout(shape, outputs)
+    lacking, foreign = [name for name in wanted if name not in state], [name for name in state if name not in wanted]
+    if lacking or foreign:
+        what = f"lacks {lacking[0]!r}" if lacking else f"has {str(foreign[0])[:60]!r}"
+        raise FileError(
+            f"{path} is no ViT of {shape.depth} blocks in timm's layout (it {what}, and {len(lacking)} of its "
+            f"{len(wanted)} tensors are missing): {hint}"
+        )
+    found = getattr(state["head.bias"], "shape", None)
+    if found != (outputs,):
+        raise FileError(f"{path} has a 'head.bias' of shape {tuple(found or ())}, not {(outputs,)}: {hint}")
+    return {name: files.take(state, name, size, path).float() for name, size in wanted.items()}

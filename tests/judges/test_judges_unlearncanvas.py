@@ -1,0 +1,221 @@
+"""UnlearnCanvas's judge, through small random classifiers in files, and against other implementations of a ViT."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification
+
+from neuraleraser.bench import metrics
+from neuraleraser.bench.verdicts import Verdict, Verdicts
+from neuraleraser.errors import DataError, FileError
+from neuraleraser.judges import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge, unlearncanvas
+from neuraleraser.judges.unlearncanvas import LARGE, Shape, Vit, layout, prepare
+
+SMALL = Shape(width=24, depth=2, heads=3, patch=8, side=16)
+
+
+def random_weights(shape: Shape, outputs: int, seed: int = 0) -> dict[str, Tensor]:
+    """Values in every tensor, biases and norms among them, so that none could be left out unseen."""
+    g = torch.Generator().manual_seed(seed)
+    spread = {name: 0.3 if len(size) == 1 else size[-1] ** -0.5 for name, size in layout(shape, outputs).items()}
+    return {name: spread[name] * torch.randn(size, generator=g) for name, size in layout(shape, outputs).items()}
+
+
+def saved(path: Path, outputs: int, **beside: Any) -> Path:
+    """A file as the benchmark writes them."""
+    torch.save({"model_state_dict": random_weights(SMALL, outputs, outputs), **beside}, path)
+    return path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unlearncanvas, "LARGE", SMALL)
+
+
+@pytest.fixture
+def judge(small: None, tmp_path: Path) -> UnlearnCanvasJudge:
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-5, "betas": (0.9, 0.999)}]}
+    style = saved(tmp_path / "style50.pth", 51, epoch=4, optimizer_state_dict=optimizer)
+    return UnlearnCanvasJudge.load(style, saved(tmp_path / "style50_cls.pth", 20))
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (20, 40, 24, 3)).astype(np.uint8)
+
+
+def renamed(weights: dict[str, Tensor]) -> Callable[[str], Tensor]:
+    """The same weights by the names of transformers' ViT, whatever version: by what their names say they are."""
+    parts = {"layernorm_before": "norm1", "layernorm_after": "norm2", "output.dense": "mlp.fc2"}
+    parts |= {"intermediate.dense": "mlp.fc1", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    parts |= {"attention.output.dense": "attn.proj", "attention.o_proj": "attn.proj"}
+    thirds = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
+
+    def find(name: str) -> Tensor:
+        stem, _, leaf = name.rpartition(".")
+        if "cls_token" in name or "position_embeddings" in name:
+            return weights["cls_token" if "cls_token" in name else "pos_embed"]
+        if "patch_embeddings" in name:
+            return weights[f"patch_embed.proj.{leaf}"]
+        number = next((part for part in stem.split(".") if part.isdigit()), None)
+        if number is None:
+            return weights[f"{'head' if 'classifier' in stem else 'norm'}.{leaf}"]
+        last = stem.rpartition(".")[2]
+        if last in thirds:
+            return weights[f"blocks.{number}.attn.qkv.{leaf}"].chunk(3)[thirds[last]]
+        part = max((p for p in parts if stem.endswith(p)), key=len)
+        return weights[f"blocks.{number}.{parts[part]}.{leaf}"]
+
+    return find
+
+
+def test_it_computes_what_transformers_computes():
+    weights = random_weights(SMALL, 20)
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=16, patch_size=8,
+        layer_norm_eps=1e-6,
+    )  # fmt: skip
+    config.num_labels = 20
+    other = ViTForImageClassification(config).eval()
+    find = renamed(weights)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.copy_(find(name))
+        pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+        torch.testing.assert_close(Vit(weights, SMALL, "cpu").logits(pixels), other(pixels).logits)
+
+
+@pytest.mark.slow
+def test_it_computes_what_timm_computes_from_the_same_names_at_full_size():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        timm = pytest.importorskip("timm", exc_type=ImportError)
+    other = timm.create_model("vit_large_patch16_224.augreg_in21k", pretrained=False, num_classes=51).eval()
+    state = other.state_dict()
+    assert {name: tuple(x.shape) for name, x in state.items()} == layout(LARGE, 51)
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        torch.testing.assert_close(Vit(state, LARGE, "cpu").logits(pixels), other(pixels), atol=1e-4, rtol=1e-4)
+
+
+def test_the_full_size_is_that_of_a_large_vit():
+    sizes = layout(LARGE, 51)
+    assert len(sizes) == 296
+    assert sum(int(np.prod(size)) for size in sizes.values()) == 303_301_632 + 51 * 1025
+
+
+def test_labels_are_in_the_benchmarks_order():
+    assert len(UNLEARNCANVAS_STYLES) == len(set(UNLEARNCANVAS_STYLES)) == 51
+    assert UNLEARNCANVAS_STYLES == tuple(sorted(UNLEARNCANVAS_STYLES))
+    places = {"Abstractionism": 0, "Rust": 37, "Seed_Images": 38, "Sketch": 39, "Winter": 50}
+    assert {name: UNLEARNCANVAS_STYLES.index(name) for name in places} == places
+    assert len(UNLEARNCANVAS_OBJECTS) == 20 and UNLEARNCANVAS_OBJECTS == tuple(sorted(UNLEARNCANVAS_OBJECTS))
+
+
+def test_both_are_softmaxes_over_the_benchmarks_names(judge: UnlearnCanvasJudge, images: np.ndarray):
+    seen = judge(images)
+    assert seen.p_style.shape == (20, 51) and seen.p_object.shape == (20, 20) and seen.artefact is None
+    assert {x.dtype for x in (seen.p_style, seen.p_object)} == {np.dtype(np.float32)}
+    for p in (seen.p_style, seen.p_object):
+        np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    assert (judge.styles, judge.objects) == (UNLEARNCANVAS_STYLES, UNLEARNCANVAS_OBJECTS)
+    assert judge.artefact_threshold is None and judge.figures == {}
+    own = Vit(random_weights(SMALL, 20, 20), SMALL, "cpu")  # each file went to its own head
+    np.testing.assert_array_equal(own(images), seen.p_object)
+
+
+def test_an_object_is_read_when_it_is_the_most_probable(judge: UnlearnCanvasJudge, images: np.ndarray):
+    seen = judge(images)
+    p = np.concatenate([seen.p_object, np.full((1, 20), 0.05, np.float32)])
+    p[-1, 7] += np.float32(1e-6)  # hardly more than by chance, and still the answer
+    asked = [UNLEARNCANVAS_OBJECTS[i % 20] for i in range(len(p))]
+    asked[-1] = UNLEARNCANVAS_OBJECTS[7]
+    rows = [
+        Verdict(method="base", prompt="x", seed=i, cell_objects=(o,), p_style=seen.p_style[0], p_object=q, artefact=0.0)
+        for i, (o, q) in enumerate(zip(asked, p, strict=True))
+    ]
+    table = Verdicts.of(judge.styles, judge.objects, rows)
+    level = dict(zip(judge.objects, map(float, judge.object_thresholds), strict=True))
+    np.testing.assert_array_equal(metrics.objects_read(table, level).sum(1), 1)
+    np.testing.assert_array_equal(metrics.objects_read(table, level).argmax(1), p.argmax(1))
+
+
+def test_images_are_resized_as_pillow_does_and_scaled(images: np.ndarray):
+    pixels = prepare(images[:2], 16)
+    want = np.asarray(Image.fromarray(images[1]).resize((16, 16), Image.Resampling.BILINEAR)) / 127.5 - 1
+    np.testing.assert_allclose(pixels[1].permute(1, 2, 0).numpy(), want, atol=1e-6)
+    same = prepare(images[:1, :16, :16], 16)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose((same + 1) * 127.5, images[0, :16, :16], atol=1e-4)
+
+
+def test_batches_and_neighbours_change_nothing(judge: UnlearnCanvasJudge, images: np.ndarray):
+    together = judge(images)  # one full batch, one short
+    alone = np.concatenate([judge(images[i : i + 3]).p_style for i in range(0, 20, 3)])
+    np.testing.assert_allclose(together.p_style, alone, atol=1e-5)
+    assert [p.shape for p in (judge(images[:0]).p_style, judge(images[:0]).p_object)] == [(0, 51), (0, 20)]
+    mine = images[:2].copy()
+    mine.setflags(write=False)
+    judge(mine[:, ::-1])
+    np.testing.assert_array_equal(mine, images[:2])
+    with pytest.raises(DataError, match=r"\[N, H, W, 3\]"):
+        judge(images[0])
+
+
+def test_bare_state_dicts_and_safetensors_are_the_same(judge: UnlearnCanvasJudge, images: np.ndarray, tmp_path: Path):
+    save_file(random_weights(SMALL, 51, 51), tmp_path / "style.safetensors")
+    torch.save(random_weights(SMALL, 20, 20), tmp_path / "object.pt")
+    other = UnlearnCanvasJudge.load(str(tmp_path / "style.safetensors"), str(tmp_path / "object.pt"))
+    for a, b in ((other(images).p_style, judge(images).p_style), (other(images).p_object, judge(images).p_object)):
+        np.testing.assert_array_equal(a, b)
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {key: x for key, x in random_weights(SMALL, 51).items() if key != name}
+
+
+class Anything:
+    """What no file of weights needs."""
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (without("blocks.1.norm2.bias"), r"lacks 'blocks.1.norm2.bias', and 1 of its 32 tensors"),
+        (without("") | {"pre_logits.fc.weight": torch.zeros(2)}, r"has 'pre_logits.fc.weight'.*pass the benchmark's"),
+        (random_weights(SMALL, 20), r"'head.bias' of shape \(20,\), not \(51,\): pass the benchmark's style50.pth"),
+        (without("head.bias") | {"head.bias": [0.0]}, r"'head.bias' of shape \(\), not \(51,\)"),
+        (without("norm.bias") | {"norm.bias": torch.zeros(3)}, r"'norm.bias' of shape \(3,\): expected \(24,\)"),
+        (without("norm.bias") | {"norm.bias": torch.full((24,), torch.nan)}, "NaN or infinity in tensor 'norm.bias'"),
+        (without("norm.bias") | {"norm.bias": Anything()}, "is refused"),
+        ([torch.zeros(2)], "holds no state dict of a classifier: pass the benchmark's style50.pth"),
+        ({"model_state_dict": 3}, "holds no state dict"),
+    ],
+)
+def test_other_files_are_refused(small: None, tmp_path: Path, held: Any, said: str):
+    torch.save(held, tmp_path / "wrong.pth")
+    with pytest.raises(FileError, match=said) as caught:
+        UnlearnCanvasJudge.load(tmp_path / "wrong.pth", saved(tmp_path / "object.pth", 20))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_missing_or_no_archive_are_refused(small: None, tmp_path: Path):
+    style = saved(tmp_path / "style.pth", 51)
+    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    for name, said in (
+        ("none.pth", "does not exist"),
+        ("text.pth", "archive.*pass the benchmark's style50_cls.pth, which has 20 outputs"),
+        ("text.safetensors", "safetensors"),
+    ):
+        with pytest.raises(FileError, match=said):
+            UnlearnCanvasJudge.load(style, tmp_path / name)
