@@ -23,7 +23,7 @@ class Sampling:
 
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 2.5
+    guidance: float = 3.0
     """Classifier-free guidance scale; 1 draws without guidance."""
     batch: int = 20
     """Images drawn together."""

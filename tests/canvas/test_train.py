@@ -386,6 +386,8 @@ def test_a_warm_start_keeps_the_shipped_autoencoder(
         there = weights(getattr(pipe, part))
         assert same(there, {k: v.half().float() for k, v in weights(getattr(shipped, part)).items()}), part
     assert not (settings.folder / "vae.safetensors").exists()
+    assert pipe.vae.config["scaling_factor"] == shipped.vae.config["scaling_factor"]
+    assert not pipe.vae.config.get("_name_or_path"), "no path of this machine"
 
 
 def test_what_cannot_be_trained_on_is_refused(renders: Renders, settings: TrainCanvas, monkeypatch: pytest.MonkeyPatch):

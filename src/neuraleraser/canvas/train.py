@@ -361,6 +361,14 @@ def _denoise(
                 return
 
 
+def _shipped_vae() -> AutoencoderKL:
+    """The autoencoder whose latents the shipped denoiser draws: another's would mean nothing to it."""
+    shipped, vae = load_pipeline().vae, build_vae()  # made anew: one that was opened would save where it lay
+    vae.load_state_dict(shipped.state_dict())
+    vae.register_to_config(scaling_factor=float(shipped.config["scaling_factor"]))
+    return vae.eval()
+
+
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path = WEIGHTS / "pipeline") -> None:
     """Save in diffusers' layout as fp16 safetensors, beside the old one first, then in its place.
 
@@ -379,8 +387,7 @@ def train(settings: TrainCanvas) -> StableDiffusionPipeline:
     """The whole recipe, from renders to a saved pipeline in `settings.folder`."""
     torch.set_float32_matmul_precision("high")
     renders = render_set(settings.renders, seed=1, folder=settings.folder)
-    # Shipped denoisers draw latents of the shipped autoencoder: another's would mean nothing to them.
-    vae = load_pipeline().vae if settings.warm_start else train_vae(renders, settings)
+    vae = _shipped_vae() if settings.warm_start else train_vae(renders, settings)
     pipe = train_denoiser(renders, vae, settings)
     save_pipeline(pipe, settings.folder / "pipeline")
     return pipe

@@ -142,7 +142,7 @@ def generate(
         calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
         record: Write what fired, at which timesteps and where, to this file, as JSON Lines.
         steps: Denoising steps; None: the model's usual (canvas: 25).
-        guidance: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 2.5).
+        guidance: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 3).
     """
     from neuraleraser import sampling
     from neuraleraser.bench.files import write_bytes

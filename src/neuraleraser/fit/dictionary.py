@@ -102,15 +102,12 @@ CANVAS_GATE = Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2")
 CANVAS_EDITS = {
     Site(f"unet.{block}.transformer_blocks.0.attn2"): width
     for block, width in {
-        "down_blocks.1.attentions.0": 128,
-        "mid_block.attentions.0": 256,
-        "up_blocks.1.attentions.0": 128,
         "up_blocks.1.attentions.1": 128,
         "up_blocks.2.attentions.0": 64,
         "up_blocks.2.attentions.1": 64,
     }.items()
 }
-"""The canvas's sites and their widths, chosen by `benchmarks/sites.py` (figures in docs/SITES.md)."""
+"""The sites that erasers of the canvas edit, and their widths: the last three cross-attentions (docs/SITES.md)."""
 
 
 def load_dictionary(folder: Path = CANVAS) -> Dictionary:
