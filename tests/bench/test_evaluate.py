@@ -276,9 +276,11 @@ def test_overhead_alternates_and_takes_the_median(pipe: Any, erasers: list[Erase
 
 
 def test_spread_is_even():
-    assert spread("abcdefgh", 4) == list("aceg")
+    assert spread("abcdefgh", 4) == list("adeh")
     assert spread("ab", 4) == list("aabb")
     assert spread("", 4) == []
+    table = [(row, column) for row in range(25) for column in range(20)]
+    assert len({column for _, column in spread(table, 8)}) > 5
 
 
 def test_a_heatmap_shows_where():

@@ -25,13 +25,15 @@ from neuraleraser.settings import Sampling
 T = TypeVar("T")
 FEATURES = 6
 IMAGES = 3
+GOLDEN = 0.618
 SCALE = 2
 """Pixels of a heatmap for each pixel of its image."""
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items, evenly spaced; each more than once if they are fewer, none if there are none."""
-    return [items[i * len(items) // count] for i in range(count)] if items else []
+    """`count` of the items, one of each of as many equal parts; each more than once if they are fewer, none if there are
+    none. Which one of its part is varied: even steps through a table would always meet the same column."""
+    return [items[int((i + i * GOLDEN % 1) * len(items) / count)] for i in range(count)] if items else []
 
 
 def pairs_of(store: Store, name: str, cells: Sequence[Cell], count: int) -> list[Pair]:
