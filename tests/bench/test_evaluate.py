@@ -280,7 +280,7 @@ def test_spread_is_even():
     assert spread("ab", 4) == list("aabb")
     assert spread("", 4) == []
     table = [(row, column) for row in range(25) for column in range(20)]
-    assert len({column for _, column in spread(table, 8)}) > 5
+    assert len({column for _, column in spread(table, 8)}) > 3
 
 
 def test_a_heatmap_shows_where():

@@ -31,8 +31,8 @@ SCALE = 2
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items, one of each of as many equal parts; each more than once if they are fewer, none if there are
-    none. Which one of its part is varied: even steps through a table would always meet the same column."""
+    """`count` of the items, one of each of as many equal parts; each more than once if they are fewer, none if there
+    are none. Which one of its part is varied: even steps through a table would always meet the same column."""
     return [items[int((i + i * GOLDEN % 1) * len(items) / count)] for i in range(count)] if items else []
 
 
