@@ -102,7 +102,9 @@ def _own_dictionary(
 
     near = neighbours_of(pipe, concept, neighbours) if neighbours else list(shipped_neighbours(concept))
     where = Site.parse(site) if site else site_for(pipe, concept.kind)
-    folder = Path("runs/dictionaries") / f"{Path(model).name}-{name}"
+    # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
+    owner = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
+    folder = Path("runs/dictionaries") / f"{owner}-{name}"
     if not (folder / "background.safetensors").exists():
         cost = expect(pipe, where, images, sampling)
         print(

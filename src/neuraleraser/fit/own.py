@@ -18,7 +18,7 @@ import torch
 
 from neuraleraser.activations import activation_stream, described, write_shards
 from neuraleraser.concepts import Concept
-from neuraleraser.errors import ConceptError
+from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.fit.dictionary import Dictionary, make_dictionary
 from neuraleraser.fit.importing import later_sites, shapes_of
 from neuraleraser.models import called
@@ -112,14 +112,18 @@ def own_dictionary(
     the blocks after it. `say(what, share)` is told how far it is.
 
     Raises SiteError for a site that is not there, ConceptError for a name that is given twice, SettingsError where
-    the folder holds another dictionary that is half made.
+    the folder holds another dictionary, of other names or another site, whole or half made.
     """
     s, tell = sampling or Sampling(batch=4), say or (lambda what, share: None)
     names = [concept.name, *(n.name for n in neighbours)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConceptError(f"{', '.join(sorted(twice))} is named twice: neighbours must differ, and not be the concept")
     if (folder / "background.safetensors").exists():
-        return Dictionary.load(folder)
+        known = Dictionary.load(folder)
+        if known.site != site or known.sae.header.get("labels") != names:
+            of = ", ".join(known.sae.header.get("labels") or ["no labels"])
+            raise SettingsError(f"{folder} holds a dictionary of {of} at {known.site}: pass those, or delete it")
+        return known
     shapes = shapes_of(pipe, [site, *later_sites(pipe, site)], s)
     per_image, together = _kept(shapes[site], s)
     shown = own_prompts(concept, neighbours, images, 1)
