@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def test_a_model_without_a_dictionary_gets_its_own(
     argv += ["--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]
     assert main(argv) == 0
     first = capsys.readouterr()
-    assert "making one at unet." in first.out and "15 of its own images, of a d and a b." in first.out
+    assert f"Making a dictionary for {model} at unet." in first.out
+    assert "15 of its own images, of a d and a b." in first.out
     from neuraleraser import Eraser
 
     made = Eraser.load(Path("a-d.safetensors"))
@@ -169,13 +171,33 @@ def test_a_model_without_a_dictionary_gets_its_own(
     (folder,) = Path("runs/dictionaries").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == ["background.safetensors", "sae.safetensors"]
     assert main(argv) == 0  # the second time it is there
-    assert "making one" not in capsys.readouterr().out
+    assert "Making a dictionary" not in capsys.readouterr().out
     assert "at least 5" in refused([*argv[:4], "--images", "3"], capsys)
 
 
-def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from dataclasses import replace
+def test_a_published_dictionary_out_of_reach_is_said_and_replaced(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import huggingface_hub
 
+    from neuraleraser.fit import published as table
+    from neuraleraser.models import open_pipeline, site_for
+
+    def offline(*_: object, **__: object) -> str:
+        raise OSError("no network")
+
+    theirs = replace(table.PUBLISHED[0], models=(model,), site=site_for(open_pipeline(model), "object"))
+    monkeypatch.setattr(table, "PUBLISHED", (theirs,))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.chdir(tmp_path)
+    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scale"]
+    assert main([*argv, "--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "is published: bcywinski/SAeUron_coco" in out
+    assert "could not be fetched from the Hub: no network." in out and "Making a dictionary" in out
+
+
+def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     e = open_eraser()
     gate = replace(e.gate, rows=e.gate.rows.repeat(1, 2))
     replace(e, gate=gate).save(tmp_path / "wide.safetensors")

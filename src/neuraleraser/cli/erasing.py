@@ -39,8 +39,9 @@ def erase(
 ) -> None:
     """Make an eraser for a concept.
 
-    On other models than the canvas, where no dictionary is given, one is made first, from the model's own images of the
-    concept and its neighbours; what that takes is said before. Interrupted and run again, it goes on.
+    On other models than the canvas, where no dictionary is given, a published one is fetched if one is known for the
+    model and the site. Else one is made first, from the model's own images of the concept and its neighbours; what that
+    takes is said before. Interrupted and run again, it goes on.
 
     Args:
         phrase: What to erase: "Van Gogh style", "a cat", or a JSON file {"name", "kind", "pairs": [[with, without]]}.
@@ -69,7 +70,7 @@ def erase(
     name = concept.name.replace("_", "-").replace(" ", "-").lower()
     path = out or Path(f"{name}.safetensors")
     if dictionary is None and not speaks_canvas(pipe):
-        known = _own_dictionary(pipe, model, concept, neighbours, site, images, sampling, name)
+        known = _dictionary_for(pipe, model, concept, neighbours, site, images, sampling, name)
     else:
         known = load_dictionary(dictionary) if dictionary else load_dictionary()
     with progress_bar(concept.name) as told:
@@ -82,7 +83,7 @@ def erase(
     print(f'Try it: neuraleraser generate "{example}" --model {model} --eraser {path}')
 
 
-def _own_dictionary(
+def _dictionary_for(
     pipe: Any,
     model: str,
     concept: Any,
@@ -92,11 +93,13 @@ def _own_dictionary(
     sampling: Sampling,
     name: str,
 ) -> Any:
-    """Make the dictionary that is missing, and say first what it takes."""
+    """The dictionary that is known for this model and site, or else one made here; what that takes is said first."""
     from neuraleraser.bench.report import size_text
     from neuraleraser.concepts import shipped_neighbours
     from neuraleraser.demo import neighbours_of, progress_bar
+    from neuraleraser.errors import FileError
     from neuraleraser.fit.own import expect, own_dictionary
+    from neuraleraser.fit.published import published, published_dictionary
     from neuraleraser.models import site_for
     from neuraleraser.sites import Site
 
@@ -104,11 +107,19 @@ def _own_dictionary(
     where = Site.parse(site) if site else site_for(pipe, concept.kind)
     # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
     owner = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
-    folder = Path("runs/dictionaries") / f"{owner}-{name}"
+    root = Path("runs/dictionaries")
+    if theirs := published(model, where):
+        print(f"A dictionary for {model} at {where} is published: {theirs.repo}, of {theirs.source}.")
+        try:
+            folder = root / f"{owner}-{name}-published"
+            return published_dictionary(pipe, theirs, concept, near, folder, images, sampling)
+        except FileError as error:
+            print(f"It cannot be had: {error}.")
+    folder = root / f"{owner}-{name}"
     if not (folder / "background.safetensors").exists():
         cost = expect(pipe, where, images, sampling)
         print(
-            f"No dictionary ships for {model}: making one at {where} from {images + images // 2} of its own images, of "
+            f"Making a dictionary for {model} at {where} from {images + images // 2} of its own images, of "
             f"{concept.name} and {', '.join(n.name for n in near) or 'no neighbours'}.\n"
             f"About {cost.seconds / 60:.0f} minutes of drawing, and {size_text(cost.bytes)} in {folder} until it is "
             "made. Ctrl-C stops; the same command goes on."

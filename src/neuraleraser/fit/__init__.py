@@ -1,6 +1,6 @@
 """From a concept to an eraser: choose the features that detect it, calibrate the gate, fit the least edit.
 
-    eraser = fit(pipe, canvas_concept("Van_Gogh"), shipped(pipe))
+    eraser = fit(pipe, canvas_concept("Van_Gogh"))
 
 Nothing here asks a judge: features are chosen by how they fire with and without the concept, and the edit is
 fitted to the model's own predictions.

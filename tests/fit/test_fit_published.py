@@ -1,0 +1,70 @@
+"""The table of dictionaries on the Hub, and what is fetched by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from test_fit_importing import saeuron, unbox
+
+import tiny
+from neuraleraser import models
+from neuraleraser.activations import bank
+from neuraleraser.concepts import Concept, Pair
+from neuraleraser.errors import FileError
+from neuraleraser.fit.published import PUBLISHED, Published, fetch, published, published_dictionary
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Site
+
+S = Sampling(steps=2, batch=2)
+X = Concept("x", "object", (Pair("x x", "b c"), Pair("x x d", "b c d")))
+Y = Concept("y", "object", (Pair("y", "b"), Pair("y d", "b d")))
+
+
+def test_what_is_published_is_found_by_model_and_site():
+    for entry in PUBLISHED:
+        assert published(entry.models[0], entry.site) is entry
+        assert published("someone/else", entry.site) is None
+        assert published(entry.models[0], Site("unet.conv_in")) is None
+    assert len({(model, p.site) for p in PUBLISHED for model in p.models}) == sum(len(p.models) for p in PUBLISHED)
+
+
+def test_the_sites_are_those_that_families_are_known_for():
+    """So that `erase --model ID` looks where a published dictionary reads, without being told."""
+    assert {p.site for p in PUBLISHED} <= {*models._SD1, *models._SDXL, *models._FLUX}
+
+
+@pytest.mark.parametrize("publish", [saeuron, unbox])
+def test_a_published_dictionary_is_fetched_read_and_kept(publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
+    theirs = Published(("a/b",), site, "c/d", "deep/inside", "a paper")
+    x = bank(pipe, ["a b", "c d", "e f"], range(3), [site], 64, S)[site]
+    publish(tmp_path / "hub" / "deep" / "inside", x)
+    asked: list[dict[str, Any]] = []
+
+    def download(repo: str, **given: Any) -> str:
+        asked.append({"repo": repo, **given})
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    known = published_dictionary(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
+    assert known.site == site and known.sae.n == 64 and known.sae.header["source"] == "c/d: a paper"
+    assert asked == [{"repo": "c/d", "repo_type": "model", "allow_patterns": ["deep/inside/*"]}]
+    again = published_dictionary(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
+    assert len(asked) == 1 and again.sae.W_enc.equal(known.sae.W_enc)
+    with pytest.raises(FileError, match="has no folder 'elsewhere'"):
+        fetch(replace(theirs, folder="elsewhere"))
+
+
+def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def offline(*_: object, **__: object) -> str:
+        raise ConnectionError("cannot\nreach it")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        FileError, match=r"'bcywinski/SAeUron_coco' could not be fetched from the Hub: cannot reach it$"
+    ):
+        fetch(PUBLISHED[0])
