@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
+from machine import facts
 from torch import Tensor
 
 from neuraleraser.activations import bank
@@ -95,7 +95,7 @@ def main(s: Settings) -> None:
     with attach(pipe, eraser):
         tell("edit x 30", generate(pipe, prompts, seeds, sampling))
     s.out.parent.mkdir(parents=True, exist_ok=True)
-    s.out.write_text(json.dumps({"rows": rows, "torch": torch.__version__}, indent=1) + "\n")
+    s.out.write_text(json.dumps({"rows": rows, **facts()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from machine import facts
 
 from neuraleraser import attach
 from neuraleraser.bench.cells import erasure_cells
@@ -120,7 +121,7 @@ def main(s: Settings) -> None:
             rows.append(row)
             print({k: v for k, v in row.items() if v is not None}, flush=True)
     s.out.parent.mkdir(parents=True, exist_ok=True)
-    s.out.write_text(json.dumps({"rows": rows, "pipeline": s.pipeline, "torch": torch.__version__}, indent=1) + "\n")
+    s.out.write_text(json.dumps({"rows": rows, "pipeline": s.pipeline, **facts()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

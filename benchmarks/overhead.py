@@ -4,7 +4,7 @@
     python benchmarks/overhead.py --sizes sd15 sdxl flux --device cuda --dtype bf16 --batches 1 16 --json gpu.json
 
 Denoisers have the published sizes and random weights (the canvas its own). An eraser has a gate of 64 features (on
-the canvas of one, as those that are made there) and learnt corrections of rank 8 at six sites; "eraser" is timed with
+the canvas of one, as those that are made there) and learnt corrections of rank 8 at three sites; "eraser" is timed with
 every gate open, "eraser-shut" with every gate shut. "full-sae-hook" is SAeUron's shape: 16 features a dimension, the
 32 largest kept, at the gate's site alone; it decodes only what it kept, which is less work than a dense decoder.
 
@@ -29,16 +29,18 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from machine import facts
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from neuraleraser.eraser import Correction, Eraser, Gate, Trace
 from neuraleraser.eraser.acting import Acting
-from neuraleraser.models import open_pipeline
+from neuraleraser.fit.dictionary import CANVAS_EDITS, CANVAS_GATE
+from neuraleraser.models import edits_for, open_pipeline
 from neuraleraser.sites import Call, Site, candidate_sites, cross_attention_sites, edit
 from neuraleraser.sites.place import resolve
 
-RANK, EDITS, BINS = 8, 6, 5
+RANK, BINS = 8, 5
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
 
 
@@ -103,14 +105,10 @@ def build(size: str, batch: int, s: Settings) -> Bench:
     state, text, t = random(rows, unet.config.in_channels, side, side), random(rows, words, width), torch.tensor(500)
     pipe = _pipe(unet=unet)
     at = {"sd15": "up_blocks.1.attentions.1", "sdxl": "up_blocks.0.attentions.1"}.get(size)
-    sites = cross_attention_sites(pipe)
-    first = sites[0] if at is None else next(x for x in sites if x.path.startswith(f"unet.{at}."))
-    gate = first if at is None else Site(f"unet.{at}")
-    later = sites[sites.index(first) :]
-    if at is not None:  # the block's own output comes after the attentions in it
-        later = [gate, *[x for x in later if not x.path.startswith(f"{gate.path}.")]]
+    gate = CANVAS_GATE if size == "canvas" else Site(f"unet.{at}") if at else cross_attention_sites(pipe)[0]
+    edits = list(CANVAS_EDITS) if size == "canvas" else edits_for(pipe, gate)
     run = lambda: unet(state, t, text, return_dict=False, **more)  # noqa: E731
-    return Bench(pipe, run, gate, later[:EDITS], features=1 if size == "canvas" else 64)
+    return Bench(pipe, run, gate, edits, features=1 if size == "canvas" else 64)
 
 
 def _unet(size: str) -> nn.Module:
@@ -160,7 +158,7 @@ def _flux(batch: int, s: Settings, device: torch.device, dtype: torch.dtype, ran
     gate = sites[double - 1]  # the last of the double blocks, as in sdxl-unbox
     # Blocks are nearly all of a step, and a token meets as much arithmetic in a single block as in a double one.
     factor = (19 + 38) / (double + single)
-    return Bench(pipe, lambda: model(**call, return_dict=False), gate, sites[double - 1 :][:EDITS], factor)
+    return Bench(pipe, lambda: model(**call, return_dict=False), gate, edits_for(pipe, gate), factor)
 
 
 def _made(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
@@ -308,7 +306,7 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
         bench.run()
     plain_flops = counter.get_total_flops() * bench.factor
     plain = statistics.median(step(bench, s.device) for _ in range(s.repeats)) * bench.factor
-    shared = {"size": size, "device": device_name(s.device), "batch": batch, "dtype": s.dtype}
+    shared = {"size": size, "batch": batch, "dtype": s.dtype, **facts()}
     out = [shared | {"name": "plain", "erasers": 0, "ratio_to_plain": 1.0, "seconds": plain, "flops": plain_flops}]
 
     def add(name: str, count: int, edits: dict[Site, Any], flops: float, size_: int, file: int | None) -> None:
@@ -358,12 +356,6 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
 def _tensors(e: Eraser) -> list[Tensor]:
     gate = [v for v in vars(e.gate).values() if isinstance(v, Tensor)]
     return gate + [t for c in e.corrections for t in c.tensors.values()]
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def main(s: Settings) -> None:

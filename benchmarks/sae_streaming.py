@@ -10,13 +10,13 @@ on none of them, with thresholds as saved. `--json` prints one object with what 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import tyro
+from machine import facts
 
 from neuraleraser.activations import activation_stream, substitution
 from neuraleraser.fit.dictionary import CANVAS_GATE, canvas_background
@@ -93,8 +93,7 @@ def main(s: Settings) -> None:
         "vectors_a_second": s.steps * s.stream.batch * len(runs) / seconds,
         "saes": found,
         "settings": asdict(s),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **facts(),
     }
     if s.json:
         print(json.dumps(out))

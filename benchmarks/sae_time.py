@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 import tyro
+from machine import facts
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
@@ -231,7 +232,7 @@ def main(s: Settings) -> None:
             if not s.json:
                 print({key: value for key, value in row.items() if key != "told"}, flush=True)
     if s.json:
-        print(json.dumps([row | {"settings": asdict(s), "torch": torch.__version__} for row in rows]))
+        print(json.dumps([row | {"settings": asdict(s), **facts()} for row in rows]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,12 +25,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from machine import facts, installed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -218,14 +217,6 @@ def roofline(case: Case, s: Settings) -> tuple[str, float]:
     return told, product + gathers + adam
 
 
-def installed(package: str) -> str | None:
-    """The package's version, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def run_case(name: str, s: Settings, folder: Path) -> list[dict[str, Any]]:
     """Every trainer in every mode on one bank; prints a table."""
     case = CASES[name]
@@ -285,20 +276,6 @@ def measured(job: str, s: Settings) -> dict[str, Any] | str:
     return json.loads(lines[-1])
 
 
-def told_where() -> str:
-    """Device, versions and commit, for whoever quotes the figures."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    packages = ["torch", *(p for p, _ in TRAINERS.values())]
-    versions = ", ".join(f"{p} {installed(p)}" for p in packages if installed(p))
-    return f"{names[0] if names else cpu}{gpu}; {versions}; commit {git.stdout.strip() or 'unknown'}"
-
-
 def main(s: Settings) -> None:
     if s.worker:
         print(json.dumps(work(s)))
@@ -308,7 +285,8 @@ def main(s: Settings) -> None:
     if s.batch > s.vectors:
         raise SystemExit(f"batch is {s.batch}: pass at most the {s.vectors} vectors, or more vectors")
     started = time.time()
-    print(told_where())
+    where = facts(["torch", *(p for p, _ in TRAINERS.values())])
+    print("; ".join(where.values()))
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for name in s.cases for row in run_case(name, s, Path(folder))]
     for name in s.cases:
@@ -322,7 +300,7 @@ def main(s: Settings) -> None:
     if s.json:
         s.json.parent.mkdir(parents=True, exist_ok=True)
         aside = s.json.with_suffix(".part")
-        aside.write_text(json.dumps(rows, indent=1))
+        aside.write_text(json.dumps([row | where for row in rows], indent=1))
         aside.replace(s.json)
 
 

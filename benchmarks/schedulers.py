@@ -18,6 +18,7 @@ import diffusers
 import numpy as np
 import torch
 import tyro
+from machine import facts
 
 from neuraleraser import attach
 from neuraleraser.bench.cells import erasure_cells
@@ -76,8 +77,7 @@ def main(s: Settings) -> None:
             rows.append(row | {"base": round(accuracy / whole, 3), "ua": ua})
             print(rows[-1], flush=True)
     s.out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    s.out.write_text(json.dumps({"rows": rows, **versions}, indent=1) + "\n")
+    s.out.write_text(json.dumps({"rows": rows, **facts()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

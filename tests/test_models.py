@@ -10,10 +10,19 @@ import pytest
 import torch
 
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
-from neuraleraser.errors import FileError, SettingsError
-from neuraleraser.models import called, image_to_image, known_sites, open_pipeline, preset_sites, speaks_canvas
+from neuraleraser.errors import FileError, SettingsError, SiteError
+from neuraleraser.models import (
+    called,
+    edits_for,
+    image_to_image,
+    known_sites,
+    open_pipeline,
+    preset_sites,
+    speaks_canvas,
+)
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
+from neuraleraser.sites import Site, candidate_sites, cross_attention_sites
 from tiny import BUILDERS, stable_diffusion
 
 
@@ -83,6 +92,23 @@ def test_presets_say_where_they_were_published():
     sources = {**known_sites(BUILDERS["stable_diffusion"]()), **known_sites(BUILDERS["stable_diffusion_xl"]())}
     assert sources and all("arXiv" in source for source in sources.values())
     assert {site.tap for site, source in sources.items() if "sdxl-unbox" in source} == {"update"}
+
+
+def test_edits_are_spread_over_what_follows():
+    sd = BUILDERS["stable_diffusion"]()
+    blocks, cross = candidate_sites(sd), cross_attention_sites(sd)
+    after = [x for x in cross if not x.path.startswith(f"{blocks[0].path}.")]
+    assert edits_for(sd, blocks[0], 100) == after
+    assert edits_for(sd, cross[0]) == [after[-(-len(after) * k // 3) - 1] for k in (1, 2, 3)]
+    assert edits_for(sd, blocks[-1]) == [blocks[-1]]  # nothing follows
+    flux = BUILDERS["flux"]()
+    assert edits_for(flux, candidate_sites(flux)[0], 100) == candidate_sites(flux)[1:]  # no cross-attentions
+    for build in BUILDERS.values():
+        pipe = build()
+        found = edits_for(pipe, candidate_sites(pipe)[0])
+        assert 1 <= len(set(found)) == len(found) <= 3
+    with pytest.raises(SiteError, match="pass the sites to edit"):
+        edits_for(sd, Site("unet.conv_in"))
 
 
 def test_the_canvas_is_known_by_its_words():

@@ -12,9 +12,9 @@ import torch
 
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import load_pipeline
-from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.errors import FileError, SettingsError, SiteError
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, candidate_sites
+from neuraleraser.sites import Site, candidate_sites, cross_attention_sites
 
 CANVAS = "canvas"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -154,6 +154,24 @@ def site_for(pipe: Any, kind: str) -> Site:
     if not found:
         raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here: pass a site")
     return found[0]
+
+
+def edits_for(pipe: Any, site: Site, most: int = 3) -> list[Site]:
+    """Where an eraser that looks at `site` edits: at most so many cross-attentions of the blocks after its own, evenly
+    spread over them, the last among them (of a pipeline without cross-attentions, those blocks themselves); the
+    site itself where nothing follows. On the canvas three do as well as six (docs/SITES.md).
+
+    Raises SiteError for a site that is in no text-conditioned block.
+    """
+    blocks = candidate_sites(pipe)
+    at = [i for i, b in enumerate(blocks) if f"{site.path}.".startswith(f"{b.path}.")]
+    if not at:
+        raise SiteError(f"{site} is in none of the blocks that are known: pass the sites to edit")
+    after = blocks[at[0] + 1 :]
+    cross = [x for x in cross_attention_sites(pipe) if any(f"{x.path}.".startswith(f"{b.path}.") for b in after)]
+    found = cross or after or [site]
+    count = min(most, len(found))
+    return [found[-(-len(found) * (k + 1) // count) - 1] for k in range(count)]
 
 
 def usual_sampling(

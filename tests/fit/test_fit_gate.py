@@ -97,7 +97,7 @@ def test_bounds_part_what_is_apart() -> None:
     assert bool((high < shows.quantile(0.9, 0)).all())  # and most rows open it wide
 
 
-def test_a_third_of_the_evidence_opens_halfway_where_nothing_else_comes_near() -> None:
+def test_some_of_the_evidence_opens_halfway_where_nothing_else_comes_near() -> None:
     """As of a concept that shares its picture with another."""
     shows, lacks = 10 + random(50, 4, seed=1), 0.1 * random(200, 4, seed=2).abs()
     low, high = bounds(shows, lacks)
@@ -108,7 +108,10 @@ def test_a_third_of_the_evidence_opens_halfway_where_nothing_else_comes_near() -
 
 def test_of_few_rows_none_without_the_concept_opens_the_gate() -> None:
     shows, lacks = 3 + random(8, 4, seed=1).abs(), random(16, 4, seed=2).abs()
-    assert bool((lacks <= bounds(shows, lacks)[0]).all())
+    low, high = bounds(shows, lacks)
+    assert bool((lacks <= low).all())
+    assert torch.allclose(bounds(shows, lacks / 100)[0], shows.quantile(0.1, 0) / 2)  # nor what they do not show
+    assert bool((high > low).all())
 
 
 def test_the_gate_weighs_the_sae_s_own_features() -> None:

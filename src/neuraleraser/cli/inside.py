@@ -131,7 +131,7 @@ def dictionary(
         site: The site that it reads, such as unet.up_blocks.1.attentions.1 or unet.mid_block.attentions.0:update.
         model: The pipeline: canvas, a folder, or a Hub id.
         prompts: Text file of prompts of many things, one a line: thresholds are calibrated on their images.
-        edits: Sites that erasers will edit; none named: the site and the cross-attentions of later blocks.
+        edits: Sites that erasers will edit; none named: three cross-attentions of later blocks.
         out: The dictionary's folder.
     """
     from neuraleraser.fit import import_dictionary

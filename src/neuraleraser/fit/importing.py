@@ -11,10 +11,11 @@ from torch import Tensor
 from neuraleraser.activations import bank
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.fit.dictionary import Dictionary, make_dictionary
+from neuraleraser.models import edits_for
 from neuraleraser.sae import formats
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Call, Site, candidate_sites, cross_attention_sites, record
+from neuraleraser.sites import Call, Site, record
 
 
 def import_dictionary(
@@ -34,8 +35,7 @@ def import_dictionary(
 
     Features that compete (TopK) get thresholds of their own, calibrated on `per_image` activations of each prompt's
     image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so. `edits`:
-    where erasers will act, by default at the site itself and at the cross-attentions of later blocks (of a pipeline
-    without them, at later blocks). Images are drawn with seeds from `seed` on.
+    where erasers will act, by default where `edits_for` says. Images are drawn with seeds from `seed` on.
 
     Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's, DataError where
     there are no prompts.
@@ -43,7 +43,8 @@ def import_dictionary(
     if not prompts:
         raise DataError("there are no prompts to see the SAE fire on: pass prompts of many things, hundreds are good")
     s = sampling or Sampling(batch=4)
-    shapes = {x: width for x, (_, width) in shapes_of(pipe, [site, *(edits or later_sites(pipe, site))], s).items()}
+    acts = list(edits or edits_for(pipe, site))
+    shapes = {x: width for x, (_, width) in shapes_of(pipe, [site, *acts], s).items()}
     seeds = range(seed, seed + len(prompts))
     x = bank(pipe, prompts, seeds, [site], per_image, s)[site]
     try:
@@ -54,7 +55,7 @@ def import_dictionary(
         raise SiteError(f"{site} is {shapes[site]} wide, and {path} holds an SAE for {sae.d}: pass the site it reads")
     sae.header["site"] = str(site)
     background = [(prompt, "", "") for prompt in prompts]
-    return make_dictionary(pipe, sae, site, shapes, background, s, seed)
+    return make_dictionary(pipe, sae, site, {x: shapes[x] for x in acts}, background, s, seed)
 
 
 def shapes_of(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site, tuple[int, int]]:
@@ -72,14 +73,3 @@ def shapes_of(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[S
             Sampling(steps=1, guidance=1.0, batch=1, height=sampling.height, width=sampling.width),
         )
     return {site: found[site] for site in dict.fromkeys(sites)}
-
-
-def later_sites(pipe: Any, site: Site, most: int = 6) -> list[Site]:
-    """Where to edit beside `site`: at most so many cross-attentions of the blocks after its own, or those blocks."""
-    blocks = candidate_sites(pipe)
-    at = [i for i, b in enumerate(blocks) if f"{site.path}.".startswith(f"{b.path}.")]
-    if not at:
-        raise SiteError(f"{site} is in none of the blocks that are known: pass the sites to edit")
-    after = {b.path for b in blocks[at[0] + 1 :]}
-    cross = [x for x in cross_attention_sites(pipe) if any(f"{x.path}.".startswith(f"{b}.") for b in after)]
-    return (cross or [b for b in blocks if b.path in after])[:most]

@@ -20,8 +20,8 @@ from neuraleraser.activations import activation_stream, described, write_shards
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.fit.dictionary import Dictionary, make_dictionary
-from neuraleraser.fit.importing import later_sites, shapes_of
-from neuraleraser.models import called
+from neuraleraser.fit.importing import shapes_of
+from neuraleraser.models import called, edits_for
 from neuraleraser.sae import Run, TrainSettings, measure, train_together
 from neuraleraser.sae.settings import StepLog
 from neuraleraser.sampling import generate
@@ -108,8 +108,8 @@ def own_dictionary(
     """Make a dictionary of `pipe` at `site`, with a feature for `concept` and each of `neighbours`, into `folder`; one
     that is there already is opened. Interrupted and called again it goes on.
 
-    Draws `images` to learn from and half as many to see how the features fire; erasers will edit the site itself and
-    the blocks after it. `say(what, share)` is told how far it is.
+    Draws `images` to learn from and half as many to see how the features fire; erasers edit where `edits_for` says.
+    `say(what, share)` is told how far it is.
 
     Raises SiteError for a site that is not there, ConceptError for a name that is given twice, SettingsError where
     the folder holds another dictionary, of other names or another site, whole or half made.
@@ -124,7 +124,8 @@ def own_dictionary(
             of = ", ".join(known.sae.header.get("labels") or ["no labels"])
             raise SettingsError(f"{folder} holds a dictionary of {of} at {known.site}: pass those, or delete it")
         return known
-    shapes = shapes_of(pipe, [site, *later_sites(pipe, site)], s)
+    edits = edits_for(pipe, site)
+    shapes = shapes_of(pipe, [site, *edits], s)
     per_image, together = _kept(shapes[site], s)
     shown = own_prompts(concept, neighbours, images, 1)
     labels = torch.tensor([[name in of for name in names] for _, of in shown], dtype=torch.uint8)
@@ -150,7 +151,7 @@ def own_dictionary(
     tell("seeing how they fire", 0.7)
     seen = own_prompts(concept, neighbours, max(1, images // 2), 2)
     background = [(prompt, "+".join(of), "") for prompt, of in seen]
-    known = make_dictionary(pipe, sae, site, {x: width for x, (_, width) in shapes.items()}, background, s)
+    known = make_dictionary(pipe, sae, site, {x: shapes[x][1] for x in edits}, background, s)
     known.save(folder)
     shutil.rmtree(folder / "activations")
     (folder / "training.safetensors").unlink(missing_ok=True)
