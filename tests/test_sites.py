@@ -152,8 +152,9 @@ def test_a_method_shadowed_by_the_user_is_given_back(sd: Any) -> None:
     assert ended == [1] and vars(sd)["maybe_free_model_hooks"] is own and "progress_bar" not in vars(sd)
 
 
+@pytest.mark.parametrize("spare", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
-def test_addition_keeps_bits_and_strides(layout: str) -> None:
+def test_addition_keeps_bits_and_strides(layout: str, spare: bool) -> None:
     if layout == "slice":  # FLUX's single blocks return slices of one sequence
         out = torch.randn(2, 9, 4)[:, 3:]
     else:
@@ -162,10 +163,11 @@ def test_addition_keeps_bits_and_strides(layout: str) -> None:
     out[0, 0] = -0.0
     x = to_positions(out)
     delta = torch.zeros_like(x)
+    delta[0] = -0.0
     delta[1, 2] = 1.0
-    new = added(out, delta)
-    assert new.stride() == out.stride()
-    moved = from_positions(delta, out) != 0
+    moved, before = from_positions(delta, out) != 0, out.clone()
+    new = added(out, delta, spare)
+    assert new.stride() == out.stride() and torch.equal(out, before)
     assert torch.equal(new[moved], out[moved] + 1)
     assert torch.equal(new[~moved], out[~moved]) and torch.equal(new.signbit()[~moved], out.signbit()[~moved])
 

@@ -173,7 +173,7 @@ class At:
             parts.append(self.once(x, call.timestep, [amounts.get(i) for i, _ in self.scaled]))
         if not parts:
             return None
-        call.finite = finite
+        call.finite, call.spare = finite, True
         return sum(parts[1:], parts[0])
 
     def _look(self, looks: Gates, x: Tensor, timestep: Tensor, call: Call, amounts: dict[int, Tensor]) -> None:

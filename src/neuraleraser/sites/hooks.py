@@ -29,11 +29,13 @@ class Call:
     memo: one dict for one forward of the denoiser (or text encoder), shared by this context's sites.
     finite: a tensor, smaller than x, in which the edit says that NaN or infinity of x or of its delta show, too; None:
     all of what the edit left or made is looked through.
+    spare: whether the delta that the edit returns is nobody else's, so that its memory may be written into.
     """
 
     timestep: Tensor
     memo: dict[Any, Any]
     finite: Tensor | None = None
+    spare: bool = False
 
 
 Edit = Callable[[Tensor, Call], Tensor | None]
@@ -143,7 +145,7 @@ class Tap:
                 )
             forward = _Forward(None)  # such as a VAE, of which pipelines call encode and decode
         self.visited = True
-        changes: list[tuple[str, Tensor, Tensor | None]] = []
+        changes: list[tuple[str, Tensor, Call]] = []
         for site, change in self.edits:  # all see the same activations
             rests = getattr(change, "rests", None)
             if rests is not None and rests(forward.memo):
@@ -156,13 +158,13 @@ class Tap:
             elif delta.shape != x.shape:
                 raise NotApplied(f"{site}: the edit returned {list(delta.shape)}, expected {list(x.shape)}.")
             else:
-                changes.append((site.stream, delta, call.finite))
+                changes.append((site.stream, delta, call))
         if not changes:
             return None
-        for stream, delta, finite in changes:
+        for stream, delta, call in changes:
             old = self._stream(output, stream)
-            new = added(old, delta)
-            self._note(new if finite is None else finite)  # NaN in what was read or in the delta ends in new, too
+            new = added(old, delta, call.spare)
+            self._note(new if call.finite is None else call.finite)  # NaN read or added ends in new
             output = swapped(output, old, new)
         return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuraleraser.errors import SiteError
@@ -26,16 +27,21 @@ def from_positions(x: Tensor, like: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(like.shape) if like.ndim == 4 else x
 
 
-def added(out: Tensor, delta: Tensor) -> Tensor:
+def added(out: Tensor, delta: Tensor, spare: bool = False) -> Tensor:
     """`out` plus delta [B, positions, d], in the dtype and the strides of `out`, with its very bits where delta is 0.
 
     Of -0.0 + 0.0 the sign would be lost. 0 - delta is +0.0 for either zero, and what +0.0 is taken from keeps its bits;
-    other values are added exactly as by a plus, and so are gradients.
+    other values are added exactly as by a plus, and so are gradients. A delta that is `spare` may be written into:
+    where nothing learns, the sum takes its memory, since new memory costs as much as the arithmetic.
     """
     delta = from_positions(delta, out).to(out.dtype)
+    overlapping = any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True))
+    alike = delta.stride() == out.stride() and not overlapping
+    learns = torch.is_grad_enabled() and (out.requires_grad or delta.requires_grad)
+    if spare and alike and not learns and not torch.compiler.is_compiling():
+        return torch.sub(out, torch.sub(delta.new_zeros(()), delta, out=delta), out=delta)
     new = out - (0 - delta)
     # Kernels are chosen by strides, and another kernel gives other bits: keep the layout of the output.
-    overlapping = any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True))
     if new.stride() != out.stride() and not overlapping:
         new = out.new_empty_strided(out.shape, out.stride()).copy_(new)
     return new
