@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import SAE, StepLog, TrainSettings, measure, pool_batches, train
+from neuraleraser.sae.settings import Architecture
 
 DICTIONARY = TrainSettings(n=128, k=2, steps=600, dead_after=8000, bf16=False, log_every=150)
 """Twice the features that are planted: with as many, about a fifth of them is missed."""
@@ -162,7 +163,8 @@ def test_the_learning_rate():
     long = TrainSettings(n=2**12, k=8, steps=200_000)
     assert long.lr_at(0, 1280) == pytest.approx(4e-4)  # 2e-4 * sqrt(4)
     short = dataclasses.replace(long, steps=500)
-    assert short.lr_at(0, 100) == pytest.approx(4.5e-3)  # 0.045 radians / sqrt(100)
+    assert short.lr_at(0, 100) == pytest.approx(1.5e-3)  # 30 * sqrt(256 / n) / 500 radians / sqrt(100)
+    assert dataclasses.replace(long, steps=100).lr_at(0, 100) == pytest.approx(4.5e-3)  # at most 0.045 radians a step
     given = dataclasses.replace(short, lr=1e-3)
     rates = [given.lr_at(step, 100) for step in range(500)]
     assert rates[:401] == [1e-3] * 401 and rates == sorted(rates, reverse=True)
@@ -181,3 +183,13 @@ def test_settings_need_no_torch():
 
     code = "import sys, neuraleraser.sae.settings; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_the_threshold_is_of_the_weights_as_they_end(architecture: Architecture):
+    """And not a moving average that lags behind them: where features are many and alike, it decides how many fire."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(16_000, 6, generator=g) @ torch.randn(6, 32, generator=g)
+    settings = TrainSettings(n=512, k=6, steps=100, architecture=architecture)
+    fired = measure(train(pool_batches(x, 1024), settings), x)["l0"]
+    assert fired == pytest.approx(6, rel=0.012)

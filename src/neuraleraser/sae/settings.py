@@ -28,7 +28,7 @@ class TrainSettings:
     """Batches to train on; the learning rate falls to zero over the last fifth of them."""
     lr: float | None = None
     """Adam's learning rate, for data scaled to E||x||^2 = d; None: from n, d and steps (see `lr_at`)."""
-    dead_after: int = 500_000
+    dead_after: int = 50_000
     """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it."""
     k_aux: int | None = None
     """Most dead features (and at most 1/8 of them) to explain a vector's residual; None: d / 2, 0: no revival."""
@@ -86,12 +86,12 @@ class TrainSettings:
         """The learning rate of step 0 <= step < steps for width d: constant, then to zero over the last fifth.
 
         Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians a step.
-        The default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what
-        lets a row turn by 60 radians over the run, and by no more than 0.045 a step.
+        The default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what lets a
+        row turn by 30 * sqrt(256 / n) radians over the run, and by no more than 0.045 a step.
         """
         lr = self.lr
         if lr is None:
-            turn = min(0.045, 60 / self.steps) / math.sqrt(d)
+            turn = min(0.045, 30 * math.sqrt(256 / self.n) / self.steps) / math.sqrt(d)
             lr = max(2e-4 * math.sqrt(2**14 / self.n), turn)
         return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
 

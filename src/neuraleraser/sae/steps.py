@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import kernels
-from neuraleraser.sae.objective import AUX_WEIGHT, forward, labelled_losses, revival
+from neuraleraser.sae.objective import AUX_WEIGHT, choose, forward, labelled_losses, revival
 from neuraleraser.sae.settings import StepLog, TrainSettings
 from neuraleraser.sae.sparse import Weights
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from neuraleraser.sae.kernels.fused import Watch
 
 THRESHOLD_RATE = 0.01  # of the moving average of the cut
+LAST = 8
+"""Steps whose mean cut, in full precision, is the threshold in the end. The moving average lags behind a cut that still
+falls, and where many features are nearly alike one percent of it decides on a tenth of what fires (docs/LOG.md)."""
 CACHED = 2**18  # values of a matrix that are worked on at a time: 1 MB
 
 
@@ -79,6 +82,12 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
         checked_norm()
     cut = made.cut if waits else float(made.cut)
     rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when the cut moves
+    last = min(LAST, settings.steps)
+    if done > settings.steps - last and settings.architecture in ("batchtopk", "matryoshka"):
+        rate = 1 / (done - settings.steps + last)
+        with torch.no_grad():
+            values = choose(state.weights, x, settings, x.dtype).values
+        cut = (values.min() if waits else float(values.min())) if len(values) else 0.0
     moved = state.threshold + rate * (cut - state.threshold)
     if isinstance(cut, Tensor):
         state.threshold = torch.where(cut > 0, moved, state.threshold)
