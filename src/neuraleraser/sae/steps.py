@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 THRESHOLD_RATE = 0.01  # of the moving average of the cut
 LAST = 8
-"""Steps whose mean cut, in full precision, is the threshold in the end. The moving average lags behind a cut that still
-falls, and where many features are nearly alike one percent of it decides on a tenth of what fires (docs/LOG.md)."""
+"""At most so many steps, a tenth of all, whose mean cut in full precision is the threshold in the end. The moving
+average lags behind a cut that still falls, and where many features are nearly alike one percent of it decides on a
+tenth of what fires (docs/LOG.md)."""
+SAMPLE = 2**22  # pre-activations that such a cut is taken from, about
 CACHED = 2**18  # values of a matrix that are worked on at a time: 1 MB
 
 
@@ -82,11 +84,12 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
         checked_norm()
     cut = made.cut if waits else float(made.cut)
     rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when the cut moves
-    last = min(LAST, settings.steps)
+    last = max(1, min(LAST, settings.steps // 10))
     if done > settings.steps - last and settings.architecture in ("batchtopk", "matryoshka"):
         rate = 1 / (done - settings.steps + last)
         with torch.no_grad():
-            values = choose(state.weights, x, settings, x.dtype).values
+            some = x[:: max(1, len(x) * n // SAMPLE)]  # in full precision, all would take several steps' time
+            values = choose(state.weights, some, settings, x.dtype).values
         cut = (values.min() if waits else float(values.min())) if len(values) else 0.0
     moved = state.threshold + rate * (cut - state.threshold)
     if isinstance(cut, Tensor):
