@@ -1,12 +1,13 @@
-"""What each way of editing does: the modes of law 2, and learnt corrections at fewer sites, on development concepts.
+"""What each way of editing does: the modes of law 2, and learnt corrections elsewhere, on development concepts.
 
-    python benchmarks/modes.py [--concepts Cartoon Dogs Towers] [--variants learnt learnt-3 span scale replace]
+    python benchmarks/modes.py [--concepts Cartoon Dogs Towers] [--variants learnt outputs alone span scale replace]
 
 All with the same gate, selection seeds, phrasings crossed as in tests (the object in one, the style in the other) and
-the first judge. `learnt-3` corrects the last three of the sites only. Of the images that show the concept, ua is the
-share that no longer do; kept and bystander the share of what else they showed that is still read, over the base's;
-artefacts the share that the second judge takes for no real picture (before -> after). `cost`, of the first concept, is
-the time of sampling with the eraser at work over plain sampling.
+the first judge. `learnt` corrects what later blocks read of the prompt; `outputs` what the last three cross-attentions
+read out of it, from the same lessons; `alone` is `learnt` without lessons of what stands beside an object. Of the
+images that show the concept, ua is the share that no longer do; kept and bystander the share of what else they showed
+that is still read, over the base's; artefacts the share that the second judge takes for no real picture (before ->
+after). `cost`, of the first concept, is the time of sampling with the eraser at work over plain sampling.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from neuraleraser.judges import CanvasJudge, Judgement
 from neuraleraser.models import open_pipeline
 from neuraleraser.sampling import generate
 from neuraleraser.settings import SELECTION_SEEDS, EvaluateSettings, FitSettings, Sampling
+from neuraleraser.sites import cross_attention_sites
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Settings:
 
     concepts: tuple[str, ...] = ("Cartoon", "Dogs", "Towers")
     """Development concepts."""
-    variants: tuple[str, ...] = ("learnt", "learnt-3", "span", "scale", "replace")
-    """Modes; with a number: at so many of the sites, the last ones."""
+    variants: tuple[str, ...] = ("learnt", "outputs", "alone", "span", "scale", "replace")
+    """Which ways."""
     pipeline: str = "canvas"
     """The pipeline."""
     dictionary: Path | None = None
@@ -81,15 +83,18 @@ def main(s: Settings) -> None:
         base, flagged = draw()
         two = np.array([len(c.objects) > 1 for c in cells])
         for variant in s.variants:
-            mode, _, count = variant.partition("-")
-            some = list(known.edits.items())[-int(count) :] if count else known.edits.items()
+            concept = canvas_concept(name)
+            if variant == "alone":
+                concept = replace(concept, beside=())
+            mode = "learnt" if variant in ("outputs", "alone") else variant
             started = time.monotonic()
             eraser = fit(
                 pipe,
-                canvas_concept(name),
+                concept,
                 FitSettings(mode=mode),  # type: ignore[arg-type]
-                known=replace(known, edits=dict(some)),
+                known=known,
                 sampling=Sampling(),
+                edits=[(site,) for site in cross_attention_sites(pipe)[-3:]] if variant == "outputs" else None,
             )
             took = time.monotonic() - started
             with attach(pipe, eraser):

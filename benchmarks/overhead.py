@@ -4,9 +4,10 @@
     python benchmarks/overhead.py --sizes sd15 sdxl flux --device cuda --dtype bf16 --batches 1 16 --json gpu.json
 
 Denoisers have the published sizes and random weights (the canvas its own). An eraser has a gate of 64 features (on
-the canvas of one, as those that are made there) and learnt corrections of rank 8 at three sites; "eraser" is timed with
-every gate open, "eraser-shut" with every gate shut. "full-sae-hook" is SAeUron's shape: 16 features a dimension, the
-32 largest kept, at the gate's site alone: three dense products, as its published code has them.
+the canvas of one, as those that are made there) and learnt corrections of rank 32 of what later blocks read of the
+prompt; "eraser" is timed with every gate open, "eraser-shut" with every gate shut. "full-sae-hook" is SAeUron's shape:
+16 features a dimension, the 32 largest kept, at the gate's site alone: three dense products, as its published code has
+them.
 
 Time in hooks is taken around each hook, in the step itself: events on a GPU, a clock on a CPU. `seconds` is the plain
 step plus that time, `ratio_to_plain` its ratio to the plain step: the difference of two whole steps would drown in
@@ -35,12 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neuraleraser.eraser import Correction, Eraser, Gate, Trace
 from neuraleraser.eraser.acting import Acting
-from neuraleraser.fit.dictionary import CANVAS_EDITS, CANVAS_GATE
+from neuraleraser.fit.dictionary import CANVAS_GATE
 from neuraleraser.models import edits_for, open_pipeline
 from neuraleraser.sites import Call, Site, candidate_sites, cross_attention_sites, edit
 from neuraleraser.sites.place import resolve
 
-RANK, BINS = 8, 5
+RANK, BINS = 32, 13
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
 
 
@@ -75,7 +76,7 @@ class Bench:
     pipe: Any
     run: Callable[[], Any]
     gate: Site
-    edits: list[Site]
+    edits: list[tuple[Site, ...]]
     factor: float = 1.0
     features: int = 64
 
@@ -106,9 +107,8 @@ def build(size: str, batch: int, s: Settings) -> Bench:
     pipe = _pipe(unet=unet)
     at = {"sd15": "up_blocks.1.attentions.1", "sdxl": "up_blocks.0.attentions.1"}.get(size)
     gate = CANVAS_GATE if size == "canvas" else Site(f"unet.{at}") if at else cross_attention_sites(pipe)[0]
-    edits = list(CANVAS_EDITS) if size == "canvas" else edits_for(pipe, gate)
     run = lambda: unet(state, t, text, return_dict=False, **more)  # noqa: E731
-    return Bench(pipe, run, gate, edits, features=1 if size == "canvas" else 64)
+    return Bench(pipe, run, gate, edits_for(pipe, gate), features=1 if size == "canvas" else 64)
 
 
 def _unet(size: str) -> nn.Module:
@@ -195,7 +195,7 @@ def widths(bench: Bench) -> dict[Site, tuple[int, int]]:
     def note(site: Site) -> Callable[[Tensor, Call], None]:
         return lambda x, call: seen.update({site: (x.shape[1], x.shape[2])})
 
-    with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, *bench.edits}}):
+    with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, *(s[0] for s in bench.edits)}}):
         bench.run()
     return seen
 
@@ -215,14 +215,14 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
         times, low, 2 * low + 1e-3,
     )  # fmt: skip
     edits = []
-    for site in bench.edits:
+    for site, *also in bench.edits:
         w = shapes[site][1]
         tensors = {
-            "down": random(BINS, w, RANK) / w**0.5,
-            "up": 1e-4 * random(BINS, RANK, w),
-            "bias_out": 1e-4 * random(BINS, w),
+            "down": random(1, w, RANK) / w**0.5,
+            "up": 1e-4 * random(1, RANK, w),
+            "bias_out": 1e-4 * random(1, w),
         }
-        edits.append(Correction(site, "learnt", times, tensors))
+        edits.append(Correction(site, "learnt", times[:1], tensors, tuple(also)))
     return Eraser(gate, tuple(edits), {"concept": str(seed)})
 
 
@@ -275,10 +275,15 @@ class Clock:
 
 @contextmanager
 def hooked(bench: Bench, edits: dict[Site, Any], clock: Clock) -> Iterator[None]:
-    modules = [resolve(bench.pipe, site) for site in edits]
-    handles = [m.register_forward_hook(clock.start) for m in modules]
+    def hang(what: Callable[..., None]) -> list[Any]:
+        modules = [(resolve(bench.pipe, site), site.tap) for site in edits]
+        return [
+            m.register_forward_pre_hook(what) if tap == "input" else m.register_forward_hook(what) for m, tap in modules
+        ]
+
+    handles = hang(clock.start)
     with edit(bench.pipe, edits):
-        handles += [m.register_forward_hook(clock.stop) for m in modules]
+        handles += hang(clock.stop)
         yield
         for handle in handles:
             handle.remove()
@@ -334,7 +339,7 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
             acting = Acting(erasers, torch.ones(count, 1), device, Trace(erasers), ["erase"] * count)
             flops = 2.0 * rows * positions * d * bench.features * count
             if not shut or device.type != "cpu":  # a CPU knows that a gate is shut
-                flops += sum(4.0 * rows * p * w * RANK * count for p, w in (shapes[x] for x in bench.edits))
+                flops += sum(4.0 * rows * p * w * RANK * count for p, w in (shapes[x[0]] for x in bench.edits))
             tensors = [t for e in acting.placed for t in _tensors(e)]
             file = None
             if count == 1:

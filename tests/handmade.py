@@ -65,6 +65,7 @@ def make_correction(
     rank: int = 2,
     seed: int = 0,
     times: Sequence[float] = (100.0, 500.0, 900.0),
+    also: tuple[Site, ...] = (),
     **tensors: Tensor,
 ) -> Correction:
     """`tensors` replace those made here."""
@@ -91,7 +92,7 @@ def make_correction(
             "bias_out": 0.3 * random(t, d, seed=seed + 7),
         },
     }[mode]
-    return Correction(site, mode, torch.tensor(times), made | tensors)
+    return Correction(site, mode, torch.tensor(times), made | tensors, also)
 
 
 def make_eraser(

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neuraleraser.bench.cells import erasure_cells
 from neuraleraser.canvas import words
 from neuraleraser.concepts import (
     MAX_FILE,
@@ -24,8 +25,10 @@ from neuraleraser.concepts import (
     profile,
     resolve,
     share_score,
+    with_neighbours,
 )
 from neuraleraser.errors import ConceptError
+from neuraleraser.settings import EvaluateSettings
 
 NAMES = [n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN]
 
@@ -91,6 +94,42 @@ def test_the_kind_of_a_phrase(phrase: str, kind: str) -> None:
     assert phrase_concept(phrase, kind="object").kind == "object"
 
 
+@pytest.mark.parametrize("name", words.OBJECTS)
+def test_what_stands_beside_an_object_stays(name: str) -> None:
+    beside, held_out = (
+        canvas_concept(name).beside,
+        [p for o in words.OBJECTS for p in words.phrases_of(o)[words.HELD_OUT]],
+    )
+    tests = {c.prompt for c in erasure_cells(name, EvaluateSettings(two_objects=25))}
+    mine, seen = words.OBJECT_PHRASES[name][words.SEEN], set[tuple[str, str]]()
+    for pair in beside:
+        (what,) = [p for p in mine if f"{p} and " in pair.shows or f" and {p}" in pair.shows]
+        assert pair.shows.replace(f"{what} and ", "").replace(f" and {what}", "") == pair.without
+        assert not any(h in pair.shows for h in held_out) and pair.shows not in tests
+    for without in list(dict.fromkeys(pair.without for pair in beside))[:36]:  # as many as a fit draws
+        seen |= {("object", o) for o in words.OBJECTS if without.startswith(words.OBJECT_PHRASES[o][:2])}
+        seen |= {("style", s) for s in words.STYLES if without.endswith(words.STYLE_PHRASES[s][:2])}
+    assert (
+        len([o for kind, o in seen if kind == "object"]) == 19 and len([s for kind, s in seen if kind == "style"]) >= 23
+    )
+    assert not canvas_concept("Van_Gogh").beside
+
+
+def test_neighbours_stand_beside_a_phrase() -> None:
+    cat, near = (
+        phrase_concept("a cat"),
+        [phrase_concept("a dog"), phrase_concept("a red fox"), phrase_concept("Monet style")],
+    )
+    beside = with_neighbours(cat, near).beside
+    assert Pair("a cat and a dog in a forest", "a dog in a forest") in beside
+    assert Pair("a red fox and a cat", "a red fox") in beside
+    assert {p.without.split(" in ")[0] for p in beside} >= {"a dog", "a red fox"} and len(set(beside)) == len(beside)
+    assert {p.without for p in beside[:4]} >= {"a dog"} and not any("Monet" in p.shows for p in beside)
+    for concept in (phrase_concept("Van Gogh style"), canvas_concept("Cats"), Concept("cats", "object", cat.pairs)):
+        assert with_neighbours(concept, near) == concept  # no object, already has some, or not named in its prompts
+    assert with_neighbours(cat, near[2:]) == cat
+
+
 def test_pairs_of_a_phrase() -> None:
     cat = phrase_concept("  a   cat ", instead="a dog")
     assert (
@@ -128,6 +167,8 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
     assert file_concept(written(tmp_path, GOOD)) == Concept(
         "logo", "object", (Pair("a logo", "a wall"), Pair("my logo", "my wall"))
     )
+    beside = file_concept(written(tmp_path, {**GOOD, "beside": [["a logo and a clock", "a clock"]]})).beside
+    assert beside == (Pair("a logo and a clock", "a clock"),)
     umlaut = {**GOOD, "name": "Bücher", "pairs": [["ein Märchen", "nichts"]]}
     assert file_concept(written(tmp_path, json.dumps(umlaut, ensure_ascii=False).encode())).name == "Bücher"
     assert file_concept(written(tmp_path, {k: v for k, v in GOOD.items() if k != "kind"})).kind == "other"
@@ -159,8 +200,10 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
         {**GOOD, "pairs": [["a", None]]},
         {**GOOD, "pairs": [["a", {"b": 1}]]},
         {**GOOD, "pairs": [["a", "a"]]},
+        {**GOOD, "beside": 5},
+        {**GOOD, "beside": [["a and b", "a and b"]]},
     ],
-    ids=range(23),
+    ids=range(25),
 )
 def test_files_that_are_no_concept(content: Any, tmp_path: Path) -> None:
     with pytest.raises(ConceptError) as caught:

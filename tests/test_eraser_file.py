@@ -145,6 +145,11 @@ HEADERS: list[Callable[[Header], Any]] = [
     lambda h: h | {"edits": [h["edits"][0] | {"mode": "execute"}]},
     lambda h: h | {"edits": [h["edits"][0] | {"mode": "scale"}]},
     lambda h: h | {"edits": [h["edits"][0] | {"mode": ["learnt"]}]},
+    lambda h: h | {"edits": [h["edits"][0] | {"also": 5}]},
+    lambda h: h | {"edits": [h["edits"][0] | {"also": [5]}]},
+    lambda h: h | {"edits": [h["edits"][0] | {"also": ["../x"]}]},
+    lambda h: h | {"edits": [h["edits"][0] | {"also": [h["edits"][0]["site"]]}]},
+    lambda h: h | {"edits": [h["edits"][0] | {"also": ["text_encoder.layers.0"]}]},
 ]
 
 
@@ -171,6 +176,13 @@ def test_sites_that_cannot_be(site: str, parts: Any, tmp_path: Path) -> None:
     good, header = parts("learnt")
     refused(tmp_path, good, header | {"gate": header["gate"] | {"site": site}})
     refused(tmp_path, good, header | {"edits": [header["edits"][0] | {"site": site}]})
+
+
+def test_only_learnt_changes_are_repeated(parts: Any, tmp_path: Path) -> None:
+    for mode in ("scale", "replace"):
+        good, header = parts(mode)
+        edits = [header["edits"][0] | {"also": ["unet.up_blocks.1.attentions.0:input:text"]}]
+        assert "expected mode 'learnt'" in refused(tmp_path, good, header | {"edits": edits})
 
 
 def test_two_edits_at_one_site(parts: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from neuraleraser.models import (
 )
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, candidate_sites, cross_attention_sites
+from neuraleraser.sites import Site, candidate_sites, cross_attention_sites, text_streams
 from tiny import BUILDERS, stable_diffusion
 
 
@@ -95,18 +96,23 @@ def test_presets_say_where_they_were_published():
 
 
 def test_edits_are_spread_over_what_follows():
+    def read(blocks: Sequence[Site]) -> list[Site]:
+        return [Site(b.path, "input", "text") for b in blocks]
+
     sd = BUILDERS["stable_diffusion"]()
-    blocks, cross = candidate_sites(sd), cross_attention_sites(sd)
-    after = [x for x in cross if not x.path.startswith(f"{blocks[0].path}.")]
-    assert edits_for(sd, blocks[0], 100) == after
-    assert edits_for(sd, cross[0]) == [after[-(-len(after) * k // 3) - 1] for k in (1, 2, 3)]
-    assert edits_for(sd, blocks[-1]) == [blocks[-1]]  # nothing follows
-    flux = BUILDERS["flux"]()
-    assert edits_for(flux, candidate_sites(flux)[0], 100) == candidate_sites(flux)[1:]  # no cross-attentions
+    blocks = candidate_sites(sd)
+    assert edits_for(sd, blocks[0]) == edits_for(sd, cross_attention_sites(sd)[0]) == [tuple(read(blocks[1:]))]
+    assert edits_for(sd, blocks[-1]) == [(blocks[-1],)]  # nothing follows
     for build in BUILDERS.values():
         pipe = build()
-        found = edits_for(pipe, candidate_sites(pipe)[0])
-        assert 1 <= len(set(found)) == len(found) <= 3
+        blocks = candidate_sites(pipe)
+        if not text_streams(pipe):
+            assert edits_for(pipe, blocks[0]) == [tuple(read(blocks[1:]))]
+            continue
+        after = read(blocks[1:])
+        assert edits_for(pipe, blocks[0], 100) == [(site,) for site in after]
+        found = edits_for(pipe, blocks[0], 2)
+        assert found == [(after[-(-len(after) // 2) - 1],), (after[-1],)]
     with pytest.raises(SiteError, match="pass the sites to edit"):
         edits_for(sd, Site("unet.conv_in"))
 

@@ -13,6 +13,7 @@ from erasers import open_eraser
 from neuraleraser import cli
 from neuraleraser.eraser import Eraser
 from neuraleraser.fit import load_dictionary
+from neuraleraser.sites import Site
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -64,4 +65,5 @@ def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def make_eraser() -> Eraser:
     """For the canvas: always open, with a random correction."""
     known = load_dictionary()
-    return open_eraser(gate=(known.site, known.sae.d), edit=max(known.edits.items()))
+    read = Site("unet.up_blocks.2.attentions.1", "input", "text")
+    return open_eraser(gate=(known.site, known.sae.d), edit=(read, 128))

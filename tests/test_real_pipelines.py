@@ -17,6 +17,7 @@ import tiny_text
 from handmade import SHUT, make_correction, make_gate
 from neuraleraser.eraser import MODES, Eraser, attach
 from neuraleraser.errors import NotApplied, SiteError
+from neuraleraser.models import edits_for
 from neuraleraser.sites import (
     Call,
     Site,
@@ -52,18 +53,29 @@ class Case:
         return 1e-3 if "flux" in self.name else 1.0
 
     def eraser(self, mode: str = "learnt", seed: int = 0, concept: str = "Cats", **gate: Any) -> Eraser:
-        """A gate at the first candidate, corrections at the last and at a cross-attention where there is one."""
+        """A gate at the first candidate, corrections at the last and at a cross-attention where there is one, and
+        learnt ones of the prompt that all but the first read."""
         first, *_, last = candidate_sites(self.pipe)
-        acts = [last, *cross_attention_sites(self.pipe)[-1:]]
+        acts = [(last,), *((at,) for at in cross_attention_sites(self.pipe)[-1:])]
+        acts += edits_for(self.pipe, first) if mode == "learnt" else []
         times = [self.scale * t for t in (100.0, 500.0, 900.0)]
-        edits = tuple(make_correction(at, self.seen[at].shape[2], mode, seed=seed, times=times) for at in acts)
+        edits = tuple(
+            make_correction(at, self.seen[at].shape[2], mode, seed=seed, times=times, also=tuple(also))
+            for at, *also in acts
+        )
         return Eraser(
             make_gate(first, self.seen[first].shape[2], seed=seed, times=times, **gate), edits, {"concept": concept}
         )
 
 
 def useful(pipe: Any) -> list[Site]:
-    return [*candidate_sites(pipe), *text_streams(pipe), *cross_attention_sites(pipe)]
+    blocks = candidate_sites(pipe)
+    return [
+        *blocks,
+        *text_streams(pipe),
+        *cross_attention_sites(pipe),
+        *(Site(b.path, "input", "text") for b in blocks),
+    ]
 
 
 def first_step(case: Case, sites: list[Site]) -> dict[Site, Tensor]:
@@ -107,7 +119,9 @@ def zero(x: Tensor, call: Call) -> Tensor:
 
 def test_identity(case: Case) -> None:
     sites = useful(case.pipe)
-    updates = [Site(site.path, "update", site.stream) for site in sites if "attn" not in site.path]
+    updates = [
+        Site(site.path, "update", site.stream) for site in sites if "attn" not in site.path and site.tap == "output"
+    ]
     with edit(case.pipe, dict.fromkeys([*sites, *updates], zero)):
         assert torch.equal(case.run(), case.base)
     silent = [case.eraser(mode, seed=i, **SHUT) for i, mode in enumerate(MODES)]

@@ -17,6 +17,7 @@ import tiny
 from neuraleraser.errors import NotApplied, SiteError
 from neuraleraser.sites import Call, Site, candidate_sites, denoiser, edit, record
 from neuraleraser.sites.layout import added, from_positions, to_positions
+from neuraleraser.sites.place import resolve
 
 FAMILIES = sorted(tiny.BUILDERS)
 MIDDLE = Site("unet.mid_block.attentions.0")
@@ -57,7 +58,7 @@ def all_sites(pipe: Any) -> list[Site]:
     sites = [Site(site.path, tap) for site in candidate_sites(pipe) for tap in ("output", "update")]
     if type(pipe).__name__ in ("FluxPipeline", "StableDiffusion3Pipeline"):
         sites += [Site(site.path, site.tap, "text") for site in sites if not last_of_sd3(pipe, site)]
-    return sites
+    return sites + [Site(site.path, "input", "text") for site in candidate_sites(pipe)]
 
 
 def last_of_sd3(pipe: Any, site: Site) -> bool:
@@ -209,7 +210,9 @@ def test_record_gives_what_a_plain_hook_sees(pipe: Any) -> None:
             else:
                 after = output[0] if isinstance(output, tuple) else output
                 before = args[0]
-            if site.tap == "update":
+            if site.tap == "input":
+                after = kwargs["encoder_hidden_states"]
+            elif site.tap == "update":
                 after = after - before
             if after.ndim == 4:
                 b, d, h, w = after.shape
@@ -275,6 +278,61 @@ def test_each_stream_is_edited_alone() -> None:
             seen = recorded(pipe, [text, image], steps=1)
         assert torch.equal(seen[edited][0][0], base[edited][0][0] + 0.5)
         assert torch.equal(seen[other][0][0], base[other][0][0])
+
+
+def test_an_input_is_the_prompt_that_a_block_reads(pipe: Any) -> None:
+    site = Site(candidate_sites(pipe)[-1].path, "input", "text")
+    given: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given.append(kwargs["encoder_hidden_states"])
+
+    base = tiny.run(pipe, 0, n=2, steps=1)
+    handle = resolve(pipe, site).register_forward_hook(see, with_kwargs=True)
+    seen = recorded(pipe, [site], n=2, steps=1)[site]
+    assert all(torch.equal(x, text) for (x, _), text in zip(seen, given, strict=True))
+    rows = seen[0][0].shape[0]
+    given.clear()
+    with edit(pipe, {site: lambda x, call: (torch.arange(rows) == 1).view(-1, 1, 1) * torch.ones_like(x)}):
+        edited = tiny.run(pipe, 0, n=2, steps=1)
+    handle.remove()
+    x = seen[0][0]
+    assert torch.equal(given[0][0], x[0]) and torch.equal(given[0][1], x[1] + 1)  # the hook saw the changed text
+    assert not torch.equal(edited, base) and torch.equal(tiny.run(pipe, 0, n=2, steps=1), base)
+
+
+def test_an_input_edit_leaves_what_other_blocks_read(sd: Any) -> None:
+    sites = [Site(site.path, "input", "text") for site in candidate_sites(sd)]
+    base = recorded(sd, sites, steps=1)
+    with edit(sd, {sites[1]: shift}):
+        seen = recorded(sd, sites, steps=1)
+    for site in sites:
+        want = base[site][0][0] + (0.5 if site == sites[1] else 0)
+        assert torch.equal(seen[site][0][0], want)
+
+
+def test_an_adapters_images_beside_the_text_stay(sd: Any) -> None:
+    class Reads(nn.Module):
+        def forward(self, hidden_states: Tensor, temb: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+            self.given = encoder_hidden_states
+            return hidden_states
+
+    class Hands(nn.Module):  # as a UNet with an IP-Adapter does
+        has_cross_attention = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Reads()
+
+        def forward(self, hidden_states: Tensor, temb: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+            return self.inner(hidden_states, temb, (encoder_hidden_states, images))
+
+    sd.unet.mid_block = Hands()
+    text, images = torch.randn(1, tiny.WORDS, tiny.WIDTH), [torch.randn(1, 1, 4, tiny.WIDTH)]
+    with edit(sd, {Site("unet.mid_block.inner", "input", "text"): shift}):
+        sd.unet(torch.randn(1, 4, 8, 8), 5, text)
+    new, beside = sd.unet.mid_block.inner.given
+    assert torch.equal(new, text + 0.5) and beside is images
 
 
 def test_a_down_block_is_edited_on_its_skip_too(sd: Any) -> None:
@@ -636,12 +694,12 @@ PATHS = st.lists(st.from_regex(r"[a-z_0-9]+", fullmatch=True), min_size=1, max_s
 
 
 @settings(deadline=None, max_examples=30)
-@given(PATHS, st.sampled_from(["output", "update"]), st.sampled_from(["image", "text"]))
+@given(PATHS, st.sampled_from(["output", "update", "input"]), st.sampled_from(["image", "text"]))
 def test_sites_parse_what_they_print(path: str, tap: Any, stream: Any) -> None:
     site = Site(path, tap, stream)
     assert Site.parse(str(site)) == site
     assert Site.parse(path) == Site(path)
-    assert Site.parse(f"{path}:{tap}") == Site(path, tap)
+    assert Site.parse(f"{path}:{tap}") == Site(path, tap, "text" if tap == "input" else "image")
     assert Site.parse(f"{path}:{stream}") == Site(path, stream=stream)
 
 
@@ -674,6 +732,8 @@ def test_streams_and_taps_that_a_block_has_not(sd: Any) -> None:
         (sd, Site(MIDDLE.path, stream="text"), "one stream"),
         (sd, Site("unet.up_blocks.0", "update"), "output minus input"),
         (sd, Site("unet.time_embedding"), "no known layout"),
+        (sd, Site(MIDDLE.path, "input"), "only the text is a site"),
+        (sd, Site("unet.up_blocks.0.resnets.0", "input", "text"), "reads no prompt"),
         (tiny.pixart(), Site("transformer.transformer_blocks.0", stream="text"), "one stream"),
         (tiny.stable_diffusion_3(), Site("transformer.transformer_blocks.2", stream="text"), "the last"),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,18 +56,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class Concept:
-    """A name, its kind ("style", "object" or "other") and matched pairs of prompts."""
+    """A name, its kind ("style", "object" or "other") and matched pairs of prompts.
+
+    `beside` are further pairs in which something else stands beside the concept, and alone in the match: "a cat and a
+    dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
+    """
 
     name: str
     kind: str
     pairs: tuple[Pair, ...]
+    beside: tuple[Pair, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConceptError(f"concept {self.name!r} is of kind {self.kind!r}: pass one of {', '.join(KINDS)}")
         if not self.pairs:
             raise ConceptError(f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it")
-        same = [p.shows for p in self.pairs if p.shows.strip() == p.without.strip()]
+        same = [p.shows for p in (*self.pairs, *self.beside) if p.shows.strip() == p.without.strip()]
         if same:
             raise ConceptError(f"concept {self.name!r}: {same[0]!r} is its own match; the match must lack the concept")
 
@@ -109,9 +114,37 @@ def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
             for style in words.STYLES:
                 how = "" if style == words.PLAIN else " " + words.STYLE_PHRASES[style][i]
                 pairs.append(Pair(what + how, nothing + how))
-        return Concept(name, "object", tuple(pairs))
+        return Concept(name, "object", tuple(pairs), _canvas_beside(name, which))
     near = ", ".join(n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN)
     raise ConceptError(f"the canvas has no concept {name!r}. It knows: {near}")
+
+
+def _canvas_beside(name: str, which: Sequence[int]) -> tuple[Pair, ...]:
+    """The object with each other one, in each style, in either order; the style's phrasing is that of the other."""
+    others, styles = [o for o in words.OBJECTS if o != name], words.STYLES
+    pairs = []
+    for k in range(len(others) * len(styles)):  # coprime numbers: every other object meets every style once
+        other, style, p = others[k % len(others)], styles[k % len(styles)], which[k % len(which)]
+        stays, how = words.OBJECT_PHRASES[other][p], words.prompt([], style, p).removeprefix(words.EMPTY_PHRASES[p])
+        for i in which:
+            what = words.OBJECT_PHRASES[name][i]
+            pairs += [Pair(f"{a} and {b}{how}", stays + how) for a, b in ((what, stays), (stays, what))]
+    return tuple(pairs)
+
+
+def with_neighbours(concept: Concept, neighbours: Sequence[Concept]) -> Concept:
+    """The concept with `neighbours` beside it, where it is an object named by its own phrase; else as it is."""
+    others = [n for n in neighbours if n.kind == "object"]
+    own = [p.shows for p in concept.pairs if concept.name in p.shows]
+    if concept.kind != "object" or concept.beside or not others or not own:
+        return concept
+    pairs = []
+    for k in range(len(own) * len(others)):
+        prompt, other = own[k % len(own)], others[(k + k // len(own)) % len(others)].name
+        both = (f"{concept.name} and {other}", f"{other} and {concept.name}")
+        match = prompt.replace(concept.name, other, 1)
+        pairs += [Pair(prompt.replace(concept.name, what, 1), match) for what in both]
+    return replace(concept, beside=tuple(dict.fromkeys(pairs)))
 
 
 def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> Concept:
@@ -148,7 +181,8 @@ def shipped_neighbours(concept: Concept) -> tuple[Concept, ...]:
 
 
 def file_concept(path: str | Path) -> Concept:
-    """A concept from a JSON file: {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}.
+    """A concept from a JSON file: {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "beside" for
+    pairs in which something else stays.
 
     Raises ConceptError saying which field is wrong.
     """
@@ -161,8 +195,11 @@ def file_concept(path: str | Path) -> Concept:
     except (OSError, ValueError, RecursionError) as e:
         raise ConceptError(f"{path} is no readable JSON file ({e}): expected name, kind and pairs") from e
     try:
-        pairs = tuple(Pair(_text(a), _text(b)) for a, b in map(_list, data["pairs"]))
-        return Concept(_text(data["name"]), _text(data.get("kind", "other")), pairs)
+        pairs, beside = (
+            tuple(Pair(_text(a), _text(b)) for a, b in map(_list, part))
+            for part in (data["pairs"], data.get("beside", []))
+        )
+        return Concept(_text(data["name"]), _text(data.get("kind", "other")), pairs, beside)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ConceptError(
             f'{path}: field {e} is missing or malformed; expected {{"name": ..., "kind": "style" or "object", '

@@ -14,7 +14,7 @@ from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import load_pipeline
 from neuraleraser.errors import FileError, SettingsError, SiteError
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, candidate_sites, cross_attention_sites
+from neuraleraser.sites import Site, candidate_sites, text_streams
 
 CANVAS = "canvas"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -156,10 +156,13 @@ def site_for(pipe: Any, kind: str) -> Site:
     return found[0]
 
 
-def edits_for(pipe: Any, site: Site, most: int = 3) -> list[Site]:
-    """Where an eraser that looks at `site` edits: at most so many cross-attentions of the blocks after its own, evenly
-    spread over them, the last among them (of a pipeline without cross-attentions, those blocks themselves); the
-    site itself where nothing follows. On the canvas three do as well as six (docs/SITES.md).
+def edits_for(pipe: Any, site: Site, most: int = 3) -> list[tuple[Site, ...]]:
+    """Where an eraser that looks at `site` edits: what the blocks after its own read of the prompt. Each tuple of sites
+    is for one correction.
+
+    In a UNet, PixArt or Sana all blocks read the same prompt, so one correction serves all that follow. In SD3 and FLUX
+    the text changes from block to block, and what is written into it stays: corrections of their own for at most so
+    many blocks, evenly spread, the last among them. Where no block follows, what the site's own block returns.
 
     Raises SiteError for a site that is in no text-conditioned block.
     """
@@ -167,11 +170,13 @@ def edits_for(pipe: Any, site: Site, most: int = 3) -> list[Site]:
     at = [i for i, b in enumerate(blocks) if f"{site.path}.".startswith(f"{b.path}.")]
     if not at:
         raise SiteError(f"{site} is in none of the blocks that are known: pass the sites to edit")
-    after = blocks[at[0] + 1 :]
-    cross = [x for x in cross_attention_sites(pipe) if any(f"{x.path}.".startswith(f"{b.path}.") for b in after)]
-    found = cross or after or [site]
-    count = min(most, len(found))
-    return [found[-(-len(found) * (k + 1) // count) - 1] for k in range(count)]
+    after = [Site(b.path, "input", "text") for b in blocks[at[0] + 1 :]]
+    if not after:
+        return [(site,)]
+    if not text_streams(pipe):
+        return [tuple(after)]
+    count = min(most, len(after))
+    return [(after[-(-len(after) * (k + 1) // count) - 1],) for k in range(count)]
 
 
 def usual_sampling(

@@ -105,17 +105,18 @@ class FitSettings:
     """How an eraser is made from a concept."""
 
     mode: Literal["learnt", "span", "scale", "replace"] = "learnt"
-    """What is done where the gate is open. learnt: a low-rank correction at all edit sites. The others edit the gate's
-    own site: span, a correction within the span of a few decoder rows, so that one can read which features replace
-    which; scale, the detecting features times `factor`; replace, the mean without the concept in their span."""
+    """What is done where the gate is open. learnt: a low-rank correction of the prompt that all later blocks read. The
+    others edit the gate's own site: span, a correction within the span of a few decoder rows, so that one can read
+    which features replace which; scale, the detecting features times `factor`; replace, the mean without the concept
+    in their span."""
     factor: float = -1.0
     """Mode scale: what the detecting features are multiplied with."""
     pairs: int = 24
     """Pairs of prompts drawn to learn from."""
-    rank: int = 8
-    """Rank of the correction at each site."""
-    bins: int = 5
-    """Groups of timesteps with a correction of their own."""
+    beside: int = 36
+    """Further prompts of an object that something else stands beside, drawn without it, to learn what is to stay."""
+    rank: int = 32
+    """Rank of a correction."""
     steps: int = 160
     """Optimiser steps of the correction, at most."""
     batch: int = 24

@@ -369,8 +369,10 @@ def test_objects_are_seen_twice(renders: Renders):
     assert plain.tolist() == list(range(64))
     twice = [i for i in range(64) if {"Cats", "Dogs"} & set(renders.content(i).objects)]
     assert twice and more.tolist() == [*range(64), *twice]
+    empty = [i for i in range(64) if not renders.content(i).objects]
+    assert empty and train.shown(renders, ("none",)).tolist() == [*range(64), *empty]
     with pytest.raises(ConceptError, match="Unicorn"):
-        TrainCanvas(twice=("Cats", "Unicorn"))
+        TrainCanvas(twice=("Cats", "none", "Unicorn"))
 
 
 def test_a_warm_start_keeps_the_shipped_autoencoder(

@@ -15,7 +15,7 @@ from handmade import SHUT, make_correction, make_eraser, make_gate, random
 from neuraleraser.eraser import Eraser, attach
 from neuraleraser.eraser.acting import At
 from neuraleraser.eraser.stacked import Gates, Learnt, learnt
-from neuraleraser.errors import SiteError
+from neuraleraser.errors import NotApplied, SiteError
 from neuraleraser.sites import Site
 
 SITE = Site("unet.mid_block.attentions.0")
@@ -135,3 +135,60 @@ def test_twenty_at_once_are_the_sum_of_each() -> None:
         together = tiny.run(pipe, 0, steps=1) - base
     assert trace.fired[0].keys() == {e.name for e in many}
     torch.testing.assert_close(together, torch.stack(alone).sum(0), atol=0.05 * float(together.abs().max()), rtol=0)
+
+
+# One correction for several sites.
+
+READ = tuple(Site(path, "input", "text") for path in ("unet.up_blocks.0.attentions.0", "unet.up_blocks.1.attentions.0"))
+
+
+def reader(sites: tuple[Site, ...], seed: int = 0, d: int = tiny.WIDTH, **gate: Any) -> Eraser:
+    """Looks at the middle, changes the prompt that later blocks read."""
+    correction = make_correction(sites[0], d, seed=seed, also=sites[1:])
+    return Eraser(make_gate(SITE, 32, seed=seed, **gate), (correction,), {"concept": f"Cats {seed}"})
+
+
+def apart(eraser: Eraser) -> Eraser:
+    """The same with a correction of its own at each site."""
+    (c,) = eraser.corrections
+    return Eraser(eraser.gate, tuple(replace(c, site=site, also=()) for site in c.sites), eraser.header)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_change_repeated_is_that_made_at_each_site(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, products = tiny.stable_diffusion(), list[int]()
+    shared, plain = [reader(READ, 0), reader(READ[1:], 30)], Learnt.__call__
+    base = tiny.run(pipe, 3, n=2)
+    with attach(pipe, [apart(e) for e in shared], strength):
+        want = tiny.run(pipe, 3, n=2)
+    monkeypatch.setattr(Learnt, "__call__", lambda self, *a: (products.append(1), plain(self, *a))[1])
+    with attach(pipe, shared, strength):
+        assert torch.equal(tiny.run(pipe, 3, n=2, steps=2), want)
+    assert len(products) == 2 * 2 and not torch.equal(want, base)  # two erasers, two steps: each made once
+    with attach(pipe, [reader(READ, **SHUT), shared[1]], [1.0, 0.0]):
+        assert torch.equal(tiny.run(pipe, 3, n=2), base)
+
+
+def test_what_is_not_finite_is_noticed_where_a_change_is_repeated() -> None:
+    pipe = tiny.stable_diffusion()
+    text = torch.full((1, tiny.WORDS, tiny.WIDTH), float("nan"))
+
+    def spoil(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"encoder_hidden_states": text.expand_as(kwargs["encoder_hidden_states"])}
+
+    handle = pipe.unet.up_blocks[1].attentions[0].register_forward_pre_hook(spoil, with_kwargs=True)
+    with pytest.raises(NotApplied, match="NaN"), attach(pipe, reader(READ)):
+        tiny.run(pipe, 3)
+    handle.remove()
+
+
+def test_changes_that_cannot_be_repeated() -> None:
+    pipe, block = tiny.stable_diffusion(), Site("unet.up_blocks.0")
+    with pytest.raises(NotApplied, match="ran before"), attach(pipe, reader(READ[::-1])):
+        tiny.run(pipe, 3)
+    image = (Site("unet.up_blocks.0.attentions.1"), block)  # 4 x 4 positions, then 8 x 8
+    with pytest.raises(NotApplied, match="do not read the same"), attach(pipe, reader(image, d=32)):
+        tiny.run(pipe, 3)
+    many = [reader(image, d=32), reader((block,), d=16)]
+    with pytest.raises(SiteError, match="erasers of different pipelines"), attach(pipe, many):
+        pass

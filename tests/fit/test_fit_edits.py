@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import tiny
 from handmade import random
-from neuraleraser.fit.edits import groups, learnt, replace, scale
+from neuraleraser.fit.edits import Lesson, learnt, replace, scale
 from neuraleraser.fit.states import SHARES, conditional, pool, pooled_features, recorded
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
@@ -20,6 +18,7 @@ from neuraleraser.settings import Sampling
 from neuraleraser.sites import DenoiserCall, Site, replay
 
 AT, ON = Site("unet.mid_block.attentions.0"), Site("unet.up_blocks.0.attentions.1")
+READ = tuple(Site(f"unet.up_blocks.{i}.attentions.0", "input", "text") for i in (0, 1))
 SAMPLING = Sampling(steps=3, batch=2)
 PLAIN, SHOWS, SEEDS = ["a", "b", "c"], ["a x", "b x", "c x"], [1, 2, 3]
 
@@ -70,18 +69,12 @@ def test_pooled_features_are_those_of_the_stream(pipe: Any, sae: SAE) -> None:
                 )
 
 
-@given(st.lists(st.integers(0, 999), min_size=1, max_size=40), st.integers(1, 12))
-def test_groups_of_times_ascend(times: list[int], count: int) -> None:
-    centres = groups([float(t) for t in times], count)
-    assert len(centres) == min(count, len(set(times)))
-    assert bool((centres.diff() > 0).all()) and min(times) <= centres[0] and centres[-1] <= max(times)
-
-
-def states(pipe: Any, sae: SAE) -> list[tuple[DenoiserCall, DenoiserCall]]:
+def lessons(pipe: Any, sae: SAE) -> list[Lesson]:
     plain, _ = recorded(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
     shown, _ = recorded(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
     return [
-        (DenoiserCall(a.state, a.timestep, b.conditioning, b.prediction), a) for a, b in zip(plain, shown, strict=True)
+        Lesson(DenoiserCall(a.state, a.timestep, b.conditioning, b.prediction), a.prediction)
+        for a, b in zip(plain, shown, strict=True)
     ]
 
 
@@ -91,10 +84,9 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
     losses: list[float] = []
     made = learnt(
         pipe,
-        {AT: 32, ON: 32},
-        states(pipe, sae),
+        [(AT,), (ON,), READ],
+        lessons(pipe, sae),
         rank=2,
-        bins=2,
         steps=12,
         batch=6,
         lr=2e-2,
@@ -102,10 +94,10 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
         on_step=lambda step, loss: losses.append(loss),
     )
     assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
-    assert [c.site for c in made] == [AT, ON]
-    for c in made:
+    assert [c.sites for c in made] == [(AT,), (ON,), READ]
+    for c, d in zip(made, (32, 32, tiny.WIDTH), strict=True):
         shapes = {k: tuple(v.shape) for k, v in c.tensors.items()}
-        assert shapes == {"down": (2, 32, 2), "up": (2, 2, 32), "bias_out": (2, 32)} and c.mode == "learnt"
+        assert shapes == {"down": (1, d, 2), "up": (1, 2, d), "bias_out": (1, d)} and c.mode == "learnt"
         assert not any(v.requires_grad for v in c.tensors.values())
     assert [p.requires_grad for p in pipe.unet.parameters()] == needs
     assert all(p.grad is None for p in pipe.unet.parameters())
@@ -113,10 +105,10 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
 
 
 def test_a_learnt_edit_repeats_and_stays_in_its_span(pipe: Any, sae: SAE) -> None:
-    given: dict[str, Any] = {"rank": 2, "bins": 1, "steps": 2, "batch": 2, "seconds": math.inf}
+    given: dict[str, Any] = {"rank": 2, "steps": 2, "batch": 2, "seconds": math.inf}
     span = sae.W_dec[:3].detach()
-    with_states = states(pipe, sae)
-    one, same = (learnt(pipe, {AT: 32}, with_states, spans={AT: span}, **given)[0] for _ in range(2))
+    given_states = lessons(pipe, sae)
+    one, same = (learnt(pipe, [(AT,)], given_states, spans={AT: span}, **given)[0] for _ in range(2))
     assert all(torch.equal(one.tensors[k], same.tensors[k]) for k in one.tensors)
     added = torch.cat([one.tensors["up"].flatten(0, 1), one.tensors["bias_out"]])
     assert added.abs().sum() > 0
@@ -129,9 +121,9 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(pipe: Any, sae: SAE) -> Non
         raise KeyboardInterrupt
 
     needs = [p.requires_grad for p in pipe.unet.parameters()]
-    with_states = states(pipe, sae)
+    given_states = lessons(pipe, sae)
     with pytest.raises(KeyboardInterrupt):
-        learnt(pipe, {AT: 32}, with_states, rank=1, bins=1, steps=2, batch=1, seconds=math.inf, on_step=stop)
+        learnt(pipe, [(AT,)], given_states, rank=1, steps=2, batch=1, seconds=math.inf, on_step=stop)
     assert [p.requires_grad for p in pipe.unet.parameters()] == needs and not pipe.unet._forward_hooks
 
 

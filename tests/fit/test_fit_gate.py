@@ -97,13 +97,11 @@ def test_bounds_part_what_is_apart() -> None:
     assert bool((high < shows.quantile(0.9, 0)).all())  # and most rows open it wide
 
 
-def test_some_of_the_evidence_opens_halfway_where_nothing_else_comes_near() -> None:
-    """As of a concept that shares its picture with another."""
+def test_some_of_the_evidence_opens_it_where_nothing_else_comes_near() -> None:
+    """As of a concept that shares its picture with another: half of it opens the gate wide."""
     shows, lacks = 10 + random(50, 4, seed=1), 0.1 * random(200, 4, seed=2).abs()
     low, high = bounds(shows, lacks)
-    halfway = (3.4 - low) / (high - low)
-    assert bool((lacks.amax(0) < low).all()) and bool(((halfway > 0.3) & (halfway < 0.7)).all())
-    assert bool((high < shows.quantile(0.1, 0)).all())
+    assert bool((lacks.amax(0) < low).all()) and bool((high < 5).all())
 
 
 def test_of_few_rows_none_without_the_concept_opens_the_gate() -> None:

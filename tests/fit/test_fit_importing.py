@@ -21,7 +21,6 @@ from neuraleraser.eraser import attach
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.fit import Dictionary, fit
 from neuraleraser.fit.states import conditional, pooled_features
-from neuraleraser.models import edits_for
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site
@@ -82,14 +81,12 @@ def test_published_dictionaries_become_erasers(
     seen = known.sae.header["calibration"]
     assert known.sae.header["format"] == format and known.sae.header["k"] == 4
     assert 0 <= seen["disagreement"] < 1 and seen["l0"] > 0 and known.site == site
-    assert list(known.edits) == edits_for(pipe, site)
-    assert all(at == site or at.path.endswith("attn2") for at in known.edits) and len(known.edits) > 1
     # Its features profile ...
     pooled, _ = pooled_features(pipe, known.sae, site, ["x x", "b c"], [0, 0], S)
     stats = profile(conditional(pooled)[:, :, 0], pooled.times, ["x", "no x"])
     assert float(neighbour_score(stats, "x").max()) > 0
     # ... and become an eraser, whose file says how far the thresholds differ.
-    eraser = fit(pipe, CONCEPT, FitSettings(pairs=3, steps=3, bins=1, batch=2, rank=2), known=known, sampling=S)
+    eraser = fit(pipe, CONCEPT, FitSettings(pairs=3, steps=3, batch=2, rank=2), known=known, sampling=S)
     eraser.save(tmp_path / "x.safetensors")
     back = Eraser.load(tmp_path / "x.safetensors")
     assert back.header["sae"] == {"format": format, "k": 4, "calibration": seen}

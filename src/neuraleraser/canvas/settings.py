@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from neuraleraser.canvas.words import OBJECTS
+from neuraleraser.canvas.words import NONE, OBJECTS
 from neuraleraser.errors import ConceptError
 
 
@@ -31,7 +31,7 @@ class TrainCanvas:
     warm_start: bool = False
     """Start the denoiser from the shipped weights, with the shipped autoencoder."""
     twice: tuple[str, ...] = ()
-    """Objects whose pictures the denoiser sees twice as often: those that it draws worst."""
+    """Objects whose pictures the denoiser sees twice as often: those that it draws worst. "none": pictures of none."""
     minutes: float = 0
     """Stop the denoiser after this long (0: when its steps are done); run again to go on."""
     compile: bool = True
@@ -40,5 +40,7 @@ class TrainCanvas:
     """Seed of initial weights, order, noise and captions."""
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.twice) - set(OBJECTS)):
-            raise ConceptError(f"{', '.join(unknown)} to be seen twice: pass objects of {', '.join(OBJECTS)}")
+        if unknown := sorted(set(self.twice) - {*OBJECTS, NONE}):
+            raise ConceptError(
+                f"{', '.join(unknown)} to be seen twice: pass objects of {', '.join(OBJECTS)}, or {NONE}"
+            )

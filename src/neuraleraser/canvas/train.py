@@ -42,7 +42,7 @@ from neuraleraser.canvas.pipeline import (
     load_pipeline,
 )
 from neuraleraser.canvas.settings import TrainCanvas
-from neuraleraser.canvas.words import OBJECTS, caption
+from neuraleraser.canvas.words import NONE, OBJECTS, caption
 from neuraleraser.errors import DataError, FileError, SettingsError
 
 CHECKPOINT_SECONDS = 60.0
@@ -275,8 +275,11 @@ def draw_captions(renders: Renders, index: np.ndarray, rng: random.Random) -> li
 
 
 def shown(renders: Renders, twice: Sequence[str]) -> np.ndarray:
-    """Indices of the renders to draw batches from: all, and once more those that show an object of `twice`."""
-    again = np.isin(renders.objects, [OBJECTS.index(o) for o in twice]).any(1)
+    """Indices of the renders to draw batches from: all, and once more those that show an object of `twice` (or none at
+    all, where "none" is among them)."""
+    again = np.isin(renders.objects, [OBJECTS.index(o) for o in twice if o != NONE]).any(1)
+    if NONE in twice:
+        again |= (renders.objects < 0).all(1)
     return np.concatenate([np.arange(len(renders.images)), np.flatnonzero(again)])
 
 

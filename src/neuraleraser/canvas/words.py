@@ -130,6 +130,9 @@ OBJECT_SUBSTITUTES: dict[str, str] = {
 }
 """Objects that no glyph shows exactly, and what is drawn instead."""
 
+NONE = "none"
+"""The name of what a picture without an object shows, where one is asked for."""
+
 EMPTY_PHRASES = ("an empty scene", "nothing", "a bare background", "an empty picture")
 """Captions of a picture without an object."""
 

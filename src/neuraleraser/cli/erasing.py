@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,7 +58,8 @@ def erase(
         images_at_once: Images drawn together; None: 4, on the canvas 20.
     """
     from neuraleraser.bench.report import size_text
-    from neuraleraser.demo import concept_of, doubt, progress_bar
+    from neuraleraser.concepts import shipped_neighbours, with_neighbours
+    from neuraleraser.demo import concept_of, doubt, neighbours_of, progress_bar
     from neuraleraser.fit import fit
     from neuraleraser.fit.dictionary import load_dictionary
     from neuraleraser.models import open_pipeline, speaks_canvas, usual_sampling
@@ -69,8 +71,10 @@ def erase(
     sampling = usual_sampling(pipe, sampling_steps, guidance, images_at_once)
     name = concept.name.replace("_", "-").replace(" ", "-").lower()
     path = out or Path(f"{name}.safetensors")
+    near = neighbours_of(pipe, concept, neighbours) if neighbours else list(shipped_neighbours(concept))
+    concept = with_neighbours(concept, near)
     if dictionary is None and not speaks_canvas(pipe):
-        known = _dictionary_for(pipe, model, concept, neighbours, site, images, sampling, name)
+        known = _dictionary_for(pipe, model, concept, near, site, images, sampling, name)
     else:
         known = load_dictionary(dictionary) if dictionary else load_dictionary()
     with progress_bar(concept.name) as told:
@@ -87,7 +91,7 @@ def _dictionary_for(
     pipe: Any,
     model: str,
     concept: Any,
-    neighbours: tuple[str, ...],
+    near: Sequence[Any],
     site: str | None,
     images: int,
     sampling: Sampling,
@@ -95,15 +99,13 @@ def _dictionary_for(
 ) -> Any:
     """The dictionary that is known for this model and site, or else one made here; what that takes is said first."""
     from neuraleraser.bench.report import size_text
-    from neuraleraser.concepts import shipped_neighbours
-    from neuraleraser.demo import neighbours_of, progress_bar
+    from neuraleraser.demo import progress_bar
     from neuraleraser.errors import FileError
     from neuraleraser.fit.own import expect, own_dictionary
     from neuraleraser.fit.published import published, published_dictionary
     from neuraleraser.models import site_for
     from neuraleraser.sites import Site
 
-    near = neighbours_of(pipe, concept, neighbours) if neighbours else list(shipped_neighbours(concept))
     where = Site.parse(site) if site else site_for(pipe, concept.kind)
     # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
     owner = Path(model).name if Path(model).is_dir() else model.replace("/", "--")

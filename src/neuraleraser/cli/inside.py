@@ -23,6 +23,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
     from neuraleraser import sampling
     from neuraleraser.models import known_sites, open_pipeline
     from neuraleraser.sites import (
+        Site,
         candidate_sites,
         cross_attention_sites,
         record,
@@ -35,6 +36,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
     found = (
         dict.fromkeys(blocks, "block")
         | dict.fromkeys(text_streams(pipe), "block, text stream")
+        | dict.fromkeys((Site(b.path, "input", "text") for b in blocks), "block, prompt read")
         | dict.fromkeys(cross_attention_sites(pipe), "cross-attention")
         | dict.fromkeys(text_encoder_sites(pipe), "text encoder")
     )
@@ -49,7 +51,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
         at = max((i for i, block in enumerate(blocks) if f"{site.path}.".startswith(f"{block.path}.")), default=-1)
         tap, source = known.get(site.path, ("", "")) if what == "block" else ("", "")
         good = f"{tap}; {source}" if source else ""
-        name = site.path if site.stream == "image" else f"{site.path}:{site.stream}"
+        name = site.path if site.stream == "image" else f"{site.path}:{'input' if site.tap == 'input' else 'text'}"
         rows.append((name, what, str(positions), str(width), str(len(blocks) - 1 - at), good))
     print(table(rows))
 
@@ -121,7 +123,6 @@ def dictionary(
     /,
     model: str,
     prompts: Path,
-    edits: tuple[str, ...] = (),
     out: Path = Path("runs/imported"),
 ) -> None:
     """Make a dictionary from another library's SAE, for `erase --dictionary` and `profile --sae OUT/sae.safetensors`.
@@ -131,17 +132,16 @@ def dictionary(
         site: The site that it reads, such as unet.up_blocks.1.attentions.1 or unet.mid_block.attentions.0:update.
         model: The pipeline: canvas, a folder, or a Hub id.
         prompts: Text file of prompts of many things, one a line: thresholds are calibrated on their images.
-        edits: Sites that erasers will edit; none named: three cross-attentions of later blocks.
         out: The dictionary's folder.
     """
     from neuraleraser.fit import import_dictionary
     from neuraleraser.models import open_pipeline
     from neuraleraser.sites import Site
 
-    at, acts = Site.parse(site), [Site.parse(text) for text in edits]
+    at = Site.parse(site)
     texts = [prompt for prompt, _ in read_prompts(prompts)]
-    known = import_dictionary(open_pipeline(model), sae, at, texts, edits=acts)
+    known = import_dictionary(open_pipeline(model), sae, at, texts)
     known.save(out)
     seen = known.sae.header.get("calibration")
     differs = f"; calibrated thresholds disagree with it on {seen['disagreement']:.1%} of firings" if seen else ""
-    print(f"{out}: {known.sae.n} features of {known.sae.header['format']} at {at}, {len(known.edits)} edits{differs}")
+    print(f"{out}: {known.sae.n} features of {known.sae.header['format']} at {at}{differs}")

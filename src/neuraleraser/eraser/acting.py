@@ -7,7 +7,7 @@ one tensor, and nothing that a compiled graph would look at changes with their v
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neuraleraser.eraser.file import Eraser
 from neuraleraser.eraser.parts import Correction
-from neuraleraser.eraser.stacked import Gates, learnt, numbered, told
+from neuraleraser.eraser.stacked import Gates, Learnt, learnt, numbered, told
 from neuraleraser.eraser.trace import Trace
 from neuraleraser.errors import NotApplied, SettingsError, SiteError
 from neuraleraser.sites import Call, Site
@@ -38,6 +38,8 @@ class Acting:
             self._at(erasers[i].gate.site).gates.append(i)
             for k, c in enumerate(erasers[i].corrections if actions[i] == "erase" else ()):
                 self._at(c.site).work.append((i, k))
+                for site in c.also:
+                    self._at(site)
         self.set(strengths)
         self.place(device)
 
@@ -56,6 +58,10 @@ class Acting:
         self.placed = [_to(e, device) for e in self.erasers]
         for at in self.at.values():
             at.share()
+        for at in self.at.values():
+            for made in at.matrices:
+                for site in made.also:
+                    self.at[site].echo(made)
 
     def amounts(self, erasers: Sequence[int], opening: Tensor) -> Tensor:
         """Strength times opening [rows, erasers]."""
@@ -93,7 +99,8 @@ class At:
     """The edit of one site: gates that look here, then corrections that act here.
 
     What the gates found lies in the memo of the forward: "amounts", eraser -> strength times opening [rows] where
-    it may act, and "shut", the erasers of which it is known that they do not.
+    it may act, and "shut", the erasers of which it is known that they do not. Deltas that other sites add, too, lie
+    there under their names.
     """
 
     def __init__(self, acting: Acting, site: Site) -> None:
@@ -107,10 +114,8 @@ class At:
         placed = self.acting.placed
         wide = {placed[i].gate.rows.shape[1]: placed[i] for i in self.gates}
         wide |= {placed[i].corrections[k].width: placed[i] for i, k in self.work}
-        if len(wide) > 1:
-            names = ", ".join(f"{e.name!r} expects {width}" for width, e in sorted(wide.items()))
-            raise SiteError(f"erasers of different pipelines: at {self.site} that of {names}")
-        ((self.width, self.told),) = [(width, e.name) for width, e in wide.items()]
+        self.expects = {width: e.name for width, e in wide.items()}
+        self._check_widths()
         stack = Gates([placed[i].gate for i in self.gates]) if self.gates else None
         self.looks = stack
         self.looking = tuple(self.gates[k] for k in stack.order) if stack else ()
@@ -124,8 +129,24 @@ class At:
         # On a CPU one at a time, as most gates are shut there and it is known which; elsewhere all at once. Never
         # by which happen to be open together: an image's bits would depend on its neighbours.
         together = [matrices] if self.acting.device.type != "cpu" and matrices else [[pair] for pair in matrices]
-        self.matrices = [made for group in together for made in learnt(group)]
+        self.matrices = [
+            Shared(f"{self.site} {number}", which, product, also)
+            for number, (which, product, also) in enumerate(made for group in together for made in learnt(group))
+        ]
+        self.echoes: list[Shared] = []
         self.alone = alone
+
+    def echo(self, made: Shared) -> None:
+        """Add here, too, what is made at another site."""
+        self.echoes.append(made)
+        self.needs |= set(made.which)
+        self.expects |= {made.product.down.shape[1]: self.acting.erasers[made.which[0]].name}
+        self._check_widths()
+
+    def _check_widths(self) -> None:
+        if len(self.expects) > 1:
+            names = ", ".join(f"{name!r} expects {width}" for width, name in sorted(self.expects.items()))
+            raise SiteError(f"erasers of different pipelines: at {self.site} that of {names}")
 
     def rests(self, memo: dict[Any, Any]) -> bool:
         """Whether all that would act here is known to be shut, so that the activations need not even be read."""
@@ -136,9 +157,10 @@ class At:
         acting = self.acting
         if x.device != acting.device and not torch.compiler.is_compiling():
             acting.place(x.device)  # the pipeline was moved
-        if x.shape[-1] != self.width:
+        ((width, told),) = self.expects.items()
+        if x.shape[-1] != width:
             raise SiteError(
-                f"{self.site} is {x.shape[-1]} wide, and the eraser of {self.told!r} expects {self.width}: "
+                f"{self.site} is {x.shape[-1]} wide, and the eraser of {told!r} expects {width}: "
                 "use it with the pipeline it was made for"
             )
         if not torch.compiler.is_compiling():
@@ -150,31 +172,51 @@ class At:
         if self.looks is not None:
             self._look(self.looks, x, timestep, call, amounts)
         shut: frozenset[int] = call.memo.get("shut", _NONE)
-        for i, _ in self.work:
+        for i in self.needs:
             if i not in amounts and i not in shut:
                 raise NotApplied(
                     f"{self.site} ran before {acting.placed[i].gate.site}, whose gate it waits for: swap the sites"
                 )
         parts: list[Tensor] = []
         finite: Tensor | None = None
-        for which, together in self.matrices:
-            given = [amounts[i] for i in which if i in amounts]
-            if len(given) < len(which):  # open and shut may stand together in one product
-                given = [amounts[i] if i in amounts else given[0].new_zeros(given[0].shape) for i in which if given]
+        for made in self.matrices:
+            given = [amounts[i] for i in made.which if i in amounts]
+            if len(given) < len(made.which):  # open and shut may stand together in one product
+                none = given[0].new_zeros(given[0].shape) if given else None
+                given = [amounts[i] if i in amounts else none for i in made.which] if none is not None else []
             if given:
-                delta, low = together(x, timestep, torch.stack(given, 1))
+                delta, low = made.product(x, timestep, torch.stack(given, 1))
                 parts.append(delta)
+                if made.also:
+                    call.memo[made.name] = delta
                 # What is not finite in x is not in its projection; only in float16 can a change overflow by itself.
-                finite = low if len(self.work) == len(which) and x.dtype != torch.float16 else None
+                finite = low if len(self.work) == len(made.which) and x.dtype != torch.float16 else None
         for i, c in self.alone:
             if i in amounts:
                 parts.append(c.delta(x, call.timestep) * amounts[i].view(-1, 1, 1))
         if self.once is not None and any(i in amounts for i, _ in self.scaled):
             parts.append(self.once(x, call.timestep, [amounts.get(i) for i, _ in self.scaled]))
+        for made in self.echoes:
+            delta = call.memo.get(made.name)
+            if delta is not None:
+                parts.append(self._fitting(delta, x))
+            elif any(i in amounts for i in made.which):
+                raise NotApplied(
+                    f"{self.site} ran before {made.name.split()[0]}, whose change it repeats: swap the sites"
+                )
         if not parts:
             return None
-        call.finite, call.spare = finite, True
+        # A sum is nobody else's, and so is a delta that no other site repeats.
+        call.finite, call.spare = finite, len(parts) > 1 or not (self.echoes or any(m.also for m in self.matrices))
         return sum(parts[1:], parts[0])
+
+    def _fitting(self, delta: Tensor, x: Tensor) -> Tensor:
+        if delta.shape != x.shape:
+            raise NotApplied(
+                f"{self.site} holds {list(x.shape)}, where the change made for {list(delta.shape)} is to be repeated: "
+                "these blocks do not read the same text"
+            )
+        return delta.to(x.device)
 
     def _look(self, looks: Gates, x: Tensor, timestep: Tensor, call: Call, amounts: dict[int, Tensor]) -> None:
         """Ask the gates, and put down which of them are open."""
@@ -193,6 +235,16 @@ class At:
                     amounts[i] = table[:, column]
         if not compiling:
             call.memo["shut"] = call.memo.get("shut", _NONE) | {i for i in self.looking if i not in amounts}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Learnt corrections of the erasers `which` as one product, and the sites that its delta is added at, too."""
+
+    name: str
+    which: Sequence[int]
+    product: Learnt
+    also: tuple[Site, ...]
 
 
 _NONE: frozenset[int] = frozenset()
@@ -234,7 +286,7 @@ def _to(eraser: Eraser, device: torch.device) -> Eraser:
     """The eraser with its tensors on `device`."""
     gate = replace(eraser.gate, **{k: v.to(device) for k, v in vars(eraser.gate).items() if isinstance(v, Tensor)})
     edits = tuple(
-        Correction(c.site, c.mode, c.times.to(device), {k: v.to(device) for k, v in c.tensors.items()})
+        Correction(c.site, c.mode, c.times.to(device), {k: v.to(device) for k, v in c.tensors.items()}, c.also)
         for c in eraser.corrections
     )
     return Eraser(gate, edits, eraser.header)

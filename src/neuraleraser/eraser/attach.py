@@ -66,7 +66,7 @@ def _check_model(pipe: Any, e: Eraser) -> None:
     made = e.header.get("made_for")
     if not isinstance(made, Mapping):
         return
-    what, how = differs(pipe, [e.gate.site, *(c.site for c in e.corrections)], made)
+    what, how = differs(pipe, [e.gate.site, *(s for c in e.corrections for s in c.sites)], made)
     if what == "architecture":
         raise SiteError(
             f"the eraser of {e.name!r} is for another architecture ({how}): use it with the pipeline it was made for"

@@ -89,7 +89,7 @@ def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
         rows.append(("gate", gate.get("site")))
     edits = header.get("edits")
     if isinstance(edits, list):
-        rows += [("edit", f"{e.get('mode')} at {e.get('site')}") for e in edits if isinstance(e, Mapping)]
+        rows += [("edit", _edit(e)) for e in edits if isinstance(e, Mapping)]
     for key, value in header.items():
         if key in ("concept", "kind", "base", "model", "measured", "made_for", "gate", "edits"):
             continue
@@ -98,6 +98,11 @@ def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
         else:
             rows.append((key, value))
     return rows
+
+
+def _edit(edit: Mapping[str, Any]) -> str:
+    also = edit.get("also")
+    return ", ".join([f"{edit.get('mode')} at {edit.get('site')}", *(map(str, also) if isinstance(also, list) else ())])
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

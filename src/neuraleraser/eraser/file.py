@@ -51,7 +51,10 @@ class Eraser:
         """What acts beside the tensors, as JSON."""
         return {
             "gate": {"site": str(self.gate.site), "share": self.gate.share},
-            "edits": [{"site": str(c.site), "mode": c.mode} for c in self.corrections],
+            "edits": [
+                {"site": str(c.site), "mode": c.mode} | ({"also": [str(s) for s in c.also]} if c.also else {})
+                for c in self.corrections
+            ],
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -88,7 +91,8 @@ class Eraser:
             edits = []
             for i, entry in enumerate(header["edits"]):
                 mine = parts.pop(f"edit{i}")
-                edits.append(Correction(Site.parse(entry["site"]), str(entry["mode"]), mine.pop("times"), mine))
+                also = tuple(Site.parse(text) for text in entry.get("also", ()))
+                edits.append(Correction(Site.parse(entry["site"]), str(entry["mode"]), mine.pop("times"), mine, also))
             if parts or not isinstance(header["concept"], str):
                 raise ValueError(f"{next(iter(parts), 'concept')}")
         except (ArithmeticError, AttributeError, KeyError, SiteError, TypeError, ValueError) as error:
@@ -127,7 +131,7 @@ class Eraser:
 
     def problem(self) -> str | None:
         """What keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""
-        g, sites = self.gate, [c.site for c in self.corrections]
+        g, sites = self.gate, [s for c in self.corrections for s in c.sites]
         if not sites or len(set(sites)) < len(sites):
             return f"edits at {[str(s) for s in sites]}, expected one or more, each at a site of its own"
         strange = [s for s in sites if s.path.split(".")[0] != g.site.path.split(".")[0]]
@@ -137,6 +141,8 @@ class Eraser:
         for i, c in enumerate(self.corrections):
             if c.mode not in MODES:
                 return f"mode {c.mode!r}, expected one of {', '.join(MODES)}"
+            if c.also and c.mode != "learnt":
+                return f"an edit of mode {c.mode!r} at several sites, expected mode 'learnt'"
             groups.append((f"edit{i}", {"times": c.times, **c.tensors}, _EDITS[c.mode]))
         for where, tensors, axes in groups:
             found = _misfit(tensors, axes)

@@ -80,12 +80,21 @@ class Correction:
     replace  delta = (c_t - x) Q Q^T at positions where a selected feature fires: rows, bias, threshold,
              basis Q [d, q] (orthonormal, spans the selected decoder rows), centre [T', d].
     learnt   delta = x V_t U_t + b_t: down V [T', d, r], up U [T', r, d], bias_out b [T', d].
+
+    x is what stands at `site`; a learnt delta is added there and at all sites of `also`, which come later and hold the
+    same x: blocks that read the same prompt.
     """
 
     site: Site
     mode: str
     times: Tensor
     tensors: Mapping[str, Tensor]
+    also: tuple[Site, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites that it changes."""
+        return self.site, *self.also
 
     @property
     def width(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.eraser.parts import Correction, Gate
+from neuraleraser.sites import Site
 
 
 def told(rows: Tensor, *columns: Tensor) -> list[bytes]:
@@ -155,7 +156,12 @@ class Learnt:
         return self.cast[dtype]
 
 
-def learnt(corrections: Sequence[tuple[int, Correction]]) -> list[tuple[list[int], Learnt]]:
-    """Learnt corrections with their erasers' numbers -> those of equal time bins together."""
-    groups = _alike([c.times for _, c in corrections])
-    return [([corrections[k][0] for k in g], Learnt([corrections[k][1] for k in g])) for g in groups]
+def learnt(corrections: Sequence[tuple[int, Correction]]) -> list[tuple[list[int], Learnt, tuple[Site, ...]]]:
+    """Learnt corrections with their erasers' numbers -> those of equal time bins and further sites together, and these
+    sites."""
+    made = []
+    for also in dict.fromkeys(c.also for _, c in corrections):
+        some = [(i, c) for i, c in corrections if c.also == also]
+        for group in _alike([c.times for _, c in some]):
+            made.append(([some[k][0] for k in group], Learnt([some[k][1] for k in group]), also))
+    return made

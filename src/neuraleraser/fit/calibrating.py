@@ -88,7 +88,7 @@ def calibrate(
         "prompts": list(dict.fromkeys([*eraser.header.get("prompts", ()), *used])),
         "seeds": [min(spans), max(spans)],
         "base": called(pipe),
-        "made_for": made_for(pipe, [gate.site, *(c.site for c in eraser.corrections)]),
+        "made_for": made_for(pipe, [gate.site, *(s for c in eraser.corrections for s in c.sites)]),
         "open_share": round(opens, 3),
         "calibrated": {
             "prompts": len(used),

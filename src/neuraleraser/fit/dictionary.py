@@ -33,8 +33,7 @@ EVERY = 2
 
 @dataclass(frozen=True)
 class Dictionary:
-    """An SAE at the gate's site, the sites to edit with their widths, and how the SAE's features fire on prompts
-    of everything else.
+    """An SAE at the gate's site, and how its features fire on prompts of everything else.
 
     pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending, a subset of the
     sampler's; objects and styles [M] name what each row's prompt shows ("Cats+Trees" for two objects, "" for none).
@@ -42,7 +41,6 @@ class Dictionary:
 
     sae: SAE
     site: Site
-    edits: dict[Site, int]
     pooled: Tensor
     times: Tensor
     objects: Sequence[str]
@@ -72,7 +70,6 @@ class Dictionary:
             {
                 "site": str(self.site),
                 "n": self.pooled.shape[-1],
-                "edits": {str(k): v for k, v in self.edits.items()},
                 "objects": list(self.objects),
                 "styles": list(self.styles),
             },
@@ -90,24 +87,14 @@ class Dictionary:
                 raise ValueError(f"field n is {n}, the SAE has {sae.n} features")
             pooled = torch.zeros(*values.shape[:-1], n, dtype=torch.float16)
             pooled.scatter_(-1, tensors["index"].long(), values.half())
-            edits = {Site.parse(k): int(v) for k, v in header["edits"].items()}
             site = Site.parse(header["site"])
-            return cls(sae, site, edits, pooled, tensors["times"], header["objects"], header["styles"])
+            return cls(sae, site, pooled, tensors["times"], header["objects"], header["styles"])
         except (KeyError, RuntimeError, TypeError, ValueError) as e:
             raise FileError(f"{folder} holds no complete dictionary ({e!r}): make it again") from e
 
 
 CANVAS = WEIGHTS / "dictionary"
 CANVAS_GATE = Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2")
-CANVAS_EDITS = {
-    Site(f"unet.{block}.transformer_blocks.0.attn2"): width
-    for block, width in {
-        "up_blocks.1.attentions.1": 128,
-        "up_blocks.2.attentions.0": 64,
-        "up_blocks.2.attentions.1": 64,
-    }.items()
-}
-"""The sites that erasers of the canvas edit, and their widths: the last three cross-attentions (docs/SITES.md)."""
 
 
 def load_dictionary(folder: Path = CANVAS) -> Dictionary:
@@ -134,7 +121,7 @@ def make_canvas_dictionary(
     sae = train(labelled_batches(maps, of, 64), settings)
     sae.header["labels"] = names
     sae.header["measures"] = measure(sae, maps.flatten(0, 1)[:50_000])
-    known = make_dictionary(pipe, sae, CANVAS_GATE, CANVAS_EDITS, canvas_background(images, 2), sampling, 500)
+    known = make_dictionary(pipe, sae, CANVAS_GATE, canvas_background(images, 2), sampling, 500)
     known.save(folder)
     return known
 
@@ -177,7 +164,6 @@ def make_dictionary(
     pipe: Any,
     sae: SAE,
     site: Site,
-    edits: dict[Site, int],
     background: Sequence[tuple[str, str, str]],
     sampling: Sampling,
     seed: int = 500,
@@ -191,6 +177,4 @@ def make_dictionary(
     rows = [values[:, :, -1]] + [values[::UNCONDITIONAL_SHARE, :, b] for b in range(values.shape[2] - 1)]
     shown = [background, *[background[::UNCONDITIONAL_SHARE]] * (len(rows) - 1)]
     labels = [(o, s) for part in shown for _, o, s in part]
-    return Dictionary(
-        sae, site, edits, torch.cat(rows), pooled.times[kept], [o for o, _ in labels], [s for _, s in labels]
-    )
+    return Dictionary(sae, site, torch.cat(rows), pooled.times[kept], [o for o, _ in labels], [s for _, s in labels])

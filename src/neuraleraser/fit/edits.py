@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as replaced
 from typing import Any
 
 import torch
@@ -16,20 +18,23 @@ from neuraleraser.sae import SAE
 from neuraleraser.sites import Call, DenoiserCall, Site, denoiser, edit, record, replay
 
 
-def groups(times: Sequence[float], count: int) -> Tensor:
-    """Ascending centres [count] of `count` groups of neighbouring timesteps."""
-    ordered = torch.tensor(list(times), dtype=torch.float32).unique()
-    return torch.stack([part.mean() for part in ordered.tensor_split(min(count, len(ordered)))])
+@dataclass(frozen=True)
+class Lesson:
+    """What a correction learns from: one sampling step of some images, as a call whose conditioning shows the concept,
+    and the prediction [B, ...] that is wanted instead: the frozen model's own for the matched prompt at the same
+    states."""
+
+    call: DenoiserCall
+    wanted: Tensor
 
 
 def learnt(
     pipe: Any,
-    sites: dict[Site, int],
-    states: Sequence[tuple[DenoiserCall, DenoiserCall]],
+    edits: Sequence[tuple[Site, ...]],
+    lessons: Sequence[Lesson],
     *,
-    rank: int = 8,
-    bins: int = 5,
-    steps: int = 200,
+    rank: int = 32,
+    steps: int = 160,
     batch: int = 24,
     lr: float = 4e-3,
     seconds: float = 60.0,
@@ -37,38 +42,37 @@ def learnt(
     spans: Mapping[Site, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[Correction, ...]:
-    """Fit delta = x V_t U_t + b_t at all `sites` (site -> width d) together.
+    """Fit delta = x V U + b, one for each tuple of sites in `edits`, all together; at all timesteps the same, as the
+    prompt is.
 
-    At a site in `spans` (decoder rows [q, d] of an SAE) U_t and b_t stay in the span of those rows, so that the
-    edit reads as features put in place of features.
-
-    Each element of `states` is one sampling step: a call whose conditioning shows the concept, at the states to
-    be corrected, and a call whose prediction is the target: the frozen model's own for the matched prompt at
-    the same states. The loss is the squared error between the two predictions, over all steps at once.
+    At a site in `spans` (decoder rows [q, d] of an SAE) U and b stay in the span of those rows, so that the
+    edit reads as features put in place of features. The loss is the squared error between the prediction and the
+    one that is wanted, over all lessons and their rows alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    times = groups([float(c.timestep.flatten()[0]) for c, _ in states], bins)
-    device, g = states[0][0].state.device, len(times)
+    times = torch.stack([lesson.call.timestep.flatten()[0].float().cpu() for lesson in lessons]).mean()[None]
+    device = lessons[0].call.state.device
     spans = spans or {}
+    sizes = _widths(pipe, [sites[0] for sites in edits], lessons[0].call)
     params: dict[Site, dict[str, Tensor]] = {}
-    for site, d in sites.items():
-        q = len(spans[site]) if site in spans else d
-        params[site] = {
-            "down": torch.randn(g, d, rank, generator=generator).div(d**0.5).to(device).requires_grad_(),
-            "up": torch.zeros(g, rank, q, device=device, requires_grad=True),
-            "bias_out": torch.zeros(g, q, device=device, requires_grad=True),
+    for (first, *_), d in zip(edits, sizes, strict=True):
+        q = len(spans[first]) if first in spans else d
+        params[first] = {
+            "down": torch.randn(1, d, rank, generator=generator).div(d**0.5).to(device).requires_grad_(),
+            "up": torch.zeros(1, rank, q, device=device, requires_grad=True),
+            "bias_out": torch.zeros(1, q, device=device, requires_grad=True),
         }
 
-    def correction(site: Site) -> Correction:
-        p = params[site]
-        if site in spans:
-            p = {"down": p["down"], "up": p["up"] @ spans[site], "bias_out": p["bias_out"] @ spans[site]}
-        return Correction(site, "learnt", times.to(device), p)
+    def correction(sites: tuple[Site, ...]) -> Correction:
+        p = params[sites[0]]
+        if sites[0] in spans:
+            p = {"down": p["down"], "up": p["up"] @ spans[sites[0]], "bias_out": p["bias_out"] @ spans[sites[0]]}
+        return Correction(sites[0], "learnt", times.to(device), p, sites[1:])
 
-    def at(site: Site) -> Callable[[Tensor, Call], Tensor]:
-        return lambda x, call: correction(site).delta(x, call.timestep)
+    def at(sites: tuple[Site, ...]) -> Callable[[Tensor, Call], Tensor]:
+        return lambda x, call: correction(sites).delta(x, call.timestep)
 
-    n = states[0][0].state.shape[0]
+    rows = [(k, r) for k, lesson in enumerate(lessons) for r in range(len(lesson.wanted))]
     net = denoiser(pipe)
     frozen = [(p, p.requires_grad) for p in net.parameters()]
     adam = torch.optim.Adam([p for group in params.values() for p in group.values()], lr=lr, betas=(0.9, 0.98))
@@ -77,12 +81,11 @@ def learnt(
         for p, _ in frozen:
             p.requires_grad_(False)
         # Plain products: on a CPU the fused kernel's backward pass is several times slower.
-        with sdpa_kernel([SDPBackend.MATH]), edit(pipe, {site: at(site) for site in sites}):
+        with sdpa_kernel([SDPBackend.MATH]), edit(pipe, {site: at(sites) for sites in edits for site in sites}):
             for step in range(steps):
-                which = torch.randint(len(states), (batch,), generator=generator).tolist()
-                rows = torch.randint(n, (batch,), generator=generator).tolist()
-                shown = _gather([states[k][0] for k in which], rows)
-                target = torch.stack([states[k][1].prediction[r] for k, r in zip(which, rows, strict=True)])
+                which = [rows[i] for i in torch.randint(len(rows), (batch,), generator=generator).tolist()]
+                shown = _gather([lessons[k].call for k, _ in which], [r for _, r in which])
+                target = torch.stack([lessons[k].wanted[r] for k, r in which])
                 with torch.autocast(device.type, torch.bfloat16):
                     out = replay(pipe, shown.state, shown.timestep, shown.conditioning)
                 loss = F.mse_loss(out.float(), target.float())
@@ -99,8 +102,22 @@ def learnt(
     finally:
         for p, needs in frozen:
             p.requires_grad_(needs)
-    fitted = (correction(site) for site in sites)
-    return tuple(Correction(c.site, c.mode, c.times, {k: v.detach() for k, v in c.tensors.items()}) for c in fitted)
+    fitted = map(correction, edits)
+    return tuple(replaced(c, tensors={k: v.detach() for k, v in c.tensors.items()}) for c in fitted)
+
+
+@torch.no_grad()
+def _widths(pipe: Any, sites: Sequence[Site], call: DenoiserCall) -> list[int]:
+    """The width of each site's activations."""
+    seen: dict[Site, int] = {}
+
+    def note(site: Site, x: Tensor, _: Call) -> None:
+        seen[site] = x.shape[2]
+
+    with record(pipe, dict.fromkeys(sites), note):
+        one = call.rows(torch.tensor([0], device=call.state.device))
+        replay(pipe, one.state, one.timestep, one.conditioning)
+    return [seen[site] for site in sites]
 
 
 def _gather(calls: Sequence[DenoiserCall], rows: Sequence[int]) -> DenoiserCall:

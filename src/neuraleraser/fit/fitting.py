@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from torch import Tensor
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, nearest
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
-from neuraleraser.fit.edits import learnt, replace, scale
+from neuraleraser.fit.edits import Lesson, learnt, replace, scale
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
-from neuraleraser.fit.states import SHARES, conditional, pool, recorded, rows_of
-from neuraleraser.models import called
+from neuraleraser.fit.states import SHARES, conditional, pool, recorded, replayed, rows_of
+from neuraleraser.models import called, edits_for
 from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, made_for, record, replay
@@ -33,20 +33,24 @@ def fit(
     *,
     known: Dictionary | None = None,
     sampling: Sampling | None = None,
+    edits: Sequence[tuple[Site, ...]] | None = None,
 ) -> Eraser:
-    """Make an eraser of `concept` for `pipe`, with what is `known` of it (the canvas's own dictionary if not given).
+    """Make an eraser of `concept` for `pipe`, with what is `known` of it (the canvas's own dictionary if not given). It
+    edits where `edits_for` says, unless `edits` are given: a tuple of sites for each correction.
 
     1. Draw matched prompts with and without the concept at the same seeds, keeping every denoiser call.
     2. Choose the features that fire with the concept and not with its neighbours; set the gate's bounds above
        everything that lacks it.
-    3. Fit a low-rank correction at all edit sites together, so that the prediction for the prompt with the
-       concept becomes the model's own for the prompt without, on the states of both.
+    3. Fit a low-rank correction of the prompt that later blocks read, so that the prediction for the prompt with the
+       concept becomes the model's own for the prompt without, on the states of both; and for prompts in which
+       something else stands beside the concept, the model's own for that alone.
 
     `progress(what, share)` is told how far it is. Raises ConceptError if no feature detects the concept.
     """
     s, sampling, known = settings or FitSettings(), sampling or Sampling(), known or load_dictionary()
     say = progress or (lambda what, share: None)
     started = time.monotonic()
+    acts = list(edits or edits_for(pipe, known.site)) if s.mode == "learnt" else [(known.site,)]
     pairs = _some(concept.pairs, s.pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
     say("drawing without the concept", 0.0)
@@ -62,6 +66,10 @@ def fit(
     lacks = torch.cat([lacks, own])
     detector = choose(shows, lacks)
     speaking = detector.features[detector.weight > 0]
+    say("drawing what stays", 0.2)
+    stays = _beside(concept, s.beside if s.mode in ("learnt", "span") else 0)
+    beside_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(stays))
+    beside = _lessons_beside(pipe, stays, beside_seeds, sampling, known.site) if stays else []
     say("fitting the edit", 0.3)
     losses: list[float] = []
 
@@ -74,17 +82,16 @@ def fit(
     elif s.mode == "replace":
         corrections = (replace(pipe, known.sae, known.site, speaking, plain),)
     else:
-        target = [_retarget(a, b) for a, b in zip(crossed, plain, strict=True)]
-        back = [_teach(pipe, a, b) for a, b in zip(shown, plain, strict=True)]
         # Where a finished eraser stands counts twice: on states drawn without the concept.
-        states = list(zip(crossed, target, strict=True)) * 2 + list(zip(shown, back, strict=True))
+        lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2
+        lessons += [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
+        lessons += [lesson for part in beside for lesson in part]
         spans = {known.site: _span(known.sae, speaking, shows, own)} if s.mode == "span" else {}
         corrections = learnt(
             pipe,
-            {known.site: known.sae.d} if spans else known.edits,
-            states,
+            acts,
+            lessons,
             rank=s.rank,
-            bins=s.bins,
             steps=s.steps,
             batch=s.batch,
             lr=s.learning_rate,
@@ -101,15 +108,15 @@ def fit(
         "kind": concept.kind,
         "base": called(pipe),
         "time_scale": "0-1" if float(known.times.max()) <= 1 else "0-999",
-        "prompts": [p.shows for p in pairs],
-        "seeds": [seeds[0], seeds[-1]],
-        "settings": asdict(s),
-        "sampling": asdict(sampling),
+        "prompts": [p.shows for p in pairs] + [prompt for shows in stays.values() for prompt in shows],
+        "seeds": [seeds[0], seeds[-1] + len(stays)],
+        "settings": dataclasses.asdict(s),
+        "sampling": dataclasses.asdict(sampling),
         "separation": [round(float(v), 4) for v in detector.separation],
         "open_share": round(float((low < SHUT).float().mean()), 3),
         "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)] if losses else [],
         "seconds": round(time.monotonic() - started, 1),
-        "made_for": made_for(pipe, [gate.site, *(c.site for c in corrections)]),
+        "made_for": made_for(pipe, [gate.site, *(site for c in corrections for site in c.sites)]),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
         "sae": {k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
     }
@@ -148,16 +155,43 @@ def _cross(
     return out, torch.stack(seen, 1)
 
 
-def _retarget(call: DenoiserCall, plain: DenoiserCall) -> DenoiserCall:
-    """The call at the same state whose prediction is to be reached."""
-    return DenoiserCall(call.state, call.timestep, plain.conditioning, plain.prediction)
+def _beside(concept: Concept, count: int) -> dict[str, list[str]]:
+    """The first `count` prompts of what stays, each with the prompts that show the concept beside it."""
+    stays: dict[str, list[str]] = {}
+    for pair in concept.beside:
+        if pair.without in stays or len(stays) < count:
+            stays.setdefault(pair.without, []).append(pair.shows)
+    return stays
+
+
+def _lessons_beside(
+    pipe: Any, stays: Mapping[str, Sequence[str]], seeds: Sequence[int], sampling: Sampling, site: Site
+) -> list[list[Lesson]]:
+    """One list for each way of naming the concept beside what stays: its conditioning, at the states of what stays.
+
+    Only what stays is drawn. Of the others one step is, for their conditioning.
+    """
+
+    def calls(prompts: Sequence[str], sampling: Sampling) -> list[DenoiserCall]:
+        return replayed(pipe, prompts, seeds, sampling, site, lambda x: x.new_zeros(len(x)))[0]
+
+    plain = calls(list(stays), sampling)
+    lessons = []
+    for way in range(max(map(len, stays.values()))):
+        told = calls([shows[way % len(shows)] for shows in stays.values()], dataclasses.replace(sampling, steps=1))[0]
+        lessons.append([Lesson(_conditioned(call, told), call.prediction) for call in plain])
+    return lessons
+
+
+def _conditioned(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:
+    """The call with the conditioning of another."""
+    return DenoiserCall(call.state, call.timestep, other.conditioning, call.prediction)
 
 
 @torch.no_grad()
-def _teach(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> DenoiserCall:
+def _prediction(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> Tensor:
     """The matched prompt's prediction at the states drawn with the concept."""
-    prediction = replay(pipe, shown.state, shown.timestep, plain.conditioning)
-    return DenoiserCall(shown.state, shown.timestep, plain.conditioning, prediction)
+    return replay(pipe, shown.state, shown.timestep, plain.conditioning)
 
 
 def _span(sae: SAE, features: Tensor, shows: Tensor, lacks: Tensor) -> Tensor:

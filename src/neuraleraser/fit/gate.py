@@ -104,16 +104,15 @@ def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) ->
 def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     """low and high [T] from evidence on rows with the concept [N, T] and without [M, T].
 
-    low lies above 995 in 1,000 rows without, and at a fifth of the first decile with. Fewer than ENOUGH rows cannot say
-    what one in 200 reads: then it lies above all of them, and at half of that decile. There the gate begins to open, in
-    proportion, and is wide open at 0.75 of the decile: a concept that shares its picture with another is about half as
-    strong, and where it is half there about half is taken away, so that what stands beside it stays. It is shut where a
-    typical row with the concept lies below low: it could not tell.
+    low lies above 995 in 1,000 rows without, and at a fifth of the first decile with: a concept that shares its picture
+    with another can be that weak. Fewer than ENOUGH rows cannot say what one in 200 reads: then it lies above all of
+    them, and at half of that decile. From there to high, 0.15 of the way to a typical row, the gate opens wide. It is
+    shut where a typical row with the concept lies below low: it could not tell.
     """
     typical, weak = shows.median(0).values, shows.quantile(0.1, 0)
     least = 0.2 if len(lacks) >= ENOUGH else 0.5
     low = torch.maximum(lacks.quantile(0.995, 0, interpolation="higher"), least * weak).clamp(min=1e-6)
-    high = torch.maximum(low + 0.15 * (typical - low).clamp(min=1e-3), 0.75 * weak)
+    high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
     return torch.where(shut, SHUT, low), torch.where(shut, 2 * SHUT, high)
 

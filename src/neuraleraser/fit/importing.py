@@ -25,7 +25,6 @@ def import_dictionary(
     prompts: Sequence[str],
     *,
     format: formats.Format | None = None,
-    edits: Sequence[Site] = (),
     per_image: int = 1024,
     sampling: Sampling | None = None,
     seed: int = 500,
@@ -34,28 +33,28 @@ def import_dictionary(
     that `fit` can make erasers with it.
 
     Features that compete (TopK) get thresholds of their own, calibrated on `per_image` activations of each prompt's
-    image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so. `edits`:
-    where erasers will act, by default where `edits_for` says. Images are drawn with seeds from `seed` on.
+    image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so. Images are
+    drawn with seeds from `seed` on.
 
-    Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's, DataError where
-    there are no prompts.
+    Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's and for a site that
+    is in no block, DataError where there are no prompts.
     """
     if not prompts:
         raise DataError("there are no prompts to see the SAE fire on: pass prompts of many things, hundreds are good")
     s = sampling or Sampling(batch=4)
-    acts = list(edits or edits_for(pipe, site))
-    shapes = {x: width for x, (_, width) in shapes_of(pipe, [site, *acts], s).items()}
+    edits_for(pipe, site)  # raises where no eraser could edit
+    width = shapes_of(pipe, [site], s)[site][1]
     seeds = range(seed, seed + len(prompts))
     x = bank(pipe, prompts, seeds, [site], per_image, s)[site]
     try:
         sae = formats.read(path, format, calibrate=x)
     except DataError as error:
-        raise SiteError(f"{site} is {shapes[site]} wide, and {path} was made for another site ({error})") from error
-    if sae.d != shapes[site]:
-        raise SiteError(f"{site} is {shapes[site]} wide, and {path} holds an SAE for {sae.d}: pass the site it reads")
+        raise SiteError(f"{site} is {width} wide, and {path} was made for another site ({error})") from error
+    if sae.d != width:
+        raise SiteError(f"{site} is {width} wide, and {path} holds an SAE for {sae.d}: pass the site it reads")
     sae.header["site"] = str(site)
     background = [(prompt, "", "") for prompt in prompts]
-    return make_dictionary(pipe, sae, site, {x: shapes[x] for x in acts}, background, s, seed)
+    return make_dictionary(pipe, sae, site, background, s, seed)
 
 
 def shapes_of(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site, tuple[int, int]]:

@@ -108,7 +108,7 @@ def own_dictionary(
     """Make a dictionary of `pipe` at `site`, with a feature for `concept` and each of `neighbours`, into `folder`; one
     that is there already is opened. Interrupted and called again it goes on.
 
-    Draws `images` to learn from and half as many to see how the features fire; erasers edit where `edits_for` says.
+    Draws `images` to learn from and half as many to see how the features fire.
     `say(what, share)` is told how far it is.
 
     Raises SiteError for a site that is not there, ConceptError for a name that is given twice, SettingsError where
@@ -124,9 +124,9 @@ def own_dictionary(
             of = ", ".join(known.sae.header.get("labels") or ["no labels"])
             raise SettingsError(f"{folder} holds a dictionary of {of} at {known.site}: pass those, or delete it")
         return known
-    edits = edits_for(pipe, site)
-    shapes = shapes_of(pipe, [site, *edits], s)
-    per_image, together = _kept(shapes[site], s)
+    edits_for(pipe, site)  # raises where no eraser could edit
+    shape = shapes_of(pipe, [site], s)[site]
+    per_image, together = _kept(shape, s)
     shown = own_prompts(concept, neighbours, images, 1)
     labels = torch.tensor([[name in of for name in names] for _, of in shown], dtype=torch.uint8)
     texts = [prompt for prompt, _ in shown]
@@ -137,7 +137,7 @@ def own_dictionary(
     shards = write_shards(
         pool, folder / "activations", count, data, lambda k: tell("drawing to learn from", 0.6 * (k + 1) / count)
     )
-    n = max(2 * shapes[site][1], len(names))
+    n = max(2 * shape[1], len(names))
     settings = TrainSettings(n=n, k=min(ACTIVE, n), steps=STEPS, discriminant=True, init_vectors=2**17, log_every=10)
     run = Run(settings, str(site), folder / "training.safetensors", data)
 
@@ -151,7 +151,7 @@ def own_dictionary(
     tell("seeing how they fire", 0.7)
     seen = own_prompts(concept, neighbours, max(1, images // 2), 2)
     background = [(prompt, "+".join(of), "") for prompt, of in seen]
-    known = make_dictionary(pipe, sae, site, {x: shapes[x][1] for x in edits}, background, s)
+    known = make_dictionary(pipe, sae, site, background, s)
     known.save(folder)
     shutil.rmtree(folder / "activations")
     (folder / "training.safetensors").unlink(missing_ok=True)

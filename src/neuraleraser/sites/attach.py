@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from neuraleraser.errors import NeuralEraserError, SiteError
 from neuraleraser.sites.caches import check_caches
-from neuraleraser.sites.hooks import Call, Edit, State, Tap, forward_arguments
-from neuraleraser.sites.place import DENOISERS, Site, check_stream, resolve, unwrap
+from neuraleraser.sites.hooks import Call, Edit, State, Tap
+from neuraleraser.sites.place import DENOISERS, Site, check_stream, forward_arguments, resolve, unwrap
 
 
 def record(pipe: Any, sites: Iterable[Site], on: Callable[[Site, Tensor, Call], None]) -> AbstractContextManager[None]:
@@ -67,6 +67,9 @@ class Edits:
         for root in self.roots:
             self.handles.append(root.module.register_forward_pre_hook(root.state.enter, with_kwargs=True))
             for module, tap in root.taps:
+                if tap.edits[0][0].tap == "input":
+                    self.handles.append(module.register_forward_pre_hook(tap.before, with_kwargs=True))
+                    continue
                 self.handles.append(module.register_forward_hook(tap, with_kwargs=True))
                 _let_captures_see(module)
             self.handles.append(root.module.register_forward_hook(root.state.leave))
@@ -129,12 +132,12 @@ def _plan(pipe: Any, edits: Mapping[Site, Edit]) -> list[_Root]:
         if not isinstance(site, Site):
             raise SiteError(f"{site!r} is a {type(site).__name__}, expected a Site; Site.parse(text) makes one.")
     roots: dict[str, _Root] = {}
-    found: dict[nn.Module, list[tuple[Site, Edit]]] = {}
+    found: dict[tuple[nn.Module, bool], list[tuple[Site, Edit]]] = {}
     for site in sorted(edits):  # an order that does not depend on the caller's
         module = resolve(pipe, site)
         check_stream(site, module)
-        found.setdefault(module, []).append((site, edits[site]))
-    for module, here in found.items():
+        found.setdefault((module, site.tap == "input"), []).append((site, edits[site]))
+    for (module, _), here in found.items():
         name = here[0][0].path.split(".")[0]
         if name not in roots:
             component = unwrap(getattr(pipe, name))

@@ -6,7 +6,6 @@ Only tensor operations and plain flags: torch.compile traces them without a brea
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from neuraleraser.errors import NotApplied, SiteError
 from neuraleraser.sites.layout import added, swapped, to_positions
-from neuraleraser.sites.place import TEXT_FIRST, Site, is_text_first
+from neuraleraser.sites.place import TEXT_FIRST, Site, forward_arguments, is_text_first
 
 
 @dataclass
@@ -114,7 +113,10 @@ class State:
 
 
 class Tap:
-    """Forward hook of one module: all that one context reads and edits there."""
+    """Hook of one module: all that one context reads and edits there, of what it returns, or of the text it is given.
+
+    A forward hook, but for the tap "input", whose forward pre-hook is `before`.
+    """
 
     def __init__(self, state: State, module: nn.Module, edits: list[tuple[Site, Edit]]) -> None:
         names = forward_arguments(module)
@@ -134,8 +136,37 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the edits' deltas, or None (leave it) where no edit returned one."""
-        if not self.live:
+        changes = self._changes(lambda site: self._read(site, args, kwargs, output))
+        if not changes:
             return None
+        for stream, delta, call in changes:
+            old = self._stream(output, stream)
+            output = swapped(output, old, self._added(old, delta, call))
+        return output
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with the edits' deltas in the text that the module reads, or None (leave them)."""
+        given = _argument(args, kwargs, "encoder_hidden_states", self.text_index)
+        text = given[0] if isinstance(given, (tuple, list)) and given else given  # beside it an IP-Adapter's images
+        if not isinstance(text, Tensor):
+            raise SiteError(f"{self.name}: {self.kind} was given no text to read, but {type(given).__name__}.")
+        changes = self._changes(lambda site: to_positions(text))
+        if not changes:
+            return None
+        new = text
+        for _, delta, call in changes:
+            new = self._added(new, delta, call)
+        new = swapped(tuple(given), text, new) if given is not text else new
+        if "encoder_hidden_states" in kwargs:
+            return args, kwargs | {"encoder_hidden_states": new}
+        assert self.text_index is not None
+        return (*args[: self.text_index], new, *args[self.text_index + 1 :]), kwargs
+
+    def _changes(self, read: Callable[[Site], Tensor]) -> list[tuple[str, Tensor, Call]]:
+        """Ask the edits -> the streams that change, by how much, and what the edits knew."""
+        changes: list[tuple[str, Tensor, Call]] = []
+        if not self.live:
+            return changes
         forward = self.state.forward
         if forward is None:
             if self.state.timestep_index is not None:
@@ -145,12 +176,11 @@ class Tap:
                 )
             forward = _Forward(None)  # such as a VAE, of which pipelines call encode and decode
         self.visited = True
-        changes: list[tuple[str, Tensor, Call]] = []
         for site, change in self.edits:  # all see the same activations
             rests = getattr(change, "rests", None)
             if rests is not None and rests(forward.memo):
                 continue
-            x = self._read(site, args, kwargs, output)
+            x = read(site)
             call = Call(_rows(forward.timestep, x, site), forward.memo)
             delta = change(x, call)
             if delta is None:
@@ -159,14 +189,12 @@ class Tap:
                 raise NotApplied(f"{site}: the edit returned {list(delta.shape)}, expected {list(x.shape)}.")
             else:
                 changes.append((site.stream, delta, call))
-        if not changes:
-            return None
-        for stream, delta, call in changes:
-            old = self._stream(output, stream)
-            new = added(old, delta, call.spare)
-            self._note(new if call.finite is None else call.finite)  # NaN read or added ends in new
-            output = swapped(output, old, new)
-        return output
+        return changes
+
+    def _added(self, old: Tensor, delta: Tensor, call: Call) -> Tensor:
+        new = added(old, delta, call.spare)
+        self._note(new if call.finite is None else call.finite)  # NaN read or added ends in new
+        return new
 
     def _read(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         """The tap's value, [B, positions, d]."""
@@ -214,11 +242,6 @@ class Tap:
             self.poison = torch.zeros((), device=x.device)
         self.noted = True
         self.poison = self.poison + x.detach().sum(dtype=torch.float32) * 0
-
-
-def forward_arguments(module: nn.Module) -> list[str]:
-    """The names of forward's arguments, without self. Of the class: offloading shadows the instance's."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ DENOISERS = ("unet", "transformer")
 # models return the two the other way round (CogVideoX, HunyuanVideo), and nothing in the tensors tells.
 TEXT_FIRST = {"FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock"}
 
-_TAPS = ("output", "update")
+_TAPS = ("output", "update", "input")
 _STREAMS = ("image", "text")
 
 
@@ -25,13 +26,14 @@ _STREAMS = ("image", "text")
 class Site:
     """A place in a pipeline: the module at `path` (dotted from the pipeline), `tap` and `stream`.
 
-    `output` is what the block returns, `update` what it adds to its input. A block with one stream, such as a
-    text encoder's, has the stream "image". Sites are blocks: a tensor of four dimensions is read as
+    `output` is what the block returns, `update` what it adds to its input. `input` is what the block reads of the
+    prompt, its encoder_hidden_states [B, tokens, d], with the stream "text". A block with one stream, such as a text
+    encoder's, has the stream "image". Sites are blocks: a tensor of four dimensions is read as
     [B, C, H, W], which the parts of an attention need not be.
     """
 
     path: str
-    tap: Literal["output", "update"] = "output"
+    tap: Literal["output", "update", "input"] = "output"
     stream: Literal["image", "text"] = "image"
 
     def __post_init__(self) -> None:
@@ -48,10 +50,10 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """The inverse of str(); short forms are "path", "path:update" and "path:text". Or SiteError."""
+        """The inverse of str(); short forms are "path", "path:update", "path:text" and "path:input". Or SiteError."""
         path, *marks = text.split(":")
         tap = marks.pop(0) if marks and marks[0] in _TAPS else "output"
-        stream = marks.pop(0) if marks and marks[0] in _STREAMS else "image"
+        stream = marks.pop(0) if marks and marks[0] in _STREAMS else "text" if tap == "input" else "image"
         if marks:
             raise SiteError(f"{text!r} is no site; expected path, path:tap, path:stream or path:tap:stream.")
         return cls(path, tap, stream)  # type: ignore[arg-type]
@@ -83,13 +85,23 @@ def resolve(pipe: Any, site: Site) -> nn.Module:
 
 
 def check_stream(site: Site, module: nn.Module) -> None:
-    """SiteError for the text stream of a block that has, or returns, none."""
-    if site.stream == "text":
-        kind = type(module).__name__
+    """SiteError for the text stream of a block that has, reads or returns none, and for an image as input."""
+    kind = type(module).__name__
+    if site.tap == "input":
+        if site.stream != "text":
+            raise SiteError(f"{site}: of what a block is given, only the text is a site; use {site.path}:input:text.")
+        if "encoder_hidden_states" not in forward_arguments(module):
+            raise SiteError(f"{site}: {kind} reads no prompt; a block with cross-attentions does.")
+    elif site.stream == "text":
         if not is_text_first(module):
             raise SiteError(f"{site}: {kind} has one stream; use stream 'image' ({Site(site.path, site.tap)}).")
         if getattr(module, "context_pre_only", False):
             raise SiteError(f"{site}: this is the last {kind}, which returns no text; use an earlier one.")
+
+
+def forward_arguments(module: nn.Module) -> list[str]:
+    """The names of forward's arguments, without self. Of the class: offloading shadows the instance's."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def is_text_first(module: nn.Module) -> bool:
