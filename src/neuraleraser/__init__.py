@@ -60,9 +60,11 @@ _HOME: dict[str, str] = {
     "phrase_concept": "concepts",
     "record": "sites",
     "set_erasers": "eraser",
+    "shipped_neighbours": "concepts",
     "substitution": "activations",
     "text_encoder_sites": "sites",
     "unload_erasers": "eraser",
+    "with_neighbours": "concepts",
     "write_shards": "activations",
 }
 
