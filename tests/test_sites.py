@@ -524,7 +524,7 @@ def test_compiled_whole_with_the_edit_inside(build: Callable[[], Any]) -> None:
     def change(x: Tensor, call: Call) -> Tensor:
         return strength * call.memo["gate"] * torch.tanh(x)
 
-    edits = {early: gate, late: change}
+    edits = {early: gate, late: change, Site(late.path, "input", "text"): change}
     base = tiny.run(pipe, 0)
     with edit(pipe, edits):
         want = tiny.run(pipe, 0)

@@ -13,6 +13,8 @@ from handmade import SITES, make_correction, make_gate
 from neuraleraser import attach, disable_erasers, load_eraser, set_erasers, unload_erasers
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import NotApplied, SettingsError
+from neuraleraser.models import edits_for
+from neuraleraser.sites import candidate_sites
 
 
 def compiled(test: Any) -> Any:
@@ -100,3 +102,34 @@ def test_loaded_after_a_compiled_call_is_an_error_and_after_a_compile_is_not(sma
         tiny.run(small, 0)
     torch._dynamo.reset()
     torch.testing.assert_close(tiny.run(small, 0), whole)
+
+
+@pytest.mark.slow
+@compiled
+def test_a_change_that_later_blocks_repeat_is_in_the_graph(small: Any) -> None:
+    small.unet = tiny.unet(
+        block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    ).eval()
+    first = candidate_sites(small)[0]
+    (read,) = edits_for(small, first)
+    many = [
+        Eraser(
+            make_gate(first, 16, seed=seed),
+            (make_correction(read[0], tiny.WIDTH, seed=seed, also=read[1:]),),
+            {"concept": str(seed)},
+        )
+        for seed in (0, 30)
+    ]
+    base, want = tiny.run(small, 0), [attached(small, many, plan) for plan in ([1.0, 0.5], [0.0, 2.0])]
+    assert len(read) > 1 and not torch.equal(want[0], base)
+    for eraser in many:
+        load_eraser(small, eraser)
+    small.unet.compile(backend="eager", fullgraph=True)
+    for _ in range(2):
+        tiny.run(small, 0)
+    before = graphs()
+    for plan, image in zip(([1.0, 0.5], [0.0, 2.0]), want, strict=True):
+        set_erasers(small, ["0", "30"], plan)
+        torch.testing.assert_close(tiny.run(small, 0), image)
+    disable_erasers(small)
+    assert torch.equal(tiny.run(small, 0), base) and graphs() == before

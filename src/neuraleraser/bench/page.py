@@ -58,8 +58,9 @@ HEADS = {
 }
 INTRO = (
     "Each concept below was taken out of an image model. A few of the model's own features tell where it is "
-    "about to be drawn; there, and only there, what the model reads of the prompt is changed. Every picture after erasure stands beside the one that the untouched model draws for the same prompt "
-    "and seed, and the figures come from comparing many such twins."
+    "about to be drawn; there, and only there, what the model reads of the prompt is changed. Every picture after "
+    "erasure stands beside the one that the untouched model draws for the same prompt and seed, and the figures "
+    "come from comparing many such twins."
 )
 TIMES, TO = "\u00d7", "\u2013"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
