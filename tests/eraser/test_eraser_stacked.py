@@ -169,6 +169,29 @@ def test_a_change_repeated_is_that_made_at_each_site(strength: float, monkeypatc
         assert torch.equal(tiny.run(pipe, 3, n=2), base)
 
 
+def test_blocks_share_the_changed_prompt_where_they_read_the_same_one() -> None:
+    pipe, read = tiny.stable_diffusion(), list[torch.Tensor]()
+    eraser = reader((*READ, Site("unet.up_blocks.1.attentions.1", "input", "text")))
+    blocks = [pipe.unet.get_submodule(site.path.removeprefix("unet.")) for site in eraser.corrections[0].sites]
+
+    def doubled(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"encoder_hidden_states": 2 * kwargs["encoder_hidden_states"]}
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        read.append(kwargs["encoder_hidden_states"])
+
+    handles = [pipe.unet.register_forward_pre_hook(note, with_kwargs=True)]
+    handles += [blocks[2].register_forward_pre_hook(doubled, with_kwargs=True)]  # reads another prompt
+    with attach(pipe, eraser):
+        handles += [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+        tiny.run(pipe, 3, steps=1)
+    for handle in handles:
+        handle.remove()
+    given, first, second, third = read
+    assert first is second and not torch.equal(first, given)
+    torch.testing.assert_close(third - 2 * given, first - given)
+
+
 def test_what_is_not_finite_is_noticed_where_a_change_is_repeated() -> None:
     pipe = tiny.stable_diffusion()
     text = torch.full((1, tiny.WORDS, tiny.WIDTH), float("nan"))

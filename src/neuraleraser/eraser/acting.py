@@ -65,7 +65,8 @@ class Acting:
 
     def amounts(self, erasers: Sequence[int], opening: Tensor) -> Tensor:
         """Strength times opening [rows, erasers]."""
-        own, rows = self.strengths[list(erasers)].mT.to(opening), opening.shape[0]
+        every = len(erasers) == len(self.strengths) == 1  # looking up costs as much as all the rest
+        own, rows = (self.strengths if every else self.strengths[list(erasers)]).mT.to(opening), opening.shape[0]
         images = own.shape[0]
         if images > 1:
             if rows % images:
@@ -165,12 +166,9 @@ class At:
             )
         if not torch.compiler.is_compiling():
             self.fits = True
-        # Where one number stands for all rows, one is looked up.
-        timestep = call.timestep
-        timestep = timestep[:1] if timestep.stride(0) == 0 else timestep.contiguous()
         amounts: dict[int, Tensor] = call.memo.setdefault("amounts", {})
         if self.looks is not None:
-            self._look(self.looks, x, timestep, call, amounts)
+            self._look(self.looks, x, call, amounts)
         shut: frozenset[int] = call.memo.get("shut", _NONE)
         for i in self.needs:
             if i not in amounts and i not in shut:
@@ -185,7 +183,7 @@ class At:
                 none = given[0].new_zeros(given[0].shape) if given else None
                 given = [amounts[i] if i in amounts else none for i in made.which] if none is not None else []
             if given:
-                delta, low = made.product(x, timestep, torch.stack(given, 1))
+                delta, low = made.product(x, _looked_up(call), torch.stack(given, 1))
                 parts.append(delta)
                 if made.also:
                     call.memo[made.name] = delta
@@ -218,9 +216,9 @@ class At:
             )
         return delta.to(x.device)
 
-    def _look(self, looks: Gates, x: Tensor, timestep: Tensor, call: Call, amounts: dict[int, Tensor]) -> None:
+    def _look(self, looks: Gates, x: Tensor, call: Call, amounts: dict[int, Tensor]) -> None:
         """Ask the gates, and put down which of them are open."""
-        acting, trace = self.acting, self.acting.trace
+        acting, trace, timestep = self.acting, self.acting.trace, _looked_up(call)
         opening, evidence, z = looks(x, timestep)
         call.finite = evidence
         compiling = torch.compiler.is_compiling()
@@ -235,6 +233,11 @@ class At:
                     amounts[i] = table[:, column]
         if not compiling:
             call.memo["shut"] = call.memo.get("shut", _NONE) | {i for i in self.looking if i not in amounts}
+
+
+def _looked_up(call: Call) -> Tensor:
+    """The timesteps to look up: [B], or [1] where one number stands for all rows."""
+    return call.timestep[:1] if call.timestep.stride(0) == 0 else call.timestep.contiguous()
 
 
 @dataclass(frozen=True)

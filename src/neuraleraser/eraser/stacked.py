@@ -76,8 +76,9 @@ class Gates:
         self.bounds = [
             (
                 _middles(gates[group[0]].times),
-                torch.stack([gates[i].low for i in group], 1),
-                torch.stack([gates[i].high - gates[i].low for i in group], 1),
+                torch.stack(
+                    [torch.stack([g.low, g.high - g.low], 1) for g in (gates[i] for i in group)], 2
+                ),  # low, and high above it: [T, 2, E]
             )
             for group in self.times
         ]
@@ -99,13 +100,9 @@ class Gates:
             part = used.mean(1) @ weight.to(z)
             evidence = part if evidence is None else evidence + part
         assert evidence is not None
-        low, width = [], []
-        for middles, lows, widths in self.bounds:
-            index = bins(middles, timestep)
-            low.append(lows.index_select(0, index))
-            width.append(widths.index_select(0, index))
-        low, width = (v[0] if len(v) == 1 else torch.cat(v, 1) for v in (low, width))
-        return ((evidence - low.to(evidence)) / width.to(evidence)).clamp(0, 1), evidence, z
+        found = [bounds.index_select(0, bins(middles, timestep)) for middles, bounds in self.bounds]
+        low, width = (found[0] if len(found) == 1 else torch.cat(found, 2)).to(evidence).unbind(1)
+        return ((evidence - low) / width).clamp(0, 1), evidence, z
 
     def where(self, z: Tensor) -> Tensor:
         """z [B, P, f] -> evidence by position [B, P, E]."""
@@ -132,17 +129,17 @@ class Learnt:
     def __call__(self, x: Tensor, timestep: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, P, d], timestep [B] or [1], amounts [B, E] -> sum of amount times delta [B, P, d], 0 where all
         amounts are; and x's projections, which the sum is made of."""
-        index = bins(self.middles, timestep)
         down, up, one = self._in(x.dtype)
+        if len(down) > 1:
+            index = bins(self.middles, timestep)
+            down, up = down.index_select(0, index), up.index_select(0, index)
         amounts = amounts.to(x.dtype)
         each = amounts if amounts.shape[1] == 1 else amounts.index_select(1, self.owner)
-        up = up.index_select(0, index) * each.unsqueeze(2)
-        if len(index) == 1:
-            low = torch.addmm(one, x.reshape(-1, x.shape[2]), down.index_select(0, index)[0])
-            low = low.view(*x.shape[:2], -1)
+        if len(down) == 1:
+            low = torch.addmm(one, x.reshape(-1, x.shape[2]), down[0]).view(*x.shape[:2], -1)
         else:
-            low = torch.baddbmm(one, x, down.index_select(0, index))
-        return torch.bmm(low, up), low
+            low = torch.baddbmm(one, x, down)
+        return torch.bmm(low, up * each.unsqueeze(2)), low
 
     def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """The tables in the model's dtype, made once."""

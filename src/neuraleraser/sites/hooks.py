@@ -7,7 +7,8 @@ Only tensor operations and plain flags: torch.compile traces them without a brea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,8 @@ known to return None in this forward, so that x need not be read."""
 class _Forward:
     timestep: Tensor | None  # [] or [B] float32
     memo: dict[Any, Any] = field(default_factory=dict)
+    by_row: Tensor | None = None  # the timestep as the last site was told it: [B]
+    summed: tuple[Tensor, list[Tensor], Tensor] | None = None  # a text, the deltas added to it, and their sum
 
 
 class State:
@@ -153,9 +156,7 @@ class Tap:
         changes = self._changes(lambda site: to_positions(text))
         if not changes:
             return None
-        new = text
-        for _, delta, call in changes:
-            new = self._added(new, delta, call)
+        new = self._summed(text, changes)
         new = swapped(tuple(given), text, new) if given is not text else new
         if "encoder_hidden_states" in kwargs:
             return args, kwargs | {"encoder_hidden_states": new}
@@ -181,7 +182,7 @@ class Tap:
             if rests is not None and rests(forward.memo):
                 continue
             x = read(site)
-            call = Call(_rows(forward.timestep, x, site), forward.memo)
+            call = Call(self._timestep(forward, x, site), forward.memo)
             delta = change(x, call)
             if delta is None:
                 self._note(x if call.finite is None else call.finite)
@@ -190,6 +191,36 @@ class Tap:
             else:
                 changes.append((site.stream, delta, call))
         return changes
+
+    def _timestep(self, forward: _Forward, x: Tensor, site: Site) -> Tensor:
+        """The forward's timestep as [B], on the device of x [B, positions, d]."""
+        rows, known, given = x.shape[0], forward.by_row, forward.timestep
+        if known is not None and known.shape[0] == rows and known.device == x.device:
+            return known
+        if given is None:
+            new = torch.zeros(rows, device=x.device)
+        elif given.ndim > 1 or (given.ndim == 1 and given.shape[0] not in (1, rows)):
+            raise NotApplied(
+                f"{site}: the timesteps have shape {list(given.shape)}, expected one or {rows}, one a row."
+            )
+        else:
+            new = given.to(x.device).expand(rows)
+        forward.by_row = new
+        return new
+
+    def _summed(self, text: Tensor, changes: Sequence[tuple[str, Tensor, Call]]) -> Tensor:
+        """The text that a module reads, once for all blocks that are given the same text and the same deltas."""
+        forward, deltas = self.state.forward, [delta for _, delta, _ in changes]
+        if forward is not None and forward.summed is not None and not torch.compiler.is_compiling():
+            of, before, new = forward.summed
+            if of is text and len(before) == len(deltas) and all(map(operator.is_, before, deltas)):
+                return new
+        new = text
+        for _, delta, call in changes:
+            new = self._added(new, delta, call)
+        if forward is not None:
+            forward.summed = text, deltas, new
+        return new
 
     def _added(self, old: Tensor, delta: Tensor, call: Call) -> Tensor:
         new = added(old, delta, call.spare)
@@ -258,13 +289,3 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, index: i
     if name in kwargs:
         return kwargs[name]
     return args[index] if index is not None and index < len(args) else None
-
-
-def _rows(timestep: Tensor | None, x: Tensor, site: Site) -> Tensor:
-    """The forward's timestep as [B], on the device of x [B, positions, d]."""
-    rows = x.shape[0]
-    if timestep is None:
-        return torch.zeros(rows, device=x.device)
-    if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, rows)):
-        raise NotApplied(f"{site}: the timesteps have shape {list(timestep.shape)}, expected one or {rows}, one a row.")
-    return timestep.to(x.device).expand(rows)
