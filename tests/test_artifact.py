@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import struct
 from pathlib import Path
@@ -146,6 +147,19 @@ def test_a_disk_that_takes_no_more_leaves_the_old_file(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_killed_save_left_is_swept_away_by_the_next(tmp_path: Path):
+    path = saved(tmp_path)
+    old, young, other = (
+        tmp_path / f".{name}.tmp" for name in ("a.safetensors.0", "a.safetensors.1", "b.safetensors.0")
+    )
+    for stray in (old, young, other):
+        stray.write_bytes(b"half")
+    for stray in (old, other):
+        os.utime(stray, (0, 0))
+    assert saved(tmp_path) == path
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, young.name, other.name}
 
 
 def test_a_place_that_cannot_be_written_is_a_file_error(tmp_path: Path):

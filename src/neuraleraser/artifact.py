@@ -9,11 +9,13 @@ sentence; nothing in it is ever executed.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
 import secrets
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch import Tensor
 from neuraleraser.errors import DataError, FileError
 
 VERSION = 1
+STRAY = 3600  # seconds after which a file beside counts as left by a killed save
 MAX_HEADER = 16 * 2**20  # bytes; safetensors' own bound is 100 MB
 # What every torch can check for NaN; float8, float4 and complex are refused rather than half supported.
 _DTYPES = {
@@ -75,11 +78,20 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
                 raise DataError(f"the header for {path} is over {MAX_HEADER >> 20} MB: put bulk in tensors")
             os.fsync(f.fileno())
         os.replace(aside, path)
+        _sweep(path)
     except (OSError, SafetensorError) as e:
         raise FileError(f"{path} could not be written ({e}): check the path, permissions and space") from e
     finally:
         with contextlib.suppress(OSError):  # gone already, after a rename, or never made
             aside.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what saves of `path` left beside it when they were killed; younger files may still be written."""
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - stray.stat().st_mtime > STRAY:
+                stray.unlink()
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
