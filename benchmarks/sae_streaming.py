@@ -3,8 +3,8 @@
     python benchmarks/sae_streaming.py --json                  # the canvas, at its gate's site, width and steps
     python benchmarks/sae_streaming.py --json --stream.ahead 0 # drawing and training take turns
 
-Figures are of activations that the SAE has not seen, those that would have come next; a feature is dead if it fires
-on none of them, with thresholds as saved. `--json` prints one object with what was asked, found, and run on.
+Figures are of images that no SAE has seen, of other captions and noise; a feature is dead if it fires on none of their
+vectors, with thresholds as saved. `--json` prints one object with what was asked, found, and run on.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 import tyro
 from machine import facts
 
-from neuraleraser.activations import activation_stream, substitution
+from neuraleraser.activations import activation_stream, bank, substitution
 from neuraleraser.fit.dictionary import CANVAS_GATE, canvas_background
 from neuraleraser.models import open_pipeline
 from neuraleraser.sae import Run, StepLog, TrainSettings, measure, train_together
 from neuraleraser.settings import Sampling, StreamSettings
 from neuraleraser.sites import Site
+
+HELD = 1024
+"""Vectors of an image that are measured on."""
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Settings:
 def main(s: Settings) -> None:
     pipe = open_pipeline("canvas")
     prompts = [p for p, _, _ in canvas_background(4000, 1)]
-    pool = activation_stream(pipe, prompts, [Site.parse(s.site)], s.stream)
+    site = Site.parse(s.site)
+    pool = activation_stream(pipe, prompts, [site], s.stream)
     draw, drawn, first = pool.chunk, 0, 0.0
 
     def chunk(number: int, stopped: Any) -> Any:
@@ -68,15 +71,13 @@ def main(s: Settings) -> None:
     started = time.monotonic()
     saes = train_together(pool, runs, on_step)
     seconds, images = time.monotonic() - started, drawn
-    stream, parts = pool(s.steps), []
-    while sum(map(len, parts)) < s.vectors:
-        parts.append(next(stream)[s.site].float())
-    stream.close()  # type: ignore[attr-defined]
-    x = torch.cat(parts)[: s.vectors]
+    count = -(-s.vectors // HELD)
+    held = [p for p, _, _ in canvas_background(count, 2)]
+    x = bank(pipe, held, range(300_000, 300_000 + count), [site], HELD, s.stream.sampling)[site][: s.vectors]
     found = []
     for sae in saes.values():
         texts = [p for p, _, _ in canvas_background(s.images, 3)]
-        lost = substitution(pipe, sae, Site.parse(s.site), texts, range(200_000, 200_000 + s.images))
+        lost = substitution(pipe, sae, site, texts, range(200_000, 200_000 + s.images))
         figures = measure(sae, x)
         found.append(
             {

@@ -46,13 +46,14 @@ class StreamSettings:
 
     batch: int = 4096
     """Activation vectors in a training batch."""
-    per_image: int = 1024
+    per_image: int = 256
     """Vectors kept of an image at each site, over all its steps, positions and guidance branches."""
     images: int = 0
     """Images to draw, which are used again and again, in a new order; 0: new ones all along."""
-    window: int = 16
-    """How many batches of images are mixed at a time, in memory."""
-    reuse: int = 4
+    window: int = 64
+    """How many batches of images are mixed at a time, in memory; training starts with a quarter of them. Of few images
+    an SAE learns what is theirs alone, and forgets it with them (docs/LOG.md)."""
+    reuse: int = 16
     """How often a vector is used before it leaves memory: drawing takes longer than training."""
     per_map: int = 1
     """Vectors of one image and step that stay together, for labels of whole images; 1: each goes alone."""
@@ -118,13 +119,11 @@ class FitSettings:
     rank: int = 32
     """Rank of a correction."""
     steps: int = 160
-    """Optimiser steps of the correction, at most."""
+    """Optimiser steps of the correction."""
     batch: int = 24
     """States in an optimiser step."""
-    seconds: float = 60.0
-    """Time for the correction; its learning rate falls to zero at whichever end comes first."""
     learning_rate: float = 4e-3
-    """Peak learning rate of the correction."""
+    """Peak learning rate of the correction; it falls to zero over the last 40 % of the steps."""
     seed: int = 0
     """First of the selection seeds (0 to 999) that images are drawn with."""
 

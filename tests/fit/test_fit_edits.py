@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -90,7 +89,6 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
         steps=12,
         batch=6,
         lr=2e-2,
-        seconds=math.inf,
         on_step=lambda step, loss: losses.append(loss),
     )
     assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
@@ -105,7 +103,7 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
 
 
 def test_a_learnt_edit_repeats_and_stays_in_its_span(pipe: Any, sae: SAE) -> None:
-    given: dict[str, Any] = {"rank": 2, "steps": 2, "batch": 2, "seconds": math.inf}
+    given: dict[str, Any] = {"rank": 2, "steps": 2, "batch": 2}
     span = sae.W_dec[:3].detach()
     given_states = lessons(pipe, sae)
     one, same = (learnt(pipe, [(AT,)], given_states, spans={AT: span}, **given)[0] for _ in range(2))
@@ -123,7 +121,7 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(pipe: Any, sae: SAE) -> Non
     needs = [p.requires_grad for p in pipe.unet.parameters()]
     given_states = lessons(pipe, sae)
     with pytest.raises(KeyboardInterrupt):
-        learnt(pipe, [(AT,)], given_states, rank=1, steps=2, batch=1, seconds=math.inf, on_step=stop)
+        learnt(pipe, [(AT,)], given_states, rank=1, steps=2, batch=1, on_step=stop)
     assert [p.requires_grad for p in pipe.unet.parameters()] == needs and not pipe.unet._forward_hooks
 
 

@@ -71,6 +71,26 @@ def test_a_block_mixes_all_chunks_of_the_pool():
         assert int((chunks.diff() != 0).sum()) > 4  # not one after the other
 
 
+def test_a_pool_grows_until_it_is_full():
+    calls: list[int] = []
+
+    def counted(number: int, stopped: Any) -> Any:
+        calls.append(number)
+        return numbered(number)
+
+    pool = MixingPool(counted, SIZE, SIZE, window=4, start=2, reuse=3, ahead=0)
+    blocks = [block["a"][0] for block in itertools.islice(pool.blocks(0), 9)]
+    for number, block in enumerate(blocks):
+        held = range(max(0, number - 2), number + 2)
+        assert Counter(block[:, 0].tolist()) == {float(chunk): 3 * SIZE // len(held) for chunk in held}
+    used = Counter(map(tuple, torch.cat(blocks).tolist()))
+    for chunk in range(3, 7):  # that came once it was full, and have left
+        assert [used[chunk, row] for row in range(SIZE)] == [3] * SIZE
+    assert calls == list(range(10))
+    later = MixingPool(counted, SIZE, SIZE, window=4, start=2, reuse=3, ahead=0).blocks(6)
+    assert torch.equal(next(later)["a"][0], blocks[6]) and calls[10:] == [4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(("window", "drawn"), [(16, 3), (3, 3), (2, 11)])
 def test_a_cycle_that_fits_into_memory_is_drawn_once(window: int, drawn: int):
     calls: list[int] = []
@@ -134,6 +154,7 @@ def test_closing_stops_the_thread():
 def test_what_is_wrong_is_said():
     for settings, message in (
         ({"window": 0}, "window is 0"),
+        ({"start": 0}, "start is 0"),
         ({"reuse": 0}, "reuse is 0"),
         ({"batch": 0}, "batch is 0"),
         ({"cycle": 0}, "cycle is 0"),

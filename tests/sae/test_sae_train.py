@@ -163,7 +163,7 @@ def test_the_learning_rate():
     long = TrainSettings(n=2**12, k=8, steps=200_000)
     assert long.lr_at(0, 1280) == pytest.approx(4e-4)  # 2e-4 * sqrt(4)
     short = dataclasses.replace(long, steps=500)
-    assert short.lr_at(0, 100) == pytest.approx(1.5e-3)  # 30 * sqrt(256 / n) / 500 radians / sqrt(100)
+    assert short.lr_at(0, 100) == pytest.approx(3e-3)  # 30 * (256 / n)^(1/4) / 500 radians / sqrt(100)
     assert dataclasses.replace(long, steps=100).lr_at(0, 100) == pytest.approx(4.5e-3)  # at most 0.045 radians a step
     given = dataclasses.replace(short, lr=1e-3)
     rates = [given.lr_at(step, 100) for step in range(500)]

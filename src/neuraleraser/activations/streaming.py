@@ -83,6 +83,7 @@ def activation_stream(
         size,
         s.batch // s.per_map,
         window=s.window,
+        start=None if s.images else -(-s.window // 4),
         reuse=s.reuse,
         cycle=-(-s.images // count) if s.images else None,
         seed=s.seed,

@@ -27,7 +27,7 @@ def collect(
     prompts: Path | None = None,
     images: int = 300,
     per_image: int = 256,
-    window: int = StreamSettings.window,
+    window: int = 16,
     seed: int = 0,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     out: Path = Path("activations"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -37,7 +36,6 @@ def learnt(
     steps: int = 160,
     batch: int = 24,
     lr: float = 4e-3,
-    seconds: float = 60.0,
     seed: int = 0,
     spans: Mapping[Site, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
@@ -76,7 +74,6 @@ def learnt(
     net = denoiser(pipe)
     frozen = [(p, p.requires_grad) for p in net.parameters()]
     adam = torch.optim.Adam([p for group in params.values() for p in group.values()], lr=lr, betas=(0.9, 0.98))
-    started = time.monotonic()
     try:
         for p, _ in frozen:
             p.requires_grad_(False)
@@ -91,11 +88,8 @@ def learnt(
                 loss = F.mse_loss(out.float(), target.float())
                 adam.zero_grad(set_to_none=True)
                 loss.backward()
-                share = max(step / steps, (time.monotonic() - started) / seconds)
-                if share >= 1:
-                    break
                 for group in adam.param_groups:
-                    group["lr"] = lr * min(1.0, (step + 1) / 10, 2.5 * (1 - share))
+                    group["lr"] = lr * min(1.0, (step + 1) / 10, 2.5 * (1 - step / steps))
                 adam.step()
                 if on_step:
                     on_step(step, float(loss.detach()))

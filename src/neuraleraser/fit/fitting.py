@@ -95,7 +95,6 @@ def fit(
             steps=s.steps,
             batch=s.batch,
             lr=s.learning_rate,
-            seconds=s.seconds,
             seed=s.seed,
             spans=spans,
             on_step=on_step,

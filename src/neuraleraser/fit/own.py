@@ -130,7 +130,7 @@ def own_dictionary(
     shown = own_prompts(concept, neighbours, images, 1)
     labels = torch.tensor([[name in of for name in names] for _, of in shown], dtype=torch.uint8)
     texts = [prompt for prompt, _ in shown]
-    stream = StreamSettings(together, per_image, images, per_map=together, reuse=1, sampling=s)
+    stream = StreamSettings(together, per_image, images, window=16, per_map=together, reuse=1, sampling=s)
     data = described(called(pipe), texts, stream) | {"site": str(site), "labels": names}
     count = -(-images // s.batch)
     pool = activation_stream(pipe, texts, [site], stream, labels)

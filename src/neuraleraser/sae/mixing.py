@@ -2,11 +2,12 @@
 
 Vectors of one image, or of neighbouring positions, are alike; batches have to mix many images. The pool holds the
 `window` newest chunks. A refill takes in one more chunk, and the oldest goes. Between two refills lies a block, in
-which every chunk of the pool gives one of its `window` slices, drawn once at random: so a block mixes all chunks of
-the pool, a chunk lasts for `window` blocks, and each of its rows is used exactly `reuse` times.
+which each of the m chunks of the pool gives one of m slices, drawn at random: so a block mixes all chunks of the pool.
+In a full pool m = `window`: a chunk lasts for so many blocks, and each of its rows is used exactly `reuse` times. A
+pool that starts with fewer chunks grows until it is full, and uses the first ones more often.
 
-What a step sees is a pure function of (seed, step) and of the chunks: a killed run that is resumed draws the `window`
-chunks of its block again, and goes on with the same bits. A thread may draw the next chunks meanwhile; what it draws
+What a step sees is a pure function of (seed, step) and of the chunks: a killed run that is resumed draws the chunks
+of its block again, and goes on with the same bits. A thread may draw the next chunks meanwhile; what it draws
 depends on their numbers alone, never on when it draws.
 """
 
@@ -48,7 +49,8 @@ class MixingPool:
     which a map of P vectors is one. A refill gives `per_block` batches; rows that fill no batch are left out, others
     in every block. The pool lies on `device` (None: where the chunks are).
 
-    chunk: the chunks, `size` rows each. window: how many of them the pool holds. reuse: how often each row is used.
+    chunk: the chunks, `size` rows each. window: how many of them the pool holds; start: how many there are in the first
+    block (None: as many). reuse: how often a row is used.
     cycle: after so many chunks the first comes again; as many blocks use each row `reuse` times, and the next ones do
     so in a new order. With a window as large, chunks stay in the pool and are drawn once. ahead: chunks that a thread
     draws while batches are used; 0 draws between batches. Raises SettingsError for settings out of range, or a batch
@@ -62,13 +64,14 @@ class MixingPool:
         batch: int,
         *,
         window: int = 16,
+        start: int | None = None,
         reuse: int = 1,
         cycle: int | None = None,
         seed: int = 0,
         ahead: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
-        numbers = {"size": size, "batch": batch, "window": window, "reuse": reuse, "cycle": cycle}
+        numbers = {"size": size, "batch": batch, "window": window, "start": start, "reuse": reuse, "cycle": cycle}
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}: pass at least 1")
@@ -77,6 +80,7 @@ class MixingPool:
         self.chunk, self.size, self.batch = chunk, size, batch
         self.window, self.reuse, self.seed = min(window, cycle or window), reuse, seed
         self.cycle, self.ahead, self.device = cycle, ahead, device
+        self.start = min(start or window, self.window)
         if batch > size * reuse:
             raise SettingsError(
                 f"a batch of {batch} rows is larger than what a refill gives, {size * reuse}: pass at most that, "
@@ -116,12 +120,12 @@ class MixingPool:
         with ThreadPoolExecutor(1, "activations") as thread:
             try:
                 while True:
-                    wanted = range(block, block + self.window + self.ahead)
-                    for number in wanted:
+                    held = self._held(block)
+                    for number in range(held.start, held.stop + self.ahead):
                         name = self._name(number)
                         if self.ahead and name not in coming and not ring.has(number, name):
                             coming[name] = thread.submit(self.chunk, name, stop.is_set)
-                    for number in wanted[: self.window]:
+                    for number in held:
                         name = self._name(number)
                         if not ring.has(number, name):
                             made = coming.pop(name).result() if self.ahead else self.chunk(name, stop.is_set)
@@ -135,16 +139,21 @@ class MixingPool:
                 wait(coming.values())
                 self._ring = ring
 
+    def _held(self, block: int) -> range:
+        """The chunks that are in the pool during a block."""
+        newest = block + self.start
+        return range(max(0, newest - self.window), newest)
+
     def _name(self, number: int) -> int:
         return number if self.cycle is None else number % self.cycle
 
     def _order(self, block: int) -> Tensor:
         """Places [size * reuse] in the ring of the block's rows, mixed."""
-        parts, epoch = [], block // self.cycle if self.cycle else 0
-        for i in range(self.window):
-            number = block + self.window - 1 - i  # the newest gives its first slice
-            low, high = (j * self.size * self.reuse // self.window for j in (i, i + 1))
-            rows = torch.randperm(self.size, generator=generator(self.seed, "slices", self._name(number), epoch))
+        parts, epoch, held = [], block // self.cycle if self.cycle else 0, self._held(block)
+        for i, number in enumerate(reversed(held)):  # the newest gives its first slice
+            low, high = (j * self.size * self.reuse // len(held) for j in (i, i + 1))
+            which = self.seed, "slices", self._name(number), epoch, len(held)
+            rows = torch.randperm(self.size, generator=generator(*which))
             parts.append(rows[torch.arange(low, high) % self.size] + number % self.window * self.size)
         places = torch.cat(parts)
         return places[torch.randperm(len(places), generator=generator(self.seed, "block", block))]

@@ -87,11 +87,11 @@ class TrainSettings:
 
         Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians a step.
         The default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what lets a
-        row turn by 30 * sqrt(256 / n) radians over the run, and by no more than 0.045 a step.
+        row turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 a step.
         """
         lr = self.lr
         if lr is None:
-            turn = min(0.045, 30 * math.sqrt(256 / self.n) / self.steps) / math.sqrt(d)
+            turn = min(0.045, 30 * (256 / self.n) ** 0.25 / self.steps) / math.sqrt(d)
             lr = max(2e-4 * math.sqrt(2**14 / self.n), turn)
         return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
 
