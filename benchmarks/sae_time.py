@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -229,8 +230,8 @@ def main(s: Settings) -> None:
             row |= {"told": {concept: told(features, *both) for concept, both in pairs.items()}}
             row["told_mean"] = sum(row["told"].values()) / len(row["told"])
             rows.append(row)
-            if not s.json:
-                print({key: value for key, value in row.items() if key != "told"}, flush=True)
+            shown = {key: value for key, value in row.items() if key != "told"}
+            print(shown, file=sys.stderr if s.json else sys.stdout, flush=True)
     if s.json:
         print(json.dumps([row | {"settings": asdict(s), **facts()} for row in rows]))
 

@@ -62,6 +62,8 @@ class Acting:
             for made in at.matrices:
                 for site in made.also:
                     self.at[site].echo(made)
+        for at in self.at.values():
+            at.name()
 
     def amounts(self, erasers: Sequence[int], opening: Tensor) -> Tensor:
         """Strength times opening [rows, erasers]."""
@@ -109,6 +111,7 @@ class At:
         self.gates: list[int] = []  # erasers
         self.work: list[tuple[int, int]] = []  # erasers, and which of their corrections
         self.fits = False  # whether activations of the right width were seen
+        self.adds: tuple[str, ...] | None = None  # changes that other sites make or add, where there is nothing else
 
     def share(self) -> None:
         """Put together what is computed together, once all of `gates` and `work` is known."""
@@ -143,6 +146,12 @@ class At:
         self.needs |= set(made.which)
         self.expects |= {made.product.down.shape[1]: self.acting.erasers[made.which[0]].name}
         self._check_widths()
+
+    def name(self) -> None:
+        """Know what is added here by name, once all that is added is known."""
+        shared = [made for made in self.matrices if made.also] + self.echoes
+        only = len(shared) == len(self.matrices) + len(self.echoes) and not (self.gates or self.alone or self.scaled)
+        self.adds = tuple(made.name for made in shared) if only else None
 
     def _check_widths(self) -> None:
         if len(self.expects) > 1:

@@ -7,8 +7,7 @@ Only tensor operations and plain flags: torch.compile traces them without a brea
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +39,8 @@ class Call:
 
 Edit = Callable[[Tensor, Call], Tensor | None]
 """x [B, positions, d] and its `Call` -> delta, or None. An edit may have a method `rests(memo) -> bool`: whether it is
-known to return None in this forward, so that x need not be read."""
+known to return None in this forward, so that x need not be read; and `adds`: names of the changes it adds, where
+these are the same at all sites of the same names, and it adds nothing else."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class _Forward:
     timestep: Tensor | None  # [] or [B] float32
     memo: dict[Any, Any] = field(default_factory=dict)
     by_row: Tensor | None = None  # the timestep as the last site was told it: [B]
-    summed: tuple[Tensor, list[Tensor], Tensor] | None = None  # a text, the deltas added to it, and their sum
+    summed: tuple[Tensor, tuple[str, ...], Tensor] | None = None  # a text, what was added to it, and the sum
 
 
 class State:
@@ -153,15 +153,34 @@ class Tap:
         text = given[0] if isinstance(given, (tuple, list)) and given else given  # beside it an IP-Adapter's images
         if not isinstance(text, Tensor):
             raise SiteError(f"{self.name}: {self.kind} was given no text to read, but {type(given).__name__}.")
-        changes = self._changes(lambda site: to_positions(text))
-        if not changes:
+        new = self._read_instead(text)
+        if new is None:
             return None
-        new = self._summed(text, changes)
         new = swapped(tuple(given), text, new) if given is not text else new
         if "encoder_hidden_states" in kwargs:
             return args, kwargs | {"encoder_hidden_states": new}
         assert self.text_index is not None
         return (*args[: self.text_index], new, *args[self.text_index + 1 :]), kwargs
+
+    def _read_instead(self, text: Tensor) -> Tensor | None:
+        """The text with the edits' deltas; made once for all blocks that add the same to the same. None: none add."""
+        forward, adds = self.state.forward, None
+        if len(self.edits) == 1:
+            adds = getattr(self.edits[0][1], "adds", None)
+        if forward is not None and forward.summed is not None and self.live:
+            of, names, new = forward.summed
+            if of is text and names == adds:
+                self.visited = True
+                return new
+        changes = self._changes(lambda site: to_positions(text))
+        if not changes:
+            return None
+        new = text
+        for _, delta, call in changes:
+            new = self._added(new, delta, call)
+        if forward is not None and adds is not None:
+            forward.summed = text, adds, new
+        return new
 
     def _changes(self, read: Callable[[Site], Tensor]) -> list[tuple[str, Tensor, Call]]:
         """Ask the edits -> the streams that change, by how much, and what the edits knew."""
@@ -206,20 +225,6 @@ class Tap:
         else:
             new = given.to(x.device).expand(rows)
         forward.by_row = new
-        return new
-
-    def _summed(self, text: Tensor, changes: Sequence[tuple[str, Tensor, Call]]) -> Tensor:
-        """The text that a module reads, once for all blocks that are given the same text and the same deltas."""
-        forward, deltas = self.state.forward, [delta for _, delta, _ in changes]
-        if forward is not None and forward.summed is not None and not torch.compiler.is_compiling():
-            of, before, new = forward.summed
-            if of is text and len(before) == len(deltas) and all(map(operator.is_, before, deltas)):
-                return new
-        new = text
-        for _, delta, call in changes:
-            new = self._added(new, delta, call)
-        if forward is not None:
-            forward.summed = text, deltas, new
         return new
 
     def _added(self, old: Tensor, delta: Tensor, call: Call) -> Tensor:
