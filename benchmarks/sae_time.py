@@ -38,6 +38,8 @@ from neuraleraser.sites import Site
 
 WAVES = 8
 """Frequencies of the timestep that FiLM is linear in."""
+LAST = 8
+"""Batches at the end whose mean cut is the threshold."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Settings:
     """Vectors in a batch."""
     lr: float = 2e-3
     """Adam's learning rate, to zero over the last fifth."""
-    images: int = 200
+    images: int = 800
     """Images to train on, and a fifth as many to measure on."""
     pairs: int = 24
     """Pairs of prompts for each development concept: half to choose its feature, half to measure it."""
@@ -119,7 +121,7 @@ def train(s: Settings, time: Time, x: Tensor, step: Tensor, seed: int) -> Featur
     w_enc, w_dec, b_enc, b_dec = rows.clone(), rows.clone(), torch.zeros(s.n), torch.zeros(d)
     learnt = [w_enc, w_dec, b_enc, b_dec, *([time.weight] if time.film else [])]
     adam = torch.optim.Adam([p.requires_grad_() for p in learnt], lr=s.lr)
-    idle, threshold = torch.zeros(s.n), 0.0
+    idle, cuts = torch.zeros(s.n), list[float]()
     for i in range(s.steps):
         at = torch.randint(len(x), (s.batch,), generator=g)
         target = time.target(x[at], step[at])
@@ -140,7 +142,8 @@ def train(s: Settings, time: Time, x: Tensor, step: Tensor, seed: int) -> Featur
         adam.step()
         with torch.no_grad():
             w_dec /= w_dec.norm(dim=1, keepdim=True)
-        threshold += max(0.01, 1 / (i + 1)) * (float(cut) - threshold)
+        cuts.append(float(cut))
+    threshold = sum(cuts[-LAST:]) / len(cuts[-LAST:])
 
     def features(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         pre = linear(time.into(x, step) - b_dec, w_enc, b_enc)
