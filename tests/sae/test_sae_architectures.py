@@ -29,7 +29,7 @@ from neuraleraser.sae.topk import mean_cut, select_rows
 
 OTHERS = [name for name in get_args(Architecture) if name != "batchtopk"]
 SMALL = TrainSettings(
-    n=48, k=3, steps=12, lr=1e-2, dead_after=400, k_aux=4, init_vectors=512, checkpoint_every=4, bf16=False
+    n=48, k=3, steps=12, lr=1e-2, dead_after=150, k_aux=4, init_vectors=512, checkpoint_every=4, bf16=False
 )
 _, BANK = planted(48, 16, 1000, active=2, seed=0, strong=3.0)
 STREAM = pool_batches(BANK, 96, seed=7)
@@ -49,7 +49,7 @@ def trained() -> tuple[Tensor, Tensor, Trained]:
     made: Trained = {}
     for name in get_args(Architecture):
         logs: list[StepLog] = []
-        settings = TrainSettings(n=128, k=2, steps=500, dead_after=8000, bf16=False, log_every=500, architecture=name)
+        settings = TrainSettings(n=128, k=2, steps=500, dead_after=4000, bf16=False, log_every=500, architecture=name)
         made[name] = train(pool_batches(x[:7000], 256), settings, on_step=logs.append), logs
     return directions, x[7000:], made
 

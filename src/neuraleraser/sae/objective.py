@@ -15,6 +15,7 @@ from neuraleraser.sae.sparse import Fired, Weights, select, unexplained_at
 from neuraleraser.sae.topk import mean_cut, select_rows
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencoders, appendix A.2
+SETTLING = 10  # times `dead_after`: what a revived feature is given to settle in
 
 
 class Pass(NamedTuple):
@@ -70,6 +71,16 @@ def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> 
     if settings.architecture == "topk":
         return select_rows(pre, len(x), settings.n, settings.k)
     return select(pre, len(x), settings.n, len(x) * settings.k)
+
+
+def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
+    """How many dead features of width d may explain a vector's residual at this step, of batches of `vectors`.
+
+    0 near the end: a feature that comes back spoils the others' work for a while (docs/LOG.md).
+    """
+    if (settings.steps - step) * vectors < SETTLING * settings.dead_after:
+        return 0
+    return d // 2 if settings.k_aux is None else settings.k_aux
 
 
 def revival(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:

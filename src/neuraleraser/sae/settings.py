@@ -29,7 +29,8 @@ class TrainSettings:
     lr: float | None = None
     """Adam's learning rate, for data scaled to E||x||^2 = d; None: from n, d and steps (see `lr_at`)."""
     dead_after: int = 50_000
-    """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it."""
+    """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it, while ten times
+    as many are left in the run for it to settle."""
     k_aux: int | None = None
     """Most dead features (and at most 1/8 of them) to explain a vector's residual; None: d / 2, 0: no revival."""
     init_vectors: int = 2**15
@@ -87,12 +88,14 @@ class TrainSettings:
 
         Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians a step.
         The default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what lets a
-        row turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 a step.
+        row turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 a step; from step 50 on, when
+        features may be revived, 0.03 * sqrt(256 / n): at higher rates they spoil what others have learnt (docs/LOG.md).
         """
         lr = self.lr
         if lr is None:
-            turn = min(0.045, 30 * (256 / self.n) ** 0.25 / self.steps) / math.sqrt(d)
-            lr = max(2e-4 * math.sqrt(2**14 / self.n), turn)
+            most = 0.045 if step < 50 else 0.03 * math.sqrt(256 / self.n)
+            turn = min(most, 30 * (256 / self.n) ** 0.25 / self.steps)
+            lr = max(2e-4 * math.sqrt(2**14 / self.n), turn / math.sqrt(d))
         return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
 
 

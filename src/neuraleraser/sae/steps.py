@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import kernels
-from neuraleraser.sae.objective import AUX_WEIGHT, choose, forward, labelled_losses, revival
+from neuraleraser.sae.objective import AUX_WEIGHT, choose, forward, labelled_losses, revival, revived_at_once
 from neuraleraser.sae.settings import StepLog, TrainSettings
 from neuraleraser.sae.sparse import Weights
 
@@ -168,7 +168,7 @@ def plain_step(
     state.idle = torch.where(made.counts > 0, 0, state.idle + len(x))
     dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
 
-    k_aux = x.shape[1] // 2 if settings.k_aux is None else settings.k_aux
+    k_aux = revived_at_once(settings, state.step, *x.shape)
     aux = revival(w, x, made.residual, dead, k_aux, low)
     loss = made.main + AUX_WEIGHT * aux
     bind = contrast = x.new_zeros(())

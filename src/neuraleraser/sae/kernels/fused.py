@@ -8,7 +8,7 @@ from torch import Tensor
 from neuraleraser.sae.kernels.decode import residual
 from neuraleraser.sae.kernels.select import by_feature, select
 from neuraleraser.sae.kernels.update import Adam, Extra, Moments, update
-from neuraleraser.sae.objective import AUX_WEIGHT, Pass, revived_error
+from neuraleraser.sae.objective import AUX_WEIGHT, Pass, revived_at_once, revived_error
 from neuraleraser.sae.settings import TrainSettings
 from neuraleraser.sae.sparse import Weights
 
@@ -74,7 +74,7 @@ def fused_step(
 
     dead = watch.look(idle, settings, at)
     aux, extra = x.new_zeros(()), None
-    k_aux = min(d // 2 if settings.k_aux is None else settings.k_aux, max(1, len(dead) // 8))
+    k_aux = min(revived_at_once(settings, at, *x.shape), max(1, len(dead) // 8))
     if len(dead) and k_aux:
         with torch.enable_grad():
             rows = [p[dead].requires_grad_() for p in w[:3]]
