@@ -165,10 +165,22 @@ def test_the_learning_rate():
     short = dataclasses.replace(long, steps=500)
     assert short.lr_at(0, 100) == pytest.approx(3e-3)  # 30 * (256 / n)^(1/4) / 500 radians / sqrt(100)
     assert dataclasses.replace(long, steps=100).lr_at(0, 100) == pytest.approx(4.5e-3)  # at most 0.045 radians a step
+    assert short.lr_at(49, 100) == pytest.approx(3e-3)
+    assert short.lr_at(50, 100) == pytest.approx(7.5e-4)  # from then on at most 0.03 * sqrt(256 / n)
     given = dataclasses.replace(short, lr=1e-3)
     rates = [given.lr_at(step, 100) for step in range(500)]
     assert rates[:401] == [1e-3] * 401 and rates == sorted(rates, reverse=True)
     assert rates[450] == pytest.approx(5e-4) and rates[499] == pytest.approx(1e-5)
+
+
+def test_nothing_is_revived_that_could_not_settle():
+    _, x = planted(48, 16, 1000, active=2, seed=0, strong=3.0)
+    logs: list[StepLog] = []
+    settings = TrainSettings(n=48, k=3, steps=40, lr=1e-2, dead_after=150, log_every=1, bf16=False)
+    train(pool_batches(x, 100, seed=7), settings, on_step=logs.append)
+    revived = [log.step for log in logs if log.aux > 0]
+    assert revived and max(revived) == 26  # 15 steps before the end: ten times 150 vectors
+    assert any(log.dead > 0 for log in logs[26:])
 
 
 def test_divergence_is_an_error_and_not_a_broken_file(tmp_path):
