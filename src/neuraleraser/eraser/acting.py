@@ -63,11 +63,11 @@ class Acting:
                 for site in made.also:
                     self.at[site].echo(made)
         for at in self.at.values():
-            at.name()
+            at.name_changes()
 
     def amounts(self, erasers: Sequence[int], opening: Tensor) -> Tensor:
         """Strength times opening [rows, erasers]."""
-        every = len(erasers) == len(self.strengths) == 1  # looking up costs as much as all the rest
+        every = len(erasers) == len(self.strengths) == 1  # nothing to choose from, and choosing is the dearest part
         own, rows = (self.strengths if every else self.strengths[list(erasers)]).mT.to(opening), opening.shape[0]
         images = own.shape[0]
         if images > 1:
@@ -147,7 +147,7 @@ class At:
         self.expects |= {made.product.down.shape[1]: self.acting.erasers[made.which[0]].name}
         self._check_widths()
 
-    def name(self) -> None:
+    def name_changes(self) -> None:
         """Know what is added here by name, once all that is added is known."""
         shared = [made for made in self.matrices if made.also] + self.echoes
         only = len(shared) == len(self.matrices) + len(self.echoes) and not (self.gates or self.alone or self.scaled)
