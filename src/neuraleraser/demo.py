@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from neuraleraser.bench.evaluate import evaluate, measured
@@ -22,6 +21,7 @@ from neuraleraser.errors import ConceptError
 from neuraleraser.fit import fit
 from neuraleraser.fit.dictionary import load_dictionary
 from neuraleraser.models import open_pipeline, speaks_canvas
+from neuraleraser.precision import fast_dtype
 from neuraleraser.settings import DemoSettings
 
 
@@ -33,7 +33,7 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     """
     s = settings or DemoSettings()
     started = time.monotonic()
-    pipe = open_pipeline(s.model, torch.bfloat16)
+    pipe = open_pipeline(s.model, fast_dtype())
     concepts = [(phrase, concept_of(pipe, phrase)) for phrase in s.phrases]
     known = load_dictionary(s.dictionary) if s.dictionary else load_dictionary()
     run = s.folder / "run"

@@ -24,6 +24,7 @@ from neuraleraser.canvas.distance import Artefact, Images, damaged, features, fi
 from neuraleraser.canvas.judge_nets import Which, build_judge
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import FileError
+from neuraleraser.precision import has_bf16
 
 if TYPE_CHECKING:
     from neuraleraser.canvas.data import Renders
@@ -108,7 +109,7 @@ def train_judge(
             generator = torch.Generator().manual_seed(seed * 5_000_011 + run.step)
             x = augment(pixels(renders.images[index]), generator)
             style = torch.from_numpy(renders.style[index].astype(np.int64))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
                 loss = loss_of(net, x, style, presence(renders, index))
             loss.backward()
             run.update()
@@ -349,7 +350,7 @@ def autoencoded(vae: Any) -> Through:
     def through(images: Images) -> Images:
         made = []
         for i in range(0, len(images), 50):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
                 y = vae.decode(vae.encode(pixels(images[i : i + 50])).latent_dist.mean).sample
             y = ((y.float() + 1) * 127.5 + 0.5).clamp(0, 255)
             made.append(y.permute(0, 2, 3, 1).numpy().astype(np.uint8))

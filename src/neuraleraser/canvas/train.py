@@ -44,6 +44,7 @@ from neuraleraser.canvas.pipeline import (
 from neuraleraser.canvas.settings import TrainCanvas
 from neuraleraser.canvas.words import NONE, OBJECTS, caption
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.precision import has_bf16
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -212,7 +213,7 @@ def train_vae(renders: Renders, settings: TrainCanvas) -> AutoencoderKL:
             x = pixels(renders.images[next(stream), top : top + 32, left : left + 32])
             x = x.to(memory_format=torch.channels_last)
             noise = torch.randn(len(x), 8, 8, 8, generator=generator)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
                 loss = vae_loss(vae, x, noise)
             loss.backward()
             run.update()
@@ -231,7 +232,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, size: int = 100) -> Tensor:
     """Posterior means of renders, unscaled: uint8 [N, S, S, 3] -> bfloat16 [N, 8, S/4, S/4]."""
     out = []
     for i in tqdm(range(0, len(images), size), desc="latents", mininterval=5, disable=len(images) < 5000):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
             x = pixels(images[i : i + size]).to(memory_format=torch.channels_last)
             out.append(vae.encode(x, return_dict=False)[0].mean.bfloat16())
     return torch.cat(out)
@@ -349,7 +350,7 @@ def _denoise(
             noise = torch.randn(z.shape, generator=generator)
             t = draw_times(len(z), cumulative, generator)
             z, noise = (x.to(memory_format=torch.channels_last) for x in (z, noise))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
                 loss = loss_of(net, z, ids, noise, t, alphas)
             if not math.isfinite(value := loss.item()):
                 raise SettingsError(f"loss became {value} at step {run.step}: lower learning_rate and run again")

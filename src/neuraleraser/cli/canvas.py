@@ -91,12 +91,11 @@ def canvas_dictionary(model: str = "canvas", out: Path = Path("runs/dictionary")
         out: The dictionary's folder.
         images: Images to record how features fire on, at most 500.
     """
-    import torch
-
     from neuraleraser.fit.dictionary import make_canvas_dictionary
     from neuraleraser.models import open_pipeline
+    from neuraleraser.precision import fast_dtype
 
-    make_canvas_dictionary(open_pipeline(model, torch.bfloat16), out, images)
+    make_canvas_dictionary(open_pipeline(model, fast_dtype()), out, images)
     print(out)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neuraleraser.eraser import Correction
+from neuraleraser.precision import fast_dtype
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Call, DenoiserCall, Site, denoiser, edit, record, replay
 
@@ -83,7 +84,7 @@ def learnt(
                 which = [rows[i] for i in torch.randint(len(rows), (batch,), generator=generator).tolist()]
                 shown = _gather([lessons[k].call for k, _ in which], [r for _, r in which])
                 target = torch.stack([lessons[k].wanted[r] for k, r in which])
-                with torch.autocast(device.type, torch.bfloat16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16):
                     out = replay(pipe, shown.state, shown.timestep, shown.conditioning)
                 loss = F.mse_loss(out.float(), target.float())
                 adam.zero_grad(set_to_none=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.precision import has_bf16
 from neuraleraser.sae import kernels
 from neuraleraser.sae.objective import AUX_WEIGHT, choose, forward, labelled_losses, revival, revived_at_once
 from neuraleraser.sae.settings import StepLog, TrainSettings
@@ -116,14 +116,6 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
 
     state.log = log
     return log
-
-
-@cache
-def has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 itself: emulated, it is slower than float32. True where torch is too
-    old to tell."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return not known or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _finite(state: State, x: Tensor) -> Tensor:
