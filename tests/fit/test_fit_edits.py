@@ -95,7 +95,7 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
     assert [c.sites for c in made] == [(AT,), (ON,), READ]
     for c, d in zip(made, (32, 32, tiny.WIDTH), strict=True):
         shapes = {k: tuple(v.shape) for k, v in c.tensors.items()}
-        assert shapes == {"down": (1, d, 2), "up": (1, 2, d), "bias_out": (1, d)} and c.mode == "learnt"
+        assert shapes == {"down": (1, d, 2), "up": (1, 2, d), "bias_out": (1, d)} and c.mode == "low_rank"
         assert not any(v.requires_grad for v in c.tensors.values())
     assert [p.requires_grad for p in pipe.unet.parameters()] == needs
     assert all(p.grad is None for p in pipe.unet.parameters())

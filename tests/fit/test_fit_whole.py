@@ -67,7 +67,7 @@ def test_the_whole_fit(pipe: Any, known: Dictionary, tmp_path: Path) -> None:
     settings = FitSettings(pairs=3, rank=2, steps=3, batch=2)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), known=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
-    assert eraser.problem() is None and eraser.name == "x" and eraser.gate.site == AT
+    assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
     assert eraser.header["seeds"] == [0, 2] and set(eraser.header["prompts"]) == {"a x", "b x", "c x"}
     assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
     (made,) = eraser.corrections  # one, for all that the later blocks read
