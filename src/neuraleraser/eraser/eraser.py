@@ -65,7 +65,7 @@ class Eraser:
     def _layout(self) -> dict[str, Any]:
         """Return what acts beside the tensors, as JSON."""
         return {
-            "gate": {"site": str(self.gate.site), "share": self.gate.share},
+            "gate": {"site": str(self.gate.site), "share": self.gate.share, "text_tokens": self.gate.text_tokens},
             "corrections": [
                 {"kind": c.KIND, "site": str(c.site)} | ({"also": [str(s) for s in c.also]} if c.also else {})
                 for c in self.corrections
@@ -104,7 +104,14 @@ class Eraser:
             found = parts.pop("gate")
             if problem := _spec_error(found, Gate.AXES):
                 raise ValueError(f"gate/{problem}")
-            gate = Gate(Site.parse(header["gate"]["site"]), share=float(header["gate"]["share"]), **found)
+            about = header["gate"]
+            tokens = about.get("text_tokens")
+            gate = Gate(
+                Site.parse(about["site"]),
+                share=float(about["share"]),
+                text_tokens=None if tokens is None else int(tokens),
+                **found,
+            )
             corrections = []
             for i, entry in enumerate(header["corrections"]):
                 kind = KINDS[entry["kind"]]
@@ -168,6 +175,8 @@ class Eraser:
             return f"a gate and a correction of different widths at {g.site}"
         if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
             return "the gate's share is outside 0 to 1, or its bounds are not 0 <= low < high"
+        if g.text_tokens is not None and g.text_tokens < 1:
+            return f"a gate for texts of {g.text_tokens} tokens, expected at least 1"
         if not bool((g.weight > 0).any()):
             return "no weight is above 0, so it can never act"
         return None

@@ -43,6 +43,9 @@ class Gate:
 
     features int64 [f]: the features' numbers in their SAE; rows [f, d], bias [f], threshold [f] (>= 0),
     weight [f]; times [T] ascending, low and high [T], 0 <= low < high.
+
+    text_tokens: length of the prompts that the bounds were set with; a longer text is read in parts of that length, and
+    the strongest counts, as each part is then seen as a short prompt is. None: texts of any length are read whole.
     """
 
     site: Site
@@ -55,6 +58,7 @@ class Gate:
     times: Tensor
     low: Tensor
     high: Tensor
+    text_tokens: int | None = None
 
     AXES: ClassVar[Mapping[str, str]] = {
         "features": "f", "rows": "fd", "bias": "f", "threshold": "f", "weight": "f",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from neuraleraser.eraser.batched import BatchedGates, gate_features
 from neuraleraser.eraser.corrections import BatchedCorrection, Correction
@@ -34,13 +35,15 @@ class CorrectionGroup:
 class SitePlan:
     """What is done at one site.
 
-    gates: those that look here, with the eraser of each column in `gate_erasers`. rivals: columns whose gates read the
+    gates: those that look here, with the eraser of each column in `gate_erasers`. gate_tokens: lengths of text that
+    gates were made for, each with its columns, bool [erasers]. rivals: columns whose gates read the
     same features: of their erasers only the one with the largest change acts. corrections: made and added here.
     repeated: made at an earlier site, added here, too. waits_for: erasers that act here. shared_key: see `Edit`.
     """
 
     gates: BatchedGates | None
     gate_erasers: tuple[int, ...]
+    gate_tokens: tuple[tuple[int, Tensor], ...]
     rivals: tuple[tuple[int, ...], ...]
     corrections: tuple[CorrectionGroup, ...]
     repeated: tuple[CorrectionGroup, ...]
@@ -87,6 +90,7 @@ def make_plan(erasers: Sequence[Eraser], actions: Sequence[str], order: Sequence
         sites[site] = SitePlan(
             gates=gates,
             gate_erasers=columns,
+            gate_tokens=_tokens([placed[i] for i in columns], device),
             rivals=_rivals([placed[i] for i in columns], [actions[i] for i in columns]),
             corrections=made,
             repeated=again,
@@ -111,6 +115,16 @@ def _groups(
             erasers = tuple(part[k][0] for k in index)
             groups.append(CorrectionGroup(next(numbers), site, erasers, batched, also))
     return groups
+
+
+def _tokens(erasers: Sequence[Eraser], device: torch.device) -> tuple[tuple[int, Tensor], ...]:
+    """Return the lengths of text that gates were made for, each with its columns."""
+    lengths = [e.gate.text_tokens for e in erasers]
+    return tuple(
+        (tokens, torch.tensor([length == tokens for length in lengths], device=device))
+        for tokens in dict.fromkeys(lengths)
+        if tokens is not None
+    )
 
 
 def _rivals(erasers: Sequence[Eraser], actions: Sequence[str]) -> tuple[tuple[int, ...], ...]:

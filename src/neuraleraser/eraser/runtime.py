@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from neuraleraser.eraser.batched import BatchedGates
 from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.plan import Plan, SitePlan, make_plan
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
@@ -233,6 +234,9 @@ class SiteEdit:
         assert plan.gates is not None
         erasers, timestep = plan.gate_erasers, _looked_up(context.timestep)
         opening, evidence, z = plan.gates(x, timestep)
+        for tokens, columns in plan.gate_tokens:
+            if context.text_tokens is not None and context.text_tokens > tokens:
+                opening, evidence = self._read_in_parts(plan.gates, tokens, columns, context, opening, evidence)
         mask = self._drawn_rows(context.rows, opening)
         if mask is not None:
             opening = opening * mask
@@ -254,6 +258,23 @@ class SiteEdit:
         if not compiling:
             forward.closed |= {i for i in erasers if i not in forward.scales}
         return evidence
+
+    def _read_in_parts(
+        self,
+        gates: BatchedGates,
+        tokens: int,
+        columns: Tensor,
+        context: EditContext[ErasureForward],
+        opening: Tensor,
+        evidence: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return opening and evidence [rows, erasers], those of `columns` (bool [erasers]) the largest of all parts of
+        the text."""
+        timestep = _looked_up(context.timestep)
+        found = [gates(x, timestep) for x in context.read_chunks(tokens)]
+        widest = torch.stack([part for part, _, _ in found]).amax(0)
+        strongest = torch.stack([part for _, part, _ in found]).amax(0)
+        return torch.where(columns, widest, opening), torch.where(columns, strongest, evidence)
 
     def _drawn_rows(self, rows: Rows, opening: Tensor) -> Tensor | None:
         """Return 1 for rows whose prompt is drawn and 0 for others [rows, 1]; None if all are drawn."""

@@ -22,11 +22,16 @@ class EditContext(Generic[F]):
     number stands for all rows it is expanded, with stride 0.
     rows: the image and guidance branch of each row.
     forward: state shared by all sites of one attachment in this forward.
+    text_tokens: tokens of the text that the denoiser was given; None where it has none.
+    read_chunks: given a number of tokens, returns x as it would be if the block read that many at a time, one for each
+    part of the text. Raises NotApplied for a block that does not read the text itself.
     """
 
     timestep: Tensor
     rows: Rows
     forward: F
+    text_tokens: int | None
+    read_chunks: Callable[[int], list[Tensor]]
 
 
 @dataclass

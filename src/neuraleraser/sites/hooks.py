@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,7 @@ class Forward:
     timestep: [] or [B] float32, None where the component has no time. state: the edits' own, one for all sites.
     ran: for each of the component's hooks, whether it has run. probes: for each, a zero that turns NaN once it meets
     NaN or infinity; a tensor, as asking at each step would stall a GPU. image_tokens: positions of the image in a
-    transformer's sequence, None elsewhere.
+    transformer's sequence, None elsewhere. text_tokens: tokens of the text that it was given, None without.
     """
 
     timestep: Tensor | None
@@ -39,6 +40,7 @@ class Forward:
     ran: list[bool]
     probes: list[Tensor | None]
     image_tokens: int | None = None
+    text_tokens: int | None = None
     timestep_per_row: Tensor | None = None
     cached_sum: tuple[Tensor, Hashable, Tensor] | None = None  # a text, the key of what was added to it, the sum
 
@@ -115,9 +117,15 @@ class ComponentHooks:
         first, rows = self.first_argument(args, kwargs), thread.rows
         if rows is None:  # a forward that was compiled with the hooks in it, and that nothing guards
             rows = Rows(len(first) if isinstance(first, Tensor) else 1)
-        count = len(self.sites)
+        text = self.argument("encoder_hidden_states", args, kwargs)
         thread.forward = Forward(
-            timestep, rows, self.boundary.new_state(), [False] * count, [None] * count, self._image_tokens(first)
+            timestep,
+            rows,
+            self.boundary.new_state(),
+            [False] * len(self.sites),
+            [None] * len(self.sites),
+            self._image_tokens(first),
+            text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None,
         )
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -246,7 +254,12 @@ class SiteHook:
         if not self.component.active:
             return None
         forward = self.component.forward_now(self)
-        changes = self._run_edits(forward, lambda site: self._read(site, forward, args, kwargs, output))
+
+        def read_chunks(site: Site, tokens: int) -> list[Tensor]:
+            parts = self._outputs_by_chunk(site, module, args, kwargs, tokens)
+            return [self._read(site, forward, args, kwargs, part) for part in parts]
+
+        changes = self._run_edits(forward, lambda site: self._read(site, forward, args, kwargs, output), read_chunks)
         if not changes:
             return None
         for stream, change in changes:
@@ -280,7 +293,9 @@ class SiteHook:
             if of is text and known == key:
                 forward.ran[self.number] = True
                 return new
-        changes = self._run_edits(forward, lambda site: to_positions(text))
+        changes = self._run_edits(
+            forward, lambda site: to_positions(text), lambda site, tokens: list(to_positions(text).split(tokens, 1))
+        )
         if not changes:
             return None
         new = text
@@ -290,7 +305,25 @@ class SiteHook:
             forward.cached_sum = text, key, new
         return new
 
-    def _run_edits(self, forward: Forward, read: Callable[[Site], Tensor]) -> list[tuple[str, Change]]:
+    def _outputs_by_chunk(
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int
+    ) -> list[Any]:
+        """Return what the module returns for each part of its text, of so many tokens."""
+        text = kwargs.get("encoder_hidden_states")
+        masks = [name for name in kwargs if "mask" in name and kwargs[name] is not None]
+        if not isinstance(text, Tensor) or masks or self.text_first or site.tap != "output":
+            raise NotApplied(
+                f"{site}: the text is longer than {tokens} tokens, and {self.kind} does not read it in a way that "
+                "can be taken apart: pass a shorter prompt."
+            )
+        return [module.forward(*args, **(kwargs | {"encoder_hidden_states": part})) for part in text.split(tokens, 1)]
+
+    def _run_edits(
+        self,
+        forward: Forward,
+        read: Callable[[Site], Tensor],
+        read_chunks: Callable[[Site, int], list[Tensor]],
+    ) -> list[tuple[str, Change]]:
         """Return the changes that the edits ask for, each with its stream. All read the same activations."""
         changes: list[tuple[str, Change]] = []
         forward.ran[self.number] = True
@@ -298,7 +331,14 @@ class SiteHook:
             if edit.can_skip(forward.state):
                 continue
             x = read(site)
-            change = edit(x, EditContext(self._timestep(forward, x, site), forward.rows, forward.state))
+            context = EditContext(
+                self._timestep(forward, x, site),
+                forward.rows,
+                forward.state,
+                forward.text_tokens,
+                partial(read_chunks, site),
+            )
+            change = edit(x, context)
             if change is None:
                 self._probe(forward, x)
             elif change.delta is None:
