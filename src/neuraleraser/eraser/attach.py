@@ -223,7 +223,7 @@ class attach:
         action: str | Sequence[str] = "erase",
         heat: bool = False,
     ) -> None:
-        self._entered = True  # until all arguments are read, there is nothing to warn of
+        self._entered = True  # until all arguments are checked, there is nothing to warn of
         self._pipe, self._erasers = pipe, check_erasers(erasers)
         self._actions = action_list(len(self._erasers), action)
         self._strengths = strength_table(len(self._erasers), strength)
