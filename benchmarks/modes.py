@@ -24,12 +24,13 @@ import tyro
 from machine import facts
 
 from neuraleraser import attach
-from neuraleraser.bench.cells import erasure_cells
-from neuraleraser.bench.evaluate import overhead
 from neuraleraser.concepts import canvas_concept
+from neuraleraser.evaluation.protocol import target_cells
+from neuraleraser.evaluation.timing import overhead
 from neuraleraser.fit import fit
 from neuraleraser.fit.dictionary import load_dictionary
 from neuraleraser.judges import CanvasJudge, Judgement
+from neuraleraser.methods import EraserMethod
 from neuraleraser.models import open_pipeline
 from neuraleraser.sampling import generate
 from neuraleraser.settings import SELECTION_SEEDS, EvaluateSettings, FitSettings, Sampling
@@ -55,7 +56,8 @@ class Settings:
 def read(judged: Judgement, judge: CanvasJudge) -> np.ndarray:
     """What is read in each image: bool [N, styles + objects]."""
     style = judged.p_style.argmax(1)[:, None] == np.arange(len(judge.styles))
-    return np.concatenate([style, judged.p_object > judge.object_thresholds], 1)
+    levels = [judge.thresholds[name] for name in judge.objects]
+    return np.concatenate([style, judged.p_object > levels], 1)
 
 
 def main(s: Settings) -> None:
@@ -66,8 +68,10 @@ def main(s: Settings) -> None:
     names, sampling = [*first.styles, *first.objects], Sampling(batch=40)
     rows: list[dict[str, Any]] = []
     for name in s.concepts:
-        cells = erasure_cells(name, EvaluateSettings(own=2, two_objects=1, held_out=0), seeds=SELECTION_SEEDS)
-        cells = [cell for cell in cells if cell.group != "image-to-image"]
+        chosen = EvaluateSettings(
+            target_rounds=2, two_object_rounds=1, held_out_rounds=0, image_to_image_rounds=0, fragment_prompts=0
+        )
+        cells = target_cells(name, chosen, seeds=SELECTION_SEEDS)
         prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
         asked = np.array([[n in (c.style, *c.objects) for n in names] for c in cells])
         own = names.index(name)
@@ -108,7 +112,7 @@ def main(s: Settings) -> None:
             cost = None
             if name == s.concepts[0]:
                 timed = EvaluateSettings(timings=5, timed_images=8, sampling=sampling)
-                cost = round(overhead(pipe, eraser, cells[:8], cells[:8], timed)[0], 3)
+                cost = round(overhead(pipe, EraserMethod(eraser), cells[:8], timed)["overhead"], 3)
             row = {
                 "concept": name,
                 "variant": variant,
