@@ -13,6 +13,7 @@ from stamps import StampJudge, reader, stamping
 from erasers import open_eraser
 from neuraleraser import sealed as module
 from neuraleraser.canvas import words
+from neuraleraser.cli import main
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import SettingsError, SplitError
 from neuraleraser.evaluation import draw as drawing
@@ -129,3 +130,8 @@ def test_the_record_has_no_figures_by_hand():
     """The file of the repository starts as the code would start it."""
     record = Path(__file__).parents[2] / module.RECORD
     assert record.read_text(encoding="utf-8").startswith(module._HEAD)
+
+
+def test_the_verb_makes_its_own_erasers(capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", "--sealed", "--erasers", "a.safetensors"]) == 2
+    assert "--sealed makes its own erasers" in capsys.readouterr().err

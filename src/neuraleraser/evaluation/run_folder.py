@@ -41,39 +41,42 @@ class RunFolder:
 
     def __init__(self, folder: Path, judge: JudgeSpec) -> None:
         self.folder, self.judge = folder, judge
-        self._tables: dict[Place, Results] = {}
+        self._tables: dict[Place, list[Results]] = {}
 
     # --- results
 
     def results(self, method: str, concept: str = "") -> Results:
         """Return all rows of a method and concept. Parts that are damaged are removed with a warning, and rows whose
         picture is gone are dropped, so that both are drawn again."""
-        place = (method, concept)
-        if place not in self._tables:
-            parts = [self._read_part(path, place) for path in self._parts(place)]
-            self._tables[place] = concat([Results.of(self.judge), *(part for part in parts if part is not None)])
-        return self._tables[place]
+        return concat([Results.of(self.judge), *self._loaded((method, concept))])
 
     def append(self, rows: Sequence[Row] | Results) -> None:
-        """Add rows of one method and concept, on disk as one more part."""
+        """Add rows of one method and concept, on disk as one more part; the others are not touched."""
         table = rows if isinstance(rows, Results) else Results.of(self.judge, rows)
         if not len(table):
             return
         place = table.keys()[0][:2]
-        before, last = self.results(*place), self._parts(place)[-1:]
-        number = int(last[0].stem.removeprefix("part-")) + 1 if last else 0
-        self._tables[place] = concat([before, table])
-        table.save_part(self.folder / "results", number)
+        parts, last = self._loaded(place), self._parts(place)[-1:]
+        table.save_part(self.folder / "results", int(last[0].stem.removeprefix("part-")) + 1 if last else 0)
+        parts.append(table)
 
     def done(self, method: str, concept: str = "") -> set[CellKey]:
         """Return the cells of a method and concept that have a row."""
-        return {(key.prompt, key.seed, key.group) for key in self.results(method, concept).keys()}
+        keys = (key for part in self._loaded((method, concept)) for key in part.keys())
+        return {(key.prompt, key.seed, key.group) for key in keys}
 
     def forget(self, method: str, concept: str) -> None:
         """Remove all rows and pictures of a method and concept."""
         shutil.rmtree(part_folder(self.folder / "results", method, concept), ignore_errors=True)
         shutil.rmtree(self._image_folder(method, concept), ignore_errors=True)
         self._tables.pop((method, concept), None)
+
+    def _loaded(self, place: Place) -> list[Results]:
+        """Return the parts of a place, read once."""
+        if place not in self._tables:
+            parts = [self._read_part(path, place) for path in self._parts(place)]
+            self._tables[place] = [part for part in parts if part is not None and len(part)]
+        return self._tables[place]
 
     def _parts(self, place: Place) -> list[Path]:
         return sorted(part_folder(self.folder / "results", *place).glob("part-*.parquet"))
