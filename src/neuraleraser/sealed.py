@@ -19,7 +19,6 @@ from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.fit import fit
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.judges import Judge
-from neuraleraser.models import usual_sampling
 from neuraleraser.settings import EvaluateSettings
 
 SEALED = (*words.SEALED_STYLES, *words.SEALED_OBJECTS)
@@ -66,7 +65,7 @@ def evaluate_sealed(
 
 
 def _make(pipe: Any, concept: Concept) -> Eraser:
-    return fit(pipe, concept, sampling=usual_sampling(pipe))
+    return fit(pipe, concept)
 
 
 def _clean_commit(checkout: Path) -> str:

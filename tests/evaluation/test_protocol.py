@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 
@@ -159,6 +160,8 @@ def test_a_fair_eraser_passes_and_what_a_reader_should_know_is_said():
     labelled = replace(eraser, header={**eraser.header, "reference": {"labels": ["Cats", "Van_Gogh"]}})
     (note,) = check_split(EraserMethod(labelled), everything())
     assert "labelled with this concept" in note
+    foreign = replace(eraser, header={**eraser.header, "reference": {"sae": "a Hub id"}})
+    assert "trained elsewhere (a Hub id)" in check_split(EraserMethod(foreign), everything())[0]
     dev = replace(known, header={**known.header, "concept": "Cartoon"})
     (note,) = check_split(EraserMethod(dev), everything())
     assert "Cartoon is a development concept" in note
@@ -166,6 +169,9 @@ def test_a_fair_eraser_passes_and_what_a_reader_should_know_is_said():
 
 def test_controls_are_made_with_nothing_and_may_know_every_phrasing():
     assert [note for f in canvas_filters("Van_Gogh") for note in check_split(f, everything())] == []
+
+
+DIGEST = hashlib.sha256(b"a cat as a Van Gogh painting").hexdigest()[:8]
 
 
 @pytest.mark.parametrize("where", ["header", "reference"])
@@ -176,6 +182,7 @@ def test_controls_are_made_with_nothing_and_may_know_every_phrasing():
         ({"seeds": (TEST_SEEDS.start, TEST_SEEDS.start)}, "made with the seeds 10000"),
         ({"prompts": ["a cat as a Van Gogh painting"]}, "'a cat as a Van Gogh painting', which would test it"),
         ({"prompts": ["a lighthouse like The Starry Night"]}, "lighthouse like The Starry Night', which is held out"),
+        ({"prompts_sha256": f"01234567 {DIGEST}"}, "'a cat as a Van Gogh painting', which would test it"),
         ({"phrasings": [0, 3]}, "the phrasing 3, which is held out"),
         ({"seeds": ("a", "b")}, "does not say which seeds"),
         ({"prompts": "a cat"}, "does not say which seeds"),
@@ -183,7 +190,7 @@ def test_controls_are_made_with_nothing_and_may_know_every_phrasing():
 )
 def test_an_overlap_is_refused_in_the_eraser_s_own_data_and_in_its_dictionary_s(where: str, leak: dict, message: str):
     eraser = open_eraser()
-    if where == "reference":
+    if where == "reference" or "prompts_sha256" in leak:
         ranges = {"seeds": [[1, 2], leak["seeds"]]} if "seeds" in leak else {}
         header = {**eraser.header, "reference": {**leak, **ranges}}
     else:

@@ -123,7 +123,7 @@ def test_it_makes_erasers_of_all_twelve_as_the_verb_does(monkeypatch: pytest.Mon
     pipe = reader()
     module._make(pipe, module.canvas_concept("Bricks"))
     (arguments, more) = made[0]
-    assert arguments[0] is pipe and arguments[1].name == "Bricks" and set(more) == {"sampling"}
+    assert arguments[0] is pipe and arguments[1].name == "Bricks" and more == {}
 
 
 def test_the_record_has_no_figures_by_hand():

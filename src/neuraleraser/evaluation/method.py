@@ -24,6 +24,8 @@ class MadeWith:
     seeds: tuple[tuple[int, int], ...] = ()
     """Ranges of seeds, [first, last] of each."""
     prompts: tuple[str, ...] = ()
+    prompt_digests: frozenset[str] = frozenset()
+    """Further prompts, as the first 8 hexadecimal digits of the SHA-256 of their UTF-8."""
     phrasings: tuple[int, ...] = ()
     """Numbers of phrasings, 2 and 3 of which are held out."""
     labels: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 from neuraleraser.canvas import words
@@ -39,7 +40,7 @@ def check_split(method: Method, cells: Iterable[Cell]) -> list[str]:
                     f"{who} was made with the seeds {first} to {last}, and {cell.prompt!r} would be tested with seed "
                     f"{cell.seed}: make it with seeds of {SELECTION_SEEDS.start} to {SELECTION_SEEDS.stop - 1}"
                 )
-        if cell.prompt in prompts:
+        if cell.prompt in prompts or hashlib.sha256(cell.prompt.encode()).hexdigest()[:8] in made.prompt_digests:
             raise SplitError(f"{who} was made with {cell.prompt!r}, which would test it: make it with other prompts")
         if leaked and cell.group in (HELD_OUT, HELD_OUT_GRID):
             raise SplitError(

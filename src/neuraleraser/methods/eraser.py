@@ -55,8 +55,9 @@ class EraserMethod:
                 seeds=own + more,
                 prompts=_texts(header, "prompts") + _texts(reference, "prompts"),
                 phrasings=tuple(int(p) for p in (*header.get("phrasings", ()), *reference.get("phrasings", ()))),
+                prompt_digests=frozenset(reference.get("prompts_sha256", "").split()),
                 labels=_texts(reference, "labels"),
-                unknown="" if reference else "its header does not say what its dictionary was made with",
+                unknown=_unknown(reference),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SplitError(
@@ -71,6 +72,14 @@ class EraserMethod:
     def watched(self, pipe: Any) -> AbstractContextManager[Trace]:
         """Note where the gate opens, and change nothing."""
         return attach(pipe, self.eraser, action="detect")
+
+
+def _unknown(reference: Mapping[str, Any]) -> str:
+    if not reference:
+        return "its header does not say what its dictionary was made with"
+    if sae := reference.get("sae"):
+        return f"its SAE was trained elsewhere ({sae}), on data that is not known"
+    return ""
 
 
 def _texts(header: Mapping[str, Any], name: str) -> tuple[str, ...]:
