@@ -105,7 +105,7 @@ def same(a: Results, b: Results) -> bool:
 def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Path):
     report = evaluate_erasers(pipe, erasers, S, tmp_path, judge=StampJudge())
     data = report.to_dict()
-    filters = ["string filter, all phrasings", "string filter, training phrasings"]
+    filters = ["string-filter-all", "string-filter-seen"]
     assert [(c["name"], c["method"]) for c in data["concepts"]] == [
         (name, method) for name in ("Van_Gogh", "Cats") for method in ("neuraleraser", *filters, "none")
     ]
@@ -113,13 +113,13 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     assert data["base"]["object_accuracy_Cats"] == 1 and data["base"]["style_accuracy_held_out"] == 1
     assert data["base"]["unhooked_identical"] == 1 and data["base"]["ns"]["unhooked_identical"] == 5
     assert [f for f in data["findings"] if f["level"] == "error"] == []
-    style, full, training, none = data["concepts"][:4]
+    style, full, seen, none = data["concepts"][:4]
     assert style["make_seconds"] == 12.5 and 0 < style["bytes"] < 200_000 and style["overhead_idle"] > 0
     assert style["bystander"] is None and data["concepts"][4]["bystander"] is not None
     # The judge takes every changed image for an artefact, and the threshold is its own.
     assert 0 < style["artefact_rate_target"] == style["ua"] < 1 and style["artefact_rate_target_base"] == 0
     assert none["ua"] == 0 == none["artefact_rate_target"] and none["unchanged_share"] == 1
-    assert full["ua"] == training["ua"] == 1 and full["ua_held_out"] == 1 and training["ua_held_out"] == 0
+    assert full["ua"] == seen["ua"] == 1 and full["ua_held_out"] == 1 and seen["ua_held_out"] == 0
     assert full["unchanged_compared"] == 1 and full["ns"]["idle_identical"] >= 2
     kept = Eraser.load(tmp_path / "erasers" / "Van_Gogh.safetensors")
     assert kept.header["measured"]["ua"]["value"] == pytest.approx(style["ua"], abs=1e-4)

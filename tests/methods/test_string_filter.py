@@ -39,10 +39,10 @@ from neuraleraser.settings import EvaluateSettings
     ],
 )
 def test_what_is_taken_out(concept: str, prompt: str, clean: str):
-    everything, training = canvas_filters(concept)
+    everything, seen = canvas_filters(concept)
     assert everything(prompt) == clean
     if not any(phrase in prompt for phrase in words.phrases_of(concept)[words.HELD_OUT]):
-        assert training(prompt) == clean
+        assert seen(prompt) == clean
 
 
 def test_what_it_must_reach_on_the_benchmark():
@@ -51,9 +51,9 @@ def test_what_it_must_reach_on_the_benchmark():
     for name in (*words.OPEN_STYLES, *words.OPEN_OBJECTS):
         if name == words.PLAIN:
             continue
-        everything, training = canvas_filters(name)
+        everything, seen = canvas_filters(name)
         for c in (*base_cells(1), *target_cells(name, s)):
-            acts, acts_too = everything(c.prompt) != c.prompt, training(c.prompt) != c.prompt
+            acts, acts_too = everything(c.prompt) != c.prompt, seen(c.prompt) != c.prompt
             if c.group == HELD_OUT:
                 assert acts and (not acts_too or name == "Fishes")  # "a fish with scales" holds "a fish"
             else:

@@ -60,7 +60,7 @@ TABLES = (
             Column("ua_held_out", "held out", "The same for phrasings that nothing was made with."),
             Column(
                 "shown_fragments",
-                "fr. shown",
+                "frag.shown",
                 "Prompts with one or two words of the concept's phrasings and never a whole one: the share of base "
                 "images that show it.",
             ),
@@ -91,14 +91,18 @@ TABLES = (
                 "Accuracy of the other domain on the concept's own images, divided by the base model's: the cat that "
                 "was drawn in the erased style is still a cat. Gains offset losses.",
             ),
-            Column("kept_still", "still", "Of those right in the base model's images, the share that is still right."),
+            Column(
+                "kept_still", "kept still", "Of those right in the base model's images, the share that is still right."
+            ),
             Column(
                 "bystander",
                 "bystander",
                 "In prompts with two objects, one of them erased: accuracy of the one that stays, divided by the base "
                 "model's. Gains offset losses.",
             ),
-            Column("bystander_still", "still", "Of those right in the base model's images, the share still right."),
+            Column(
+                "bystander_still", "byst.still", "Of those right in the base model's images, the share still right."
+            ),
             Column(
                 "unchanged_share",
                 "unchanged",

@@ -20,8 +20,8 @@ INTRO = (
     "Each concept below was taken out of an image model. Every picture after erasure stands beside the one that the "
     "untouched model draws for the same prompt and seed, and the figures come from comparing many such twins. Below "
     "each concept's own row stand the controls on the same prompts and seeds: doing nothing, and a filter that deletes "
-    "the concept's phrases from the prompt before the model sees it. Where the filter does as well, a figure says "
-    "nothing for the eraser."
+    "the concept's phrases from the prompt before the model sees it (all of them, or those that erasers are made "
+    "with). Where the filter does as well, a figure says nothing for the eraser."
 )
 
 

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 from neuraleraser.evaluation.columns import TABLES, Table
 from neuraleraser.evaluation.intervals import Estimate
-from neuraleraser.evaluation.report import ErasureReport, Number, Report
+from neuraleraser.evaluation.report import ErasureReport, Report
 
 _LABEL = 26
 
 
 def terminal_tables(report: Report) -> str:
-    """Return findings, then each table: of every method a line of values, one of 95 % intervals, and one of n."""
+    """Return findings, then each table: of every method a line of values, one of 95 % intervals, and one of n.
+
+    A concept's name stands in the first line of its own method, above that method's name; controls follow below.
+    """
     parts = [f"{finding.level.upper()}: {finding.text}" for finding in report.findings]
     parts += [text for table in TABLES if (text := _table(table, report.erasures))]
     return "\n\n".join(parts)
@@ -23,11 +26,17 @@ def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
     if not columns:
         return ""
     rows = [(table.title, [c.head for c in columns])]
+    above = ""
     for entry in table.rows(entries):
         figures = [entry.figures.get(c.name) for c in columns]
-        rows.append((entry.concept, [c.text(f) for c, f in zip(columns, figures, strict=True)]))
-        rows.append((f"  {entry.method}", [_interval(f) for f in figures]))
-        rows.append(("", [f"n={f.n}" if isinstance(f, Estimate) else "" for f in figures]))
+        lines = [
+            [c.text(f) for c, f in zip(columns, figures, strict=True)],
+            [f"{f.low:.2f}-{f.high:.2f}" if isinstance(f, Estimate) else "" for f in figures],
+            [f"n={f.n}" if isinstance(f, Estimate) else "" for f in figures],
+        ]
+        labels = ([] if entry.concept == above else [entry.concept]) + [f"  {entry.method}", "", ""]
+        rows += zip(labels, [line for line in lines if any(line)], strict=False)
+        above = entry.concept
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(columns))]
     label = min(max(len(name) for name, _ in rows), _LABEL)
     lines = [
@@ -36,10 +45,6 @@ def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
     ]
     rule = " ".join("-" * width for width in (label, *widths))
     return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
-
-
-def _interval(figure: Number) -> str:
-    return f"{figure.low:.2f}-{figure.high:.2f}" if isinstance(figure, Estimate) else ""
 
 
 def _shorten(text: str, width: int) -> str:

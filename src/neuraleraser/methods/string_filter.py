@@ -44,7 +44,7 @@ class StringFilter:
     kind: str
     phrases: Mapping[str, str]
     others: Sequence[str] = ()
-    name: str = "string filter"
+    name: str = "string-filter"
     made_with: None = None
 
     def __post_init__(self) -> None:
@@ -133,8 +133,8 @@ def _filtered(pipe: Any, filter: StringFilter, *, change: bool) -> Iterator[Prom
 
 
 def canvas_filters(name: str) -> list[StringFilter]:
-    """Return two filters of a concept of the canvas: one that knows every phrasing there is, of all concepts, and one
-    that knows those which erasers are made with.
+    """Return two filters of a concept of the canvas: "string-filter-all" knows every phrasing there is, of all
+    concepts, "string-filter-seen" those that erasers are made with.
 
     An object's phrase is replaced as in the pairs that erasers are made with. Raises ConceptError for an unknown name.
     """
@@ -142,7 +142,7 @@ def canvas_filters(name: str) -> list[StringFilter]:
         raise ConceptError(f"the canvas has no concept {name!r}: pass one of its styles or objects")
     kind = "object" if name in words.OBJECTS else "style"
     filters, every = [], (*words.OBJECTS, *words.STYLES)
-    for label, numbers in (("string filter, all phrasings", range(4)), ("string filter, training phrasings", range(2))):
+    for label, numbers in (("string-filter-all", range(4)), ("string-filter-seen", range(4)[words.SEEN])):
         known = {concept: [words.phrases_of(concept)[i] for i in numbers] for concept in every}
         instead = [words.EMPTY_PHRASES[i] if kind == "object" else "" for i in numbers]
         others = [phrase for concept, phrases in known.items() if concept != name for phrase in phrases]
