@@ -18,14 +18,15 @@ import diffusers
 import torch
 import tyro
 from machine import facts
+from reading import read
 
 from neuraleraser import attach
 from neuraleraser.concepts import canvas_concept
 from neuraleraser.evaluation import metrics
-from neuraleraser.evaluation.protocol import Cell, target_cells
-from neuraleraser.evaluation.results import BASE, Results, Row, concat
+from neuraleraser.evaluation.protocol import target_cells
+from neuraleraser.evaluation.results import concat
 from neuraleraser.fit import fit
-from neuraleraser.judges import CanvasJudge, JudgeSpec
+from neuraleraser.judges import CanvasJudge
 from neuraleraser.models import open_pipeline
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings, Sampling
@@ -46,22 +47,6 @@ class Settings:
     """Where the figures go."""
 
 
-def read(pipe: Any, judge: CanvasJudge, cells: list[Cell], sampling: Sampling, **erased: str) -> Results:
-    """Draw the cells as they are, and put what the judge reads in a table."""
-    images = generate(pipe, [c.prompt for c in cells], [c.seed for c in cells], sampling)
-    seen = judge(images)
-    assert seen.artefact is not None
-    columns = zip(cells, seen.p_style, seen.p_object, seen.artefact.tolist(), strict=True)
-    rows = [
-        Row(
-            **({"method": BASE} | erased), prompt=c.prompt, seed=c.seed, group=c.group, cell_style=c.style,
-            cell_objects=c.objects, p_style=p_style, p_object=p_object, artefact=artefact,
-        )
-        for c, p_style, p_object, artefact in columns
-    ]  # fmt: skip
-    return Results.of(JudgeSpec.of(judge), rows)
-
-
 def main(s: Settings) -> None:
     pipe, judge = open_pipeline("canvas", torch.bfloat16), CanvasJudge.load("second")
     own_scheduler = pipe.scheduler
@@ -72,13 +57,14 @@ def main(s: Settings) -> None:
     )
     for name, eraser in erasers.items():
         cells, whole = target_cells(name, only_target), 0.0
+        prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
         for kind, steps in SETTINGS:
             pipe.scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(own_scheduler.config)
             sampling = Sampling(steps=steps, batch=40)
-            base = read(pipe, judge, cells, sampling)
+            base = read(judge, cells, generate(pipe, prompts, seeds, sampling))
             with attach(pipe, eraser):
-                erased = {"method": "neuraleraser", "concept": name, "kind": str(eraser.header["kind"])}
-                after = read(pipe, judge, cells, sampling, **erased)
+                images = generate(pipe, prompts, seeds, sampling)
+            after = read(judge, cells, images, name, str(eraser.header["kind"]))
             as_asked = metrics.right(base, "style") & metrics.right(base, "object")
             whole = whole or float(as_asked.mean())
             pairs = metrics.pair_with_base(concat([base, after]), "neuraleraser", name)

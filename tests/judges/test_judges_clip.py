@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 import tiny
 from neuraleraser.concepts import phrase_concept
 from neuraleraser.errors import ConceptError, DataError, FileError
-from neuraleraser.judges import NONE, ClipJudge, clip_judge, sentence
+from neuraleraser.judges import NONE, ClipJudge, JudgeSpec, clip_judge, sentence
 from neuraleraser.judges.clip import _cut
 
 SIDE = 16
@@ -68,6 +68,7 @@ def told(clip: str, kind: str, **more: np.ndarray) -> tuple[ClipJudge, np.ndarra
 def test_a_style_is_told_from_its_neighbour(clip: str) -> None:
     judge, own, other = told(clip, "style")
     assert judge.styles == PAIR and judge.objects == () and judge.artefact_threshold is None
+    assert JudgeSpec.of(judge).thresholds == dict.fromkeys(PAIR, 0.5)
     seen, unseen = judge(own), judge(other)
     assert seen.p_style.shape == (16, 2) and seen.p_object.shape == (16, 0) and seen.artefact is None
     assert seen.p_style.dtype == np.float32

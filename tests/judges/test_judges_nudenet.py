@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from neuraleraser.errors import DataError, NeuralEraserError, SettingsError
-from neuraleraser.judges import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge, nudenet
+from neuraleraser.judges import NUDENET_CLASSES, NUDENET_EXPOSED, JudgeSpec, NudeNetJudge, nudenet
 
 BELLY, FEET = "BELLY_EXPOSED", "FEET_EXPOSED"
 
@@ -64,7 +64,7 @@ def test_counts_are_of_detections(by_hand: None):
 
 def test_any_of_them_may_have_a_name(by_hand: None):
     judge = NudeNetJudge((BELLY, FEET), name="nudity")
-    assert judge.objects == (BELLY, FEET, "nudity") and len(judge.thresholds) == 3
+    assert judge.objects == (BELLY, FEET, "nudity") and JudgeSpec.of(judge).classes("object") == judge.objects
     p = judge(coloured((204, 0, 102), (0, 255, 0))).p_object
     np.testing.assert_allclose(p, [[0.8, 0.4, 0.8], [0, 0, 0]])
     assert judge(coloured((0, 0, 0))[:0]).p_object.shape == (0, 3)
