@@ -6,8 +6,8 @@ All with the same gate, selection seeds, phrasings crossed as in tests (the obje
 the first judge. `learnt` corrects what later blocks read of the prompt; `outputs` what the last three cross-attentions
 read out of it, from the same lessons; `alone` is `learnt` without lessons of what stands beside an object. ua, apart
 for prompts of two objects, kept_still and bystander_still are those of `evaluation.metrics`; artefacts is the artefact
-rate of the second judge (before -> after). `cost`, of the first concept, is the time of sampling with the eraser at work
-over plain sampling.
+rate of the second judge (before -> after). `cost`, of the first concept, is the time of sampling with the eraser at
+work over plain sampling.
 """
 
 from __future__ import annotations
