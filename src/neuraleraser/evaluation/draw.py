@@ -60,7 +60,8 @@ def _only(results: Results, cells: Sequence[Cell]) -> Results:
 class _Batch:
     cells: Sequence[Cell]
     images: Images
-    traces: Sequence[ActionTrace | None]
+    acted: Sequence[frozenset[int] | None]
+    """Of each context, the images in which its method acted or would have; None if it cannot tell."""
     seconds: float
     """of an image"""
 
@@ -94,11 +95,12 @@ class _Artist:
 
     def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], init: Images | None) -> _Batch:
         with ExitStack() as stack:
-            traces = [stack.enter_context(context(using)) for context in contexts]
+            traces: list[ActionTrace | None] = [stack.enter_context(context(using)) for context in contexts]
             clock = time.monotonic()
             images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], self.sampling, init=init)
             seconds = (time.monotonic() - clock) / len(cells)
-        return _Batch(cells, images, traces, seconds)
+            acted = [None if trace is None else frozenset(trace.fired) for trace in traces]
+        return _Batch(cells, images, acted, seconds)
 
     def _start(self, cells: Sequence[Cell]) -> Images:
         if self.protocol.start_images is None:
@@ -134,11 +136,10 @@ def _draw_base(artist: _Artist, methods: Sequence[Method], cells: Sequence[Cell]
     contexts: list[Any] = [m.watched for m in watching]
     for batch in artist.batches([c for c in cells if c.key not in done], contexts, "base", len(cells)):
         run.put_images(BASE, "", batch.cells, batch.images)
-        fired = [
-            [name for name, trace in zip(names, batch.traces, strict=True) if trace is not None and i in trace.fired]
-            for i in range(len(batch.cells))
-        ]
         n = len(batch.cells)
+        fired = [
+            [name for name, acted in zip(names, batch.acted, strict=True) if acted and i in acted] for i in range(n)
+        ]
         run.append(artist.rows(batch, method=[BASE] * n, watched=[names] * n, fired=fired))
 
 
@@ -166,13 +167,13 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
     todo = [c for c in needed if c.key not in done]
     for batch in artist.batches(todo, [m.applied], f"{m.name}, {m.concept}", len(needed)):
         run.put_images(m.name, m.concept, batch.cells, batch.images)
-        n, trace = len(batch.cells), batch.traces[0]
+        n, acted = len(batch.cells), batch.acted[0]
         own = {"method": [m.name] * n, "concept": [m.concept] * n, "kind": [m.kind] * n, "method_key": [m.key] * n}
-        acted = {
-            "watched": [[name] if trace is not None else []] * n,
-            "fired": [[name] if trace is not None and i in trace.fired else [] for i in range(n)],
+        noted = {
+            "watched": [[] if acted is None else [name]] * n,
+            "fired": [[name] if acted and i in acted else [] for i in range(n)],
         }
-        run.append(artist.rows(batch, **own, **acted, compared=[True] * n, identical=_identical(batch, run)))
+        run.append(artist.rows(batch, **own, **noted, compared=[True] * n, identical=_identical(batch, run)))
     _copy_idle(m, cells, run)
 
 
