@@ -256,7 +256,7 @@ def test_the_console_tables_are_aligned_and_fit():
     assert max(map(len, lines)) <= 120 and all(line.isascii() for line in lines)
     heads = next(i for i, line in enumerate(lines) if line.startswith("Erased"))
     at = lines[heads].index(" erased") + 7
-    assert [lines[heads + k][:at].split()[-1] for k in (2, 3, 4)] == ["0.50", "0.40-0.60", "n=60"]
+    assert [lines[heads + k][:at].split()[-1] for k in (3, 4, 5)] == ["0.50", "0.40-0.60", "n=60"]
     assert any("48 kB" in line and "x1.01" in line for line in lines)
     assert "Kept" in text and "As others define it" in text
 

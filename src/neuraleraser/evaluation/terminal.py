@@ -14,7 +14,7 @@ _LABEL = 26
 def terminal_tables(report: Report) -> str:
     """Return findings, then each table: of every method a line of values, one of 95 % intervals, and one of n.
 
-    A concept's name stands in the first line of its own method, above that method's name; controls follow below.
+    A concept's own method stands first under its name, its controls below.
     """
     parts = [f"{finding.level.upper()}: {finding.text}" for finding in report.findings]
     parts += [text for table in TABLES if (text := _table(table, report.erasures))]
@@ -34,8 +34,9 @@ def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
             [f"{f.low:.2f}-{f.high:.2f}" if isinstance(f, Estimate) else "" for f in figures],
             [f"n={f.n}" if isinstance(f, Estimate) else "" for f in figures],
         ]
-        labels = ([] if entry.concept == above else [entry.concept]) + [f"  {entry.method}", "", ""]
-        rows += zip(labels, [line for line in lines if any(line)], strict=False)
+        if entry.concept != above:
+            rows.append((entry.concept, [""] * len(columns)))
+        rows += zip([f"  {entry.method}", "", ""], [line for line in lines if any(line)], strict=False)
         above = entry.concept
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(columns))]
     label = min(max(len(name) for name, _ in rows), _LABEL)
