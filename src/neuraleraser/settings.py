@@ -132,7 +132,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What is drawn to measure erasures. A round is one image of every cell of a group, each with its own seed.
+    """Images that measure erasures. A round is one image of every cell of a group, each with its own seed.
 
     Raises SettingsError for a value out of range.
     """
@@ -157,11 +157,11 @@ class EvaluateSettings:
     """Images a method that it said it would not act in, drawn with it all the same and compared bit for bit; what the
     last batch would be padded with comes on top."""
     timings: int = 7
-    """How often plain sampling and sampling with the eraser are timed against each other."""
+    """Rounds in which plain sampling and sampling with the eraser are timed against each other."""
     timed_images: int = 16
     """Images in a timed batch."""
     sampling: Sampling = field(default_factory=lambda: Sampling(batch=40))
-    """How all images are drawn."""
+    """Sampling of all images."""
     styles: tuple[str, ...] = ()
     """Only these styles; none named: all that are not sealed."""
     objects: tuple[str, ...] = ()
@@ -213,4 +213,4 @@ class DemoSettings:
             sampling=Sampling(batch=44),  # the 42 target images of a style in one
         )
     )
-    """How much is measured."""
+    """Amount that is measured."""

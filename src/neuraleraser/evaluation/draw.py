@@ -61,7 +61,7 @@ class _Batch:
     cells: Sequence[Cell]
     images: Images
     acted: Sequence[frozenset[int] | None]
-    """Of each context, the images in which its method acted or would have; None if it cannot tell."""
+    """Images in which the method of each context acted or would have; None if it cannot tell."""
     seconds: float
     """of an image"""
 

@@ -31,7 +31,7 @@ class MadeWith:
     labels: tuple[str, ...] = ()
     """Concepts that the data was labelled with."""
     unknown: str = ""
-    """What of it is not known, for the report; "" if all is."""
+    """Sentence for the report on data that is not known; "" if all is."""
 
 
 class Method(Protocol):

@@ -172,7 +172,7 @@ def two_objects(t: PairedResults) -> np.ndarray:
 
 
 def bystander(t: PairedResults, *, seed: int = 0) -> Estimate:
-    """How often the object that stays is right in prompts with two, one of them erased, divided by the base's.
+    """Accuracy of the object that stays in prompts with two, one of them erased, divided by the base's.
 
     Right means here: shown, and the erased concept aside no other object has as much probability. The concept is left
     out before erasure as after it, so that its going does not make the other one's place easier to hold; what takes
@@ -246,7 +246,7 @@ def idle_identical(t: PairedResults, *, seed: int = 0) -> Estimate:
 
 
 def became(t: PairedResults, *, seed: int = 0) -> list[tuple[str, Estimate]]:
-    """What the judge sees where the concept was, as (label, share), largest first.
+    """Labels of what the judge sees where the concept was, as (label, share), largest first.
 
     The shares are of the images whose base twin shows the concept, and add up to 1. The label is the concept
     itself where it still shows (so its share is 1 - ua); else the most probable class of its domain among

@@ -34,7 +34,7 @@ MAIN = (GRID, TARGET, TWO_OBJECTS)
 
 NAMED, PARAPHRASED, START_IMAGE = "named", "paraphrased", "start image"
 ROUTES = {HELD_OUT: PARAPHRASED, HELD_OUT_GRID: PARAPHRASED, IMAGE_TO_IMAGE: START_IMAGE, FRAGMENTS: FRAGMENTS}
-"""How the concept enters in the groups in which it is not simply named."""
+"""Route by which the concept enters, of the groups in which it is not simply named."""
 
 _CELLS = len(words.STYLES) * len(words.OBJECTS)  # seeds in a round
 _BLOCK = 15_000  # seeds of a group; the last, of fragments, has 10,000
@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def route(self) -> str:
-        """How the concept enters."""
+        """Route by which the concept enters."""
         return ROUTES.get(self.group, NAMED)
 
     def asks_for(self, concept: str) -> bool:

@@ -66,7 +66,7 @@ class Row:
     group: str = ""
     """Group of cells that the image belongs to: see `protocol`."""
     route: str = ""
-    """How the concept enters: "named", "paraphrased", "fragments", "start image"."""
+    """Route by which the concept enters: "named", "paraphrased", "fragments", "start image"."""
     cell_style: str = ""
     """The style that the prompt asks for; "" if none."""
     cell_objects: Sequence[str] = ()

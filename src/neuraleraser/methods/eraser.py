@@ -41,7 +41,7 @@ class EraserMethod:
 
     @property
     def made_with(self) -> MadeWith:
-        """What the eraser's header says of its own images and prompts, and of its dictionary's ("reference").
+        """Seeds, prompts and phrasings in the eraser's header, its own and its dictionary's (under "reference").
 
         Raises SplitError for a header that does not say which seeds the eraser was made with, or is malformed.
         """
