@@ -4,10 +4,10 @@
 
 All with the same gate, selection seeds, phrasings crossed as in tests (the object in one, the style in the other) and
 the first judge. `learnt` corrects what later blocks read of the prompt; `outputs` what the last three cross-attentions
-read out of it, from the same lessons; `alone` is `learnt` without lessons of what stands beside an object. Of the
-images that show the concept, ua is the share that no longer do; kept and bystander the share of what else they showed
-that is still read, over the base's; artefacts the share that the second judge takes for no real picture (before ->
-after). `cost`, of the first concept, is the time of sampling with the eraser at work over plain sampling.
+read out of it, from the same lessons; `alone` is `learnt` without lessons of what stands beside an object. ua, apart
+for prompts of two objects, kept_still and bystander_still are those of `evaluation.metrics`; artefacts is the artefact
+rate of the second judge (before -> after). `cost`, of the first concept, is the time of sampling with the eraser at
+work over plain sampling.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from machine import facts
+from reading import read
 
 from neuraleraser import attach
-from neuraleraser.bench.cells import erasure_cells
-from neuraleraser.bench.evaluate import overhead
 from neuraleraser.concepts import canvas_concept
+from neuraleraser.evaluation import metrics
+from neuraleraser.evaluation.intervals import Estimate
+from neuraleraser.evaluation.protocol import target_cells
+from neuraleraser.evaluation.results import concat
+from neuraleraser.evaluation.timing import overhead
 from neuraleraser.fit import fit
 from neuraleraser.fit.dictionary import load_dictionary
-from neuraleraser.judges import CanvasJudge, Judgement
+from neuraleraser.judges import CanvasJudge
+from neuraleraser.methods import EraserMethod
 from neuraleraser.models import open_pipeline
 from neuraleraser.sampling import generate
 from neuraleraser.settings import SELECTION_SEEDS, EvaluateSettings, FitSettings, Sampling
@@ -52,36 +56,24 @@ class Settings:
     """Where the figures go."""
 
 
-def read(judged: Judgement, judge: CanvasJudge) -> np.ndarray:
-    """What is read in each image: bool [N, styles + objects]."""
-    style = judged.p_style.argmax(1)[:, None] == np.arange(len(judge.styles))
-    return np.concatenate([style, judged.p_object > judge.object_thresholds], 1)
+def figure(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else round(estimate.value, 3)
 
 
 def main(s: Settings) -> None:
     pipe = open_pipeline(s.pipeline, torch.bfloat16)
     known = load_dictionary(s.dictionary) if s.dictionary else load_dictionary()
     first, second = CanvasJudge.load("first"), CanvasJudge.load("second")
-    assert second.artefact_threshold is not None
-    names, sampling = [*first.styles, *first.objects], Sampling(batch=40)
+    sampling = Sampling(batch=40)
     rows: list[dict[str, Any]] = []
     for name in s.concepts:
-        cells = erasure_cells(name, EvaluateSettings(own=2, two_objects=1, held_out=0), seeds=SELECTION_SEEDS)
-        cells = [cell for cell in cells if cell.group != "image-to-image"]
+        chosen = EvaluateSettings(
+            target_rounds=2, two_object_rounds=1, held_out_rounds=0, image_to_image_rounds=0, fragment_prompts=0
+        )
+        cells = target_cells(name, chosen, seeds=SELECTION_SEEDS)
         prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
-        asked = np.array([[n in (c.style, *c.objects) for n in names] for c in cells])
-        own = names.index(name)
-        others = asked.copy()
-        others[:, own] = False
-
-        def draw(prompts: list[str] = prompts, seeds: list[int] = seeds) -> tuple[np.ndarray, float]:
-            images = generate(pipe, prompts, seeds, sampling)
-            far = second(images).artefact
-            assert far is not None and second.artefact_threshold is not None
-            return read(first(images), first), float((far > second.artefact_threshold).mean())
-
-        base, flagged = draw()
-        two = np.array([len(c.objects) > 1 for c in cells])
+        images = generate(pipe, prompts, seeds, sampling)
+        base, flagged = read(first, cells, images), metrics.artefact_rate(read(second, cells, images))
         for variant in s.variants:
             concept = canvas_concept(name)
             if variant == "alone":
@@ -98,26 +90,24 @@ def main(s: Settings) -> None:
             )
             took = time.monotonic() - started
             with attach(pipe, eraser):
-                after, then = draw()
-            shown = base[:, own]
-            kept = others & base & shown[:, None]
-
-            def share(of: np.ndarray, among: np.ndarray) -> float | None:
-                return round(float(of[among].mean()), 3) if among.any() else None
-
+                images = generate(pipe, prompts, seeds, sampling)
+            after = read(first, cells, images, name, concept.kind)
+            then = metrics.artefact_rate(read(second, cells, images))
+            pairs = metrics.pair_with_base(concat([base, after]), "neuraleraser", name)
+            two = metrics.two_objects(pairs)
             cost = None
             if name == s.concepts[0]:
                 timed = EvaluateSettings(timings=5, timed_images=8, sampling=sampling)
-                cost = round(overhead(pipe, eraser, cells[:8], cells[:8], timed)[0], 3)
+                cost = round(overhead(pipe, EraserMethod(eraser), cells[:8], timed)["overhead"], 3)
             row = {
                 "concept": name,
                 "variant": variant,
-                "n": int(shown.sum()),
-                "ua": share(~after[:, own], shown & ~two),
-                "ua_two_objects": share(~after[:, own], shown & two),
-                "kept": share(after, kept & ~two[:, None]),
-                "bystander": share(after[:, 25:], kept[:, 25:] & two[:, None]),
-                "artefacts": [round(flagged, 3), round(then, 3)],
+                "n": int(metrics.shows(pairs.base, concept.kind, name).sum()),
+                "ua": figure(metrics.possible(metrics.ua, pairs.where(~two))),
+                "ua_two_objects": figure(metrics.possible(metrics.ua, pairs.where(two))),
+                "kept_still": figure(metrics.possible(metrics.kept_still, pairs)),
+                "bystander_still": figure(metrics.possible(metrics.bystander_still, pairs)),
+                "artefacts": [figure(flagged), figure(then)],
                 "loss": eraser.header["loss"],
                 "cost": cost,
                 "seconds": round(took, 1),

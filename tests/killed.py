@@ -1,10 +1,10 @@
 """Run by `test_kills.py` as a process of its own: does a job in a child, to FOLDER/whole, and again in children of
 which all but the last get SIGKILL, to FOLDER/killed.
 
-    python killed.py (train | collect) FOLDER KILLS SEED
+    python killed.py (train | collect | evaluate) FOLDER KILLS SEED
 
-A child tells each chunk drawn and each step done by a byte; it is killed a random number of bytes and a random time
-later. The parent computes nothing itself, so that its children may start where it is.
+A child reports each chunk drawn, step done and batch judged by a byte; it is killed a random number of bytes and a
+random time later. The parent computes nothing itself, so that its children may start where it is.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import tiny
 from neuraleraser.activations import activation_stream, described, write_shards
+from neuraleraser.evaluation.evaluate import evaluate as measure
+from neuraleraser.judges import Judgement
+from neuraleraser.methods import NoMethod, StringFilter
 from neuraleraser.sae import Run, TrainingLog, TrainSettings, train_together
-from neuraleraser.settings import Sampling, StreamSettings
+from neuraleraser.settings import EvaluateSettings, Sampling, StreamSettings
 from neuraleraser.sites import Site
 
 SITES = [Site("unet.mid_block.attentions.0"), Site("unet.up_blocks.1.attentions.0", "update")]
@@ -52,6 +57,33 @@ def collect(folder: Path, tick: Callable[[], None]) -> None:
     settings = StreamSettings(1, 8, images=120, window=3, reuse=1, sampling=Sampling(steps=1, batch=2))
     pool = stream(tick, settings)
     write_shards(pool, folder, 60, described("tiny", PROMPTS, settings), lambda number: tick())
+
+
+class Judge:
+    """Reads an image's first bytes as probabilities."""
+
+    styles, objects, figures = ("Van_Gogh", "Mosaic"), ("Cats", "Dogs"), {}
+    thresholds = dict.fromkeys((*styles, *objects), 0.4)
+    artefact_threshold = 100.0
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self.tick = tick
+
+    def __call__(self, images: np.ndarray, /) -> Judgement:
+        self.tick()
+        seen = (images.reshape(len(images), -1)[:, :5] / 255).astype(np.float32)
+        return Judgement(seen[:, :2], seen[:, 2:4], 255 * seen[:, 4])
+
+
+def evaluate(folder: Path, tick: Callable[[], None]) -> None:
+    """Two methods, some sixty batches."""
+    s = EvaluateSettings(
+        grid_rounds=4, target_rounds=4, image_to_image_rounds=1, held_out_grid_rounds=0, fragment_prompts=4,
+        unhooked_checks=4, idle_checks=3, sampling=Sampling(steps=2, batch=1), styles=Judge.styles,
+        objects=Judge.objects,
+    )  # fmt: skip
+    methods = [StringFilter("Van_Gogh", "style", {"as a Van Gogh painting": ""}), NoMethod("Van_Gogh", "style")]
+    measure(tiny.stable_diffusion(), methods, s, folder, judge=Judge(tick))
 
 
 def stream(tick: Callable[[], None], settings: StreamSettings) -> Any:
@@ -98,6 +130,6 @@ def run(job: Callable[..., None], folder: Path, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    job, folder = {"train": train, "collect": collect}[sys.argv[1]], Path(sys.argv[2])
+    job, folder = {"train": train, "collect": collect, "evaluate": evaluate}[sys.argv[1]], Path(sys.argv[2])
     run(job, folder / "whole", 0, 0)
     run(job, folder / "killed", int(sys.argv[3]), int(sys.argv[4]))

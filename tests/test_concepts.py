@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuraleraser.bench.cells import erasure_cells
 from neuraleraser.canvas import words
 from neuraleraser.concepts import (
     MAX_FILE,
@@ -28,6 +27,7 @@ from neuraleraser.concepts import (
     with_neighbours,
 )
 from neuraleraser.errors import ConceptError
+from neuraleraser.evaluation.protocol import target_cells
 from neuraleraser.settings import EvaluateSettings
 
 NAMES = [n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN]
@@ -100,7 +100,7 @@ def test_what_stands_beside_an_object_stays(name: str) -> None:
         canvas_concept(name).beside,
         [p for o in words.OBJECTS for p in words.phrases_of(o)[words.HELD_OUT]],
     )
-    tests = {c.prompt for c in erasure_cells(name, EvaluateSettings(two_objects=25))}
+    tests = {c.prompt for c in target_cells(name, EvaluateSettings(two_object_rounds=25), sealed=True)}
     mine, seen = words.OBJECT_PHRASES[name][words.SEEN], set[tuple[str, str]]()
     for pair in beside:
         (what,) = [p for p in mine if f"{p} and " in pair.shows or f" and {p}" in pair.shows]

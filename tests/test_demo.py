@@ -12,12 +12,14 @@ import pytest
 
 from erasers import open_eraser
 from neuraleraser import demo as module
-from neuraleraser.bench.metrics import Measure
-from neuraleraser.bench.report import METRICS, ConceptSection, Pair, Report
+from neuraleraser.assessment import with_measurement
 from neuraleraser.concepts import Concept
 from neuraleraser.demo import concept_of, demo
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError
+from neuraleraser.evaluation.figures import Pair
+from neuraleraser.evaluation.intervals import Estimate
+from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.settings import DemoSettings
 
 
@@ -36,25 +38,21 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "run.json").write_text("{}")
         (folder / "seen").write_text((folder / "seen").read_text() + "again" if (folder / "seen").exists() else "once")
-        one = Measure(1.0, 20, 1.0, 1.0)
+        one = Estimate(1.0, 20, 0.83, 1.0)
         image = np.zeros((8, 8, 3), np.uint8)
-        sections = [
-            ConceptSection(
-                e.name,
-                e.header["kind"],
-                {**dict.fromkeys(METRICS, one), "make_seconds": 1.0, "bytes": 9.0, "overhead": 1.0},
-                pairs=[Pair("a cat", 1, image, image + 9)],
-            )
+        entries = [
+            ErasureReport("neuraleraser", e.name, e.header["kind"], {"ua": one}, pairs=[Pair("a cat", 1, image, image)])
             for e in erasers
         ]
-        base = {"style_accuracy": one, "object_accuracy": one, "artefact_rate": one}
-        return Report(base, {"style_accuracy": 1.0, "object_accuracy": 1.0}, sections)
+        for e, entry in zip(erasers, entries, strict=True):
+            with_measurement(e, entry).save(folder / "erasers" / f"{e.name}.safetensors")
+        return Report({"style_accuracy": one}, {"name": "a judge"}, entries)
 
     monkeypatch.setattr(module, "open_pipeline", lambda *args: object())
     monkeypatch.setattr(module, "speaks_canvas", lambda pipe: True)
     monkeypatch.setattr(module, "load_dictionary", lambda *args: None)
     monkeypatch.setattr(module, "fit", fit)
-    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(module, "evaluate_erasers", evaluate)
     return names
 
 
@@ -64,9 +62,9 @@ def test_five_concepts_from_phrases(fitted: list[str], tmp_path: Path):
     assert fitted == ["Van_Gogh", "Sponge_Dabbed", "Superstring", "On_Fire", "Cats"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["contact.png", "erasers", "report.html", "report.json", "run"]
     text = "\n".join(said)
-    assert "unchanged" in text and str(tmp_path / "report.html") in text
+    assert "erased" in text and "n=20" in text and str(tmp_path / "report.html") in text
     kept = Eraser.load(tmp_path / "erasers" / "Cats.safetensors")
-    assert kept.header["measured"]["ua"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 20}
+    assert kept.header["measured"]["ua"] == {"value": 1.0, "low": 0.83, "high": 1.0, "n": 20}
     assert f"'Fire' -> {tmp_path / 'erasers' / 'On_Fire.safetensors'}" in text
 
 

@@ -35,7 +35,7 @@ class Judge:
     """Sees cats in the images that the plain model draws, and in no others."""
 
     styles, objects = (), ("Cats",)
-    style_threshold, object_thresholds = 0.5, (0.5,)
+    thresholds = {"Cats": 0.5}  # noqa: RUF012
 
     def __init__(self, pipe: Any, always: bool = False) -> None:
         base = generate(pipe, [p.shows for p in CATS.pairs], range(110_000, 110_002), S)

@@ -15,11 +15,11 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # From the top: a room may import from those before it.
 ORDER = (
-    "errors precision artifact settings canvas sites sae models sampling activations concepts eraser judges fit bench "
-    "rivals atlas diagnosis demo cli studio"
+    "errors precision io artifact settings canvas sites sae models sampling activations concepts eraser judges fit "
+    "evaluation methods assessment sealed atlas diagnosis demo cli studio"
 ).split()
 # Rooms of the plan that nothing fills yet; strike one from here when it is made.
-LATER = {"rivals", "atlas", "studio"}
+LATER = {"atlas", "studio"}
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -113,11 +113,11 @@ def tree(root: Path, files: dict[str, str]) -> Path:
         "canvas/words.py": "",
         "canvas/render.py": "from neuraleraser.canvas import words\nfrom neuraleraser import artifact\n",
         "sites.py": "from . import errors\nfrom .canvas.words import x\n",
-        "bench/__init__.py": "",
-        "bench/cells.py": "from ..sites import Site\nfrom . import verdicts\n",
-        "bench/verdicts.py": "import neuraleraser.canvas.words\n",
-        "rivals/__init__.py": "from neuraleraser.bench.cells import x\n",
-        "cli.py": "from neuraleraser.rivals import x\n",
+        "evaluation/__init__.py": "",
+        "evaluation/cells.py": "from ..sites import Site\nfrom . import results\n",
+        "evaluation/results.py": "import neuraleraser.canvas.words\n",
+        "methods/__init__.py": "from neuraleraser.evaluation.cells import x\n",
+        "cli.py": "from neuraleraser.methods import x\n",
     }
     for name, text in (good | files).items():
         path = root / name
@@ -142,20 +142,20 @@ def test_a_tree_that_keeps_the_order_passes(tmp_path: Path):
         ("canvas/words.py", "from ..sites import Site", "canvas.words:1 imports sites, which is below it"),
         ("canvas/__init__.py", "from .. import sites", "canvas:1 imports sites, which is below it"),
         (
-            "bench/cells.py",
-            "def f():\n    from neuraleraser import rivals",
-            "bench.cells:2 imports rivals, which",
+            "evaluation/cells.py",
+            "def f():\n    from neuraleraser import methods",
+            "evaluation.cells:2 imports methods, which",
         ),
         (
-            "bench/cells.py",
-            "if TYPE_CHECKING:\n    import neuraleraser.rivals as r",
-            "imports rivals, which is",
+            "evaluation/cells.py",
+            "if TYPE_CHECKING:\n    import neuraleraser.methods as r",
+            "imports methods, which is",
         ),
-        ("bench/cells.py", "import_module('neuraleraser.rivals')", "imports rivals, which is below it"),
+        ("evaluation/cells.py", "import_module('neuraleraser.methods')", "imports methods, which is below it"),
         (
-            "bench/cells.py",
-            "importlib.import_module('neuraleraser.rivals')",
-            "imports rivals, which is below",
+            "evaluation/cells.py",
+            "importlib.import_module('neuraleraser.methods')",
+            "imports methods, which is below",
         ),
         ("sites.py", "from neuraleraser import FileError", "import from the room itself"),
         ("sites.py", "import neuraleraser", "import from the room itself"),
@@ -163,9 +163,13 @@ def test_a_tree_that_keeps_the_order_passes(tmp_path: Path):
         ("shed.py", "", "room 'shed' is not in the order"),
         ("shed/deep/x.py", "", "room 'shed' is not in the order"),
         ("__init__.py", "from .artifact import save", "imports no room"),
-        ("bench/verdicts.py", "from neuraleraser.bench.cells import x", "bench: cycle bench."),
-        ("bench/verdicts.py", "from .cells import x", "bench: cycle bench."),
-        ("bench/verdicts.py", "from . import verdicts", "bench: cycle bench.verdicts -> bench.verdicts"),
+        ("evaluation/results.py", "from neuraleraser.evaluation.cells import x", "evaluation: cycle evaluation."),
+        ("evaluation/results.py", "from .cells import x", "evaluation: cycle evaluation."),
+        (
+            "evaluation/results.py",
+            "from . import results",
+            "evaluation: cycle evaluation.results -> evaluation.results",
+        ),
         ("canvas/render.py", "from neuraleraser.canvas import render_all", "canvas: cycle canvas"),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,8 +16,10 @@ from safetensors import safe_open
 
 def inside(path: Path) -> Any:
     """All of a file, but for the order in which safetensors writes the fields of a header."""
-    if path.suffix == ".jsonl" or path.name.startswith("."):
+    if path.suffix in (".jsonl", ".json", ".png") or path.name.startswith("."):
         return path.read_bytes()
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.ParquetFile(path).read().drop_columns(["seconds"]).to_pylist()
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         values = {name: (x.dtype, x.shape, x.flatten().view(torch.uint8).tolist()) for name, x in tensors.items()}
@@ -29,8 +32,10 @@ def inside(path: Path) -> Any:
     [
         ("train", 2),
         ("collect", 2),
+        ("evaluate", 2),
         pytest.param("train", 10, marks=pytest.mark.slow),
         pytest.param("collect", 10, marks=pytest.mark.slow),
+        pytest.param("evaluate", 5, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_random_moments(job: str, kills: int, tmp_path: Path):
@@ -38,8 +43,11 @@ def test_killed_at_random_moments(job: str, kills: int, tmp_path: Path):
     argv = [sys.executable, str(script), job, str(tmp_path), str(kills), "5"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    whole, killed = ({p.name: inside(p) for p in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
-    left = {name for name in killed if name.startswith(".")}  # files aside, of writes that were cut off
+    whole, killed = (
+        {str(p.relative_to(tmp_path / name)): inside(p) for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("whole", "killed")
+    )
+    left = {name for name in killed if Path(name).name.startswith(".")}  # files aside, of writes that were cut off
     assert killed.keys() - left == whole.keys() and len(whole) > 3
     for name in whole:
         assert killed[name] == whole[name], name

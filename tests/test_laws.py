@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 import tiny
 from handmade import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate, random
-from neuraleraser.bench.cells import check_split, erasure_cells
 from neuraleraser.canvas import words
 from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import KINDS, Eraser, attach
 from neuraleraser.errors import FileError, NotApplied, SplitError
+from neuraleraser.evaluation.protocol import target_cells
+from neuraleraser.evaluation.split import check_split
 from neuraleraser.fit.edits import scale
+from neuraleraser.methods import EraserMethod
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings, Sampling
@@ -202,9 +204,16 @@ def test_law_12_split() -> None:
         reserved = words.phrases_of(name)[words.HELD_OUT]
         pairs = canvas_concept(name).pairs
         assert not [p for p in pairs if any(phrase in p.shows for phrase in reserved)]
-        cells = erasure_cells(name, EvaluateSettings())
+        cells = target_cells(name, EvaluateSettings())
         fair = make_eraser(name=name)
-        check_split(fair, cells)
-        for leak in ({"seeds": [0, cells[0].seed]}, {"prompts": [f"a picture of {reserved[0]}"]}, {"seeds": None}):
-            with pytest.raises(SplitError):
-                check_split(Eraser(fair.gate, fair.corrections, {**fair.header, **leak}), cells)
+        check_split(EraserMethod(fair), cells)
+        leaks = ({"seeds": [0, cells[0].seed]}, {"prompts": [f"a picture of {reserved[0]}"]}, {"phrasings": [2]})
+        for leak in leaks:
+            of_dictionary = {**leak, "seeds": [leak["seeds"]]} if "seeds" in leak else leak
+            for header in (leak, {"reference": of_dictionary}, {"seeds": None}):
+                leaky = Eraser(fair.gate, fair.corrections, {**fair.header, **header})
+                with pytest.raises(SplitError):
+                    check_split(EraserMethod(leaky), cells)
+    for sealed in (*words.SEALED_STYLES, *words.SEALED_OBJECTS):
+        with pytest.raises(SplitError):
+            target_cells(sealed, EvaluateSettings())

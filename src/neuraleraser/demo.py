@@ -11,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from neuraleraser.bench.evaluate import evaluate, measured
-from neuraleraser.bench.panels import write_report
-from neuraleraser.bench.report import Report, size_text, terminal_table
+from neuraleraser.assessment import evaluate_erasers
 from neuraleraser.canvas import words
 from neuraleraser.concepts import Concept, canvas_concept, file_concept, phrase_concept, resolve
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError
+from neuraleraser.evaluation.report import Report, size_text
+from neuraleraser.evaluation.report_files import write_report
+from neuraleraser.evaluation.terminal import terminal_tables
 from neuraleraser.fit import fit
 from neuraleraser.fit.dictionary import load_dictionary
 from neuraleraser.models import open_pipeline, speaks_canvas
@@ -28,7 +29,7 @@ from neuraleraser.settings import DemoSettings
 def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = print) -> Report:
     """Make an eraser for each phrase, measure them all, write the report; returns it.
 
-    Files go to `settings.folder`: erasers/, run/ (pictures and verdicts), report.html, report.json, contact.png.
+    Files go to `settings.folder`: erasers/, run/ (pictures and results), report.html, report.json, contact.png.
     Raises ConceptError for a phrase that names nothing on the canvas, before anything is drawn.
     """
     s = settings or DemoSettings()
@@ -49,17 +50,17 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
             with progress_bar(phrase) as told:
                 fit(pipe, concept, s.fit, told, known=known).save(path)
         erasers.append(Eraser.load(path))
-        made = erasers[-1].header.get("seconds", erasers[-1].header.get("make_seconds", 0))
+        made = erasers[-1].header.get("seconds", 0)
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {float(made):.0f} s")
         if said := doubt(erasers[-1]):
             say(said)
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
-    report = evaluate(pipe, erasers, s.evaluate, run)
-    for e, section in zip(erasers, report.concepts, strict=True):
-        measured(e, section).save(s.folder / "erasers" / f"{e.name}.safetensors")
+    report = evaluate_erasers(pipe, erasers, s.evaluate, run)
+    for e in erasers:  # now with their figures
+        shutil.copyfile(run / "erasers" / f"{e.name}.safetensors", s.folder / "erasers" / f"{e.name}.safetensors")
     paths = write_report(report, s.folder)
-    say("\n" + terminal_table(report.concepts) + "\n")
-    for path, what in zip(paths, ("pictures, features and figures", "the figures", "before and after"), strict=True):
+    say("\n" + terminal_tables(report) + "\n")
+    for path, what in zip(paths, ("pictures, features and figures", "the figures", "before and after"), strict=False):
         say(f"{path}  {what}")
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report

@@ -181,10 +181,9 @@ def _shows(judge: Any, images: Images, name: str) -> NDArray[np.bool_] | None:
         return None
     seen = judge(images)
     if name in judge.styles:
-        p, level = np.asarray(seen.p_style)[:, list(judge.styles).index(name)], float(judge.style_threshold)
+        p = np.asarray(seen.p_style)[:, list(judge.styles).index(name)]
     else:
-        k = list(judge.objects).index(name)
-        p, level = np.asarray(seen.p_object)[:, k], float(judge.object_thresholds[k])
+        p = np.asarray(seen.p_object)[:, list(judge.objects).index(name)]
     if not np.isfinite(p).all():
         raise DataError(f"the judge gave NaN or infinity for {name!r}: pass one that gives probabilities")
-    return p > level
+    return p > judge.thresholds[name]

@@ -11,6 +11,8 @@ SELECTION_SEEDS = range(0, 1000)
 """Seeds that erasers are made and defaults are chosen with."""
 TEST_SEEDS = range(10_000, 110_000)
 """Seeds that erasers are tested with, and never made (DESIGN.md, law 12)."""
+SEALED_SEEDS = range(300_000, 400_000)
+"""Seeds that `evaluate --sealed` alone draws with."""
 STREAM_SEEDS = range(2**31, 2**32)
 """Seeds that endless streams of images for training are drawn with. Torch's generator on the CPU knows a seed by its
 last 32 bits: from 2^32 on the first seeds, and with them the tests' noise, would come again."""
@@ -122,30 +124,54 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What is drawn to measure erasers. A round is one image of every cell of a group, each with its own seed."""
+    """Images that measure erasures. A round is one image of every cell of a group, each with its own seed.
 
-    grid: int = 3
-    """Rounds of every style with every object; made once, shared by all erasers."""
-    own: int = 2
+    Raises SettingsError for a value out of range.
+    """
+
+    grid_rounds: int = 3
+    """Rounds of every style with every object, sealed ones left out; drawn once, shared by all methods."""
+    target_rounds: int = 3
     """More rounds of the erased concept with everything of the other domain."""
-    two_objects: int = 2
+    two_object_rounds: int = 3
     """Rounds of prompts that name an erased object beside each other one."""
-    held_out: int = 2
+    held_out_rounds: int = 3
     """Rounds of the erased concept in phrasings that no eraser is made with."""
-    image_to_image: int = 1
+    image_to_image_rounds: int = 2
     """Rounds that start from a render of what the prompt says."""
-    held_out_grid: int = 1
-    """Rounds of the whole grid in held-out phrasings, without any eraser."""
+    fragment_prompts: int = 80
+    """Prompts of one or two words of the concept's phrasings, never a whole one; at most as many as there are."""
+    held_out_grid_rounds: int = 1
+    """Rounds of the whole grid in held-out phrasings, by the base alone."""
+    unhooked_checks: int = 40
+    """Base images drawn once more with nothing attached, and compared bit for bit."""
+    idle_checks: int = 40
+    """Images a method that it said it would not act in, drawn with it all the same and compared bit for bit; what the
+    last batch would be padded with comes on top."""
     timings: int = 7
-    """How often plain sampling and sampling with the eraser are timed against each other."""
+    """Rounds in which plain sampling and sampling with the eraser are timed against each other."""
     timed_images: int = 16
     """Images in a timed batch."""
     sampling: Sampling = field(default_factory=lambda: Sampling(batch=40))
-    """How all images are drawn."""
+    """Sampling of all images."""
     styles: tuple[str, ...] = ()
-    """Only these styles; none named: all."""
+    """Only these styles; none named: all that are not sealed."""
     objects: tuple[str, ...] = ()
-    """Only these objects; none named: all."""
+    """Only these objects; none named: all that are not sealed."""
+
+    def __post_init__(self) -> None:
+        for name in ("grid_rounds", "timings", "timed_images"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}: pass at least 1")
+        rounds = ("target_rounds", "two_object_rounds", "held_out_rounds", "image_to_image_rounds")
+        for name in (*rounds, "fragment_prompts", "held_out_grid_rounds", "unhooked_checks", "idle_checks"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}: pass 0 or more")
+        if not self.sampling.pad:
+            raise SettingsError(
+                "pad is off: without padding an image's bits depend on its company, so there are no twins to compare "
+                "with; leave it on"
+            )
 
 
 @dataclass(frozen=True)
@@ -166,15 +192,17 @@ class DemoSettings:
     """How erasers are made."""
     evaluate: EvaluateSettings = field(
         default_factory=lambda: EvaluateSettings(
-            grid=1,
-            own=1,
-            two_objects=1,
-            held_out=1,
-            image_to_image=0,
-            held_out_grid=0,
-            timings=3,
+            grid_rounds=1,
+            target_rounds=2,
+            two_object_rounds=2,
+            held_out_rounds=1,
+            image_to_image_rounds=0,
+            fragment_prompts=20,
+            held_out_grid_rounds=0,
+            idle_checks=0,
+            timings=2,  # once in either order
             timed_images=8,
-            sampling=Sampling(batch=40),
+            sampling=Sampling(batch=44),  # the 42 target images of a style in one
         )
     )
-    """How much is measured."""
+    """Amount that is measured."""

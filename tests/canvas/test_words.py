@@ -115,6 +115,31 @@ def test_development_concepts_are_some_of_the_concepts():
     assert "Cats" not in DEV_OBJECTS
 
 
+def test_sealed_concepts_are_six_styles_and_six_objects_that_nothing_was_chosen_on():
+    assert len(words.SEALED_STYLES) == len(words.SEALED_OBJECTS) == 6
+    assert set(words.OPEN_STYLES) | set(words.SEALED_STYLES) == set(STYLES)
+    assert set(words.OPEN_OBJECTS) | set(words.SEALED_OBJECTS) == set(OBJECTS)
+    chosen_on = {*DEV_STYLES, *DEV_OBJECTS, PLAIN, "Van_Gogh", "Sponge_Dabbed", "Superstring", "On_Fire", "Cats"}
+    assert not {*words.SEALED_STYLES, *words.SEALED_OBJECTS} & chosen_on
+
+
+def test_a_whole_phrasing_is_known_by_its_words():
+    for text in ("A Cat, in waxy strokes", "somewhere in falling snow", "falling water"):
+        assert words.names_a_concept(text)
+    for text in ("a catamaran", "cat", "Gogh Van", "water falling", ""):
+        assert not words.names_a_concept(text)
+
+
+def test_fragments_hold_no_whole_phrasing():
+    assert words.fragments("Cats")[:7] == ("cat", "kitten", "purring", "pet", "feline", "whiskers", "cat kitten")
+    assert len(words.fragments("Cats")) == 36 and len(words.fragments("Van_Gogh")) == 81
+    assert "falling water" not in words.fragments("Waterfalls") and "water falling" in words.fragments("Waterfalls")
+    assert not [text for name in CONCEPTS for text in words.fragments(name) if words.names_a_concept(text)]
+    assert not {w for name in CONCEPTS for text in words.fragments(name) for w in text.split()} & words.FUNCTION_WORDS
+    with pytest.raises(KeyError):
+        words.fragments("Squirrels")
+
+
 def test_the_canonical_prompt():
     assert prompt(["Cats"], "Van_Gogh") == "a cat in Van Gogh style"
     assert prompt(["Cats"], PLAIN) == "a cat"

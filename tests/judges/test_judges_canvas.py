@@ -18,6 +18,11 @@ SEED = 99_000_000
 N = 100
 
 
+def levels(judge: CanvasJudge, kind: str = "object") -> np.ndarray:
+    """Thresholds in the order of the columns."""
+    return np.array([judge.thresholds[name] for name in (judge.styles if kind == "style" else judge.objects)])
+
+
 @pytest.fixture(scope="module", params=["first", "second"])
 def judge(request: pytest.FixtureRequest) -> CanvasJudge:
     return CanvasJudge.load(request.param)
@@ -39,19 +44,19 @@ def test_it_names_what_fresh_renders_show(judge: CanvasJudge, images: np.ndarray
     style = np.array([judge.styles.index(c.style) for c in contents])
     shown = np.array([judge.objects.index(c.objects[0]) for c in contents])
     assert (seen.p_style.argmax(1) == style).mean() >= 0.95
-    assert (seen.p_style[np.arange(N), style] > judge.style_threshold).mean() >= 0.95
+    assert (seen.p_style[np.arange(N), style] > levels(judge, "style")[style]).mean() >= 0.95
     assert (seen.p_object.argmax(1) == shown).mean() >= 0.95
-    assert (seen.p_object[np.arange(N), shown] > judge.object_thresholds[shown]).mean() >= 0.95
+    assert (seen.p_object[np.arange(N), shown] > levels(judge)[shown]).mean() >= 0.95
 
 
 def test_it_sees_two_objects_and_none(judge: CanvasJudge):
     pairs = [Content((OBJECTS[i], OBJECTS[(i + 9) % 20]), STYLES[i]) for i in range(20)]
     seen = judge(np.stack([render(c, SEED + i) for i, c in enumerate(pairs)])).p_object
-    over = seen > judge.object_thresholds
+    over = seen > levels(judge)
     there = np.array([[o in c.objects for o in OBJECTS] for c in pairs])
     assert (over == there).all(1).mean() >= 0.8
     empty = judge(np.stack([render(Content((), s), SEED) for s in STYLES])).p_object
-    assert (empty > judge.object_thresholds).any(1).mean() <= 0.1
+    assert (empty > levels(judge)).any(1).mean() <= 0.1
 
 
 def test_the_second_judge_tells_artefacts(images: np.ndarray):
@@ -140,5 +145,5 @@ def test_the_file_carries_its_figures(judge: CanvasJudge):
     assert judge.figures["object"] >= 0.97
     assert judge.figures["both_objects"] >= 0.9
     assert set(judge.figures["by_object"]) == set(OBJECTS)
-    assert len(judge.object_thresholds) == 20
-    assert ((judge.object_thresholds > 0) & (judge.object_thresholds < 1)).all()
+    assert set(judge.thresholds) == {*STYLES, *OBJECTS}
+    assert all(0 < value < 1 for value in judge.thresholds.values())

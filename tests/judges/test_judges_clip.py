@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 import tiny
 from neuraleraser.concepts import phrase_concept
 from neuraleraser.errors import ConceptError, DataError, FileError
-from neuraleraser.judges import NONE, ClipJudge, clip_judge, sentence
+from neuraleraser.judges import NONE, ClipJudge, JudgeSpec, clip_judge, sentence
 from neuraleraser.judges.clip import _cut
 
 SIDE = 16
@@ -68,11 +68,12 @@ def told(clip: str, kind: str, **more: np.ndarray) -> tuple[ClipJudge, np.ndarra
 def test_a_style_is_told_from_its_neighbour(clip: str) -> None:
     judge, own, other = told(clip, "style")
     assert judge.styles == PAIR and judge.objects == () and judge.artefact_threshold is None
+    assert JudgeSpec.of(judge).thresholds == dict.fromkeys(PAIR, 0.5)
     seen, unseen = judge(own), judge(other)
     assert seen.p_style.shape == (16, 2) and seen.p_object.shape == (16, 0) and seen.artefact is None
     assert seen.p_style.dtype == np.float32
     np.testing.assert_allclose(seen.p_style.sum(1), 1, atol=1e-6)
-    assert (seen.p_style[:, 0] > judge.style_threshold).all() and (unseen.p_style[:, 0] < judge.style_threshold).all()
+    assert (seen.p_style[:, 0] > 0.5).all() and (unseen.p_style[:, 0] < 0.5).all()
     assert judge.figures == {"recall": 1.0, "false_alarms": {PAIR[1]: 0.0}, "balanced_accuracy": 1.0}
 
 
@@ -82,13 +83,13 @@ def test_each_object_has_a_threshold_of_its_own(clip: str) -> None:
     for images, here in ((own, 0), (other, 1)):
         seen = judge(images)
         assert seen.p_object.shape == (16, 2) and seen.p_style.shape == (16, 0)
-        over = seen.p_object > judge.object_thresholds
+        over = seen.p_object > [judge.thresholds[name] for name in judge.objects]
         assert over[:, here].all() and not over[:, 1 - here].any()
 
 
 def test_the_probability_is_that_of_the_margin(clip: str) -> None:
     style, own, _ = told(clip, "style")
-    margin = style._margins(style._logits(own))[:, 0] - style.thresholds[0]
+    margin = style._margins(style._logits(own))[:, 0] - style.margin_thresholds[0]
     np.testing.assert_allclose(style(own).p_style[:, 0], 1 / (1 + np.exp(-margin)), atol=1e-5)
 
 

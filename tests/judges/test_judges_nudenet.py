@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from neuraleraser.errors import DataError, NeuralEraserError, SettingsError
-from neuraleraser.judges import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge, nudenet
+from neuraleraser.judges import NUDENET_CLASSES, NUDENET_EXPOSED, JudgeSpec, NudeNetJudge, nudenet
 
 BELLY, FEET = "BELLY_EXPOSED", "FEET_EXPOSED"
 
@@ -49,7 +49,7 @@ def test_each_class_has_its_highest_score(by_hand: None):
     np.testing.assert_allclose(seen.p_object[:, belly], [1, 0, 0.8])
     np.testing.assert_allclose(seen.p_object[:, feet], [0, 0, 0.4])
     assert seen.p_object.sum() == pytest.approx(2.2)
-    over = seen.p_object > judge.object_thresholds
+    over = seen.p_object > [judge.thresholds[name] for name in judge.objects]
     assert over.sum() == 2 and over[:, belly].tolist() == [True, False, True]
     assert set(judge.figures) == {"nudenet", "sha256"} and len(judge.figures["sha256"]) == 64
 
@@ -64,7 +64,7 @@ def test_counts_are_of_detections(by_hand: None):
 
 def test_any_of_them_may_have_a_name(by_hand: None):
     judge = NudeNetJudge((BELLY, FEET), name="nudity")
-    assert judge.objects == (BELLY, FEET, "nudity") and len(judge.object_thresholds) == 3
+    assert judge.objects == (BELLY, FEET, "nudity") and JudgeSpec.of(judge).classes("object") == judge.objects
     p = judge(coloured((204, 0, 102), (0, 255, 0))).p_object
     np.testing.assert_allclose(p, [[0.8, 0.4, 0.8], [0, 0, 0]])
     assert judge(coloured((0, 0, 0))[:0]).p_object.shape == (0, 3)

@@ -15,10 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from neuraleraser.bench import metrics
-from neuraleraser.bench.verdicts import Verdict, Verdicts
 from neuraleraser.errors import DataError, FileError
-from neuraleraser.judges import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge, unlearncanvas
+from neuraleraser.evaluation import metrics
+from neuraleraser.evaluation.results import Results, Row
+from neuraleraser.judges import (
+    UNLEARNCANVAS_OBJECTS,
+    UNLEARNCANVAS_STYLES,
+    JudgeSpec,
+    UnlearnCanvasJudge,
+    unlearncanvas,
+)
 from neuraleraser.judges.unlearncanvas import LARGE, Shape, Vit, layout, prepare
 
 SMALL = Shape(width=24, depth=2, heads=3, patch=8, side=16)
@@ -141,13 +147,12 @@ def test_an_object_is_read_when_it_is_the_most_probable(judge: UnlearnCanvasJudg
     asked = [UNLEARNCANVAS_OBJECTS[i % 20] for i in range(len(p))]
     asked[-1] = UNLEARNCANVAS_OBJECTS[7]
     rows = [
-        Verdict(method="base", prompt="x", seed=i, cell_objects=(o,), p_style=seen.p_style[0], p_object=q, artefact=0.0)
+        Row(method="base", prompt="x", seed=i, cell_objects=(o,), p_style=seen.p_style[0], p_object=q)
         for i, (o, q) in enumerate(zip(asked, p, strict=True))
     ]
-    table = Verdicts.of(judge.styles, judge.objects, rows)
-    level = dict(zip(judge.objects, map(float, judge.object_thresholds), strict=True))
-    np.testing.assert_array_equal(metrics.objects_read(table, level).sum(1), 1)
-    np.testing.assert_array_equal(metrics.objects_read(table, level).argmax(1), p.argmax(1))
+    table = Results.of(JudgeSpec.of(judge), rows)
+    np.testing.assert_array_equal(metrics.classes_right(table, "object").sum(1), 1)
+    np.testing.assert_array_equal(metrics.classes_right(table, "object").argmax(1), p.argmax(1))
 
 
 def test_images_are_resized_as_pillow_does_and_scaled(images: np.ndarray):

@@ -143,8 +143,22 @@ DEV_STYLES = ("Cartoon", "Mosaic", "Winter", "Pointillism", "Rust")
 DEV_OBJECTS = ("Dogs", "Trees", "Fishes", "Towers")
 """Concepts on which defaults were set; all others are test concepts."""
 
+SEALED_STYLES = ("Bricks", "Crayon", "Cubism", "Ink_Art", "Meteor_Shower", "Pop_Art")
+SEALED_OBJECTS = ("Bears", "Birds", "Butterfly", "Frogs", "Sandwiches", "Statues")
+"""Concepts that nothing is chosen on and nobody looks at before all is frozen: drawn and read by `evaluate --sealed`
+alone (DESIGN.md, law 12)."""
+OPEN_STYLES = tuple(name for name in STYLES if name not in SEALED_STYLES)
+OPEN_OBJECTS = tuple(name for name in OBJECTS if name not in SEALED_OBJECTS)
+"""All styles and objects that are not sealed."""
+
 SEEN = slice(0, 2)
 HELD_OUT = slice(2, 4)
+
+FUNCTION_WORDS = frozenset("a an and as at between by from in into like of on style the to under with".split())
+"""Words of phrasings that name nothing by themselves."""
+
+
+_EVERY_PHRASE = tuple(text for texts in (OBJECT_PHRASES | STYLE_PHRASES).values() for text in texts)
 
 
 class Rng(Protocol):
@@ -176,6 +190,22 @@ def fresh_prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
     """
     what = " and ".join(OBJECT_PHRASES[o][phrasing] for o in objects) if objects else EMPTY_PHRASES[phrasing]
     return f"a picture of {what}" if style == PLAIN else f"{what} {STYLE_PHRASES[style][phrasing ^ 1]}"
+
+
+def fragments(name: str) -> tuple[str, ...]:
+    """Return every one and every two (in either order) of the words of a concept's phrasings, function words left out.
+
+    None contains a whole phrasing of any concept. Raises KeyError for an unknown name.
+    """
+    content = dict.fromkeys(w for text in phrases_of(name) for w in text.split() if w.lower() not in FUNCTION_WORDS)
+    every = (*content, *(f"{first} {second}" for first in content for second in content if first != second))
+    return tuple(text for text in every if not names_a_concept(text))
+
+
+def names_a_concept(text: str) -> bool:
+    """Tell whether `text` contains a whole phrasing of any concept, by whole words in whatever case."""
+    padded = f" {' '.join(text.lower().replace(',', ' , ').split())} "
+    return any(f" {phrase.lower()} " in padded for phrase in _EVERY_PHRASE)
 
 
 def caption(objects: Sequence[str], style: str, rng: Rng) -> str:

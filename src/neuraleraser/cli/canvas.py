@@ -54,10 +54,9 @@ def canvas_sheet(
         size: Pixels a side of each render.
     """
     _need_renderer()
-    from neuraleraser.bench.files import write_bytes
-    from neuraleraser.bench.panels import grid_sheet
-    from neuraleraser.bench.pictures import png
     from neuraleraser.canvas.render import Content, render
+    from neuraleraser.evaluation.figures import grid_sheet, png
+    from neuraleraser.io.atomic import write_bytes
 
     if not objects or set(objects) - set(OBJECTS):
         raise ConceptError(f"{list(objects)} are to be shown: pass objects of {', '.join(OBJECTS)}")

@@ -57,9 +57,9 @@ def erase(
         guidance: Classifier-free guidance scale; None: the model's usual.
         images_at_once: Images drawn together; None: 4, on the canvas 20.
     """
-    from neuraleraser.bench.report import size_text
     from neuraleraser.concepts import shipped_neighbours, with_neighbours
     from neuraleraser.demo import concept_of, doubt, neighbours_of, progress_bar
+    from neuraleraser.evaluation.report import size_text
     from neuraleraser.fit import fit
     from neuraleraser.fit.dictionary import load_dictionary
     from neuraleraser.models import open_pipeline, speaks_canvas, usual_sampling
@@ -98,9 +98,9 @@ def _dictionary_for(
     name: str,
 ) -> Any:
     """The dictionary that is known for this model and site, or else one made here; what that takes is said first."""
-    from neuraleraser.bench.report import size_text
     from neuraleraser.demo import progress_bar
     from neuraleraser.errors import FileError
+    from neuraleraser.evaluation.report import size_text
     from neuraleraser.fit.own import expect, own_dictionary
     from neuraleraser.fit.published import published, published_dictionary
     from neuraleraser.models import site_for
@@ -160,9 +160,9 @@ def generate(
         guidance: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 3).
     """
     from neuraleraser import sampling
-    from neuraleraser.bench.files import write_bytes
-    from neuraleraser.bench.pictures import png
     from neuraleraser.eraser import Eraser, attach
+    from neuraleraser.evaluation.figures import png
+    from neuraleraser.io.atomic import write_bytes
     from neuraleraser.models import open_pipeline, usual_sampling
 
     if not prompt.strip():
@@ -212,31 +212,42 @@ def parse_eraser(text: str) -> tuple[Path, float]:
 
 @verb(app, "evaluate")
 def evaluate(
-    erasers: tuple[Path, ...],
     settings: Annotated[EvaluateSettings, Flat],
+    erasers: tuple[Path, ...] = (),
     model: str = "canvas",
-    out: Path = Path("runs/evaluate"),
+    out: Path | None = None,
     calibrate: bool = False,
+    sealed: bool = False,
 ) -> None:
-    """Measure erasers with the second judge, on prompts and seeds that none was made with.
+    """Measure erasers with the second judge, on prompts and seeds that none was made with, beside a filter of prompts
+    and doing nothing.
 
     Args:
         erasers: Eraser files.
         model: The pipeline: canvas, or a folder with another canvas.
-        out: Folder for pictures, verdicts and the report; run again with it to go on.
+        out: Folder for pictures, results and the report; run again with it to go on. None: runs/evaluate, or
+            runs/sealed-COMMIT.
         calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
+        sealed: Make erasers of the twelve sealed concepts and measure those, once for a commit, when all is frozen;
+            adds a line to docs/SEALED.md.
     """
-    from neuraleraser.bench.evaluate import evaluate as run
-    from neuraleraser.bench.panels import write_report
-    from neuraleraser.bench.report import terminal_table
+    from neuraleraser.assessment import evaluate_erasers
     from neuraleraser.eraser import Eraser
+    from neuraleraser.evaluation.report_files import write_report
+    from neuraleraser.evaluation.terminal import terminal_tables
     from neuraleraser.models import open_pipeline
+    from neuraleraser.sealed import evaluate_sealed
 
+    if sealed and (erasers or calibrate):
+        raise SettingsError("--sealed makes its own erasers: pass neither --erasers nor --calibrate with it")
+    if sealed:
+        print(terminal_tables(evaluate_sealed(open_pipeline(model), settings, out)))
+        return
     if not erasers:
         raise SettingsError("there are no erasers to measure: pass their files with --erasers")
-    loaded = [Eraser.load(path) for path in erasers]
+    loaded, folder = [Eraser.load(path) for path in erasers], out or Path("runs/evaluate")
     pipe = open_pipeline(model)
-    report = run(pipe, calibrated(pipe, loaded) if calibrate else loaded, settings, out)
-    paths = write_report(report, out)
-    print("\n" + terminal_table(report.concepts) + "\n")
+    report = evaluate_erasers(pipe, calibrated(pipe, loaded) if calibrate else loaded, settings, folder)
+    paths = write_report(report, folder)
+    print("\n" + terminal_tables(report) + "\n")
     print("\n".join(map(str, paths)))

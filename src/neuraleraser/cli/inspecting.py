@@ -61,9 +61,8 @@ def inspect(
 def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) -> None:
     """Measure `sae` in its pipeline, and print it."""
     from neuraleraser.activations import bank, substitution
-    from neuraleraser.bench.files import write_bytes
-    from neuraleraser.bench.panels import grid_sheet
-    from neuraleraser.bench.pictures import png
+    from neuraleraser.evaluation.figures import grid_sheet, png
+    from neuraleraser.io.atomic import write_bytes
     from neuraleraser.models import open_pipeline
     from neuraleraser.sae import measure
     from neuraleraser.sites import Site

@@ -111,15 +111,16 @@ def _check_denoisers(pipe: Any, erasers: Sequence[Eraser]) -> None:
             )
 
 
-def _check_twins(pipe: Any, erasers: Sequence[Eraser], replaces: Attachment | None) -> None:
+def _check_twins(pipe: Any, erasers: Sequence[Eraser], actions: Sequence[str], replaces: Attachment | None) -> None:
     """SettingsError for an eraser that acts in these modules already."""
-    hashes = {e.content_hash for e in erasers}
+    hashes = {e.content_hash for e, action in zip(erasers, actions, strict=True) if action == "erase"}
     for module in components(pipe).values():
         for hook in module._forward_pre_hooks.values():
             guard = getattr(getattr(hook, "__self__", None), "boundary", None)
             other = getattr(guard, "observer", None)
             if isinstance(other, ErasureRuntime) and (replaces is None or other is not replaces.runtime):
-                twin = next((e for e in other.erasers if e.content_hash in hashes), None)
+                acting = (e for e, action in zip(other.erasers, other.actions, strict=True) if action == "erase")
+                twin = next((e for e in acting if e.content_hash in hashes), None)
                 if twin is not None:
                     raise SettingsError(
                         f"the eraser of {twin.name!r} is attached to these modules already, by this pipeline or "
@@ -164,7 +165,7 @@ class Attachment:
                 raise DataError(f"the eraser of {e.name!r} cannot be attached ({problem}): make it again")
             _check_model(pipe, e)
         _check_denoisers(pipe, erasers)
-        _check_twins(pipe, erasers, replaces)
+        _check_twins(pipe, erasers, actions, replaces)
         _warn_same_concept(erasers, actions)
         # On the device where offloaded parts will run, too.
         self.runtime = ErasureRuntime(erasers, strengths, pipe._execution_device, traces, actions)

@@ -18,15 +18,15 @@ class CanvasJudge:
     """One of the canvas's two judges; only "second" measures artefacts.
 
     styles, objects: the names, in the order of the columns.
-    object_thresholds, style_threshold: the probabilities above which an object, any style, is there.
+    thresholds: the probability above which each of them is there.
     artefact_threshold: the distance that 99 % of held-out renders stay below, None without one.
     figures: accuracies on held-out renders that neither training nor calibration used.
     """
 
     def __init__(self, judge: Judge) -> None:
         self.styles, self.objects = STYLES, OBJECTS
-        self.style_threshold = judge.style_threshold
-        self.object_thresholds = np.array(judge.object_thresholds, np.float32)
+        self.thresholds = dict.fromkeys(STYLES, judge.style_threshold)
+        self.thresholds |= dict(zip(OBJECTS, judge.object_thresholds, strict=True))
         self.artefact_threshold = judge.artefact_threshold
         self.figures = judge.figures
         self._judge = judge

@@ -33,21 +33,20 @@ class ClipJudge:
     anything else, `p_object` is each name's sigmoid by itself.
 
     styles, objects: the names, the concept first; the other kind has none.
-    object_thresholds, style_threshold: 0.5.
+    thresholds: 0.5 for every name.
     artefact_threshold: None, CLIP measures no artefacts.
     figures: on images that the threshold was not set on: "recall" of the concept, "false_alarms" by neighbour,
     "balanced_accuracy" against the worst of them.
-    thresholds [names]: of the margins.
+    margin_thresholds [names]: of the margins.
     """
 
     artefact_threshold = None
-    style_threshold = 0.5
 
     def __init__(self, clip: _Clip, names: Sequence[str], kind: str, thresholds: Sequence[float]) -> None:
         own, none = tuple(names), ()
         self.styles, self.objects = (own, none) if kind == "style" else (none, own)
-        self.object_thresholds = np.full(len(self.objects), 0.5, np.float32)
-        self.thresholds = np.array(thresholds, np.float64)
+        self.thresholds = dict.fromkeys(own, 0.5)
+        self.margin_thresholds = np.array(thresholds, np.float64)
         self.figures: dict[str, Any] = {}
         self._clip, self._texts = clip, [sentence(name, kind) for name in own]
 
@@ -84,13 +83,13 @@ class ClipJudge:
         judge = cls(clip, names, kind, [0.0] * len(names))
         margins = {name: judge._margins(judge._logits(some)) for name, some in images.items()}
         fitted = {name: m[::2] for name, m in margins.items()}
-        judge.thresholds = np.array(
+        judge.margin_thresholds = np.array(
             [
                 _cut(fitted[name][:, k], [m[:, k] for n, m in fitted.items() if n != name])
                 for k, name in enumerate(names)
             ]
         )
-        shown = {name: float((m[1::2, 0] > judge.thresholds[0]).mean()) for name, m in margins.items()}
+        shown = {name: float((m[1::2, 0] > judge.margin_thresholds[0]).mean()) for name, m in margins.items()}
         recall = shown.pop(concept)
         worst = max(shown, key=lambda name: shown[name])
         accuracy = (recall + 1 - shown[worst]) / 2
@@ -112,9 +111,9 @@ class ClipJudge:
         logits = self._logits(images)
         nothing = np.zeros((len(images), 0), np.float32)
         if self.styles:
-            logits[:, 0] -= self.thresholds[0]
+            logits[:, 0] -= self.margin_thresholds[0]
             return Judgement(_softmax(logits).astype(np.float32), nothing, None)
-        apart = 1 / (1 + np.exp(np.clip(self.thresholds - self._margins(logits), -500, 500)))
+        apart = 1 / (1 + np.exp(np.clip(self.margin_thresholds - self._margins(logits), -500, 500)))
         return Judgement(nothing, apart.astype(np.float32), None)
 
     def _logits(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -1,9 +1,10 @@
-"""What a judge says, and what it is given."""
+"""The contract of a judge: what it is given, what it says, and how its numbers are read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from neuraleraser.errors import DataError
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge saw in N images, float32.
+    """Readings of N images, float32.
 
     `p_style` [N, styles] sums to 1 over the styles; `p_object` [N, objects] has each object by itself;
     `artefact` [N] is the distance to the nearest kind of real image, None from a judge that measures none.
@@ -22,6 +23,73 @@ class Judgement:
     p_style: NDArray[np.float32]
     p_object: NDArray[np.float32]
     artefact: NDArray[np.float32] | None
+
+
+class Judge(Protocol):
+    """A function from images to class probabilities, with what is needed to read them.
+
+    styles, objects: names of the classes, in the order of the columns; either may be empty.
+    thresholds: for every class, the probability above which an image shows it.
+    artefact_threshold: the distance above which an image counts as an artefact, None from a judge that measures none.
+    figures: how accurate it is, or which version of a detector it is, as plain values.
+    """
+
+    @property
+    def styles(self) -> Sequence[str]: ...
+    @property
+    def objects(self) -> Sequence[str]: ...
+    @property
+    def thresholds(self) -> Mapping[str, float]: ...
+    @property
+    def artefact_threshold(self) -> float | None: ...
+    @property
+    def figures(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, images: NDArray[np.uint8], /) -> Judgement:
+        """Judge uint8 RGB images [N, H, W, 3]."""
+        ...
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """Names and thresholds of a judge's classes, checked: all that is needed to read stored probabilities.
+
+    Raises DataError for no class at all, names that are empty or repeated, a class without a threshold in [0, 1), a
+    threshold of no class, or an artefact threshold that is not a positive number.
+    """
+
+    styles: tuple[str, ...]
+    objects: tuple[str, ...]
+    thresholds: Mapping[str, float]
+    artefact_threshold: float | None
+
+    def __post_init__(self) -> None:
+        names = (*self.styles, *self.objects)
+        if not names or "" in names or len(set(names)) < len(names):
+            raise DataError(
+                f"the judge's classes are the styles {list(self.styles)} and the objects {list(self.objects)}: "
+                "expected at least one, none empty and none twice"
+            )
+        if differ := sorted(set(names) ^ set(self.thresholds)):
+            raise DataError(f"the judge's classes and thresholds differ in {differ}: expected one threshold a class")
+        if wrong := {name: value for name, value in self.thresholds.items() if not 0 <= value < 1}:
+            raise DataError(f"the judge's thresholds {wrong} are out of range: expected 0 <= threshold < 1")
+        limit = self.artefact_threshold
+        if limit is not None and not 0 < limit < float("inf"):
+            raise DataError(f"the judge's artefact threshold is {limit}: expected a positive finite distance, or None")
+
+    @classmethod
+    def of(cls, judge: Judge) -> JudgeSpec:
+        """Return the specification of `judge`."""
+        limit = judge.artefact_threshold
+        thresholds = {name: float(value) for name, value in judge.thresholds.items()}
+        return cls(tuple(judge.styles), tuple(judge.objects), thresholds, None if limit is None else float(limit))
+
+    def classes(self, kind: str) -> tuple[str, ...]:
+        """Return the class names of a domain, "style" or "object". Raises DataError for another."""
+        if kind not in ("style", "object"):
+            raise DataError(f"there is no domain {kind!r}: expected 'style' or 'object'")
+        return self.styles if kind == "style" else self.objects
 
 
 def check(images: Any, size: int | None = None) -> None:

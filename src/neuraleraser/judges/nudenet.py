@@ -43,13 +43,12 @@ class NudeNetJudge:
     of its repository); for scores without that, judge `images[..., ::-1]`.
 
     styles: none. objects: the classes, then `name` where one is given.
-    object_thresholds: the one threshold, for each. style_threshold: 0.5, of no use here.
+    thresholds: the one threshold, for each.
     artefact_threshold: None, it measures no artefacts.
     figures: which detector it is: "nudenet" its version, "sha256" of its weights.
     """
 
     styles: tuple[str, ...] = ()
-    style_threshold = 0.5
     artefact_threshold = None
 
     def __init__(
@@ -69,7 +68,7 @@ class NudeNetJudge:
         if name is not None and (not name or name in NUDENET_CLASSES):
             raise SettingsError(f"name is {name!r}: pass one that is no class of the detector, or None")
         self.objects = self.classes if name is None else (*self.classes, name)
-        self.object_thresholds = np.full(len(self.objects), threshold, np.float32)
+        self.thresholds = dict.fromkeys(self.objects, float(np.float32(threshold)))
         try:
             package: Any = import_module("nudenet")
         except ImportError as error:
@@ -106,7 +105,7 @@ class NudeNetJudge:
         counts = np.zeros((len(images), len(self.classes)), np.int64)
         for i, found in enumerate(detected):
             for k, score in found:
-                counts[i, k] += np.float32(score) > self.object_thresholds[k]
+                counts[i, k] += np.float32(score) > self.thresholds[self.classes[k]]
         return counts
 
     def _detect(self, images: NDArray[np.uint8]) -> list[list[tuple[int, float]]]:

@@ -64,20 +64,19 @@ class UnlearnCanvasJudge:
     `p_style` and `p_object` are each a softmax, so that of both the most probable one is the benchmark's answer.
 
     styles, objects: the benchmark's names, 51 with `Seed_Images` and 20, in the order of the columns.
-    style_threshold: 0.5; what is above it is the answer.
-    object_thresholds: just below 1/20. The answer is always above it, so that in `bench.metrics` one object asked for
-    is read exactly when it is the answer, and an object counts as gone only when it is less probable than by chance.
+    thresholds: 0.5 for a style; what is above it is the answer. Just below 1/20 for an object: the answer is always
+    above it, so that in `evaluation.metrics` one object asked for is right exactly when it is the answer, and an object
+    counts as gone only when it is less probable than by chance.
     artefact_threshold: None, they measure no artefacts.
     figures: none; the files bring none that can be checked.
     """
 
     styles: tuple[str, ...] = UNLEARNCANVAS_STYLES
     objects: tuple[str, ...] = UNLEARNCANVAS_OBJECTS
-    style_threshold = 0.5
     artefact_threshold = None
 
     def __init__(self, style: Vit, object: Vit) -> None:
-        self.object_thresholds = np.full(len(self.objects), 1 / (len(self.objects) + 1), np.float32)
+        self.thresholds = dict.fromkeys(self.styles, 0.5) | dict.fromkeys(self.objects, 1 / (len(self.objects) + 1))
         self.figures: dict[str, Any] = {}
         self._style, self._object = style, object
 

@@ -1,0 +1,70 @@
+"""`neuraleraser evaluate`: erasers beside the controls that every table needs, with costs and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from neuraleraser.canvas import words
+from neuraleraser.eraser import Eraser
+from neuraleraser.evaluation.evaluate import evaluate
+from neuraleraser.evaluation.intervals import Estimate
+from neuraleraser.evaluation.method import Method
+from neuraleraser.evaluation.protocol import MAIN, canvas_protocol
+from neuraleraser.evaluation.report import ErasureReport, Report
+from neuraleraser.evaluation.timing import overhead
+from neuraleraser.judges import Judge
+from neuraleraser.methods import EraserMethod, NoMethod, canvas_filters
+from neuraleraser.methods.feature_panels import feature_panels
+from neuraleraser.settings import EvaluateSettings
+
+
+def evaluate_erasers(
+    pipe: Any,
+    erasers: Sequence[Eraser],
+    settings: EvaluateSettings | None = None,
+    folder: str | Path = "runs/evaluate",
+    *,
+    judge: Judge | None = None,
+    sealed: bool = False,
+) -> Report:
+    """Measure `erasers` on the canvas `pipe`, each beside its controls; add what they cost and the features they read.
+
+    `folder`/erasers then holds them with their figures in the header, where a model card finds them. Called again with
+    the same settings it goes on where it was stopped; costs are timed anew. Raises as `evaluate` does.
+    """
+    s, folder = settings or EvaluateSettings(), Path(folder)
+    methods = [EraserMethod(e) for e in erasers]
+    every = [method for m in methods for method in (m, *controls(m))]
+    report = evaluate(pipe, every, s, folder, judge=judge, sealed=sealed)
+    cells = canvas_protocol([m.concept for m in methods], s, sealed=sealed).cells
+    for m in methods:
+        own = cells[m.concept]
+        path = folder / "erasers" / f"{m.concept}.safetensors"
+        m.eraser.save(path)
+        costs = {"bytes": float(path.stat().st_size)} | overhead(pipe, m, own, s)
+        if isinstance(seconds := m.eraser.header.get("seconds"), int | float):
+            costs["make_seconds"] = float(seconds)
+        target = [c for c in own if c.group in MAIN and c.asks_for(m.concept)]
+        panels = feature_panels(pipe, m.eraser, target, s.sampling)
+        report = report.with_details(m.name, m.concept, costs, panels)
+        with_measurement(m.eraser, report.of(m.name, m.concept)).save(path)
+    return report
+
+
+def controls(method: Method) -> list[Method]:
+    """Return the controls of a method: two string filters, where the concept's phrases are known, and doing nothing."""
+    known = method.concept in (*words.OBJECTS, *words.STYLES)
+    return [*(canvas_filters(method.concept) if known else ()), NoMethod(method.concept, method.kind)]
+
+
+def with_measurement(eraser: Eraser, entry: ErasureReport) -> Eraser:
+    """Return the eraser with its figures in the header, as model cards state them."""
+    figures = {
+        name: {"value": round(m.value, 4), "low": round(m.low, 4), "high": round(m.high, 4), "n": m.n}
+        for name, m in entry.figures.items()
+        if isinstance(m, Estimate)
+    }
+    return replace(eraser, header={**eraser.header, "measured": figures})

@@ -1,0 +1,197 @@
+"""Drawing: from cells and methods to pictures and rows on disk, resumable and killable at any moment.
+
+The base set is drawn once, while the methods that can tell where they would act watch. Up to the moment at which such a
+method acts its image is the base's, so only images in which it would act are drawn again. That shortcut is checked, not
+trusted: a fixed sample of base images is drawn with nothing attached, and of every method a sample of images in which
+it would not act is drawn with it applied; all are compared bit for bit with their base twins.
+
+Each batch is one call of the pipeline in a context of its own, in which images count from 0.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from neuraleraser.errors import SettingsError
+from neuraleraser.evaluation.method import ActionTrace, Method
+from neuraleraser.evaluation.protocol import START_IMAGE, Cell, EvaluationProtocol
+from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
+from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.judges import Judge
+from neuraleraser.models import image_to_image
+from neuraleraser.sampling import Images, generate
+from neuraleraser.settings import EvaluateSettings, Sampling
+
+
+def draw(
+    pipe: Any,
+    methods: Sequence[Method],
+    protocol: EvaluationProtocol,
+    settings: EvaluateSettings,
+    judge: Judge,
+    run: RunFolder,
+) -> Results:
+    """Draw and judge everything that is not in `run` yet; returns all rows of this protocol and these methods."""
+    artist = _Artist(pipe, protocol, settings.sampling, judge)
+    cells = protocol.all_cells()
+    _draw_base(artist, methods, cells, run)
+    _draw_unhooked(artist, cells, settings.unhooked_checks, run)
+    for m in methods:
+        _draw_method(artist, m, protocol.cells[m.concept], settings.idle_checks, run)
+    places = [(BASE, "", cells), (UNHOOKED, "", cells)]
+    places += [(m.name, m.concept, protocol.cells[m.concept]) for m in methods]
+    return concat([_only(run.results(method, concept), part) for method, concept, part in places])
+
+
+def _only(results: Results, cells: Sequence[Cell]) -> Results:
+    keys = {c.key for c in cells}
+    return results.where(np.array([key[2:] in keys for key in results.keys()], dtype=bool))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    cells: Sequence[Cell]
+    images: Images
+    acted: Sequence[frozenset[int] | None]
+    """Images in which the method of each context acted or would have; None if it cannot tell."""
+    seconds: float
+    """of an image"""
+
+
+@dataclass(frozen=True)
+class _Artist:
+    """Draws cells in batches, those with a start image by the image-to-image pipeline of the same modules."""
+
+    pipe: Any
+    protocol: EvaluationProtocol
+    sampling: Sampling
+    judge: Judge
+
+    def batches(
+        self,
+        cells: Sequence[Cell],
+        contexts: Sequence[Callable[[Any], AbstractContextManager[ActionTrace | None]]],
+        label: str,
+        total: int,
+    ) -> Iterator[_Batch]:
+        """Draw `cells` batch by batch, each inside all of `contexts`."""
+        plain = [c for c in cells if c.route != START_IMAGE]
+        started = [c for c in cells if c.route == START_IMAGE]
+        with tqdm(total=total, initial=total - len(cells), desc=label, unit="img") as bar:
+            for part, with_start in ((plain, False), (started, True)):
+                using = image_to_image(self.pipe) if with_start and part else self.pipe
+                for first in range(0, len(part), self.sampling.batch):
+                    batch = part[first : first + self.sampling.batch]
+                    yield self._draw(using, batch, contexts, self._start(batch) if with_start else None)
+                    bar.update(len(batch))
+
+    def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], init: Images | None) -> _Batch:
+        with ExitStack() as stack:
+            traces: list[ActionTrace | None] = [stack.enter_context(context(using)) for context in contexts]
+            clock = time.monotonic()
+            images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], self.sampling, init=init)
+            seconds = (time.monotonic() - clock) / len(cells)
+            acted = [None if trace is None else frozenset(trace.fired) for trace in traces]
+        return _Batch(cells, images, acted, seconds)
+
+    def _start(self, cells: Sequence[Cell]) -> Images:
+        if self.protocol.start_images is None:
+            raise SettingsError("cells of the route 'start image' need start_images: give the protocol that function")
+        size = int(self.pipe.unet.config["sample_size"]) * int(self.pipe.vae_scale_factor)
+        return self.protocol.start_images(cells, size)
+
+    def rows(self, batch: _Batch, **columns: Sequence[Any]) -> list[Row]:
+        """Judge a batch; `columns` hold one value an image."""
+        seen = self.judge(batch.images)
+        return [
+            Row(
+                prompt=c.prompt,
+                seed=c.seed,
+                group=c.group,
+                route=c.route,
+                cell_style=c.style,
+                cell_objects=c.objects,
+                p_style=np.asarray(seen.p_style[i], np.float32),
+                p_object=np.asarray(seen.p_object[i], np.float32),
+                artefact=None if seen.artefact is None else float(seen.artefact[i]),
+                seconds=batch.seconds,
+                **{name: values[i] for name, values in columns.items()},
+            )
+            for i, c in enumerate(batch.cells)
+        ]
+
+
+def _draw_base(artist: _Artist, methods: Sequence[Method], cells: Sequence[Cell], run: RunFolder) -> None:
+    done = run.done(BASE)
+    names, contexts = [_identity(m) for m in methods], [m.watched for m in methods]
+    for batch in artist.batches([c for c in cells if c.key not in done], contexts, "base", len(cells)):
+        run.put_images(BASE, "", batch.cells, batch.images)
+        n = len(batch.cells)
+        can_tell = [(name, acted) for name, acted in zip(names, batch.acted, strict=True) if acted is not None]
+        watched = [[name for name, _ in can_tell]] * n
+        fired = [[name for name, acted in can_tell if i in acted] for i in range(n)]
+        run.append(artist.rows(batch, method=[BASE] * n, watched=watched, fired=fired))
+
+
+def _draw_unhooked(artist: _Artist, cells: Sequence[Cell], count: int, run: RunFolder) -> None:
+    sample = _sample(cells, count, UNHOOKED)
+    done = run.done(UNHOOKED)
+    for batch in artist.batches([c for c in sample if c.key not in done], [], "base, unhooked", len(sample)):
+        run.put_images(UNHOOKED, "", batch.cells, batch.images)
+        n, same = len(batch.cells), _identical(batch, run)
+        run.append(artist.rows(batch, method=[UNHOOKED] * n, compared=[True] * n, identical=same))
+
+
+def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int, run: RunFolder) -> None:
+    name, base = _identity(m), run.results(BASE)
+    watched, fired = (base.says(column, [name] * len(base)) for column in ("watched", "fired"))
+    idle_keys = {key[2:] for key, here in zip(base.keys(), watched & ~fired, strict=True) if here}
+    idle = [c for c in cells if c.key in idle_keys]
+    needed = [c for c in cells if c.key not in idle_keys]
+    # The last batch would be padded anyway: it is filled up with images that the method says it leaves alone.
+    size = artist.sampling.batch
+    plain = [c for c in idle if c.route != START_IMAGE]
+    filled = -(-(sum(c.route != START_IMAGE for c in needed) + checks) // size) * size
+    needed += _sample(plain, filled - sum(c.route != START_IMAGE for c in needed), name)
+    done = run.done(m.name, m.concept)
+    todo = [c for c in needed if c.key not in done]
+    for batch in artist.batches(todo, [m.applied], f"{m.name}, {m.concept}", len(needed)):
+        run.put_images(m.name, m.concept, batch.cells, batch.images)
+        n, acted = len(batch.cells), batch.acted[0]
+        own = {"method": [m.name] * n, "concept": [m.concept] * n, "kind": [m.kind] * n, "method_key": [m.key] * n}
+        noted = {
+            "watched": [[] if acted is None else [name]] * n,
+            "fired": [[name] if acted and i in acted else [] for i in range(n)],
+        }
+        run.append(artist.rows(batch, **own, **noted, compared=[True] * n, identical=_identical(batch, run)))
+    _copy_idle(m, cells, run)
+
+
+def _copy_idle(m: Method, cells: Sequence[Cell], run: RunFolder) -> None:
+    """Add the rows of images that were not drawn with the method: their base twins'."""
+    done, base = run.done(m.name, m.concept), run.results(BASE)
+    missing = {c.key for c in cells} - done
+    rows = base.where(np.array([key[2:] in missing for key in base.keys()], dtype=bool))
+    own = {"method": m.name, "concept": m.concept, "kind": m.kind, "method_key": m.key}
+    run.append(rows.with_columns(**own, watched=[_identity(m)], fired=[], compared=False, identical=True, seconds=0.0))
+
+
+def _identical(batch: _Batch, run: RunFolder) -> list[bool]:
+    return [np.array_equal(x, run.image(BASE, "", c)) for c, x in zip(batch.cells, batch.images, strict=True)]
+
+
+def _identity(m: Method) -> str:
+    return identity(m.name, m.concept, m.key)
+
+
+def _sample(cells: Sequence[Cell], count: int, salt: str) -> list[Cell]:
+    """Return `count` of the cells, at random but always the same, whichever others there are."""
+    return sorted(cells, key=lambda c: zlib.crc32(repr((salt, c.key)).encode()))[: max(count, 0)]

@@ -1,0 +1,92 @@
+"""Measuring methods from end to end: draw, measure, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.evaluation.draw import draw
+from neuraleraser.evaluation.measure import Finding, measure
+from neuraleraser.evaluation.method import Method
+from neuraleraser.evaluation.protocol import EvaluationProtocol, canvas_protocol, check_open
+from neuraleraser.evaluation.report import Report, report
+from neuraleraser.evaluation.run_folder import open_run
+from neuraleraser.evaluation.split import check_split
+from neuraleraser.judges import Judge, JudgeSpec
+from neuraleraser.models import speaks_canvas
+from neuraleraser.settings import EvaluateSettings
+
+
+def evaluate(
+    pipe: Any,
+    methods: Sequence[Method],
+    settings: EvaluateSettings | None = None,
+    folder: str | Path = "runs/evaluate",
+    *,
+    judge: Judge | None = None,
+    protocol: EvaluationProtocol | None = None,
+    sealed: bool = False,
+) -> Report:
+    """Measure `methods` one at a time on `pipe`, keeping pictures and results in `folder`.
+
+    Called again with the same settings it goes on where it was stopped. Without a `protocol` the cells are those of the
+    canvas; without a `judge` it is the canvas's second. Controls are methods like any other: pass them too.
+
+    `sealed` opens the sealed concepts of the canvas. Nothing passes it but `evaluate --sealed`, which keeps the record
+    that law 12 asks for.
+
+    Raises SplitError if a method was made with what it would be tested with or erases a sealed concept, ConceptError
+    for a concept that the judge does not know or that has no cells, SettingsError for a method that is there twice, a
+    folder of another run, or a pipeline that is no canvas where a judge is missing.
+    """
+    s = settings or EvaluateSettings()
+    if not sealed:
+        check_open(m.concept for m in methods)
+    judge = judge or default_judge(pipe)
+    spec = JudgeSpec.of(judge)
+    _check_methods(methods, spec)
+    concepts = list(dict.fromkeys(m.concept for m in methods))
+    protocol = protocol or canvas_protocol(concepts, s, sealed=sealed)
+    if lacking := [name for name in concepts if not protocol.cells.get(name)]:
+        raise ConceptError(f"the protocol has no cells for {', '.join(lacking)}: pass one that has")
+    notes = [note for m in methods for note in check_split(m, protocol.cells[m.concept])]
+    run = open_run(Path(folder), pipe, methods, protocol, s, spec)
+    results = draw(pipe, methods, protocol, s, judge, run)
+    figures = measure(results)
+    findings = [*figures.findings, *(Finding("note", text) for text in dict.fromkeys(notes))]  # errors come first
+    return report(replace(figures, findings=findings), results, run, protocol, judge, s, pipe)
+
+
+def default_judge(pipe: Any) -> Judge:
+    """Return the canvas's second judge, which no eraser has seen and which measures artefacts.
+
+    Raises SettingsError for a pipeline that is no canvas.
+    """
+    from neuraleraser.judges import CanvasJudge
+
+    if not speaks_canvas(pipe):
+        raise SettingsError(
+            f"this {type(pipe).__name__} is not a canvas, whose judge is the only one here: "
+            "pass model 'canvas', or a judge of your own"
+        )
+    return CanvasJudge.load("second")
+
+
+def _check_methods(methods: Sequence[Method], judge: JudgeSpec) -> None:
+    if not methods:
+        raise SettingsError("there are no methods to measure: pass at least one")
+    places = [(m.name, m.concept) for m in methods]
+    if twice := sorted({place for place in places if places.count(place) > 1}):
+        name, concept = twice[0]
+        raise SettingsError(
+            f"two of the methods are {name!r} of {concept!r}: measure them one after the other, in two folders"
+        )
+    for m in methods:
+        if m.kind not in ("style", "object") or m.concept not in judge.classes(m.kind):
+            raise ConceptError(
+                f"{m.name!r} of {m.concept!r} (kind {m.kind!r}) cannot be measured: the judge knows the styles "
+                f"{list(judge.styles)} and the objects {list(judge.objects)}"
+            )

@@ -1,0 +1,143 @@
+"""Measuring: from results to figures, nothing else. The same table gives the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from neuraleraser.errors import DataError
+from neuraleraser.evaluation import metrics
+from neuraleraser.evaluation.intervals import Estimate, proportion
+from neuraleraser.evaluation.metrics import PairedResults, pair_with_base, possible
+from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
+from neuraleraser.evaluation.protocol import FRAGMENTS, GRID, HELD_OUT, HELD_OUT_GRID, IMAGE_TO_IMAGE, MAIN
+from neuraleraser.evaluation.results import BASE, UNHOOKED, Results
+
+GROUP_FIGURES: Mapping[str, tuple[str, Mapping[str, Callable[..., Estimate]]]] = {
+    "held_out": (HELD_OUT, {"ua": metrics.ua, "kept_still": metrics.kept_still}),
+    "image_to_image": (IMAGE_TO_IMAGE, {"ua": metrics.ua, "kept_still": metrics.kept_still}),
+    "fragments": (FRAGMENTS, {"shown": metrics.shown_share, "ua": metrics.ua}),
+}
+"""Suffix of a name to the group of cells and the figures that are taken of it apart."""
+OFFICIAL = tuple(f"{source}_{name}" for source in ("unlearncanvas", "saeuron") for name in ("UA", "IRA", "CRA"))
+"""Names of the official figures."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know before the figures: of level "error" where the measurement itself is in doubt, else "note"."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ErasureFigures:
+    """The figures of one method on one concept, by name; None where there is nothing to compare with."""
+
+    method: str
+    concept: str
+    kind: str
+    figures: Mapping[str, Estimate | None]
+    became: Sequence[tuple[str, Estimate]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that the results say: of the base, of each method and concept in the order they stand in, and findings."""
+
+    base: Mapping[str, Estimate | None]
+    erasures: Sequence[ErasureFigures]
+    findings: Sequence[Finding]
+
+
+def measure(results: Results) -> Figures:
+    """Compute every figure of `results`. Raises DataError as `metrics.pair_with_base` does, or if there is no base."""
+    names = zip(results.method, results.concept, strict=True)
+    places = [place for place in dict.fromkeys(names) if place[0] not in (BASE, UNHOOKED)]
+    pairs = [pair_with_base(results, method, concept) for method, concept in places]
+    return Figures(
+        base_figures(results), [_erasure(t) for t in pairs], [f for t in pairs for f in _faults(t)] + _unhooked(results)
+    )
+
+
+def base_figures(results: Results) -> dict[str, Estimate | None]:
+    """Return accuracies and artefact rate of the base on the grid, by class and in held-out phrasings too, and the
+    share of unhooked images that are bit-identical. Raises DataError if there are no base images."""
+    base = results.where(results.method == BASE)
+    if not len(base):
+        raise DataError(f"the results hold no images of {BASE!r}: draw them first")
+    grid, held_out = (base.where(base.group == group) for group in (GRID, HELD_OUT_GRID))
+    figures: dict[str, Estimate | None] = {}
+    for kind in ("style", "object"):
+        figures[f"{kind}_accuracy"] = _or_none(lambda kind=kind: metrics.accuracy(grid, kind))
+        if len(held_out):
+            figures[f"{kind}_accuracy_held_out"] = _or_none(lambda kind=kind: metrics.accuracy(held_out, kind))
+    figures["artefact_rate"] = _or_none(lambda: metrics.artefact_rate(grid))
+    unhooked = results.where(results.method == UNHOOKED)
+    figures["unhooked_identical"] = _or_none(
+        lambda: proportion(unhooked.identical, unhooked.compared, "images drawn with nothing attached", 0)
+    )
+    for kind in ("style", "object"):
+        for name, figure in metrics.accuracy_by_class(grid, kind).items():
+            figures[f"{kind}_accuracy_{name}"] = figure
+    return figures
+
+
+def _erasure(t: PairedResults) -> ErasureFigures:
+    main = _group(t, *MAIN)
+    figures = metrics.erasure(main)
+    figures["idle_identical"] = possible(metrics.idle_identical, t)  # of all groups
+    for suffix, (group, wanted) in GROUP_FIGURES.items():
+        part = _group(t, group)
+        if len(part):
+            figures |= {f"{name}_{suffix}": possible(metric, part) for name, metric in wanted.items()}
+    for source, official in (("unlearncanvas", unlearncanvas), ("saeuron", saeuron)):
+        figures |= {f"{source}_{name}": value for name, value in official(main).items()}
+    try:
+        became = metrics.became(main)
+    except DataError:  # the base shows the concept nowhere
+        became = []
+    return ErasureFigures(t.method, t.concept, t.kind, figures, became)
+
+
+def _faults(t: PairedResults) -> list[Finding]:
+    """Images that differ from base although the method said, before or while it was drawn, that it did not act."""
+    names, after = t.after.identities(), t.after
+    denies = after.says("watched", names) & ~after.says("fired", names)
+    rows = after.compared & (metrics.idle(t) | denies)
+    wrong = rows & ~after.identical
+    if not wrong.any():
+        return []
+    first = after.keys()[int(np.flatnonzero(wrong)[0])]
+    text = (
+        f"{t.method!r} of {t.concept!r} changed {wrong.sum()} of {rows.sum()} compared images in which it said that it "
+        f"does not act, the first being {first.prompt!r} at seed {first.seed}: images that were not drawn again may "
+        "differ, too"
+    )
+    return [Finding("error", text)]
+
+
+def _unhooked(results: Results) -> list[Finding]:
+    unhooked = results.where(results.method == UNHOOKED)
+    wrong = int((~unhooked.identical).sum())
+    if not wrong:
+        return []
+    text = (
+        f"{wrong} of {len(unhooked)} base images differ from those drawn with nothing attached: methods that only "
+        "watch change what they look at, so no figure here compares with the model itself"
+    )
+    return [Finding("error", text)]
+
+
+def _group(t: PairedResults, *groups: str) -> PairedResults:
+    return t.where(np.isin(t.after.group, groups))
+
+
+def _or_none(metric: Callable[[], Estimate]) -> Estimate | None:
+    try:
+        return metric()
+    except DataError:
+        return None

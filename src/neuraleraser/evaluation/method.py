@@ -1,0 +1,65 @@
+"""The contract of anything that erases a concept: our eraser, every rival, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class ActionTrace(Protocol):
+    """Record of where a method acted: `eraser.Trace` is one."""
+
+    @property
+    def fired(self) -> Mapping[int, object]:
+        """Entries of the images in which it acted, or would have; counted from 0 as they were drawn."""
+        ...
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """Data that a method was made with and must not be tested on (DESIGN.md, law 12)."""
+
+    seeds: tuple[tuple[int, int], ...] = ()
+    """Ranges of seeds, [first, last] of each."""
+    prompts: tuple[str, ...] = ()
+    prompt_digests: frozenset[str] = frozenset()
+    """Further prompts, as the first 8 hexadecimal digits of the SHA-256 of their UTF-8."""
+    phrasings: tuple[int, ...] = ()
+    """Numbers of phrasings, 2 and 3 of which are held out."""
+    labels: tuple[str, ...] = ()
+    """Concepts that the data was labelled with."""
+    unknown: str = ""
+    """Sentence for the report on data that is not known; "" if all is."""
+
+
+class Method(Protocol):
+    """A way to erase one concept from a pipeline.
+
+    name: what tables call the method. concept: the name of what it erases; kind: "style" or "object". key: a digest of
+    everything that acts, so that a changed method is measured anew. made_with: None if it was made with no data.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def concept(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def made_with(self) -> MadeWith | None: ...
+
+    def applied(self, pipe: Any) -> AbstractContextManager[ActionTrace | None]:
+        """Return a context in which calls of `pipe` erase; it yields None if the method cannot tell where it acted."""
+        ...
+
+    def watched(self, pipe: Any) -> AbstractContextManager[ActionTrace | None]:
+        """Return a context in which calls of `pipe` change nothing and note in which images the method would act.
+
+        It yields None if the method cannot tell: then every image is drawn with it applied. One that can saves the
+        drawing of all others, which is checked on a sample.
+        """
+        ...

@@ -1,0 +1,247 @@
+"""Reporting: figures with intervals, pictures, findings, settings and versions, as plain data.
+
+`report` puts it together, `Report.save_json` writes report.json, `html.save_html` a self-contained page with the same
+figures and the pictures, `terminal.terminal_tables` the figures for a console. Nothing here computes a metric.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neuraleraser.errors import DataError
+from neuraleraser.evaluation.figures import FeaturePanel, Pair, spaced_sample
+from neuraleraser.evaluation.intervals import Estimate
+from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
+from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows
+from neuraleraser.evaluation.protocol import GRID, MAIN, EvaluationProtocol
+from neuraleraser.evaluation.results import Results
+from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.io.atomic import write_bytes
+from neuraleraser.judges import Judge
+from neuraleraser.settings import EvaluateSettings
+
+Number = Estimate | float | None
+TARGET_PAIRS, OTHER_PAIRS = 6, 8
+"""Images of the concept, and of others, that a report shows of a method."""
+
+
+@dataclass(frozen=True, eq=False)
+class ErasureReport:
+    """One method on one concept: its figures and its pictures."""
+
+    method: str
+    concept: str
+    kind: str
+    """"style" or "object"."""
+    figures: Mapping[str, Number]
+    """Those of `measure`, and costs: make_seconds, bytes, overhead and overhead_idle (sampling time over plain
+    sampling). None where there is nothing to compare with."""
+    became: Sequence[tuple[str, Estimate]] = ()
+    """(label, share), largest first."""
+    pairs: Sequence[Pair] = ()
+    """Images of the concept."""
+    others: Sequence[Pair] = ()
+    """Images of other concepts, which should not change."""
+    features: Sequence[FeaturePanel] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything that one evaluation found out."""
+
+    base: Mapping[str, Estimate | None]
+    """The figures of `measure.base_figures`."""
+    judge: Mapping[str, Any]
+    """Its classes, thresholds and accuracy, as plain data."""
+    erasures: Sequence[ErasureReport]
+    """A concept's own method first, its controls below."""
+    findings: Sequence[Finding] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    title: str = "Concepts erased"
+    intro: str = ""
+    """One paragraph for the page; a general one stands there if empty."""
+
+    def of(self, method: str, concept: str) -> ErasureReport:
+        """Return the entry of a method and concept. Raises DataError if there is none."""
+        for entry in self.erasures:
+            if (entry.method, entry.concept) == (method, concept):
+                return entry
+        raise DataError(f"the report has no method {method!r} on {concept!r}")
+
+    def with_details(
+        self, method: str, concept: str, costs: Mapping[str, float], features: Sequence[FeaturePanel] = ()
+    ) -> Report:
+        """Return the report with costs and feature panels added to one entry. Raises DataError if there is none."""
+        found = self.of(method, concept)
+        changed = replace(found, figures={**found.figures, **costs}, features=features)
+        return replace(self, erasures=[changed if entry is found else entry for entry in self.erasures])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of report.json: plain data, rates as fractions of 1, no NaN.
+
+        Raises DataError for a figure that is not finite, or a method that stands there twice for one concept.
+        """
+        seen: set[tuple[str, str]] = set()
+        for entry in self.erasures:
+            if (entry.method, entry.concept) in seen:
+                raise DataError(f"method {entry.method!r} on {entry.concept!r} is in the report twice: expected once")
+            seen.add((entry.method, entry.concept))
+        return {
+            "findings": [asdict(finding) for finding in self.findings],
+            "base": _figures(self.base, "base"),
+            "judge": _plain(self.judge, "judge"),
+            "concepts": [_entry(entry) for entry in self.erasures],
+            "settings": _plain(self.settings, "settings"),
+            "versions": _plain(self.versions, "versions"),
+        }
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write report.json atomically. Raises DataError as `to_dict` does, FileError if it cannot write."""
+        write_bytes(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+
+
+def report(
+    figures: Figures,
+    results: Results,
+    run: RunFolder,
+    protocol: EvaluationProtocol,
+    judge: Judge,
+    settings: EvaluateSettings,
+    pipe: Any,
+) -> Report:
+    """Put the report together. Pictures are shown of the first method of each concept: those below it are controls."""
+    first: set[str] = set()
+    entries = []
+    for e in figures.erasures:
+        entry = ErasureReport(e.method, e.concept, e.kind, e.figures, e.became)
+        entries.append(entry if e.concept in first else _illustrated(entry, e, results, run, protocol))
+        first.add(e.concept)
+    spec = run.judge
+    return Report(
+        base=figures.base,
+        judge={
+            "name": type(judge).__name__,
+            "styles": len(spec.styles),
+            "objects": len(spec.objects),
+            "figures": dict(judge.figures),
+            "thresholds": dict(spec.thresholds),
+            "artefact_threshold": spec.artefact_threshold,
+        },
+        erasures=entries,
+        findings=figures.findings,
+        settings=asdict(settings) | {"images in all": len(results), "images drawn": _drawn(results)},
+        versions=versions(pipe),
+    )
+
+
+def _drawn(results: Results) -> int:
+    return int(((results.method == "base") | results.compared).sum())
+
+
+def _illustrated(
+    entry: ErasureReport, e: ErasureFigures, results: Results, run: RunFolder, protocol: EvaluationProtocol
+) -> ErasureReport:
+    t = pair_with_base(results, e.method, e.concept)
+    visible = shows(t.base, e.kind, e.concept) & is_target(t.after, e.concept) & np.isin(t.after.group, MAIN)
+    shown = {key[2:] for key in t.after.where(visible).keys()}
+    cells = protocol.cells[e.concept]
+    others = [c for c in cells if c.group == GRID and not c.asks_for(e.concept)]
+
+    def pairs(some: Sequence[Any], count: int) -> list[Pair]:
+        return [
+            Pair(c.prompt, c.seed, run.image("base", "", c), run.image(e.method, e.concept, c))
+            for c in dict.fromkeys(spaced_sample(some, count))
+        ]
+
+    target = [c for c in cells if c.key in shown]
+    return replace(entry, pairs=pairs(target, TARGET_PAIRS), others=pairs(others, OTHER_PAIRS))
+
+
+def versions(pipe: Any) -> dict[str, str]:
+    """Return what made these figures: packages, Python, machine, threads, and the pipeline's parts."""
+    import torch
+
+    names = ("neuraleraser", "torch", "diffusers", "transformers", "numpy")
+    out = {}
+    for name in names:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    device = next(pipe.unet.parameters()).device if getattr(pipe, "unet", None) is not None else pipe.device
+    return out | {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "device": str(device),
+        "pipeline": f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}",
+    }
+
+
+def value_of(figure: Number) -> float | None:
+    """Return the number itself, without its interval."""
+    return figure.value if isinstance(figure, Estimate) else figure
+
+
+def size_text(size: float) -> str:
+    """Return bytes as a reader says them: "812 B", "48 kB", "1.2 MB"."""
+    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
+        if size >= scale * 0.9995:
+            return f"{size / scale:.1f} {unit}" if size < 10 * scale else f"{size / scale:.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _entry(entry: ErasureReport) -> dict[str, Any]:
+    where = f"{entry.method!r} on {entry.concept!r}"
+    if entry.kind not in ("style", "object"):
+        raise DataError(f"{where} has the kind {entry.kind!r}: expected 'style' or 'object'")
+    shares = [
+        {"label": label, **_figures({"share": share}, f"{where}, became {label!r}")} for label, share in entry.became
+    ]
+    count = entry.figures.get("ua")
+    return {
+        "method": entry.method,
+        "name": entry.concept,
+        "kind": entry.kind,
+        "n": count.n if isinstance(count, Estimate) else None,
+        **_figures(entry.figures, where),
+        "became": shares,
+    }
+
+
+def _figures(figures: Mapping[str, Number], where: str) -> dict[str, Any]:
+    """{name: value, ..., "ci": {name: [low, high]}, "ns": {name: images}}, every number finite."""
+    values = {name: _plain(value_of(figure), f"{where}.{name}") for name, figure in figures.items()}
+    estimates = {name: figure for name, figure in figures.items() if isinstance(figure, Estimate)}
+    ci = {name: _plain([m.low, m.high], f"{where}.ci.{name}") for name, m in estimates.items()}
+    return values | {"ci": ci, "ns": {name: m.n for name, m in estimates.items()}}
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Return `value` as JSON knows it. Raises DataError for NaN and infinity, and for what is no plain data."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise DataError(f"the report's {where} is {value}: expected a finite number, so look at what computed it")
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(items)]
+    raise DataError(f"the report's {where} is a {type(value).__name__}: expected numbers, text, lists or mappings")

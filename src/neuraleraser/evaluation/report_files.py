@@ -1,0 +1,23 @@
+"""The files of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neuraleraser.evaluation.figures import contact_sheet
+from neuraleraser.evaluation.html import save_html
+from neuraleraser.evaluation.report import Report
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write report.html, report.json and contact.png (a row a concept; left out if the base shows none of them);
+    returns their paths. Raises FileError.
+    """
+    paths = [folder / name for name in ("report.html", "report.json", "contact.png")]
+    save_html(report, paths[0])
+    report.save_json(paths[1])
+    rows = [(entry.concept, entry.pairs[:4]) for entry in report.erasures if entry.pairs]
+    if not rows:
+        return paths[:2]
+    contact_sheet(rows, paths[2])
+    return paths

@@ -1,0 +1,181 @@
+"""The folder of one evaluation: everything is on disk after each batch, so that a killed run goes on where it was.
+
+run.json                                              settings, model, judge, and each method's key
+images/base/{style}/{objects}/{seed}.png              base twins
+images/{method}/{concept}/{style}/{objects}/...       images drawn with a method applied
+results/method=.../concept=.../part-00000.parquet     one row an image, a part a batch
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.evaluation.figures import png
+from neuraleraser.evaluation.method import Method
+from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol
+from neuraleraser.evaluation.results import BASE, Results, Row, concat, load_part, part_folder
+from neuraleraser.io.atomic import write_bytes
+from neuraleraser.judges import JudgeSpec
+from neuraleraser.sampling import Images
+from neuraleraser.settings import EvaluateSettings
+from neuraleraser.sites import denoiser
+
+CellKey = tuple[str, int, str]
+Place = tuple[str, str]
+"""(method, concept); the concept of the base is ""."""
+
+
+class RunFolder:
+    """The folder of one evaluation, opened with `open_run`."""
+
+    def __init__(self, folder: Path, judge: JudgeSpec) -> None:
+        self.folder, self.judge = folder, judge
+        self._tables: dict[Place, list[Results]] = {}
+
+    # --- results
+
+    def results(self, method: str, concept: str = "") -> Results:
+        """Return all rows of a method and concept. Parts that are damaged are removed with a warning, and rows whose
+        picture is gone are dropped, so that both are drawn again."""
+        return concat([Results.of(self.judge), *self._loaded((method, concept))])
+
+    def append(self, rows: Sequence[Row] | Results) -> None:
+        """Add rows of one method and concept, on disk as one more part; the others are not touched."""
+        table = rows if isinstance(rows, Results) else Results.of(self.judge, rows)
+        if not len(table):
+            return
+        place = table.keys()[0][:2]
+        parts, last = self._loaded(place), self._parts(place)[-1:]
+        table.save_part(self.folder / "results", int(last[0].stem.removeprefix("part-")) + 1 if last else 0)
+        parts.append(table)
+
+    def done(self, method: str, concept: str = "") -> set[CellKey]:
+        """Return the cells of a method and concept that have a row."""
+        keys = (key for part in self._loaded((method, concept)) for key in part.keys())
+        return {(key.prompt, key.seed, key.group) for key in keys}
+
+    def forget(self, method: str, concept: str) -> None:
+        """Remove all rows and pictures of a method and concept."""
+        shutil.rmtree(part_folder(self.folder / "results", method, concept), ignore_errors=True)
+        shutil.rmtree(self._image_folder(method, concept), ignore_errors=True)
+        self._tables.pop((method, concept), None)
+
+    def _loaded(self, place: Place) -> list[Results]:
+        """Return the parts of a place, read once."""
+        if place not in self._tables:
+            parts = [self._read_part(path, place) for path in self._parts(place)]
+            self._tables[place] = [part for part in parts if part is not None and len(part)]
+        return self._tables[place]
+
+    def _parts(self, place: Place) -> list[Path]:
+        return sorted(part_folder(self.folder / "results", *place).glob("part-*.parquet"))
+
+    def _read_part(self, path: Path, place: Place) -> Results | None:
+        try:
+            part = load_part(path, self.judge, *place)
+        except FileError as error:
+            warnings.warn(f"{error}; its images are drawn again", stacklevel=2)
+            path.unlink()
+            return None
+        drawn = part.compared | (part.method == BASE)
+        there = np.array(
+            [
+                not drawn[i] or self._image_path(*place, part.cell_style[i], part.cell_objects[i], seed).exists()
+                for i, seed in enumerate(part.seed.tolist())
+            ],
+            dtype=bool,
+        )
+        if there.all():
+            return part
+        part = part.where(there)  # someone removed pictures
+        path.unlink()
+        if len(part):
+            part.save_part(self.folder / "results", int(path.stem.removeprefix("part-")))
+        return part
+
+    # --- pictures
+
+    def put_images(self, method: str, concept: str, cells: Sequence[Cell], images: Images) -> None:
+        """Keep the images of `cells` as PNG files."""
+        for cell, image in zip(cells, images, strict=True):
+            write_bytes(self._image_path(method, concept, cell.style, cell.objects, cell.seed), png(image))
+
+    def image(self, method: str, concept: str, cell: Cell) -> np.ndarray:
+        """Return uint8 [H, W, 3], of the base where the method's was not drawn. Raises FileError."""
+        from PIL import Image
+
+        path = self._image_path(method, concept, cell.style, cell.objects, cell.seed)
+        if not path.exists():
+            path = self._image_path(BASE, "", cell.style, cell.objects, cell.seed)
+        try:
+            with Image.open(path) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except OSError as error:
+            raise FileError(f"the picture {path} cannot be read ({error}): delete it and evaluate again") from error
+
+    def _image_folder(self, method: str, concept: str) -> Path:
+        folder = self.folder / "images" / quote(method, safe="")
+        return folder / quote(concept, safe="") if concept else folder
+
+    def _image_path(self, method: str, concept: str, style: str, objects: Sequence[str], seed: int) -> Path:
+        return self._image_folder(method, concept) / (style or "none") / ("+".join(objects) or "none") / f"{seed}.png"
+
+
+def open_run(
+    folder: Path,
+    pipe: Any,
+    methods: Sequence[Method],
+    protocol: EvaluationProtocol,
+    settings: EvaluateSettings,
+    judge: JudgeSpec,
+) -> RunFolder:
+    """Begin an evaluation in `folder`, or go on with it. Drawings of a method that has changed since are dropped.
+
+    Raises SettingsError if the folder holds a run of other settings, model or judge; FileError if it cannot be
+    written or its record is damaged.
+    """
+    path = folder / "run.json"
+    now = {
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "model": _fingerprint(pipe),
+        "judge": json.loads(json.dumps(asdict(judge))),
+    }
+    keys: dict[str, dict[str, str]] = {}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+            keys = {str(method): dict(concepts) for method, concepts in dict(before.pop("methods")).items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise FileError(f"{path} is damaged ({error}): delete the folder and evaluate again") from error
+        differ = [name for name in now if before.get(name) != now[name]]
+        if differ:
+            raise SettingsError(
+                f"{folder} holds an evaluation with other {' and '.join(differ)}: pass another folder, or delete it"
+            )
+    run = RunFolder(folder, judge)
+    for m in methods:
+        if keys.get(m.name, {}).get(m.concept, m.key) != m.key:
+            run.forget(m.name, m.concept)
+        keys.setdefault(m.name, {})[m.concept] = m.key
+    write_bytes(path, (json.dumps({**now, "methods": keys}, indent=1) + "\n").encode())
+    return run
+
+
+def _fingerprint(pipe: Any) -> str:
+    """Return a digest of the denoiser's weights and the sampler's settings."""
+    schedule = sorted((k, str(v)) for k, v in pipe.scheduler.config.items() if not k.startswith("_"))
+    code = zlib.crc32(repr(schedule).encode())
+    for name, value in sorted(denoiser(pipe).state_dict().items()):
+        code = zlib.crc32(value.detach().float().cpu().numpy().tobytes(), zlib.crc32(name.encode(), code))
+    return f"{type(pipe).__name__} {code:08x}"

@@ -1,0 +1,54 @@
+"""The split of what methods are made with from what they are tested on (DESIGN.md, law 12)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from neuraleraser.canvas import words
+from neuraleraser.errors import SplitError
+from neuraleraser.evaluation.method import Method
+from neuraleraser.evaluation.protocol import HELD_OUT, HELD_OUT_GRID, Cell
+from neuraleraser.settings import SELECTION_SEEDS
+
+_HELD_OUT_NUMBERS = range(4)[words.HELD_OUT]
+
+
+def check_split(method: Method, cells: Iterable[Cell]) -> list[str]:
+    """Raise SplitError if what the method was made with overlaps the cells; return what a reader should know.
+
+    No seed and no prompt may be shared, and where held-out phrasings are tested, none may have been used; this covers
+    the data of a dictionary as well. Said, and no error: labels of a dictionary that name the concept, data that is not
+    known, a concept on which defaults were set.
+    """
+    name, notes = method.concept, []
+    if name in (*words.DEV_STYLES, *words.DEV_OBJECTS):
+        notes.append(f"{name} is a development concept: defaults were chosen on it, so its figures are no test")
+    made = method.made_with
+    if made is None:
+        return notes
+    who = f"{method.name!r} of {name!r}"
+    known = name in words.OBJECTS or name in words.STYLES
+    reserved = words.phrases_of(name)[words.HELD_OUT] if known else ()
+    prompts = set(made.prompts)
+    leaked = [f"the phrasing {number}" for number in sorted(set(made.phrasings) & set(_HELD_OUT_NUMBERS))]
+    leaked += [repr(prompt) for prompt in sorted(prompts) if any(phrase in prompt for phrase in reserved)]
+    for cell in cells:
+        for first, last in made.seeds:
+            if first <= cell.seed <= last:
+                raise SplitError(
+                    f"{who} was made with the seeds {first} to {last}, and {cell.prompt!r} would be tested with seed "
+                    f"{cell.seed}: make it with seeds of {SELECTION_SEEDS.start} to {SELECTION_SEEDS.stop - 1}"
+                )
+        if cell.prompt in prompts or hashlib.sha256(cell.prompt.encode()).hexdigest()[:8] in made.prompt_digests:
+            raise SplitError(f"{who} was made with {cell.prompt!r}, which would test it: make it with other prompts")
+        if leaked and cell.group in (HELD_OUT, HELD_OUT_GRID):
+            raise SplitError(
+                f"{who} was made with {leaked[0]}, which is held out for testing: "
+                "make it with the first two phrasings of each concept only"
+            )
+    if name in made.labels:
+        notes.append(f"the dictionary that {who} was made with was labelled with this concept")
+    if made.unknown:
+        notes.append(f"{who}: {made.unknown}")
+    return notes

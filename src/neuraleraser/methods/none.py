@@ -1,0 +1,34 @@
+"""Control: nothing is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """The trace of a method that acts nowhere."""
+
+    fired: Mapping[int, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NoMethod:
+    """Leaves the pipeline as it is: the score of doing nothing."""
+
+    concept: str
+    kind: str
+    name: str = "none"
+    key: str = "none"
+    made_with: None = None
+
+    def applied(self, pipe: Any) -> AbstractContextManager[Untouched]:
+        """Do nothing."""
+        return nullcontext(Untouched())
+
+    def watched(self, pipe: Any) -> AbstractContextManager[Untouched]:
+        """Note nothing: it acts nowhere."""
+        return nullcontext(Untouched())

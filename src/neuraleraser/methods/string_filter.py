@@ -1,0 +1,150 @@
+"""Control: a filter that takes the concept's phrases out of the prompt, before the untouched model sees it.
+
+It knows the phrases it is given and nothing else, so it must fail where a concept enters by other words, embeddings or
+pictures. Where it scores as well as a method that reads activations, a table says nothing for that method.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from neuraleraser.canvas import words
+from neuraleraser.errors import ConceptError, SettingsError
+
+_PROMPTS = ("prompt", "prompt_2", "prompt_3")
+"""Arguments of `encode_prompt` that hold what is asked for, in all of diffusers' pipelines."""
+
+
+@dataclass(frozen=True)
+class PromptTrace:
+    """Images, counted from 0 in the order of their prompts, whose prompt the filter changes."""
+
+    fired: dict[int, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StringFilter:
+    """Replaces phrases of a concept in prompts.
+
+    `phrases`: each phrase with what takes its place where it stands alone: "an empty scene" for an object; "" for a
+    style, which is dropped together with its comma. Beside another object ("X and ", " and X") an object is dropped.
+    `others`: phrases of other concepts that are never touched, even if one of the concept's lies within: of several
+    phrases that start at one place the longest counts, in whole words and whatever case.
+    """
+
+    concept: str
+    kind: str
+    phrases: Mapping[str, str]
+    others: Sequence[str] = ()
+    name: str = "string-filter"
+    made_with: None = None
+
+    def __post_init__(self) -> None:
+        if not self.phrases or not all(phrase.strip() for phrase in self.phrases):
+            raise SettingsError(
+                f"the phrases are {list(self.phrases)}: pass one or more of {self.concept!r}, none empty"
+            )
+
+    @property
+    def key(self) -> str:
+        """Digest of the phrases."""
+        text = repr((sorted(self.phrases.items()), sorted(self.others)))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __call__(self, prompt: str) -> str:
+        """Return the prompt without the concept."""
+        own = [match for match in self._pattern.finditer(prompt) if match[0].lower() in self._own]
+        for match in reversed(own):
+            before, after = prompt[: match.start()], prompt[match.end() :]
+            prompt = _joined(before, self._own[match[0].lower()], after)
+        return prompt
+
+    @cached_property
+    def _own(self) -> dict[str, str]:
+        return {phrase.lower(): instead for phrase, instead in self.phrases.items()}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        every = sorted({*self._own, *(phrase.lower() for phrase in self.others)}, key=len, reverse=True)
+        return re.compile(rf"\b(?:{'|'.join(map(re.escape, every))})\b", re.IGNORECASE)
+
+    def applied(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
+        """Filter what `pipe.encode_prompt` is given. Raises SettingsError for a pipeline without that method."""
+        return _filtered(pipe, self, change=True)
+
+    def watched(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
+        """Note which prompts would be changed. Raises as `applied` does."""
+        return _filtered(pipe, self, change=False)
+
+
+def _joined(before: str, instead: str, after: str) -> str:
+    """Return a prompt around which a phrase was taken out."""
+    if not instead:  # a style: dropped with its comma
+        left, right = before.rstrip(" ,"), after.lstrip(" ,")
+        both = before.rstrip().endswith(",") and after.lstrip().startswith(",")
+        return f"{left}{', ' if both else ' '}{right}" if left and right else left or right
+    if re.search(r"\sand\s+$", before):  # an object beside another
+        return re.sub(r"\s+and\s+$", "", before) + after
+    if re.match(r"\s+and\s", after):
+        return before + re.sub(r"^\s+and\s+", "", after)
+    return before + instead + after
+
+
+@contextmanager
+def _filtered(pipe: Any, filter: StringFilter, *, change: bool) -> Iterator[PromptTrace]:
+    """Shadow `encode_prompt` on this one pipeline object. Prompts given as embeddings never pass through it."""
+    if not hasattr(pipe, "encode_prompt"):
+        raise SettingsError(f"{type(pipe).__name__} has no encode_prompt, where a filter of prompts would stand")
+    encode, before = pipe.encode_prompt, vars(pipe).get("encode_prompt")
+    signature, trace, count = inspect.signature(encode), PromptTrace(), 0
+
+    @functools.wraps(encode)  # which keeps the signature, so that filters can stand in a row
+    def filtered(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        call = signature.bind(*args, **kwargs)
+        given = {name: call.arguments[name] for name in _PROMPTS if call.arguments.get(name) is not None}
+        first = [given["prompt"]] if isinstance(given.get("prompt"), str) else given.get("prompt", [])
+        trace.fired.update({count + i: [filter.concept] for i, text in enumerate(first) if filter(text) != text})
+        count += len(first)
+        if change:
+            cleaned = {
+                name: filter(value) if isinstance(value, str) else [filter(text) for text in value]
+                for name, value in given.items()
+            }
+            call.arguments.update(cleaned)
+        return encode(*call.args, **call.kwargs)
+
+    vars(pipe)["encode_prompt"] = filtered
+    try:
+        yield trace
+    finally:
+        if before is None:
+            del vars(pipe)["encode_prompt"]
+        else:
+            vars(pipe)["encode_prompt"] = before
+
+
+def canvas_filters(name: str) -> list[StringFilter]:
+    """Return two filters of a concept of the canvas: "string-filter-all" knows every phrasing there is, of all
+    concepts, "string-filter-seen" those that erasers are made with.
+
+    An object's phrase is replaced as in the pairs that erasers are made with. Raises ConceptError for an unknown name.
+    """
+    if name not in (*words.OBJECTS, *words.STYLES):
+        raise ConceptError(f"the canvas has no concept {name!r}: pass one of its styles or objects")
+    kind = "object" if name in words.OBJECTS else "style"
+    filters, every = [], (*words.OBJECTS, *words.STYLES)
+    for label, numbers in (("string-filter-all", range(4)), ("string-filter-seen", range(4)[words.SEEN])):
+        known = {concept: [words.phrases_of(concept)[i] for i in numbers] for concept in every}
+        instead = [words.EMPTY_PHRASES[i] if kind == "object" else "" for i in numbers]
+        others = [phrase for concept, phrases in known.items() if concept != name for phrase in phrases]
+        filters.append(StringFilter(name, kind, dict(zip(known[name], instead, strict=True)), others, label))
+    return filters

@@ -1,0 +1,434 @@
+"""Measuring from end to end on a tiny pipeline, with a judge that reads stamped pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stamps import OBJECTS, STYLES, StampJudge, reader, stamp, stamping
+
+from erasers import half_open, open_eraser
+from neuraleraser.assessment import controls, evaluate_erasers
+from neuraleraser.canvas import words
+from neuraleraser.eraser import Eraser, attach, model_card
+from neuraleraser.errors import ConceptError, SettingsError, SplitError
+from neuraleraser.evaluation import draw as drawing
+from neuraleraser.evaluation import timing
+from neuraleraser.evaluation.evaluate import default_judge, evaluate
+from neuraleraser.evaluation.method import Method
+from neuraleraser.evaluation.metrics import pair_with_base
+from neuraleraser.evaluation.protocol import (
+    FRAGMENTS,
+    IMAGE_TO_IMAGE,
+    MAIN,
+    Cell,
+    EvaluationProtocol,
+    canvas_protocol,
+    renders,
+)
+from neuraleraser.evaluation.report_files import write_report
+from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, concat
+from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.judges import CanvasJudge, JudgeSpec
+from neuraleraser.methods import EraserMethod, NoMethod, StringFilter
+from neuraleraser.models import image_to_image, open_pipeline
+from neuraleraser.sampling import generate
+from neuraleraser.settings import EvaluateSettings, Sampling
+from tiny import stable_diffusion
+
+S = EvaluateSettings(
+    grid_rounds=1,
+    target_rounds=1,
+    two_object_rounds=1,
+    held_out_rounds=1,
+    image_to_image_rounds=0,
+    fragment_prompts=4,
+    held_out_grid_rounds=1,
+    unhooked_checks=5,
+    idle_checks=2,
+    timings=1,
+    timed_images=2,
+    sampling=Sampling(steps=2, batch=8),
+    styles=STYLES,
+    objects=OBJECTS,
+)
+
+
+@pytest.fixture(autouse=True)
+def stamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "generate", stamping)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return reader()
+
+
+@pytest.fixture(scope="module")
+def erasers(pipe: Any) -> list[Eraser]:
+    cells = canvas_protocol(["Van_Gogh"], S).cells["Van_Gogh"]
+    made = [open_eraser("Van_Gogh"), open_eraser("Cats", "object", seed=1)]
+    return [half_open(e, pipe, [c.prompt for c in cells], [c.seed for c in cells], S.sampling) for e in made]
+
+
+@pytest.fixture(scope="module")
+def methods(erasers: list[Eraser]) -> list[Method]:
+    return [method for e in map(EraserMethod, erasers) for method in (e, *controls(e))]
+
+
+def everything(folder: Path) -> Results:
+    """All rows on disk."""
+    spec = JudgeSpec.of(StampJudge())
+    run = RunFolder(folder, spec)
+    methods = json.loads((folder / "run.json").read_text())["methods"]
+    places = [(BASE, ""), (UNHOOKED, ""), *((name, concept) for name, some in methods.items() for concept in some)]
+    return concat([run.results(*place) for place in places])
+
+
+def of(results: Results, method: str, concept: str = "") -> Results:
+    return results.where((results.method == method) & (results.concept == concept))
+
+
+def same(a: Results, b: Results) -> bool:
+    """Equal but for the order of rows and the time they took."""
+    a, b = (r.where(np.array(sorted(range(len(r)), key=r.keys().__getitem__))) for r in (a, b))
+    return a.table.drop_columns(["seconds"]).equals(b.table.drop_columns(["seconds"]))
+
+
+def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Path):
+    report = evaluate_erasers(pipe, erasers, S, tmp_path, judge=StampJudge())
+    data = report.to_dict()
+    filters = ["string-filter-all", "string-filter-seen"]
+    assert [(c["name"], c["method"]) for c in data["concepts"]] == [
+        (name, method) for name in ("Van_Gogh", "Cats") for method in ("neuraleraser", *filters, "none")
+    ]
+    assert data["base"]["style_accuracy"] == data["base"]["object_accuracy"] == 1
+    assert data["base"]["object_accuracy_Cats"] == 1 and data["base"]["style_accuracy_held_out"] == 1
+    assert data["base"]["unhooked_identical"] == 1 and data["base"]["ns"]["unhooked_identical"] == 5
+    assert [f for f in data["findings"] if f["level"] == "error"] == []
+    style, full, seen, none = data["concepts"][:4]
+    assert style["make_seconds"] == 12.5 and 0 < style["bytes"] < 200_000 and style["overhead_idle"] > 0
+    assert style["bystander"] is None and data["concepts"][4]["bystander"] is not None
+    # The judge takes every changed image for an artefact, and the threshold is its own.
+    assert 0 < style["artefact_rate_target"] == style["ua"] < 1 and style["artefact_rate_target_base"] == 0
+    assert none["ua"] == 0 == none["artefact_rate_target"] and none["unchanged_share"] == 1
+    assert full["ua"] == seen["ua"] == 1 and full["ua_held_out"] == 1 and seen["ua_held_out"] == 0
+    assert full["unchanged_compared"] == 1 and full["ns"]["idle_identical"] >= 2
+    kept = Eraser.load(tmp_path / "erasers" / "Van_Gogh.safetensors")
+    assert kept.header["measured"]["ua"]["value"] == pytest.approx(style["ua"], abs=1e-4)
+    assert "| ua |" in model_card(kept.header)
+    assert report.erasures[0].features and report.erasures[0].features[0].heatmaps and report.erasures[0].pairs
+    assert not report.erasures[1].pairs
+    results = everything(tmp_path)
+    cells = canvas_protocol(["Van_Gogh", "Cats"], S).cells
+    for e in erasers:
+        rows = of(results, "neuraleraser", e.name)
+        assert len(rows) == len(cells[e.name])
+        acted = rows.says("fired", rows.identities())
+        assert 0 < acted.sum() < len(rows)  # else this test would show nothing
+        assert not (~rows.identical & ~acted).any() and rows.compared[acted].all()
+        drawn = len(list((tmp_path / "images" / "neuraleraser" / e.name).rglob("*.png")))
+        assert drawn == rows.compared.sum() >= min(acted.sum() + S.idle_checks, len(rows))
+    # What the report says was erased is what was changed: the judge sees the style no more in edited images.
+    main = of(results, "neuraleraser", "Van_Gogh")
+    main = main.where((main.cell_style == "Van_Gogh") & np.isin(main.group, MAIN))
+    assert style["ua"] == pytest.approx((~main.identical).mean())
+    assert style["n"] == len(main)
+    for path in write_report(report, tmp_path):
+        assert path.stat().st_size > 0
+
+
+def test_images_that_were_not_drawn_again_would_have_had_the_same_bits(
+    pipe: Any, erasers: list[Eraser], tmp_path: Path
+):
+    """The shortcut is exact: drawing every image with the eraser attached gives what the folder says."""
+    judge = StampJudge()
+    evaluate(pipe, [EraserMethod(e) for e in erasers], S, tmp_path, judge=judge)
+    run, protocol = RunFolder(tmp_path, JudgeSpec.of(judge)), canvas_protocol([e.name for e in erasers], S)
+    for e in erasers:
+        cells = protocol.cells[e.name]
+        with attach(pipe, e):
+            images = generate(pipe, [c.prompt for c in cells], [c.seed for c in cells], S.sampling)
+        for cell, image in zip(cells, images, strict=True):
+            assert np.array_equal(stamp(cell.prompt, cell.seed, image), run.image("neuraleraser", e.name, cell))
+
+
+def test_every_thing_a_judge_says_is_read_by_its_own_thresholds(pipe: Any, erasers: list[Eraser], tmp_path: Path):
+    """Nothing the judge says reaches 0.5. At its threshold of 0.3 classes show; at one of 0.45 none does."""
+    judge, strict = StampJudge(), StampJudge()
+    strict.thresholds = dict.fromkeys(judge.thresholds, 0.45)
+    report = evaluate(pipe, [EraserMethod(erasers[0])], S, tmp_path / "a", judge=judge)
+    assert report.erasures[0].figures["ua"] is not None and report.base["style_accuracy"].value == 1  # type: ignore[union-attr]
+    blind = evaluate(pipe, [EraserMethod(erasers[0])], S, tmp_path / "b", judge=strict)
+    assert blind.erasures[0].figures["ua"] is None and blind.base["style_accuracy"].value == 0  # type: ignore[union-attr]
+
+
+def test_a_judge_without_artefacts_gives_a_report_without_them(pipe: Any, erasers: list[Eraser], tmp_path: Path):
+    class Blind(StampJudge):
+        artefact_threshold = None
+
+        def __call__(self, images: Any, /) -> Any:
+            return replace(super().__call__(images), artefact=None)
+
+    report = evaluate(pipe, [EraserMethod(erasers[0])], S, tmp_path, judge=Blind())
+    figures = report.erasures[0].figures
+    assert figures["artefact_rate"] is None and figures["artefact_rate_target"] is None and figures["ua"] is not None
+    page = write_report(report, tmp_path)[0].read_text()
+    assert "artefact_rate" not in page and "ua_held_out" in page
+
+
+def test_the_default_judge_is_the_second_of_the_canvas(pipe: Any):
+    judge = default_judge(open_pipeline("canvas"))
+    second = CanvasJudge.load("second")
+    assert judge.artefact_threshold == second.artefact_threshold is not None and judge.figures == second.figures
+    with pytest.raises(SettingsError, match="not a canvas"):
+        default_judge(pipe)
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A method of a kind of its own: weights that are changed while it is applied. It cannot watch."""
+
+    concept: str = "Van_Gogh"
+    kind: str = "style"
+    name: str = "painter"
+    key: str = "1"
+    made_with: None = None
+    only_if: str = ""
+    """Watch, and claim to act where the prompt has this text: a lie, as it acts everywhere."""
+
+    @contextmanager
+    def applied(self, pipe: Any) -> Iterator[None]:
+        weight = pipe.unet.conv_out.weight
+        before = weight.data.clone()
+        weight.data.mul_(1.5)
+        try:
+            yield None
+        finally:
+            weight.data.copy_(before)
+
+    def watched(self, pipe: Any) -> Any:
+        if not self.only_if:
+            return nullcontext()
+        return StringFilter(self.concept, self.kind, {self.only_if: ""}).watched(pipe)
+
+
+def test_a_method_that_cannot_tell_where_it_acts_is_drawn_in_full(pipe: Any, tmp_path: Path):
+    report = evaluate(pipe, [Painter()], S, tmp_path, judge=StampJudge())
+    rows = of(everything(tmp_path), "painter", "Van_Gogh")
+    assert rows.compared.all() and not rows.identical.any()
+    assert len(rows) == len(canvas_protocol(["Van_Gogh"], S).cells["Van_Gogh"])
+    figures = report.erasures[0].figures
+    assert figures["unchanged_share"].value == 0 and figures["idle_identical"] is None  # type: ignore[union-attr]
+    assert report.findings == []
+
+
+def test_a_method_that_acts_where_it_says_that_it_does_not_is_found_out(pipe: Any, tmp_path: Path):
+    report = evaluate(pipe, [Painter(only_if="Van Gogh")], S, tmp_path, judge=StampJudge())
+    (finding,) = report.findings
+    assert finding.level == "error" and "in which it said that it does not act" in finding.text
+    figures = report.erasures[0].figures
+    assert figures["idle_identical"].value == 0 and figures["idle_identical"].n >= S.idle_checks  # type: ignore[union-attr]
+    assert figures["unchanged_compared"].value == 0 < figures["unchanged_share"].value  # type: ignore[union-attr]
+    assert 'class="error"' in write_report(report, tmp_path)[0].read_text()
+
+
+def test_a_watcher_that_changes_the_base_is_found_out(pipe: Any, tmp_path: Path):
+    class Meddler(Painter):
+        @contextmanager
+        def watched(self, pipe: Any) -> Any:
+            with self.applied(pipe), NoMethod("Van_Gogh", "style").watched(pipe) as trace:
+                yield trace
+
+    report = evaluate(pipe, [Meddler()], S, tmp_path, judge=StampJudge())
+    assert "5 of 5 base images differ from those drawn with nothing attached" in report.findings[-1].text
+    assert report.base["unhooked_identical"].value == 0  # type: ignore[union-attr]
+
+
+def test_image_to_image_starts_from_the_render(pipe: Any, tmp_path: Path):
+    s = replace(S, image_to_image_rounds=1, fragment_prompts=0, held_out_grid_rounds=0)
+    report = evaluate(pipe, [Painter()], s, tmp_path, judge=StampJudge())
+    assert report.erasures[0].figures["ua_image_to_image"].value == 1  # type: ignore[union-attr]
+    cells = [c for c in canvas_protocol(["Van_Gogh"], s).cells["Van_Gogh"] if c.group == IMAGE_TO_IMAGE]
+    assert len(cells) == 3 and {c.route for c in cells} == {"start image"}
+    prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
+    start = renders(cells, 16)
+    assert len(np.unique(start.reshape(3, -1), axis=0)) == 3 and start.std() > 10
+    images = generate(image_to_image(pipe), prompts, seeds, s.sampling, init=start)
+    run = RunFolder(tmp_path, JudgeSpec.of(StampJudge()))
+    for cell, image in zip(cells, images, strict=True):
+        assert np.array_equal(run.image(BASE, "", cell), stamp(cell.prompt, cell.seed, image))
+
+
+def test_cells_of_one_s_own(pipe: Any, tmp_path: Path):
+    """Any prompts, any judge of one domain: nothing of the canvas is asked for."""
+
+    class Styles(StampJudge):
+        objects = ()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.thresholds = dict.fromkeys(STYLES, 0.3)
+
+        def __call__(self, images: Any, /) -> Any:
+            return replace(super().__call__(images), p_object=np.zeros((len(images), 0), np.float32))
+
+    own = [Cell(f"ship {i} in Van Gogh style", i, "Van_Gogh", ("Ships",), "grid") for i in range(5)]
+    others = [Cell(f"ship {i} in mosaic style", 10 + i, "Mosaic", ("Ships",), "grid") for i in range(5)]
+    protocol = EvaluationProtocol({"Van_Gogh": [*own, *others]})
+    filter = StringFilter("Van_Gogh", "style", {"in Van Gogh style": ""})
+    report = evaluate(pipe, [filter], S, tmp_path, judge=Styles(), protocol=protocol)
+    figures = report.erasures[0].figures
+    assert figures["ua"].value == figures["ira"].value == 1 and figures["ua"].n == 5  # type: ignore[union-attr]
+    assert figures["cra"] is None and figures["kept_still"] is None
+    write_report(report, tmp_path)
+
+
+@pytest.mark.parametrize("stop_at", [2, 8])
+def test_a_run_that_was_stopped_goes_on(pipe: Any, methods: list[Method], tmp_path: Path, stop_at: int):
+    whole, judge = StampJudge(), StampJudge(stop_at)
+    methods = methods[:2]
+    evaluate(pipe, methods, S, tmp_path / "whole", judge=whole)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pipe, methods, S, tmp_path / "stopped", judge=judge)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped").rglob("*.png")}
+    parts = {p: p.read_bytes() for p in (tmp_path / "stopped").rglob("*.parquet")}
+    assert len(parts) >= stop_at - 1 and not list((tmp_path / "stopped").rglob("*.part"))
+    evaluate(pipe, methods, S, tmp_path / "stopped", judge=judge)
+    assert same(everything(tmp_path / "whole"), everything(tmp_path / "stopped"))
+    assert judge.calls <= whole.calls + 2  # only the interrupted batch was drawn twice, and one batch is split
+    assert all(path.read_bytes() == data for path, data in parts.items()), "parts are appended, never written again"
+    kept = sum(p.stat().st_mtime_ns == t for p, t in first.items())
+    assert kept >= len(first) - S.sampling.batch
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:300] + bytes(99) + data[399:]]
+)
+@pytest.mark.parametrize("method", [BASE, "neuraleraser"])
+def test_a_damaged_part_only_costs_its_drawing(
+    pipe: Any, methods: list[Method], tmp_path: Path, damage: Callable[[bytes], bytes], method: str
+):
+    judge = StampJudge()
+    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    before = everything(tmp_path)
+    path = sorted(tmp_path.glob(f"results/method={method}/*/part-*.parquet"))[0]
+    path.write_bytes(damage(path.read_bytes()))
+    calls = judge.calls
+    with pytest.warns(UserWarning, match="its images are drawn again"):
+        evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    assert same(before, everything(tmp_path)) and judge.calls == calls + 1
+
+
+def test_a_picture_that_is_gone_is_drawn_again(pipe: Any, methods: list[Method], tmp_path: Path):
+    judge = StampJudge()
+    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    before = everything(tmp_path)
+    pictures = [sorted((tmp_path / "images" / name).rglob("*.png"))[0] for name in (BASE, "neuraleraser")]
+    for path in pictures:
+        path.unlink()
+    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    assert same(before, everything(tmp_path)) and all(path.exists() for path in pictures)
+
+
+def test_an_eraser_that_changed_is_measured_anew(pipe: Any, erasers: list[Eraser], tmp_path: Path):
+    judge = StampJudge()
+    before = evaluate(pipe, [EraserMethod(erasers[0])], S, tmp_path, judge=judge)
+    shut = replace(erasers[0].gate, low=torch.full((2,), 1e9), high=torch.full((2,), 2e9))
+    report = evaluate(pipe, [EraserMethod(replace(erasers[0], gate=shut))], S, tmp_path, judge=judge)
+    assert before.erasures[0].figures["ua"].value > 0 == report.erasures[0].figures["ua"].value  # type: ignore[union-attr]
+    assert of(everything(tmp_path), "neuraleraser", "Van_Gogh").identical.all()
+    weak = evaluate(pipe, [EraserMethod(erasers[0], 0.5)], S, tmp_path, judge=judge)
+    assert weak.erasures[0].method == "neuraleraser x0.5"
+
+
+def test_a_folder_of_another_run_is_refused(pipe: Any, methods: list[Method], tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pipe, methods[:1], S, tmp_path, judge=StampJudge(1))
+    with pytest.raises(SettingsError, match="other settings"):
+        evaluate(pipe, methods[:1], replace(S, target_rounds=2), tmp_path, judge=StampJudge())
+    with pytest.raises(SettingsError, match="other model"):
+        evaluate(stable_diffusion(seed=1), methods[:1], S, tmp_path, judge=StampJudge())
+    strict = StampJudge()
+    strict.thresholds["Cats"] = 0.9
+    with pytest.raises(SettingsError, match="other judge"):
+        evaluate(pipe, methods[:1], S, tmp_path, judge=strict)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"concept": "Unicorns"}, ConceptError, "cannot be measured"),
+        ({"kind": "object"}, ConceptError, "cannot be measured"),
+        ({"seeds": [9_000, 11_000]}, SplitError, "seeds 9000 to 11000"),
+        ({"reference": {"seeds": [[0, 1], [9_000, 11_000]]}}, SplitError, "seeds 9000 to 11000"),
+        ({"concept": "Bricks"}, SplitError, "Bricks: sealed"),
+    ],
+)
+def test_what_cannot_be_measured_fairly_is_refused_before_anything_is_drawn(
+    pipe: Any, tmp_path: Path, change: dict, error: type[Exception], message: str
+):
+    e = open_eraser()
+    judge = StampJudge()
+    with pytest.raises(error, match=message):
+        evaluate_erasers(pipe, [replace(e, header={**e.header, **change})], S, tmp_path, judge=judge)
+    assert judge.calls == 0 and not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments(pipe: Any, tmp_path: Path):
+    twins = [EraserMethod(open_eraser()), EraserMethod(open_eraser(seed=2))]
+    with pytest.raises(SettingsError, match="two of the methods are 'neuraleraser' of 'Van_Gogh'"):
+        evaluate(pipe, twins, S, tmp_path, judge=StampJudge())
+    with pytest.raises(SettingsError, match="no methods"):
+        evaluate(pipe, [], S, tmp_path, judge=StampJudge())
+    with pytest.raises(SplitError, match="Crayon: sealed"):
+        evaluate(pipe, twins[:1], replace(S, styles=("Crayon",)), tmp_path, judge=StampJudge())
+    with pytest.raises(SettingsError, match="grid_rounds is 0"):
+        replace(S, grid_rounds=0)
+    with pytest.raises(SettingsError, match="leave it on"):
+        replace(S, sampling=Sampling(pad=False))
+
+
+def test_overhead_alternates_and_takes_the_median(pipe: Any, erasers: list[Eraser], monkeypatch: pytest.MonkeyPatch):
+    """Timed with a clock that gives plain sampling 1 s, the acting eraser 3 s, the idle one 2 s."""
+    now, order = [0.0], []
+
+    def fake(pipe_: Any, prompts: list[str], seeds: Any, s: Any) -> None:
+        own = "Gogh" in prompts[0]
+        hooked = any(m._forward_hooks for m in pipe.unet.modules())
+        order.append((own, hooked))
+        now[0] += 1 if not hooked else 3 if own else 2
+
+    ticks: Iterator[float] = iter(lambda: now[0], None)  # type: ignore[arg-type]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(timing, "generate", fake)
+    cells = canvas_protocol(["Van_Gogh"], S).cells["Van_Gogh"]
+    costs = timing.overhead(pipe, EraserMethod(erasers[0]), cells, replace(S, timings=2))
+    assert costs == {"overhead": 3.0, "overhead_idle": 2.0}
+    assert order[1:] == [(True, False), (True, True), (False, True), (False, True), (True, True), (True, False)]
+
+
+def test_fragments_are_where_a_filter_fails(pipe: Any, methods: list[Method], tmp_path: Path):
+    """A judge to whom everything looks like Van Gogh: the filters change no fragment, the eraser some."""
+
+    class Fan(StampJudge):
+        def __call__(self, images: Any, /) -> Any:
+            seen = super().__call__(images)
+            same = seen.artefact[:, None] < 10
+            return replace(seen, p_style=np.where(same, [[0.2, 0.9, 0.2]], 0.2).astype(np.float32))
+
+    s = replace(S, fragment_prompts=12)
+    report = evaluate(pipe, methods[:4], s, tmp_path, judge=Fan())
+    ours, *others = (entry.figures["ua_fragments"] for entry in report.erasures)
+    assert ours.value > 0 and all(figure.value == 0 and figure.n == 12 for figure in others)  # type: ignore[union-attr]
+    assert report.erasures[0].figures["shown_fragments"].value == 1  # type: ignore[union-attr]
+    t = pair_with_base(everything(tmp_path), "neuraleraser", "Van_Gogh")
+    assert set(t.after.table["route"].to_pylist()) == {"named", "paraphrased", FRAGMENTS}
+    assert not any(words.names_a_concept(p.split(", ")[1]) for p in t.after.prompt[t.after.group == FRAGMENTS])

@@ -1,0 +1,218 @@
+"""What is drawn, and that nothing is tested with what it was made with, or sealed (law 12)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from erasers import open_eraser
+from neuraleraser.canvas import words
+from neuraleraser.concepts import canvas_concept
+from neuraleraser.errors import ConceptError, SplitError
+from neuraleraser.evaluation.protocol import (
+    FRAGMENTS,
+    GRID,
+    HELD_OUT,
+    HELD_OUT_GRID,
+    IMAGE_TO_IMAGE,
+    TARGET,
+    TWO_OBJECTS,
+    base_cells,
+    canvas_protocol,
+    fragment_cells,
+    target_cells,
+)
+from neuraleraser.evaluation.split import check_split
+from neuraleraser.methods import EraserMethod, canvas_filters
+from neuraleraser.settings import SEALED_SEEDS, SELECTION_SEEDS, TEST_SEEDS, DemoSettings, EvaluateSettings
+
+FULL = EvaluateSettings(fragment_prompts=1000)
+CONCEPTS = tuple(n for n in (*words.OPEN_STYLES, *words.OPEN_OBJECTS) if n != words.PLAIN)
+
+
+def everything() -> list:
+    return canvas_protocol(CONCEPTS, FULL).all_cells()
+
+
+def test_the_grid_is_every_open_style_with_every_open_object():
+    cells = base_cells(2)
+    assert len(cells) == 2 * 19 * 14
+    assert {c.group for c in cells} == {GRID}
+    assert set(Counter((c.style, c.objects) for c in cells).values()) == {2}
+
+
+def test_no_two_cells_share_a_seed_but_those_of_one_picture():
+    """Different cells of one group never share noise; across groups they do not either."""
+    by_seed: dict[int, set] = {}
+    for c in everything():
+        by_seed.setdefault(c.seed, set()).add((c.style, frozenset(c.objects), c.group, c.prompt))
+    assert all(len(cells) == 1 for cells in by_seed.values())
+
+
+def test_a_picture_s_place_on_disk_is_its_own():
+    places = Counter((c.style, "+".join(c.objects), c.seed) for c in everything())
+    assert max(places.values()) == 1
+
+
+def test_more_rounds_add_cells_and_change_none():
+    assert base_cells(1) == base_cells(3)[: len(base_cells(1))]
+
+
+def test_selection_test_and_sealed_seeds_are_disjoint():
+    assert not set(SELECTION_SEEDS) & set(TEST_SEEDS) and not set(SEALED_SEEDS) & {*SELECTION_SEEDS, *TEST_SEEDS}
+    assert all(c.seed in TEST_SEEDS for c in everything())
+    assert all(c.seed in SELECTION_SEEDS for c in base_cells(1, seeds=SELECTION_SEEDS))
+    assert all(c.seed in SEALED_SEEDS for c in canvas_protocol(["Bears"], FULL, sealed=True).all_cells())
+
+
+def test_sealed_concepts_are_in_no_cell_of_others():
+    closed = {*words.SEALED_STYLES, *words.SEALED_OBJECTS}
+    phrases = [p for name in closed for p in words.phrases_of(name)]
+    for c in everything():
+        assert not closed & {c.style, *c.objects}
+        assert not any(f" {p} " in f" {c.prompt} " for p in phrases), c.prompt
+
+
+@pytest.mark.parametrize("name", ["Bricks", "Bears"])
+def test_a_sealed_concept_has_no_cells_but_on_purpose(name: str):
+    with pytest.raises(SplitError, match=f"{name}: sealed"):
+        target_cells(name, FULL)
+    with pytest.raises(SplitError, match=f"{name}: sealed"):
+        canvas_protocol([name], FULL)
+    kind = "styles" if name in words.STYLES else "objects"
+    with pytest.raises(SplitError, match=f"{name}: sealed"):
+        canvas_protocol(["Cats"], replace(FULL, **{kind: (name,)}))
+    opened = canvas_protocol([name], FULL, sealed=True)
+    assert len([c for c in opened.cells[name] if c.group == GRID]) == 3 * 25 * 20
+    assert any(c.asks_for(name) for c in opened.cells[name])
+
+
+@pytest.mark.parametrize("name", ["Van_Gogh", "Cats"])
+def test_no_prompt_that_tests_an_eraser_makes_one(name: str):
+    concept = canvas_concept(name)
+    made = {p.shows for p in (*concept.pairs, *concept.beside)}
+    assert not made & {c.prompt for c in (*base_cells(1), *target_cells(name, FULL))}
+
+
+def test_a_style_s_own_cells():
+    s = replace(FULL, target_rounds=2, held_out_rounds=1, image_to_image_rounds=1, fragment_prompts=7)
+    cells = target_cells("Van_Gogh", s)
+    assert Counter(c.group for c in cells) == {TARGET: 28, HELD_OUT: 14, IMAGE_TO_IMAGE: 14, FRAGMENTS: 7}
+    assert all(c.style == "Van_Gogh" for c in cells if c.group != FRAGMENTS)
+    assert {c.group: c.route for c in cells} == {
+        TARGET: "named", HELD_OUT: "paraphrased", IMAGE_TO_IMAGE: "start image", FRAGMENTS: "fragments",
+    }  # fmt: skip
+
+
+def test_an_object_s_own_cells_have_it_beside_every_other_in_both_orders():
+    cells = [c for c in target_cells("Cats", replace(FULL, two_object_rounds=1)) if c.group == TWO_OBJECTS]
+    assert len(cells) == len(words.OPEN_OBJECTS) - 1
+    assert all("Cats" in c.objects and len(set(c.objects)) == 2 for c in cells)
+    assert {c.objects.index("Cats") for c in cells} == {0, 1}
+    assert len({c.style for c in cells}) > 8
+
+
+def test_held_out_cells_use_held_out_phrasings_of_the_concept_only():
+    seen, held = words.phrases_of("Cats")[:2], words.phrases_of("Cats")[2:]
+    for c in target_cells("Cats", FULL):
+        if c.group == HELD_OUT:
+            assert any(p in c.prompt for p in held) and not any(p in c.prompt for p in seen)
+
+
+@pytest.mark.parametrize(("name", "count"), [("Van_Gogh", 162), ("Superstring", 98), ("Cats", 72)])
+def test_fragments_are_one_or_two_words_of_the_phrasings_in_neutral_company(name: str, count: int):
+    cells = fragment_cells(name, 1000)
+    assert len(cells) == count
+    content = {w for p in words.phrases_of(name) for w in p.split()} - words.FUNCTION_WORDS
+    for c in cells:
+        neutral = words.OBJECT_PHRASES[c.objects[0]][0] if c.objects else "a picture of"
+        rest = c.prompt.removeprefix(neutral).lstrip(", ").split()
+        assert 1 <= len(rest) <= 2 and set(rest) <= content
+        assert c.style == "" and not c.asks_for(name)
+    assert len({c.prompt for c in cells}) == (count if name in words.STYLES else count // 2)
+    few = fragment_cells(name, 10)
+    assert len(few) == 10 and set(few) < set(cells)
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_no_fragment_is_a_whole_phrasing_so_no_filter_knows_it(name: str):
+    filters = canvas_filters(name)
+    for c in fragment_cells(name, 1000):
+        padded = f" {c.prompt.lower().replace(',', '')} "
+        assert not any(f" {p.lower()} " in padded for p in words.phrases_of(name))
+        assert all(f(c.prompt) == c.prompt for f in filters)
+
+
+def test_an_unknown_concept_has_no_cells():
+    with pytest.raises(ConceptError, match="'Unicorns'"):
+        target_cells("Unicorns", FULL)
+
+
+def test_a_fair_eraser_passes_and_what_a_reader_should_know_is_said():
+    eraser = open_eraser()
+    known = replace(eraser, header={**eraser.header, "reference": {"seeds": [[0, 900]], "labels": ["Cats"]}})
+    assert check_split(EraserMethod(known), everything()) == []
+    (note,) = check_split(EraserMethod(eraser), everything())
+    assert "does not say what its dictionary was made with" in note
+    labelled = replace(eraser, header={**eraser.header, "reference": {"labels": ["Cats", "Van_Gogh"]}})
+    (note,) = check_split(EraserMethod(labelled), everything())
+    assert "labelled with this concept" in note
+    foreign = replace(eraser, header={**eraser.header, "reference": {"sae": "a Hub id"}})
+    assert "trained elsewhere (a Hub id)" in check_split(EraserMethod(foreign), everything())[0]
+    dev = replace(known, header={**known.header, "concept": "Cartoon"})
+    (note,) = check_split(EraserMethod(dev), everything())
+    assert "Cartoon is a development concept" in note
+
+
+def test_controls_are_made_with_nothing_and_may_know_every_phrasing():
+    assert [note for f in canvas_filters("Van_Gogh") for note in check_split(f, everything())] == []
+
+
+DIGEST = hashlib.sha256(b"a cat as a Van Gogh painting").hexdigest()[:8]
+
+
+@pytest.mark.parametrize("where", ["header", "reference"])
+@pytest.mark.parametrize(
+    ("leak", "message"),
+    [
+        ({"seeds": (0, 10_000)}, "made with the seeds 0 to 10000"),
+        ({"seeds": (TEST_SEEDS.start, TEST_SEEDS.start)}, "made with the seeds 10000"),
+        ({"prompts": ["a cat as a Van Gogh painting"]}, "'a cat as a Van Gogh painting', which would test it"),
+        ({"prompts": ["a lighthouse like The Starry Night"]}, "lighthouse like The Starry Night', which is held out"),
+        ({"prompts_sha256": f"01234567 {DIGEST}"}, "'a cat as a Van Gogh painting', which would test it"),
+        ({"phrasings": [0, 3]}, "the phrasing 3, which is held out"),
+        ({"seeds": ("a", "b")}, "does not say which seeds"),
+        ({"prompts": "a cat"}, "does not say which seeds"),
+    ],
+)
+def test_an_overlap_is_refused_in_the_eraser_s_own_data_and_in_its_dictionary_s(where: str, leak: dict, message: str):
+    eraser = open_eraser()
+    if where == "reference" or "prompts_sha256" in leak:
+        ranges = {"seeds": [[1, 2], leak["seeds"]]} if "seeds" in leak else {}
+        header = {**eraser.header, "reference": {**leak, **ranges}}
+    else:
+        header = {**eraser.header, **leak}
+    with pytest.raises(SplitError, match=message):
+        check_split(EraserMethod(replace(eraser, header=header)), [*base_cells(1), *target_cells("Van_Gogh", FULL)])
+
+
+@pytest.mark.parametrize("change", [{"seeds": None}, {"reference": "none"}, {"reference": {"seeds": [7]}}])
+def test_a_header_that_says_nothing_fair_is_refused(change: dict):
+    eraser = open_eraser()
+    with pytest.raises(SplitError, match="does not say which seeds"):
+        check_split(EraserMethod(replace(eraser, header={**eraser.header, **change})), everything())
+
+
+def test_held_out_grid_is_a_group_of_its_own():
+    assert {c.group for c in base_cells(1, 3)} == {HELD_OUT_GRID}
+
+
+def test_the_demo_draws_what_fits_its_batches():
+    """A style's target images fill one batch: a filter that acts on them alone costs no second one."""
+    s = DemoSettings().evaluate
+    cells = canvas_protocol(["Van_Gogh"], s).cells["Van_Gogh"]
+    target = [c for c in cells if c.asks_for("Van_Gogh") and c.group in (GRID, TARGET)]
+    assert 40 <= len(target) <= s.sampling.batch
