@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from erasers import GATE, open_eraser
-from neuraleraser import artifact
 from neuraleraser.activations import Shards
 from neuraleraser.canvas import pipeline as canvas
 from neuraleraser.cli import main
 from neuraleraser.cli.erasing import parse_eraser
 from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae import SAE
 from tiny import stable_diffusion
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
 
 INDEX = "index.safetensors"

@@ -80,10 +80,10 @@ def profile(
     """
     import torch
 
-    from neuraleraser import artifact
     from neuraleraser import concepts as c
     from neuraleraser.demo import concept_of
     from neuraleraser.fit.states import conditional, pooled_features
+    from neuraleraser.io import artifact
     from neuraleraser.models import open_pipeline
     from neuraleraser.sae import SAE
     from neuraleraser.sites import Site

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.eraser import hub
 from neuraleraser.eraser.card import model_card
 from neuraleraser.eraser.parts import MODES, Correction, Gate
 from neuraleraser.errors import DataError, FileError, SiteError
+from neuraleraser.io import artifact
 from neuraleraser.sites import Site
 
 

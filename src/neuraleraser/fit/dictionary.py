@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.activations import CONDITIONAL, Seen, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import WEIGHTS
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.fit.states import pooled_features
+from neuraleraser.io import artifact
 from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError
+from neuraleraser.io import artifact
 
 KIND = "sae"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
