@@ -30,7 +30,7 @@ def test_a_path_that_can_be_written_leaves_no_trace(path: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "path", ["folder", "pipe", "file/a", "file/deep/a", "x" * 300, "x" * 250, "nul\0", "loop", "loop/a"]
+    "path", ["folder", "pipe", "file/a", "file/deep/a", "x" * 300, "x" * 250, "nul\0", "loop/a"]
 )
 def test_a_path_that_cannot_be_written(path: str, tmp_path: Path):
     (tmp_path / "folder").mkdir()
@@ -127,7 +127,7 @@ def test_a_result_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(FileError, match=r"kept in .*/in_the_way/in_the_way-"):
         save_or_keep(Path("in_the_way"), save)
     refused.append(tmp_path / "in_the_way")
-    with pytest.raises(FileError, match="written$"):
+    with pytest.raises(FileError, match=r"written$"):
         save_or_keep(Path("in_the_way"), save)
     save_or_keep(Path("free"), lambda path: path.write_text("x") and None)
     assert Path("free").read_text() == "x"
