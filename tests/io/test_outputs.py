@@ -29,9 +29,7 @@ def test_a_path_that_can_be_written_leaves_no_trace(path: str, tmp_path: Path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "path", ["folder", "pipe", "file/a", "file/deep/a", "x" * 300, "x" * 250, "nul\0", "loop/a"]
-)
+@pytest.mark.parametrize("path", ["folder", "pipe", "file/a", "file/deep/a", "x" * 300, "x" * 250, "nul\0", "loop/a"])
 def test_a_path_that_cannot_be_written(path: str, tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("x")
