@@ -23,7 +23,7 @@ SETTINGS = [
     TrainCanvas(),
     TrainSettings(n=8, k=2, steps=1),
 ]
-WRONG = [-(2**70), -1.5, 2**70, 1e300, math.nan, math.inf, -math.inf, "many", [1], True]
+WRONG = [-(2**200), -1.5, 2**200, 1e300, math.nan, math.inf, -math.inf, "many", [1], True]
 FIELDS = [
     (settings, field.name)
     for settings in SETTINGS
