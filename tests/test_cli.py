@@ -97,9 +97,9 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["generate", "  "], "the prompt is empty"),
         (["generate", "a cat", "--steps", "0"], "steps is 0"),
-        (["generate", "a cat", "--seed", "-1"], "seed -1"),
+        (["generate", "a cat", "--seed", "-1"], "seed is -1: pass a whole number from 0"),
         (["generate", "a cat", "--model", "/nowhere/x"], "there is no pipeline '/nowhere/x'"),
-        (["generate", "a cat", "--eraser", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["generate", "a cat", "--eraser", "missing.safetensors"], "there is no eraser 'missing.safetensors'"),
         (["generate", "a cat", "--eraser", "x.safetensors:3"], "asks for strength 3: pass a strength from 0"),
         (["generate", "a cat", "--eraser", "x.safetensors:nan"], "asks for strength nan"),
         (["evaluate", "--erasers"], "no erasers to measure"),
@@ -172,7 +172,7 @@ def test_a_model_without_a_dictionary_gets_its_own(
     assert sorted(p.name for p in folder.iterdir()) == ["background.safetensors", "sae.safetensors"]
     assert main(argv) == 0  # the second time it is there
     assert "Making a dictionary" not in capsys.readouterr().out
-    assert "at least 5" in refused([*argv[:4], "--images", "3"], capsys)
+    assert "images is 3: pass a whole number from 5" in refused([*argv[:4], "--images", "3"], capsys)
 
 
 def test_a_published_dictionary_out_of_reach_is_said_and_replaced(
@@ -213,10 +213,17 @@ def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsy
         ("a.safetensors:0", ("a.safetensors", 0.0)),
         ("dir:x/a.safetensors", ("dir:x/a.safetensors", 1.0)),
         ("2", ("2", 1.0)),
+        ("owner/name", ("owner/name", 1.0)),
+        ("owner/name:0.5", ("owner/name", 0.5)),
+        ("folder/:2", ("folder/", 2.0)),
+        (r"C:\erasers\a.safetensors", (r"C:\erasers\a.safetensors", 1.0)),
+        (r"C:\erasers\a.safetensors:0.5", (r"C:\erasers\a.safetensors", 0.5)),
+        ("a:b:c", ("a:b:c", 1.0)),
+        ("a.safetensors:", ("a.safetensors:", 1.0)),
     ],
 )
 def test_an_eraser_with_its_strength(text: str, expected: tuple[str, float]):
-    assert parse_eraser(text) == (Path(expected[0]), expected[1])
+    assert parse_eraser(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a:-1", "a:2.01", "a:inf", "a:1e9"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from neuraleraser.canvas import words
 from neuraleraser.errors import ConceptError, FileError
-from neuraleraser.io.names import name_error, printable
+from neuraleraser.io.names import name_error, printable, prompt_error
 from neuraleraser.io.reading import parse_json, read_bytes
 
 SUBJECTS = (
@@ -46,8 +45,6 @@ KINDS = ("style", "object", "other")
 _STYLE_WORDS = {"style", "styles", "painting", "paintings", "drawing", "drawings", "art"}
 MAX_FILE = 2**20
 """Bytes of a concept's file, at most."""
-MAX_PROMPT = 2000
-"""Characters of a prompt, at most; text encoders read a few hundred words."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Pair:
 class Concept:
     """A name, its kind ("style", "object" or "other") and matched pairs of prompts.
 
-    The name is bounded and printable (`io.names.name_error`), and so are the prompts (`prompt_error`).
+    The name is bounded and printable (`io.names.name_error`), and so are the prompts (`io.names.prompt_error`).
 
     `beside` are further pairs in which something else stands beside the concept, and alone in the match: "a cat and a
     dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
@@ -92,16 +89,6 @@ class Concept:
                 raise ConceptError(
                     f"concept {self.name!r}: {shown!r} is its own match; the match must lack the concept"
                 )
-
-
-def prompt_error(prompt: str) -> str | None:
-    """Say why `prompt` cannot be drawn: too long, or with control characters (blanks and line ends apart) or halves of
-    surrogate pairs, which no tokenizer reads; None if it can."""
-    if len(prompt) > MAX_PROMPT:
-        return f"the prompt {printable(prompt, 40)!r} has {len(prompt)} characters, more than {MAX_PROMPT}"
-    if any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in prompt):
-        return f"the prompt {printable(prompt)!r} has control characters or others that are no text"
-    return None
 
 
 def resolve(phrase: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,14 +25,15 @@ MANY = 10**6
 
 def check_whole(name: str, value: Any, low: int, high: int) -> None:
     """Raise SettingsError unless `value` is a whole number (no bool) from `low` to `high`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise SettingsError(f"{name} is {_short(value)}: pass a whole number from {low:,} to {high:,}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
     """Raise SettingsError unless `value` is a finite number from `low` (with `above`: above it) to `high`."""
-    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or not low <= value <= high or (above and value == low):
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    number: Any = value if known else low - 1
+    if not low <= number <= high or (above and number == low):  # NaN is in no range
         start = f"above {low:g} and up to" if above else f"from {low:g} to"
         raise SettingsError(f"{name} is {_short(value)}: pass a number {start} {high:g}")
 

@@ -104,7 +104,7 @@ def test_answers_of_the_hub(
     error = getattr(huggingface_hub.errors, kind)
     local = kind.startswith("Local")
 
-    def fail(*_: Any) -> str:
+    def fail(*_: Any, **__: Any) -> str:
         raise error("first line\nsecond line") if local else error("first line\nsecond line", response=Response())
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,8 @@ from tyro.conf import Positional
 from neuraleraser.cli.prompts import prompts_of, read_prompts
 from neuraleraser.cli.verbs import Flat, app, bars, table, verb
 from neuraleraser.errors import DataError
+from neuraleraser.io.names import printable
+from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.settings import InspectSettings
 
 
@@ -36,7 +39,8 @@ def inspect(
     from neuraleraser.sae import SAE
 
     path = sae or CANVAS / "sae.safetensors"
-    path = path / "sae.safetensors" if path.is_dir() else path
+    path = path / "sae.safetensors" if os.path.isdir(path) else path
+    check_outputs({"--sheet": settings.sheet}, {"the SAE": path, "--prompts": settings.prompts, "--model": model})
     loaded = SAE.load(path)
     said = str(loaded.header.get("model") or ("canvas" if sae is None else ""))
     named = model or ("canvas" if said == "canvas" else None)  # no file decides what is downloaded
@@ -47,7 +51,7 @@ def inspect(
     if isinstance(made, dict):
         kind = made.get("architecture", "batchtopk")
         lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
-    print(table([(name, "", value) for name, value in lines]) + "\n")
+    print(table([(name, "", printable(value, 300)) for name, value in lines]) + "\n")
     if named and where:
         _measured(loaded, path, named, str(where), settings)
         return
@@ -61,9 +65,9 @@ def inspect(
 def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) -> None:
     """Measure `sae` in its pipeline, and print it."""
     from neuraleraser.activations import bank, substitution
-    from neuraleraser.bench.files import write_bytes
     from neuraleraser.bench.panels import grid_sheet
     from neuraleraser.bench.pictures import png
+    from neuraleraser.io.atomic import write_bytes
     from neuraleraser.models import open_pipeline
     from neuraleraser.sae import measure
     from neuraleraser.sites import Site
@@ -95,7 +99,8 @@ def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) 
     print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
     if s.sheet:
         pairs = zip(texts, found.before, found.after, strict=True)
-        write_bytes(s.sheet, png(grid_sheet([(text, [a, b]) for text, a, b in pairs], ["model", "reconstructed"])))
+        sheet = png(grid_sheet([(text, [a, b]) for text, a, b in pairs], ["model", "reconstructed"]))
+        save_or_keep(s.sheet, lambda path: write_bytes(path, sheet))
         print(s.sheet)
 
 

@@ -110,12 +110,30 @@ class Eraser:
         self.save(Path(folder) / hub.FILE)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Eraser:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Eraser:
         """Read an eraser from a file, a folder or the Hub ("owner/name"; on an outage, its cached copy).
 
-        Raises FileError where there is none, or it is no eraser.
+        What follows is for the Hub, as `huggingface_hub.hf_hub_download` has it. Pass the 40 digits of a commit as
+        `revision` where a service must draw the same tomorrow. Raises FileError where there is none, or it is no
+        eraser.
         """
-        return cls.load(hub.find(source))
+        options: hub.HubOptions = {
+            "revision": revision,
+            "token": token,
+            "subfolder": subfolder,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        return cls.load(hub.find(source, options))
 
     def push_to_hub(self, repo: str) -> str:
         """Upload the eraser with its model card to "owner/name", made if need be -> the commit's address.

@@ -7,6 +7,8 @@ import unicodedata
 
 MAX_NAME = 100
 """Characters of a name, at most."""
+MAX_PROMPT = 2000
+"""Characters of a prompt, at most; text encoders read a few hundred words."""
 _MAX_BYTES = 120  # of a file's stem: file systems take 255, and an ending and a mark of a file being written are added
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 """Names that Windows gives to devices, whatever ending follows."""
@@ -26,6 +28,16 @@ def name_error(name: object) -> str | None:
         return f"a name has at most {MAX_NAME} characters, and this one {len(name)}"
     if not name.isprintable():
         return f"the name {printable(name)!r} has control characters or others that cannot be printed"
+    return None
+
+
+def prompt_error(prompt: str) -> str | None:
+    """Say why `prompt` cannot be drawn: too long, or with control characters (blanks and line ends apart) or halves of
+    surrogate pairs, which no tokenizer reads; None if it can."""
+    if len(prompt) > MAX_PROMPT:
+        return f"the prompt {printable(prompt, 40)!r} has {len(prompt)} characters, more than {MAX_PROMPT}"
+    if any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in prompt):
+        return f"the prompt {printable(prompt)!r} has control characters or others that are no text"
     return None
 
 
