@@ -62,7 +62,7 @@ def test_there_are_numbers_to_look_at():
         (lambda: Sampling(height=64), "height is 64 and width 0: pass both"),
         (lambda: InspectSettings(images=0), "images is 0"),
         (lambda: InspectSettings(seed=2**63 - 2), "seed is"),
-        (lambda: DemoSettings(phrases=()), "no phrases"),
+        (lambda: DemoSettings(phrases=()), "there are no phrases"),
         (lambda: StreamSettings(per_image=0), "per_image is 0"),
     ],
 )

@@ -253,4 +253,4 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         if not self.phrases:
-            raise SettingsError("there are no phrases: say what to erase, such as 'Van Gogh style' cat")
+            raise SettingsError("there are no phrases: pass what to erase, such as 'Van Gogh style' cat")

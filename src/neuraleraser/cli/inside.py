@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.cli.verbs import app, table, verb
 from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.io.names import printable
 from neuraleraser.settings import Sampling, check_whole
 
 
@@ -151,5 +152,6 @@ def dictionary(
     known = import_dictionary(open_pipeline(model), sae, at, texts)
     save_or_keep(out, known.save)
     seen = known.sae.header.get("calibration")
-    differs = f"; calibrated thresholds disagree with it on {seen['disagreement']:.1%} of firings" if seen else ""
-    print(f"{out}: {known.sae.n} features of {known.sae.header['format']} at {at}{differs}")
+    share = seen.get("disagreement") if isinstance(seen, dict) else None
+    differs = f"; calibrated thresholds disagree with it on {share:.1%} of firings" if isinstance(share, float) else ""
+    print(f"{out}: {known.sae.n} features of {printable(known.sae.header.get('format'))} at {at}{differs}")

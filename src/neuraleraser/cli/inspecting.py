@@ -57,8 +57,8 @@ def inspect(
         return
     try:
         print(_figures(loaded.header["measures"], loaded.n, "when it was made"))
-    except (KeyError, TypeError, ValueError):
-        print("The file holds no measures.")
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        print("The file holds no measures, or none that can be read.")
     print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
 
 

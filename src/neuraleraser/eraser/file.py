@@ -15,9 +15,11 @@ from torch import Tensor
 
 from neuraleraser.eraser import hub
 from neuraleraser.eraser.card import model_card
+from neuraleraser.eraser.header import header_error
 from neuraleraser.eraser.parts import MODES, Correction, Gate
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.io import artifact
+from neuraleraser.io.names import printable
 from neuraleraser.sites import Site
 
 
@@ -93,16 +95,18 @@ class Eraser:
                 mine = parts.pop(f"edit{i}")
                 also = tuple(Site.parse(text) for text in entry.get("also", ()))
                 edits.append(Correction(Site.parse(entry["site"]), str(entry["mode"]), mine.pop("times"), mine, also))
-            if parts or not isinstance(header["concept"], str):
-                raise ValueError(f"{next(iter(parts), 'concept')}")
+            if parts:
+                raise ValueError(next(iter(parts)))
         except (ArithmeticError, AttributeError, KeyError, SiteError, TypeError, ValueError) as error:
             raise FileError(
-                f"{path} is no complete eraser ({error!r} is missing or malformed): make it again"
+                f"{path} is no complete eraser ({printable(repr(error))} is missing or malformed): make it again"
             ) from error
         eraser = cls(gate, tuple(edits), {k: v for k, v in header.items() if k not in ("gate", "edits")})
         problem = eraser.problem()
         if problem:
-            raise FileError(f"{path} is an eraser whose parts do not fit together ({problem}): make it again")
+            raise FileError(
+                f"{path} is an eraser whose parts do not fit together ({printable(problem, 300)}): make it again"
+            )
         return eraser
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -149,6 +153,8 @@ class Eraser:
 
     def problem(self) -> str | None:
         """What keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""
+        if error := header_error(self.header):
+            return error
         g, sites = self.gate, [s for c in self.corrections for s in c.sites]
         if not sites or len(set(sites)) < len(sites):
             return f"edits at {[str(s) for s in sites]}, expected one or more, each at a site of its own"

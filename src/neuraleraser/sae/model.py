@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.io import artifact
+from neuraleraser.io.names import printable
 
 KIND = "sae"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -90,7 +91,10 @@ class SAE(nn.Module):
         """Read one from `path`, on the CPU. Raises FileError for anything that is not a sound SAE file."""
         tensors, header = artifact.load(path, KIND)
         if set(tensors) != set(_NAMES):
-            raise FileError(f"{path} holds tensors {sorted(tensors)[:8]}: an SAE has {sorted(_NAMES)}")
+            raise FileError(f"{path} holds tensors {printable(sorted(tensors)[:8])}: an SAE has {sorted(_NAMES)}")
+        for field, fits in _FIELDS.items():
+            if field in header and not fits(header[field]):
+                raise FileError(f"{path} has field {field} = {printable(header[field])}: make or fetch it again")
         try:
             return cls(**tensors, header=header)
         except DataError as e:
@@ -98,6 +102,19 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n={self.n}, d={self.d}"
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 300 and value.isprintable()
+
+
+# Fields of a header that the package reads as they are; all else is shown, or read with care.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "site": _is_line,
+    "model": _is_line,
+    "format": _is_line,
+    "labels": lambda value: isinstance(value, list) and all(map(_is_line, value)),
+}
 
 
 def _check(t: Mapping[str, Tensor]) -> None:
