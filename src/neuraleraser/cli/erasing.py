@@ -13,7 +13,7 @@ from neuraleraser.cli.operating import calibrated
 from neuraleraser.cli.verbs import Flat, app, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.atomic import write_bytes
-from neuraleraser.io.names import file_name, prompt_error
+from neuraleraser.io.names import file_name, printable, prompt_error
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.settings import MANY, DemoSettings, EvaluateSettings, FitSettings, Sampling, check_seed, check_whole
 
@@ -122,7 +122,10 @@ def _dictionary_for(
         print(f"A dictionary for {model} at {where} is published: {theirs.repo}, of {theirs.source}.")
         try:
             folder = root / f"{owner}-{name}-published"
-            return published_dictionary(pipe, theirs, concept, near, folder, images, sampling)
+            found = published_dictionary(pipe, theirs, concept, near, folder, images, sampling)
+            if not theirs.revision and (commit := found.sae.header.get("revision")):
+                print(f"No commit of it is pinned here; this is {printable(commit)}.")
+            return found
         except FileError as error:
             print(f"It cannot be had: {error}.")
     folder = root / f"{owner}-{name}"
