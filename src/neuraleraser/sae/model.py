@@ -82,9 +82,15 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def save(self, path: str | os.PathLike[str], header: Mapping[str, Any] | None = None) -> None:
-        """Write the SAE, with its own header and what `header` adds or replaces. Raises FileError."""
+        """Write the SAE, with its own header and what `header` adds or replaces.
+
+        Raises DataError for what `load` would refuse, FileError when the disk does.
+        """
         tensors = {name: getattr(self, name) for name in _NAMES}
-        artifact.save(path, KIND, tensors, {**self.header, **(header or {})})
+        whole = {**self.header, **(header or {})}
+        if error := _header_error(whole):
+            raise DataError(f"the SAE for {path} has {error}: change its header")
+        artifact.save(path, KIND, tensors, whole)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:
@@ -92,9 +98,8 @@ class SAE(nn.Module):
         tensors, header = artifact.load(path, KIND)
         if set(tensors) != set(_NAMES):
             raise FileError(f"{path} holds tensors {printable(sorted(tensors)[:8])}: an SAE has {sorted(_NAMES)}")
-        for field, fits in _FIELDS.items():
-            if field in header and not fits(header[field]):
-                raise FileError(f"{path} has field {field} = {printable(header[field])}: make or fetch it again")
+        if error := _header_error(header):
+            raise FileError(f"{path} has {error}: make or fetch it again")
         try:
             return cls(**tensors, header=header)
         except DataError as e:
@@ -115,6 +120,14 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "format": _is_line,
     "labels": lambda value: isinstance(value, list) and all(map(_is_line, value)),
 }
+
+
+def _header_error(header: Mapping[str, Any]) -> str | None:
+    """Say which field of a header cannot be what it says, or None."""
+    for field, fits in _FIELDS.items():
+        if field in header and not fits(header[field]):
+            return f"field {field} = {printable(header[field])}"
+    return None
 
 
 def _check(t: Mapping[str, Tensor]) -> None:
