@@ -24,18 +24,10 @@ from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.io import artifact
 from neuraleraser.sae import SAE
-from tiny import stable_diffusion
 
 VERBS = ("demo", "erase", "generate", "evaluate", "sites", "collect", "train", "inspect")
 VERBS += ("profile", "doctor", "calibrate", "dictionary")
 CANVAS_VERBS = ("train", "render", "sheet", "judge", "dictionary")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    stable_diffusion().save_pretrained(folder, safe_serialization=True)
-    return str(folder)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from neuraleraser.cli import main
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import FileError
 from neuraleraser.sae import SAE
-from test_cli import FEW, model, refused  # noqa: F401  (model: a fixture)
+from test_cli import FEW, refused
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_two_outputs_are_two_files(no_work: None, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("name", ["eraser", "image", "sae"])
 def test_a_result_is_kept_where_its_path_fails_after_the_work(
     name: str,
-    model: str,  # noqa: F811
+    model: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -269,13 +269,13 @@ def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyP
 # What generate says
 
 
-def said(model: str, capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:  # noqa: F811
+def said(model: str, capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
     capsys.readouterr()
     assert main(["generate", "a cat", "--model", model, "--steps", "2", "--out", "o.png", *argv]) == 0
     return capsys.readouterr().out.splitlines()[:-1]
 
 
-def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureFixture[str]):  # noqa: F811
+def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureFixture[str]):
     from dataclasses import replace
 
     e = open_eraser()
@@ -298,7 +298,7 @@ def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureF
     )
 
 
-def test_two_erasers_of_one_concept_are_told_apart(model: str, capsys: pytest.CaptureFixture[str]):  # noqa: F811
+def test_two_erasers_of_one_concept_are_told_apart(model: str, capsys: pytest.CaptureFixture[str]):
     from dataclasses import replace
 
     e = open_eraser()
@@ -310,7 +310,7 @@ def test_two_erasers_of_one_concept_are_told_apart(model: str, capsys: pytest.Ca
 
 
 def test_an_eraser_may_be_a_folder_or_on_the_hub(
-    model: str,  # noqa: F811
+    model: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -346,7 +346,7 @@ def _calibrated(eraser: Eraser) -> Eraser:
     return Eraser(eraser.gate, eraser.corrections, {**eraser.header, "calibrated": header})
 
 
-def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.MonkeyPatch):
     """A stranger's eraser may be named as a file of ours."""
     Path("secret.json").write_text('{"name": "x", "kind": "object", "pairs": [["our secret", "nothing"]]}')
 
@@ -369,7 +369,7 @@ def test_a_concept_s_name_stays_in_the_folder(tmp_path: Path):
 
 
 def test_a_concept_file_with_a_path_for_its_name(
-    model: str,  # noqa: F811
+    model: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
