@@ -52,6 +52,7 @@ def test_code_in_a_folder_is_not_run(way: str, folder: Path, tmp_path: Path, mon
     assert not (tmp_path / "ran").exists() and "evil_library" not in sys.modules
 
 
-def test_a_name_that_is_too_long():
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x", "a\0b", "/dev/null"])
+def test_names_that_are_none(name: str):
     with pytest.raises(FileError, match="there is no pipeline"):
-        open_pipeline("x" * 5000)
+        open_pipeline(name)

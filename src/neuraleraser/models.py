@@ -36,7 +36,7 @@ def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str 
     _quietly()
     if name == CANVAS:
         return load_pipeline(dtype=dtype or torch.bfloat16)
-    folder = Path(name).expanduser() if name.startswith("~") else Path(name)
+    folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
         if not os.path.isfile(folder / "model_index.json"):
             raise FileError(f"the folder {name!r} holds no pipeline (no model_index.json): {_HELP}")

@@ -154,9 +154,10 @@ def test_a_subfolder_of_a_folder(tmp_path: Path) -> None:
         Eraser.from_pretrained(tmp_path)
 
 
-def test_a_source_that_is_too_long() -> None:
-    with pytest.raises(FileError, match="there is no eraser"):
-        Eraser.from_pretrained("x" * 5000)
+@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-of-that-name/x", "a\0b", "/dev/null"])
+def test_sources_that_are_none(source: str) -> None:
+    with pytest.raises(FileError, match=r"there is no eraser|could not be read"):
+        Eraser.from_pretrained(source)
 
 
 class Hub:

@@ -32,7 +32,7 @@ def find(source: str | Path, options: HubOptions | None = None) -> Path:
     Raises FileError, in one sentence, where there is none, or where the Hub does not answer and no copy is cached.
     """
     options = options or {}
-    path = Path(source).expanduser() if str(source).startswith("~") else Path(source)
+    path = Path(os.path.expanduser(source))  # unlike Path.expanduser, no error for a user who is not there
     if os.path.isdir(path):
         path = path / (options.get("subfolder") or "")
         if not os.path.isfile(path / FILE):
