@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -52,6 +53,10 @@ RAW_JSON = [
 ]
 
 
+def any_value(r: random.Random) -> Any:
+    return copy.deepcopy(r.choice(VALUES))  # it may be changed in its turn
+
+
 def bytes_of(r: random.Random, data: bytes) -> bytes:
     """Flip bits, cut, double, overwrite, insert: anywhere, and most of all near the start."""
     out = bytearray(data)
@@ -69,7 +74,9 @@ def bytes_of(r: random.Random, data: bytes) -> bytes:
         elif what == 4:
             out += out[at : at + 64]
         else:
-            out[:8] = struct.pack("<Q", r.choice([0, 1, len(out), len(out) - 8, 2**24, 2**24 + 1, 2**62, 2**64 - 1]))
+            out[:8] = struct.pack(
+                "<Q", r.choice([0, 1, len(out), max(0, len(out) - 8), 2**24, 2**24 + 1, 2**62, 2**64 - 1])
+            )
     return bytes(out)
 
 
@@ -84,11 +91,11 @@ def json_of(r: random.Random, value: Any) -> Any:
             key = r.choice(list(holder)) if isinstance(holder, dict) else r.randrange(len(holder))
         what = r.random()
         if what < 0.6:
-            holder[key] = r.choice(VALUES)
+            holder[key] = any_value(r)
         elif what < 0.75 and not (holder is value or key == ""):
             del holder[key]
         elif what < 0.9 and isinstance(holder[key], dict):
-            holder[key][r.choice(["concept", "kind", "x", "", "made_for", "also", "__class__"])] = r.choice(VALUES)
+            holder[key][r.choice(["concept", "kind", "x", "", "made_for", "also", "__class__"])] = any_value(r)
         elif isinstance(holder[key], list):
             holder[key] = holder[key] * 2
         value = holder[""] if "" in holder and key == "" and isinstance(holder, dict) else value
@@ -106,7 +113,7 @@ def text_of(r: random.Random, value: Any) -> str:
         text = ": ".join(parts)
     if r.random() < 0.1 and text.startswith("{") and len(text) > 2:  # the same key again
         key = text[1:].split(":", 1)[0]
-        text = f"{{{key}: {json.dumps(r.choice(VALUES))}, {text[1:]}"
+        text = f"{{{key}: {json.dumps(any_value(r))}, {text[1:]}"
     return text
 
 
