@@ -118,7 +118,7 @@ def concept_of(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
 
 
 def named_concept(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
-    """What `phrase` means on `pipe`, as `concept_of` says, but that no file is opened by that name: for names that come
+    """Return the concept of `phrase` on `pipe` as `concept_of` does, but open no file of that name: for names that come
     out of files."""
     if not speaks_canvas(pipe):
         return phrase_concept(phrase, kind)

@@ -104,7 +104,7 @@ _ARGUMENT_CHECKS = {"check_inputs", "set_timesteps", "retrieve_timesteps", "prep
 
 
 def _refused_by_the_pipeline(error: ValueError) -> bool:
-    """Whether diffusers' own check of a call's arguments raised `error`."""
+    """True where diffusers' own check of a call's arguments raised `error`."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return last.name in _ARGUMENT_CHECKS and "diffusers" in Path(last.filename).parts
 

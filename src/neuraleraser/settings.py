@@ -18,7 +18,7 @@ STREAM_SEEDS = range(2**31, 2**32)
 last 32 bits: from 2^32 on the first seeds, and with them the tests' noise, would come again."""
 
 MAX_SEED = 2**63 - 1
-"""What torch's generators take on every device."""
+"""The largest seed that torch's generators take on every device."""
 MANY = 10**6
 """The bound of counts that no other bound fits."""
 
@@ -50,7 +50,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn. Raises SettingsError for a value out of range."""
+    """Settings of the sampler. Raises SettingsError for a value out of range."""
 
     steps: int = 25
     """Denoising steps."""
@@ -149,7 +149,7 @@ _Mode = Literal["learnt", "span", "scale", "replace"]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How an eraser is made from a concept. Raises SettingsError for a value out of range."""
+    """Settings of a fit: an eraser from a concept. Raises SettingsError for a value out of range."""
 
     mode: _Mode = "learnt"
     """What is done where the gate is open. learnt: a low-rank correction of the prompt that all later blocks read. The

@@ -57,7 +57,7 @@ def _say(text: str) -> None:
 
 
 def _of_the_machine(error: Exception) -> str:
-    """What to say of an error that is no bug, but the machine's: its memory or its disk is full; "" for others."""
+    """Return the sentence for an error of the machine, whose memory or disk is full; "" for others, which are bugs."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return f"the memory is not enough ({printable(error)}): draw fewer images at once, or smaller ones"

@@ -1,4 +1,4 @@
-"""What an eraser's header may hold: the fields that the package reads, each of its kind and within bounds."""
+"""Checks of an eraser's header: the fields that the package reads, each of its kind and within bounds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _are_seeds(value: Any) -> bool:
 
 
 def _is_model(value: Any) -> bool:
-    """Whether `sites.made_for` could have written it: {"component", "class", "shapes", "weights": {key: 4 numbers}}."""
+    """True for what `sites.made_for` could write: {"component", "class", "shapes", "weights": {key: 4 numbers}}."""
     if not isinstance(value, Mapping) or not all(_is_line(value.get(k, "")) for k in ("component", "class", "shapes")):
         return False
     weights = value.get("weights", {})

@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class HubOptions(TypedDict, total=False):
-    """What `huggingface_hub.hf_hub_download` takes, by its own names. A `revision` that is a commit pins what is
+    """Options of `huggingface_hub.hf_hub_download`, by its own names. A `revision` that is a commit pins what is
     fetched: a branch may hold another file tomorrow."""
 
     revision: str | None

@@ -125,7 +125,7 @@ def _background_error(tensors: Mapping[str, Tensor], header: Mapping[str, Any], 
 
 
 def _is_label(name: Any) -> bool:
-    """Whether it can be several names joined by "+", or none."""
+    """True for what can be several names joined by "+", or none."""
     return isinstance(name, str) and len(name) <= 8 * MAX_NAME and name.isprintable()
 
 

@@ -69,7 +69,7 @@ def _key(path: str) -> str:
 
 
 def _are_values(known: Any) -> bool:
-    """Whether these can be values of a float32 tensor, so that sums of them stay finite."""
+    """True where these can be values of a float32 tensor, so that sums of them stay finite."""
     numbers = isinstance(known, list) and len(known) == _EACH and all(isinstance(v, (int, float)) for v in known)
     return numbers and all(abs(v) < 1e38 for v in known)
 
