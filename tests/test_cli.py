@@ -16,26 +16,18 @@ import torch
 from PIL import Image
 
 from erasers import GATE, open_eraser
-from neuraleraser import artifact
 from neuraleraser.activations import Shards
 from neuraleraser.canvas import pipeline as canvas
 from neuraleraser.cli import main
 from neuraleraser.cli.erasing import parse_eraser
 from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae import SAE
-from tiny import stable_diffusion
 
 VERBS = ("demo", "erase", "generate", "evaluate", "sites", "collect", "train", "inspect")
 VERBS += ("profile", "doctor", "calibrate", "dictionary")
 CANVAS_VERBS = ("train", "render", "sheet", "judge", "dictionary")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    stable_diffusion().save_pretrained(folder, safe_serialization=True)
-    return str(folder)
 
 
 @pytest.fixture
@@ -97,13 +89,13 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["generate", "  "], "the prompt is empty"),
         (["generate", "a cat", "--steps", "0"], "steps is 0"),
-        (["generate", "a cat", "--seed", "-1"], "seed -1"),
+        (["generate", "a cat", "--seed", "-1"], "seed is -1: pass a whole number from 0"),
         (["generate", "a cat", "--model", "/nowhere/x"], "there is no pipeline '/nowhere/x'"),
-        (["generate", "a cat", "--eraser", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["generate", "a cat", "--eraser", "missing.safetensors"], "there is no eraser 'missing.safetensors'"),
         (["generate", "a cat", "--eraser", "x.safetensors:3"], "asks for strength 3: pass a strength from 0"),
         (["generate", "a cat", "--eraser", "x.safetensors:nan"], "asks for strength nan"),
         (["evaluate", "--erasers"], "no erasers to measure"),
-        (["evaluate", "--erasers", "a.safetensors"], "a.safetensors does not exist"),
+        (["evaluate", "--erasers", "a.safetensors"], "there is no eraser 'a.safetensors'"),
         (["collect", "--sites"], "0 sites"),
         (["collect", "--sites", "unet:what"], "'unet:what' is no site"),
         (["collect", "--sites", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
@@ -158,7 +150,26 @@ def test_a_model_without_a_dictionary_gets_its_own(
     model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scaling"]
+    argv = [
+        "erase",
+        "a d",
+        "--model",
+        model,
+        "--neighbours",
+        "a b",
+        "--images",
+        "10",
+        "--pairs",
+        "2",
+        "--beside",
+        "1",
+        "--steps",
+        "2",
+        "--rank",
+        "1",
+        "--batch",
+        "2",
+    ]
     argv += ["--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]
     assert main(argv) == 0
     first = capsys.readouterr()
@@ -172,7 +183,7 @@ def test_a_model_without_a_dictionary_gets_its_own(
     assert sorted(p.name for p in folder.iterdir()) == ["background.safetensors", "sae.safetensors"]
     assert main(argv) == 0  # the second time it is there
     assert "Making a dictionary" not in capsys.readouterr().out
-    assert "at least 5" in refused([*argv[:4], "--images", "3"], capsys)
+    assert "images is 3: pass a whole number from 5" in refused([*argv[:4], "--images", "3"], capsys)
 
 
 def test_a_published_dictionary_out_of_reach_is_said_and_replaced(
@@ -190,7 +201,26 @@ def test_a_published_dictionary_out_of_reach_is_said_and_replaced(
     monkeypatch.setattr(table, "PUBLISHED", (theirs,))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
-    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scaling"]
+    argv = [
+        "erase",
+        "a d",
+        "--model",
+        model,
+        "--neighbours",
+        "a b",
+        "--images",
+        "10",
+        "--pairs",
+        "2",
+        "--beside",
+        "1",
+        "--steps",
+        "2",
+        "--rank",
+        "1",
+        "--batch",
+        "2",
+    ]
     assert main([*argv, "--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]) == 0
     out = capsys.readouterr().out
     assert "is published: bcywinski/SAeUron_coco" in out
@@ -213,10 +243,17 @@ def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsy
         ("a.safetensors:0", ("a.safetensors", 0.0)),
         ("dir:x/a.safetensors", ("dir:x/a.safetensors", 1.0)),
         ("2", ("2", 1.0)),
+        ("owner/name", ("owner/name", 1.0)),
+        ("owner/name:0.5", ("owner/name", 0.5)),
+        ("folder/:2", ("folder/", 2.0)),
+        (r"C:\erasers\a.safetensors", (r"C:\erasers\a.safetensors", 1.0)),
+        (r"C:\erasers\a.safetensors:0.5", (r"C:\erasers\a.safetensors", 0.5)),
+        ("a:b:c", ("a:b:c", 1.0)),
+        ("a.safetensors:", ("a.safetensors:", 1.0)),
     ],
 )
 def test_an_eraser_with_its_strength(text: str, expected: tuple[str, float]):
-    assert parse_eraser(text) == (Path(expected[0]), expected[1])
+    assert parse_eraser(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a:-1", "a:2.01", "a:inf", "a:1e9"])
@@ -318,7 +355,7 @@ def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     rows = torch.cat([torch.eye(32), -torch.eye(32)])
     SAE(rows, torch.zeros(64), rows, torch.zeros(32), torch.zeros(64), {"site": str(GATE)}).save("sae.safetensors")
     assert main(["inspect", "sae.safetensors"]) == 0
-    assert "The file holds no measures.\n\nPass --model" in capsys.readouterr().out
+    assert "The file holds no measures, or none that can be read.\n\nPass --model" in capsys.readouterr().out
     argv = ["inspect", "sae.safetensors", "--model", model, "--prompts", "p.txt", "--images", "2", "--times", "2"]
     assert main([*argv, "--per-image", "20", "--sampling.steps", "2", "--sheet", "s.png"]) == 0
     text = capsys.readouterr().out

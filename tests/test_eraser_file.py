@@ -221,7 +221,7 @@ def test_damaged_bytes(tmp_path_factory: pytest.TempPathFactory, where: int, wha
 
 
 def test_a_file_of_another_kind_and_no_file(tmp_path: Path) -> None:
-    from neuraleraser import artifact
+    from neuraleraser.io import artifact
 
     artifact.save(tmp_path / "sae.safetensors", "sae", {"a": torch.zeros(1)}, {})
     with pytest.raises(FileError, match="kind"):

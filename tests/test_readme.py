@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     make_eraser().save(tmp_path / "van-gogh.safetensors")
-    make_eraser().save(tmp_path / "cats.safetensors")
+    make_eraser("Cats", seed=1).save(tmp_path / "cats.safetensors")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks("python"):
@@ -62,8 +62,8 @@ def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "runs" / "van-gogh" / "report.html").exists()
 
 
-def make_eraser() -> Eraser:
+def make_eraser(name: str = "Van_Gogh", seed: int = 0) -> Eraser:
     """For the canvas: always open, with a random correction."""
     known = load_dictionary()
     read = Site("unet.up_blocks.2.attentions.1", "input", "text")
-    return open_eraser(gate=(known.site, known.sae.d), edit=(read, 128))
+    return open_eraser(name, seed=seed, gate=(known.site, known.sae.d), edit=(read, 128))

@@ -132,10 +132,15 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
     [
         ({"seeds": [1]}, "2 prompts, 1 seeds"),
         ({"init": np.zeros((3, 16, 16, 3), np.uint8)}, "3 init images"),
-        ({"sampling": Sampling(batch=0)}, "batch is 0"),
-        ({"sampling": Sampling(batch=-1)}, "batch is -1"),
-        ({"sampling": Sampling(batch=0, pad=False)}, "batch is 0"),
-        ({"sampling": Sampling(steps=0)}, "steps is 0"),
+        ({"seeds": [1, -1]}, "seed is -1"),
+        ({"seeds": [1, 2**63]}, "seed is 9223372036854775808"),
+        ({"seeds": [1, 1.5]}, "seed is 1.5"),
+        ({"prompts": ["a", "\ud800"]}, "is no text"),
+        ({"prompts": ["a", b"b"]}, "is no text"),
+        (
+            {"sampling": Sampling(steps=1, height=12, width=16)},
+            "refuses these settings: `height` and `width` have to be divisible",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(pipe: Any, given: dict[str, Any], word: str) -> None:

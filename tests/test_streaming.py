@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import tiny
-from neuraleraser import artifact
 from neuraleraser.activations import CONDITIONAL, Shards, activation_stream, described, sample, write_shards
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.io import artifact, atomic
 from neuraleraser.sae import Run, TrainSettings, train_together
 from neuraleraser.settings import SELECTION_SEEDS, STREAM_SEEDS, TEST_SEEDS, Sampling, StreamSettings
 from neuraleraser.sites import Site
@@ -172,7 +172,7 @@ def test_recording_that_was_killed_goes_on(
     pipe: Any, recorded: Shards, tmp_path: Path, when: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Before each of the six renames: of three shards, and of the index after each."""
-    rename, count = artifact.os.replace, 0
+    rename, count = atomic.os.replace, 0
 
     def dying(*args: Any) -> None:
         nonlocal count
@@ -181,7 +181,7 @@ def test_recording_that_was_killed_goes_on(
             raise Killed
         rename(*args)
 
-    monkeypatch.setattr(artifact.os, "replace", dying)
+    monkeypatch.setattr(atomic.os, "replace", dying)
     with pytest.raises(Killed):
         write(pipe, tmp_path)
     monkeypatch.undo()

@@ -15,6 +15,7 @@ from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import MAIN, canvas_protocol
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.evaluation.timing import overhead
+from neuraleraser.io.names import file_name
 from neuraleraser.judges import Judge
 from neuraleraser.methods import EraserMethod, NoMethod, canvas_filters
 from neuraleraser.methods.feature_panels import feature_panels
@@ -42,7 +43,7 @@ def evaluate_erasers(
     cells = canvas_protocol([m.concept for m in methods], s, sealed=sealed).cells
     for m in methods:
         own = cells[m.concept]
-        path = folder / "erasers" / f"{m.concept}.safetensors"
+        path = folder / "erasers" / f"{file_name(m.concept)}.safetensors"
         m.eraser.save(path)
         costs = {"bytes": float(path.stat().st_size)} | overhead(pipe, m, own, s)
         if isinstance(seconds := m.eraser.header.get("seconds"), int | float):

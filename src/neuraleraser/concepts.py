@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from neuraleraser.canvas import words
-from neuraleraser.errors import ConceptError
+from neuraleraser.errors import ConceptError, FileError
+from neuraleraser.io.names import name_error, printable, prompt_error
+from neuraleraser.io.reading import parse_json, read_bytes
 
 SUBJECTS = (
     "a cat", "a dog", "a horse", "a house", "a tree", "a flower", "a car", "a woman", "a man", "a bird",
@@ -58,6 +59,8 @@ class Pair:
 class Concept:
     """A name, its kind ("style", "object" or "other") and matched pairs of prompts.
 
+    The name is bounded and printable (`io.names.name_error`), and so are the prompts (`io.names.prompt_error`).
+
     `beside` are further pairs in which something else stands beside the concept, and alone in the match: "a cat and a
     dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
     """
@@ -68,13 +71,24 @@ class Concept:
     beside: tuple[Pair, ...] = ()
 
     def __post_init__(self) -> None:
+        if error := name_error(self.name):
+            raise ConceptError(f"{error}: name the concept in a few words, such as 'Van Gogh style'")
         if self.kind not in KINDS:
-            raise ConceptError(f"concept {self.name!r} is of kind {self.kind!r}: pass one of {', '.join(KINDS)}")
+            kind = printable(self.kind)
+            raise ConceptError(f"concept {self.name!r} is of kind {kind!r}: pass one of {', '.join(KINDS)}")
         if not self.pairs:
             raise ConceptError(f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it")
-        same = [p.shows for p in (*self.pairs, *self.beside) if p.shows.strip() == p.without.strip()]
-        if same:
-            raise ConceptError(f"concept {self.name!r}: {same[0]!r} is its own match; the match must lack the concept")
+        for pair in (*self.pairs, *self.beside):
+            for prompt in (pair.shows, pair.without):
+                if error := prompt_error(prompt):
+                    raise ConceptError(f"concept {self.name!r}: {error}: change it")
+            if not pair.shows.strip():
+                raise ConceptError(f"concept {self.name!r} has an empty prompt that is to show it: write one")
+            if pair.shows.strip() == pair.without.strip():
+                shown = printable(pair.shows)
+                raise ConceptError(
+                    f"concept {self.name!r}: {shown!r} is its own match; the match must lack the concept"
+                )
 
 
 def resolve(phrase: str) -> str | None:
@@ -187,13 +201,11 @@ def file_concept(path: str | Path) -> Concept:
     Raises ConceptError saying which field is wrong.
     """
     try:
-        with open(path, "rb") as f:
-            text = f.read(MAX_FILE + 1)
-        if len(text) > MAX_FILE:
-            raise ValueError(f"it is over {MAX_FILE} bytes")
-        data = json.loads(text)
-    except (OSError, ValueError, RecursionError) as e:
-        raise ConceptError(f"{path} is no readable JSON file ({e}): expected name, kind and pairs") from e
+        data = parse_json(read_bytes(path, MAX_FILE))
+    except (FileError, ValueError) as e:
+        raise ConceptError(
+            f"{path} is no readable JSON file ({printable(e, 300)}): expected name, kind and pairs"
+        ) from e
     try:
         pairs, beside = (
             tuple(Pair(_text(a), _text(b)) for a, b in map(_list, part))
@@ -202,20 +214,20 @@ def file_concept(path: str | Path) -> Concept:
         return Concept(_text(data["name"]), _text(data.get("kind", "other")), pairs, beside)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ConceptError(
-            f'{path}: field {e} is missing or malformed; expected {{"name": ..., "kind": "style" or "object", '
-            '"pairs": [["a prompt that shows it", "the same without"], ...]}'
+            f"{path}: field {printable(e)} is missing or malformed; expected "
+            '{"name": ..., "kind": "style" or "object", "pairs": [["a prompt that shows it", "the same without"], ...]}'
         ) from e
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{str(value)[:40]!r}, not a text,")
+        raise TypeError(f"{printable(value, 40)!r}, not a text,")
     return value
 
 
 def _list(value: object) -> list[object]:
     if not isinstance(value, list):
-        raise TypeError(f"{str(value)[:40]!r}, not a pair,")
+        raise TypeError(f"{printable(value, 40)!r}, not a pair,")
     return value
 
 

@@ -21,6 +21,8 @@ from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.terminal import terminal_tables
 from neuraleraser.fit import fit
 from neuraleraser.fit.dictionary import load_dictionary
+from neuraleraser.io.names import file_name
+from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.models import open_pipeline, speaks_canvas
 from neuraleraser.precision import fast_dtype
 from neuraleraser.settings import DemoSettings
@@ -30,10 +32,15 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     """Make an eraser for each phrase, measure them all, write the report; returns it.
 
     Files go to `settings.folder`: erasers/, run/ (pictures and results), report.html, report.json, contact.png.
-    Raises ConceptError for a phrase that names nothing on the canvas, before anything is drawn.
+    Raises ConceptError for a phrase that names nothing on the canvas, FileError for a folder that cannot be written,
+    before anything is drawn.
     """
     s = settings or DemoSettings()
     started = time.monotonic()
+    check_outputs(
+        {name: s.folder / name for name in ("report.html", "report.json", "contact.png")},
+        folders={name: s.folder / name for name in ("erasers", "run")},
+    )
     pipe = open_pipeline(s.model, fast_dtype())
     concepts = [(phrase, concept_of(pipe, phrase)) for phrase in s.phrases]
     known = load_dictionary(s.dictionary) if s.dictionary else load_dictionary()
@@ -43,12 +50,12 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     say(f"Erasing {len(concepts)} concepts, one at a time. Step 1 of 2: making the erasers.")
     erasers = []
     for phrase, concept in concepts:
-        path = s.folder / "erasers" / f"{concept.name}.safetensors"
+        path = _eraser_path(s.folder, concept.name)
         if s.resume and path.exists():
             say(f"{phrase!r}: {path} is there already")
         else:
             with progress_bar(phrase) as told:
-                fit(pipe, concept, s.fit, told, known=known).save(path)
+                save_or_keep(path, fit(pipe, concept, s.fit, told, known=known).save)
         erasers.append(Eraser.load(path))
         made = erasers[-1].header.get("seconds", 0)
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {float(made):.0f} s")
@@ -57,13 +64,17 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
     report = evaluate_erasers(pipe, erasers, s.evaluate, run)
     for e in erasers:  # now with their figures
-        shutil.copyfile(run / "erasers" / f"{e.name}.safetensors", s.folder / "erasers" / f"{e.name}.safetensors")
+        shutil.copyfile(run / "erasers" / f"{file_name(e.name)}.safetensors", _eraser_path(s.folder, e.name))
     paths = write_report(report, s.folder)
     say("\n" + terminal_tables(report) + "\n")
     for path, what in zip(paths, ("pictures, features and figures", "the figures", "before and after"), strict=False):
         say(f"{path}  {what}")
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report
+
+
+def _eraser_path(folder: Path, name: str) -> Path:
+    return folder / "erasers" / f"{file_name(name)}.safetensors"
 
 
 def doubt(eraser: Eraser) -> str:
@@ -104,6 +115,12 @@ def concept_of(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
         raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
     if phrase.endswith(".json"):
         return file_concept(Path(phrase))
+    return named_concept(pipe, phrase, kind)
+
+
+def named_concept(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
+    """Return the concept of `phrase` on `pipe` as `concept_of` does, but open no file of that name: for names that come
+    out of files."""
     if not speaks_canvas(pipe):
         return phrase_concept(phrase, kind)
     name = resolve(phrase)

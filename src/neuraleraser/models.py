@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import load_pipeline
 from neuraleraser.errors import FileError, SettingsError, SiteError
+from neuraleraser.io.names import printable
 from neuraleraser.precision import fast_dtype
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site, candidate_sites, text_streams
@@ -22,26 +24,29 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HELP = "pass 'canvas', a folder with a model_index.json, or a Hub id such as 'stabilityai/sdxl-turbo'"
 
 
-def open_pipeline(name: str, dtype: torch.dtype | None = None) -> Any:
+def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str | None = None) -> Any:
     """Open a diffusers pipeline: "canvas" is the one that ships, else a folder, else an id on the Hub.
 
     `dtype` None is, for the canvas, bfloat16 where the CPU has it (1.8 times as fast as float32) and float32 elsewhere;
-    for others it is float32.
-    Only safetensors weights are read, and no code that comes with them is run. Raises FileError where there
-    is no such pipeline, it is damaged, or the Hub does not answer.
+    for others it is float32. `revision` names a commit, tag or branch on the Hub; a commit pins what is opened.
+
+    Only safetensors weights are read, and no code that comes with them is run: diffusers refuses it in the oldest
+    version that is allowed here (before 0.38 it did not for folders on the disk: CVE-2026-44513). Raises FileError
+    where there is no such pipeline, it is damaged, it brings code of its own, or the Hub does not answer.
     """
     _quietly()
     if name == CANVAS:
         return load_pipeline(dtype=dtype or fast_dtype())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
+        if not os.path.isfile(folder / "model_index.json"):
             raise FileError(f"the folder {name!r} holds no pipeline (no model_index.json): {_HELP}")
         pipe = _opened(name, str(folder), dtype, "from that folder", local_files_only=True)
     elif _HUB_ID.fullmatch(name):
-        pipe = _opened(name, name, dtype, "from the Hub (check the id, the network, and access to it)")
+        where = "from the Hub (check the id, the network, and access to it)"
+        pipe = _opened(name, name, dtype, where, revision=revision)
     else:
-        raise FileError(f"there is no pipeline {name!r}: {_HELP}")
+        raise FileError(f"there is no pipeline {printable(name)!r}: {_HELP}")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -59,10 +64,11 @@ def _opened(name: str, source: str, dtype: torch.dtype | None, where: str, **set
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype or torch.float32, use_safetensors=True, **settings)
+        return DiffusionPipeline.from_pretrained(
+            source, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False, **settings
+        )
     except Exception as error:  # diffusers, transformers and the Hub's client each raise kinds of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason if len(reason) <= 200 else reason[:197] + "..."
+        reason = printable(error, 200) or type(error).__name__
         raise FileError(f"the pipeline {name!r} could not be opened {where}: {reason}") from error
 
 

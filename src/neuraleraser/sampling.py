@@ -6,7 +6,9 @@ equal batch shape an image's bits depend on its own prompt and seed alone (DESIG
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.settings import Sampling
+from neuraleraser.io.names import printable
+from neuraleraser.settings import Sampling, check_seed
 from neuraleraser.sites import Batch, Series, drawing
 
 Images = NDArray[np.uint8]
@@ -37,17 +40,20 @@ def generate(
     `init` uint8 [N, H, W, 3] starts an image-to-image pipeline. `on_batch(start, real)` is told before each
     batch which images come (their first index, and how many are not padding); `each(indices, images)` gets
     each finished batch; `callback` is diffusers' own `callback_on_step_end`. Raises SettingsError if the lengths
-    differ or a batch or the steps are fewer than one, DataError for an image of NaN or infinity.
+    differ, for a seed out of range, a prompt that is no text and what the pipeline itself refuses (more steps than its
+    schedule has, a size that it cannot draw), DataError for an image of NaN or infinity.
     """
     s = sampling or Sampling()
-    if s.batch < 1 or s.steps < 1:
-        raise SettingsError(f"batch is {s.batch} and steps is {s.steps}: pass at least 1 of each")
     if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):
         raise SettingsError(
             f"{len(prompts)} prompts, {len(seeds)} seeds"
             + (f", {len(init)} init images" if init is not None else "")
             + ": pass as many of each"
         )
+    for seed in seeds:
+        check_seed(seed)
+    for prompt in prompts:
+        _check_text(prompt)
     extra: dict[str, Any] = {}
     if s.height:
         extra["height"] = s.height
@@ -69,15 +75,20 @@ def generate(
             on_batch(start, real)
         if init is not None:
             extra["image"] = torch.from_numpy(init[index]).permute(0, 3, 1, 2).float().div(255)
-        with torch.no_grad(), drawing(Batch(series, start, real, size)):
-            result = pipe(
-                [prompts[i] for i in index],
-                num_inference_steps=s.steps,
-                guidance_scale=s.guidance,
-                generator=[torch.Generator("cpu").manual_seed(int(seeds[i])) for i in index],
-                output_type="np",
-                **extra,
-            ).images
+        try:
+            with torch.no_grad(), drawing(Batch(series, start, real, size)):
+                result = pipe(
+                    [prompts[i] for i in index],
+                    num_inference_steps=s.steps,
+                    guidance_scale=s.guidance,
+                    generator=[torch.Generator("cpu").manual_seed(int(seeds[i])) for i in index],
+                    output_type="np",
+                    **extra,
+                ).images
+        except ValueError as error:
+            if _refused_by_the_pipeline(error):
+                raise SettingsError(f"{type(pipe).__name__} refuses these settings: {printable(error, 300)}") from error
+            raise
         result = np.asarray(result)
         if not np.isfinite(result).all():
             raise DataError(
@@ -88,3 +99,23 @@ def generate(
         if each:
             each(range(start, start + real), images)
     return np.concatenate(out) if out else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+_ARGUMENT_CHECKS = {"check_inputs", "set_timesteps", "retrieve_timesteps", "prepare_latents"}
+"""Functions of diffusers that look at what its caller passed: an error out of one of them is not a bug."""
+
+
+def _refused_by_the_pipeline(error: ValueError) -> bool:
+    """True where diffusers' own check of a call's arguments raised `error`."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.name in _ARGUMENT_CHECKS and "diffusers" in Path(last.filename).parts
+
+
+def _check_text(prompt: Any) -> None:
+    """Raise SettingsError for what is no string, or holds halves of surrogate pairs, which no tokenizer reads."""
+    try:
+        str.encode(prompt)
+    except (TypeError, UnicodeEncodeError) as error:
+        raise SettingsError(
+            f"the prompt {ascii(prompt)[:100]} is no text: pass a string of whole characters"
+        ) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 from neuraleraser.errors import SettingsError
 
@@ -17,10 +19,40 @@ STREAM_SEEDS = range(2**31, 2**32)
 """Seeds that endless streams of images for training are drawn with. Torch's generator on the CPU knows a seed by its
 last 32 bits: from 2^32 on the first seeds, and with them the tests' noise, would come again."""
 
+MAX_SEED = 2**63 - 1
+"""The largest seed that torch's generators take on every device."""
+MANY = 10**6
+"""The bound of counts that no other bound fits."""
+
+
+def check_whole(name: str, value: Any, low: int, high: int) -> None:
+    """Raise SettingsError unless `value` is a whole number (no bool) from `low` to `high`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
+        raise SettingsError(f"{name} is {_short(value)}: pass a whole number from {low:,} to {high:,}")
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    """Raise SettingsError unless `value` is a finite number from `low` (with `above`: above it) to `high`."""
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    number: Any = value if known else low - 1
+    if not low <= number <= high or (above and number == low):  # NaN is in no range
+        start = f"above {low:g} and up to" if above else f"from {low:g} to"
+        raise SettingsError(f"{name} is {_short(value)}: pass a number {start} {high:g}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise SettingsError unless `seed` is a whole number from 0 to 2^63 - 1."""
+    check_whole("seed", seed, 0, MAX_SEED)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn."""
+    """Settings of the sampler. Raises SettingsError for a value out of range."""
 
     steps: int = 25
     """Denoising steps."""
@@ -36,6 +68,18 @@ class Sampling:
     """For image-to-image: how much of the way back to noise the start image is taken."""
     pad: bool = True
     """Fill the last batch up, so that its images have the same bits in any company."""
+
+    def __post_init__(self) -> None:
+        check_whole("steps", self.steps, 1, 1000)  # timesteps of the schedules in use
+        check_number("guidance", self.guidance, 0, 1000)
+        check_whole("batch", self.batch, 1, 4096)
+        check_whole("height", self.height, 0, 8192)
+        check_whole("width", self.width, 0, 8192)
+        check_number("strength", self.strength, 0, 1, above=True)
+        if bool(self.height) != bool(self.width):  # of one alone, pipelines take no notice
+            raise SettingsError(
+                f"height is {self.height} and width {self.width}: pass both, or 0 for the pipeline's own"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,11 +111,10 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         for name in ("batch", "per_image", "window", "reuse", "per_map"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}: pass at least 1")
-        for name in ("images", "seed", "ahead"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}: pass 0 or more")
+            check_whole(name, getattr(self, name), 1, MANY)
+        check_whole("images", self.images, 0, MANY)
+        check_whole("ahead", self.ahead, 0, 1000)
+        check_seed(self.seed)
         for name in ("batch", "per_image"):
             if getattr(self, name) % self.per_map:
                 raise SettingsError(f"{name} is {getattr(self, name)}: pass a multiple of per_map = {self.per_map}")
@@ -97,14 +140,15 @@ class InspectSettings:
     """How images are drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "per_image", "times"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}: pass at least 1")
+        check_whole("images", self.images, 1, 4096)
+        check_whole("per_image", self.per_image, 1, MANY)
+        check_whole("times", self.times, 1, 1000)
+        check_whole("seed", self.seed, 0, MAX_SEED - self.images)
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How an eraser is made from a concept."""
+    """Settings of a fit: an eraser from a concept. Raises SettingsError for a value out of range."""
 
     pairs: int = 24
     """Pairs of prompts drawn to learn from."""
@@ -120,6 +164,20 @@ class FitSettings:
     """Peak learning rate of the correction; it falls to zero over the last 40 % of the steps."""
     seed: int = 0
     """First of the selection seeds (0 to 999) that images are drawn with."""
+
+    def __post_init__(self) -> None:
+        check_whole("pairs", self.pairs, 1, len(SELECTION_SEEDS))
+        check_whole("beside", self.beside, 0, len(SELECTION_SEEDS))
+        check_whole("rank", self.rank, 1, 256)
+        check_whole("steps", self.steps, 1, MANY)
+        check_whole("batch", self.batch, 1, 4096)
+        check_number("learning_rate", self.learning_rate, 0, 10, above=True)
+        check_whole("seed", self.seed, 0, MAX_SEED)
+        if self.seed + self.pairs + self.beside > SELECTION_SEEDS.stop:
+            raise SettingsError(
+                f"seed is {self.seed}, and {self.pairs} pairs and {self.beside} beside take a seed each: "
+                f"pass fewer or a lower seed, as tests are drawn with seeds above {SELECTION_SEEDS.stop - 1}"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,12 +219,10 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         for name in ("grid_rounds", "timings", "timed_images"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}: pass at least 1")
+            check_whole(name, getattr(self, name), 1, 1000)
         rounds = ("target_rounds", "two_object_rounds", "held_out_rounds", "image_to_image_rounds")
         for name in (*rounds, "fragment_prompts", "held_out_grid_rounds", "unhooked_checks", "idle_checks"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}: pass 0 or more")
+            check_whole(name, getattr(self, name), 0, 10_000)
         if not self.sampling.pad:
             raise SettingsError(
                 "pad is off: without padding an image's bits depend on its company, so there are no twins to compare "
@@ -206,3 +262,7 @@ class DemoSettings:
         )
     )
     """Amount that is measured."""
+
+    def __post_init__(self) -> None:
+        if not self.phrases:
+            raise SettingsError("there are no phrases: pass what to erase, such as 'Van Gogh style' cat")

@@ -14,7 +14,7 @@ from neuraleraser.canvas.data import content_of, render_set, write_folder
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.styles import STYLE_OPS
 from neuraleraser.canvas.words import OBJECTS, STYLES
-from neuraleraser.errors import DataError
+from neuraleraser.errors import DataError, FileError
 
 N, SIZE = 24, 16
 
@@ -86,11 +86,11 @@ def test_killed_halfway_it_leaves_nothing_and_starts_again(
     with monkeypatch.context() as patch:
 
         def full(*args: object) -> None:
-            Path(args[0]).write_bytes(b"half")  # type: ignore[arg-type]
+            args[0].write(b"half")  # type: ignore[attr-defined]
             raise OSError("no space left")
 
         patch.setattr(data.np, "save", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(FileError, match="no space"):
             render_set(N, 3, SIZE, folder=tmp_path, workers=1)
     assert not list(tmp_path.iterdir())
     again = render_set(N, 3, SIZE, folder=tmp_path, workers=1)

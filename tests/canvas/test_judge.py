@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuraleraser import artifact
 from neuraleraser.canvas import train
 from neuraleraser.canvas.data import Renders
 from neuraleraser.canvas.distance import damaged, features, fit_artefact
@@ -33,6 +32,7 @@ from neuraleraser.canvas.judge_nets import Which, build_judge
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import DataError, FileError
+from neuraleraser.io import artifact
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from neuraleraser import artifact
 from neuraleraser.canvas import train
 from neuraleraser.canvas.data import Renders, render_set
 from neuraleraser.canvas.pipeline import WIDTH, build_scheduler
@@ -34,6 +33,7 @@ from neuraleraser.canvas.train import (
     vae_loss,
 )
 from neuraleraser.errors import ConceptError, DataError, FileError, SettingsError
+from neuraleraser.io import artifact
 
 
 def tiny_unet() -> UNet2DConditionModel:

@@ -104,7 +104,7 @@ def test_answers_of_the_hub(
     error = getattr(huggingface_hub.errors, kind)
     local = kind.startswith("Local")
 
-    def fail(*_: Any) -> str:
+    def fail(*_: Any, **__: Any) -> str:
         raise error("first line\nsecond line") if local else error("first line\nsecond line", response=Response())
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
@@ -117,6 +117,47 @@ def test_answers_of_the_hub(
     else:
         with pytest.raises(FileError, match=says):
             Eraser.from_pretrained(REPO)
+
+
+def test_what_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the client takes, by its own names; without them, its own defaults."""
+    make_eraser().save_pretrained(tmp_path)
+    asked: list[dict[str, Any]] = []
+
+    def download(repo: str, file: str, **given: Any) -> str:
+        asked.append(given)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    plain = {"revision": None, "token": None, "subfolder": None, "cache_dir": None, "local_files_only": False}
+    Eraser.from_pretrained(REPO)
+    assert asked.pop() == plain
+    every = {"revision": COMMIT, "token": False, "subfolder": "a/b", "cache_dir": "/c", "local_files_only": True}
+    Eraser.from_pretrained(REPO, **every)
+    assert asked.pop() == every
+
+
+def test_a_copy_of_the_revision_that_is_asked_for(cache: Path) -> None:
+    put_in(cache, make_eraser())
+    assert Eraser.from_pretrained(REPO, revision=COMMIT).name == "Cats"
+    assert Eraser.from_pretrained(REPO, local_files_only=True).name == "Cats"
+    for other in ({"revision": "f" * 40}, {"subfolder": "elsewhere"}, {"cache_dir": cache / "other"}):
+        with pytest.raises(FileError, match=r"could not be fetched|holds no eraser") as caught:
+            Eraser.from_pretrained(REPO, **other)
+        one_sentence(caught)
+
+
+def test_a_subfolder_of_a_folder(tmp_path: Path) -> None:
+    make_eraser().save_pretrained(tmp_path / "a" / "b")
+    assert Eraser.from_pretrained(tmp_path, subfolder="a/b").name == "Cats"
+    with pytest.raises(FileError, match="holds no eraser"):
+        Eraser.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-of-that-name/x", "a\0b", "/dev/null"])
+def test_sources_that_are_none(source: str) -> None:
+    with pytest.raises(FileError, match=r"there is no eraser|could not be read"):
+        Eraser.from_pretrained(source)
 
 
 class Hub:

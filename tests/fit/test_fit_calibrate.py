@@ -17,7 +17,7 @@ from neuraleraser import attach, calibrate, load_eraser
 from neuraleraser.activations import collect
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, model_card
-from neuraleraser.errors import ConceptError, SettingsError, SiteError
+from neuraleraser.errors import ConceptError, DataError, SettingsError, SiteError
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site, denoiser, made_for
@@ -121,11 +121,15 @@ def test_another_architecture_is_refused(pipe: Any, eraser: Eraser) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    "made", [7, {}, {"weights": 3}, {"weights": {"x": [1]}, "shapes": None}, {"class": None}, "text"]
-)
+@pytest.mark.parametrize("made", [7, {"weights": 3}, {"weights": {"x": [1]}, "shapes": None}, {"class": None}, "text"])
 def test_a_stranger_s_header_is_data(pipe: Any, eraser: Eraser, made: Any) -> None:
-    silent(pipe, replace(eraser, header={**eraser.header, "made_for": made}))
+    with pytest.raises(DataError, match="field made_for"), attach(pipe, with_header(eraser, made)):
+        pass
+    silent(pipe, with_header(eraser, {}))  # says nothing
+
+
+def with_header(eraser: Eraser, made: Any) -> Eraser:
+    return replace(eraser, header={**eraser.header, "made_for": made})
 
 
 def test_the_card_names_the_model_and_prints_no_weights(eraser: Eraser) -> None:

@@ -19,6 +19,7 @@ from neuraleraser.fit.published import PUBLISHED, Published, fetch, published, p
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 S = Sampling(steps=2, batch=2)
 X = Concept("x", "object", (Pair("x x", "b c"), Pair("x x d", "b c d")))
 Y = Concept("y", "object", (Pair("y", "b"), Pair("y d", "b d")))
@@ -32,6 +33,12 @@ def test_what_is_published_is_found_by_model_and_site():
     assert len({(model, p.site) for p in PUBLISHED for model in p.models}) == sum(len(p.models) for p in PUBLISHED)
 
 
+def test_only_files_that_are_read_are_fetched():
+    for entry in PUBLISHED:
+        assert entry.files and all("*" not in name and "/" not in name for name in entry.files)
+        assert entry.revision is None or len(entry.revision) == 40
+
+
 def test_the_sites_are_those_that_families_are_known_for():
     """So that `erase --model ID` looks where a published dictionary reads, without being told."""
     assert {p.site for p in PUBLISHED} <= {*models._SD1, *models._SDXL, *models._FLUX}
@@ -40,19 +47,26 @@ def test_the_sites_are_those_that_families_are_known_for():
 @pytest.mark.parametrize("publish", [saeuron, unbox])
 def test_a_published_dictionary_is_fetched_read_and_kept(publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
-    theirs = Published(("a/b",), site, "c/d", "deep/inside", "a paper")
+    files = tuple(name for entry in PUBLISHED for name in entry.files)
+    theirs = Published(("a/b",), site, "c/d", "deep/inside", files, "a paper")
     x = bank(pipe, ["a b", "c d", "e f"], range(3), [site], 64, S)[site]
-    publish(tmp_path / "hub" / "deep" / "inside", x)
+    hub = tmp_path / COMMIT
+    publish(hub / "deep" / "inside", x)
     asked: list[dict[str, Any]] = []
 
     def download(repo: str, **given: Any) -> str:
         asked.append({"repo": repo, **given})
-        return str(tmp_path / "hub")
+        return str(hub)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     known = published_dictionary(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
     assert known.site == site and known.sae.n == 64 and known.sae.header["source"] == "c/d: a paper"
-    assert asked == [{"repo": "c/d", "repo_type": "model", "allow_patterns": ["deep/inside/*"]}]
+    assert known.sae.header["revision"] == COMMIT
+    exact = [f"deep/inside/{name}" for name in files]
+    assert asked == [{"repo": "c/d", "repo_type": "model", "revision": None, "allow_patterns": exact}]
+    for entry, given, expected in ((theirs, "v1", "v1"), (replace(theirs, revision="a" * 40), None, "a" * 40)):
+        assert fetch(entry, given) == (hub / "deep" / "inside", COMMIT)
+        assert asked.pop()["revision"] == expected
     again = published_dictionary(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
     assert len(asked) == 1 and again.sae.W_enc.equal(known.sae.W_enc)
     with pytest.raises(FileError, match="has no folder 'elsewhere'"):

@@ -11,8 +11,8 @@ import torch
 from planted import planted, recovered
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae import (
     SAE,
     Architecture,

@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the kernels need triton, which CUDA builds of torch bring along")
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae import TrainSettings, kernels, pool_batches, sparse, steps, train, training
 from neuraleraser.sae.kernels import decode, fused, select, update
 from neuraleraser.sae.sparse import Weights

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae import SAE, measure, pool_batches
 
 

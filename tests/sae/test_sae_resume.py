@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from planted import planted
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.io import artifact, atomic
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 
 _, BANK = planted(48, 16, 1000, active=2, seed=0, strong=3.0)
@@ -70,7 +70,7 @@ def test_killed_between_steps(whole, kills):
 def test_killed_while_a_checkpoint_is_written(whole, write, tmp_path, monkeypatch):
     chosen, want = whole
     path, count = tmp_path / "run.safetensors", 0
-    rename = artifact.os.replace
+    rename = atomic.os.replace
 
     def dying(*args):
         nonlocal count
@@ -79,7 +79,7 @@ def test_killed_while_a_checkpoint_is_written(whole, write, tmp_path, monkeypatc
             raise Killed
         rename(*args)
 
-    monkeypatch.setattr(artifact.os, "replace", dying)
+    monkeypatch.setattr(atomic.os, "replace", dying)
     with pytest.raises(Killed):
         train(STREAM, chosen, checkpoint=path)
     monkeypatch.undo()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from planted import planted
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae import SAE, Run, TrainingLog, TrainSettings, pool_batches, train, train_together
 
 SMALL = TrainSettings(n=16, k=2, steps=8, init_vectors=64, bf16=False, log_every=2, checkpoint_every=3)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.io import artifact
+from neuraleraser.io.names import printable
 from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
 
 INDEX = "index.safetensors"
@@ -59,11 +60,14 @@ class Shards:
             sources = tuple(header["sources"])
             files = tuple((_whole("bytes", size), str(digest)) for size, digest in header["shards"])
             if not isinstance(header["data"], dict) or not all(isinstance(name, str) for name in sources):
-                raise ValueError("field data is no object, or sources are no names")
+                raise ValueError("data is no object, or sources are no names")
+            labels = header["data"].get("labels", [])
+            if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+                raise ValueError("labels are no names")
             if not sources or len(files) > numbers["count"]:
                 raise ValueError(f"{len(sources)} sources, {len(files)} shards of {numbers['count']}")
         except (KeyError, TypeError, ValueError) as e:
-            raise FileError(f"{path} is no whole index (field {e}): {_AGAIN}") from e
+            raise FileError(f"{path} is no whole index (field {printable(e)}): {_AGAIN}") from e
         return cls(folder, header["data"], **numbers, sources=sources, files=files)
 
     @property
@@ -186,6 +190,6 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**40:
         raise ValueError(f"{name} is {value!r}")
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import secrets
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from neuraleraser.canvas.render import HERE, Content, draw_content, render
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import DataError
+from neuraleraser.io.atomic import replacing
 
 CHUNK = 250  # renders a job
 
@@ -46,7 +46,7 @@ def render_set(n: int, seed: int, size: int = 64, folder: Path | None = None, wo
 
     `workers` processes share the work (None: one a core; 1: this process alone); the pixels do not depend on
     them. A set of another seed shares no picture with it. Killed halfway, it starts again and leaves no set.
-    Raises DataError if the file in `folder` is damaged or holds another set.
+    Raises DataError if the file in `folder` is damaged or holds another set, FileError if it cannot be written.
     """
     contents = [content_of(seed, i) for i in range(n)]
     style = np.array([STYLES.index(c.style) for c in contents], np.int16)
@@ -58,7 +58,8 @@ def render_set(n: int, seed: int, size: int = 64, folder: Path | None = None, wo
         return Renders(_open(path, (n, size, size, 3)), style, objects)
     images = _render_all(n, seed, size, workers)
     if path:
-        _keep(path, images)
+        with replacing(path) as temp_path, open(temp_path, "wb") as file:
+            np.save(file, images)
     return Renders(images, style, objects)
 
 
@@ -99,17 +100,6 @@ def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return images
 
 
-def _keep(path: Path, images: NDArray[np.uint8]) -> None:
-    """Write aside, then rename: `path` never holds part of a set."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
-    try:
-        np.save(aside, images)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _version(size: int) -> int:
     """A number that changes with what is drawn, so that stale renders are never read.
 
@@ -129,11 +119,6 @@ def write_folder(root: Path, seeds: range, size: int = 64) -> Iterator[Path]:
         for name in OBJECTS:
             for seed in seeds:
                 path = root / style / name / f"{seed}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                aside = path.with_suffix(".part")
-                try:
-                    PILImage.fromarray(render(Content((name,), style), seed, size)).save(aside, "PNG")
-                    aside.replace(path)
-                finally:
-                    aside.unlink(missing_ok=True)
+                with replacing(path) as temp_path:
+                    PILImage.fromarray(render(Content((name,), style), seed, size)).save(temp_path, "PNG")
                 yield path

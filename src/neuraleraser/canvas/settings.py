@@ -7,13 +7,14 @@ from pathlib import Path
 
 from neuraleraser.canvas.words import NONE, OBJECTS
 from neuraleraser.errors import ConceptError
+from neuraleraser.settings import MANY, check_number, check_whole
 
 
 @dataclass(frozen=True)
 class TrainCanvas:
     """Train the canvas pipeline from nothing (or from the shipped weights).
 
-    Raises ConceptError for an unknown object.
+    Raises ConceptError for an unknown object, SettingsError for a value out of range.
     """
 
     folder: Path = Path("runs/canvas")
@@ -40,6 +41,11 @@ class TrainCanvas:
     """Seed of initial weights, order, noise and captions."""
 
     def __post_init__(self) -> None:
+        for name in ("renders", "vae_steps", "steps", "batch"):
+            check_whole(name, getattr(self, name), 1, 100 * MANY)
+        check_number("learning_rate", self.learning_rate, 0, 10)
+        check_number("minutes", self.minutes, 0, MANY)
+        check_whole("seed", self.seed, 0, MANY)  # multiplied to tell steps and captions apart
         if unknown := sorted(set(self.twice) - {*OBJECTS, NONE}):
             raise ConceptError(
                 f"{', '.join(unknown)} to be seen twice: pass objects of {', '.join(OBJECTS)}, or {NONE}"

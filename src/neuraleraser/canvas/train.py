@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from neuraleraser import artifact
 from neuraleraser.canvas.data import Renders, render_set
 from neuraleraser.canvas.muon import Muon
 from neuraleraser.canvas.pipeline import (
@@ -44,6 +42,8 @@ from neuraleraser.canvas.pipeline import (
 from neuraleraser.canvas.settings import TrainCanvas
 from neuraleraser.canvas.words import NONE, OBJECTS, caption
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.io import artifact
+from neuraleraser.io.atomic import replacing_folder
 from neuraleraser.precision import has_bf16
 
 CHECKPOINT_SECONDS = 60.0
@@ -103,7 +103,6 @@ class Trainee:
         for k, p in self.params.items():
             if k not in self.momentum:
                 tensors |= {f"{name}/{k}": self.adam.state[p][name] for name in ("exp_avg", "exp_avg_sq")}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         artifact.save(self.path, "checkpoint", tensors, {"step": self.step})
         self._saved = time.monotonic()
 
@@ -378,13 +377,10 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path = WEIGHTS / "pipel
 
     Leaves `pipe` in float32 with the rounded weights: what was measured is what was saved.
     """
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    pipe.to(dtype=torch.float16)
-    pipe.save_pretrained(aside, safe_serialization=True)
-    pipe.to(dtype=torch.float32)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with replacing_folder(folder) as temp_folder:
+        pipe.to(dtype=torch.float16)
+        pipe.save_pretrained(temp_folder, safe_serialization=True)
+        pipe.to(dtype=torch.float32)
 
 
 def train(settings: TrainCanvas) -> StableDiffusionPipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 from neuraleraser.cli import canvas, erasing, inside, inspecting, operating, saes  # each registers its verbs
 from neuraleraser.cli.verbs import app
 from neuraleraser.errors import NeuralEraserError
+from neuraleraser.io.names import printable
 
 __all__ = ["canvas", "erasing", "inside", "inspecting", "main", "operating", "saes"]
 
@@ -33,8 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _warn
             code = job()
     except NeuralEraserError as error:
-        print(f"neuraleraser: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(str(error))
         return 2
+    except Exception as error:
+        if reason := _of_the_machine(error):
+            _say(reason)
+            return 2
+        raise  # a bug stays visible
     except KeyboardInterrupt:
         print(f"\nneuraleraser: stopped. {_GO_ON.get(name, 'Nothing half-written is left.')}", file=sys.stderr)
         return 130
@@ -42,7 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"neuraleraser: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    print(f"neuraleraser: {printable(text, 4000)}", file=sys.stderr)
+
+
+def _of_the_machine(error: Exception) -> str:
+    """Return the sentence for an error of the machine, whose memory or disk is full; "" for others, which are bugs."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"the memory is not enough ({printable(error)}): draw fewer images at once, or smaller ones"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return f"the disk does not take more ({printable(error)}): free some space, or write elsewhere"
+    return ""
 
 
 _GO_ON = {

@@ -9,6 +9,8 @@ from neuraleraser.canvas.settings import TrainCanvas
 from neuraleraser.canvas.words import DEV_OBJECTS, OBJECTS, STYLES
 from neuraleraser.cli.verbs import Flat, app, canvas, verb
 from neuraleraser.errors import ConceptError, NeuralEraserError
+from neuraleraser.io.outputs import check_outputs
+from neuraleraser.settings import MANY, check_whole
 
 
 @verb(canvas, "train")
@@ -16,6 +18,7 @@ def canvas_train(settings: Annotated[TrainCanvas, Flat]) -> None:
     """Train the canvas pipeline: autoencoder, then denoiser and text encoder. Run again to go on."""
     from neuraleraser.canvas.train import train as run
 
+    check_outputs({}, folders={"--folder": settings.folder})
     run(settings)
     print(settings.folder / "pipeline")
 
@@ -35,6 +38,10 @@ def canvas_render(out: Path = Path("renders"), seeds: int = 1, first: int = 0, s
     _need_renderer()
     from neuraleraser.canvas.data import write_folder
 
+    check_whole("seeds", seeds, 1, MANY)
+    check_whole("first", first, 0, MANY)
+    check_whole("size", size, 8, 4096)
+    check_outputs({}, folders={"--out": out})
     seeds_ = range(first, first + seeds)
     for _ in tqdm(write_folder(out, seeds_, size), total=len(STYLES) * len(OBJECTS) * seeds, desc="render", unit="img"):
         pass
@@ -58,6 +65,9 @@ def canvas_sheet(
     from neuraleraser.evaluation.figures import grid_sheet, png
     from neuraleraser.io.atomic import write_bytes
 
+    check_whole("seed", seed, 0, MANY)
+    check_whole("size", size, 8, 1024)
+    check_outputs({"--out": out})
     if not objects or set(objects) - set(OBJECTS):
         raise ConceptError(f"{list(objects)} are to be shown: pass objects of {', '.join(OBJECTS)}")
     rows = [(style, [render(Content((name,), style), seed, size) for name in objects]) for style in STYLES]
@@ -78,6 +88,9 @@ def canvas_judge(folder: Path = Path("runs/judges"), renders: int = 60_000, held
     from neuraleraser.canvas.data import render_set
     from neuraleraser.canvas.judge import train_judges
 
+    check_whole("renders", renders, 1, 100 * MANY)
+    check_whole("held_out", held_out, 2, 100 * MANY)
+    check_outputs({}, folders={"--folder": folder})
     train_judges(render_set(renders, 1, folder=folder), render_set(held_out, 2, folder=folder), folder)
 
 
@@ -94,6 +107,8 @@ def canvas_dictionary(model: str = "canvas", out: Path = Path("runs/dictionary")
     from neuraleraser.models import open_pipeline
     from neuraleraser.precision import fast_dtype
 
+    check_whole("images", images, 1, 500)
+    check_outputs({}, {"--model": model}, folders={"--out": out})
     make_canvas_dictionary(open_pipeline(model, fast_dtype()), out, images)
     print(out)
 

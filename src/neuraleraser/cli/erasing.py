@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,10 @@ from tyro.conf import Positional
 from neuraleraser.cli.operating import calibrated
 from neuraleraser.cli.verbs import Flat, app, verb
 from neuraleraser.errors import SettingsError
-from neuraleraser.settings import DemoSettings, EvaluateSettings, FitSettings, Sampling
+from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.names import file_name, printable, prompt_error
+from neuraleraser.io.outputs import check_outputs, save_or_keep
+from neuraleraser.settings import MANY, DemoSettings, EvaluateSettings, FitSettings, Sampling, check_seed, check_whole
 
 
 @verb(app, "demo")
@@ -64,13 +68,16 @@ def erase(
     from neuraleraser.fit.dictionary import load_dictionary
     from neuraleraser.models import open_pipeline, speaks_canvas, usual_sampling
 
-    if images < 5:
-        raise SettingsError(f"images is {images}: pass at least 5, hundreds are good")
+    check_whole("images", images, 5, MANY)  # hundreds are good
+    read = {"the phrase": phrase if phrase.endswith(".json") else None, "--dictionary": dictionary, "--model": model}
+    check_outputs({"--out": out}, read)
+    _check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
     pipe = open_pipeline(model)
     concept = concept_of(pipe, phrase, kind)
     sampling = usual_sampling(pipe, sampling_steps, guidance, images_at_once)
-    name = concept.name.replace("_", "-").replace(" ", "-").lower()
+    name = file_name(concept.name.replace("_", "-").replace(" ", "-").lower())
     path = out or Path(f"{name}.safetensors")
+    check_outputs({"--out": path}, read)
     near = neighbours_of(pipe, concept, neighbours) if neighbours else list(shipped_neighbours(concept))
     concept = with_neighbours(concept, near)
     if dictionary is None and not speaks_canvas(pipe):
@@ -79,7 +86,7 @@ def erase(
         known = load_dictionary(dictionary) if dictionary else load_dictionary()
     with progress_bar(concept.name) as told:
         eraser = fit(pipe, concept, settings, told, known=known, sampling=sampling)
-    eraser.save(path)
+    save_or_keep(path, eraser.save)
     print(f"{path}: erases {concept.name}, {size_text(path.stat().st_size)}, {len(eraser.gate.features)} features")
     if said := doubt(eraser):
         print(said)
@@ -108,13 +115,17 @@ def _dictionary_for(
 
     where = Site.parse(site) if site else site_for(pipe, concept.kind)
     # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
-    owner = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
+    owner = file_name(Path(model).name if os.path.isdir(model) else model.replace("/", "--"))
     root = Path("runs/dictionaries")
+    check_outputs({}, folders={"the dictionary's folder": root})
     if theirs := published(model, where):
         print(f"A dictionary for {model} at {where} is published: {theirs.repo}, of {theirs.source}.")
         try:
             folder = root / f"{owner}-{name}-published"
-            return published_dictionary(pipe, theirs, concept, near, folder, images, sampling)
+            found = published_dictionary(pipe, theirs, concept, near, folder, images, sampling)
+            if not theirs.revision and (commit := found.sae.header.get("revision")):
+                print(f"No commit of it is pinned here; this is {printable(commit)}.")
+            return found
         except FileError as error:
             print(f"It cannot be had: {error}.")
     folder = root / f"{owner}-{name}"
@@ -128,6 +139,11 @@ def _dictionary_for(
         )
     with progress_bar("dictionary") as told:
         return own_dictionary(pipe, concept, near, where, folder, images=images, sampling=sampling, say=told)
+
+
+def _check_sampling(**given: Any) -> None:
+    """Raise SettingsError for a number out of range before the model is opened; None stands for the model's own."""
+    Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
 @verb(app, "generate")
@@ -150,7 +166,8 @@ def generate(
         prompt: What to draw.
         model: The pipeline: canvas, a folder, or a Hub id.
         seed: Seed of the noise that the image starts from.
-        eraser: Eraser files, each with its strength after a colon if not 1: van-gogh.safetensors:0.5 (0 to 2).
+        eraser: Erasers: files, folders or Hub ids, each with its strength after a colon if not 1:
+            van-gogh.safetensors:0.5, owner/name:0.5 (0 to 2).
         out: Where the image goes (PNG).
         action: What erasers do. erase; detect, change nothing and say what would have fired; refuse, end with an error
             and write no image where one would have.
@@ -162,58 +179,85 @@ def generate(
     from neuraleraser import sampling
     from neuraleraser.eraser import Eraser, attach
     from neuraleraser.evaluation.figures import png
-    from neuraleraser.io.atomic import write_bytes
     from neuraleraser.models import open_pipeline, usual_sampling
 
     if not prompt.strip():
         raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
-    if (steps is not None and steps < 1) or seed < 0:
-        raise SettingsError(f"steps is {steps} and seed {seed}: pass at least 1 step, and a seed of 0 or more")
+    if error := prompt_error(prompt):
+        raise SettingsError(f"{error}: pass another prompt")
+    check_seed(seed)
+    _check_sampling(steps=steps, guidance=guidance)
     named = [parse_eraser(text) for text in eraser]
-    erasers = [Eraser.load(path) for path, _ in named]
+    read = {f"--eraser {source}": source for source, _ in named} | {"--model": model}
+    check_outputs({"--out": out, "--record": record}, read)
+    erasers = [Eraser.from_pretrained(source) for source, _ in named]
     pipe = open_pipeline(model)
     chosen = usual_sampling(pipe, steps, guidance, batch=1)
     if calibrate:
         erasers = calibrated(pipe, erasers)
     strengths = [strength for _, strength in named]
+    labels = _labels([e.name for e in erasers], [source for source, _ in named])
     with attach(pipe, erasers, strengths, action=action, heat=record is not None) as trace:
+        trace.names = labels  # so that two erasers of one concept are two in what it says
         try:
             images = sampling.generate(pipe, [prompt], [seed], chosen)
         finally:
             if record:
                 write_bytes(record, trace.jsonl().encode())
-    write_bytes(out, png(images[0]))
+    image = png(images[0])
+    save_or_keep(out, lambda path: write_bytes(path, image))
     fired = trace.fired.get(0, {})
-    for e in erasers:
-        times = fired.get(e.name, [])
-        done = "would have acted" if action == "detect" else "acted"
-        when = (
-            f"{done} at {len(times)} of {chosen.steps} steps (t = {times[0]:g} to {times[-1]:g})"
-            if times
-            else "did not fire"
-        )
-        print(f"{e.name}: {when}")
+    for label, strength in zip(labels, strengths, strict=True):
+        print(f"{label}: {_what_happened(fired.get(label, []), strength, action, chosen.steps)}")
     print(f"{out}: {prompt!r}, seed {seed}")
 
 
-def parse_eraser(text: str) -> tuple[Path, float]:
-    """ "a.safetensors:0.5" -> (path, 0.5); without a number the strength is 1. Raises SettingsError out of range."""
-    path, colon, number = text.rpartition(":")
+def _labels(names: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Names to tell erasers apart by: those of one concept get their source beside it, and one source that is given
+    twice a number."""
+    both = zip(names, sources, strict=True)
+    labels = [name if names.count(name) == 1 else f"{name} ({source})" for name, source in both]
+    return [
+        label if labels.count(label) == 1 else f"{label} {labels[: i + 1].count(label)}"
+        for i, label in enumerate(labels)
+    ]
+
+
+def _what_happened(times: Sequence[float], strength: float, action: str, steps: int) -> str:
+    """Say what an eraser did to an image whose gate opened at timesteps `times`."""
+    if not times:
+        return "did not fire, so nothing was refused" if action == "refuse" else "did not fire"
+    # Schedulers of higher order call the denoiser more than once a step.
+    count = f"{len(times)} of {steps} steps" if len(times) <= steps else f"{len(times)} timesteps"
+    when = f"at {count} (t = {times[0]:g} to {times[-1]:g})"
+    if strength == 0:
+        done = {"erase": "did not act", "detect": "would not have acted", "refuse": "did not refuse"}[action]
+        return f"{done} (strength 0); its gate opened {when}"
+    return f"would have acted {when}" if action == "detect" else f"acted {when}"
+
+
+def parse_eraser(text: str) -> tuple[str, float]:
+    """ "a.safetensors:0.5" -> ("a.safetensors", 0.5), and so of folders and Hub ids.
+
+    Without a number after the last colon ("C:\\a.safetensors"), and where a file or folder has the whole text as its
+    name, the strength is 1. Raises SettingsError for a strength out of range.
+    """
+    source, colon, number = text.rpartition(":")
     try:
         strength = float(number)
     except ValueError:
-        return Path(text), 1.0
-    if not colon:
-        return Path(text), 1.0
+        return text, 1.0
+    if not colon or os.path.exists(text):
+        return text, 1.0
     if not 0 <= strength <= 2:
         raise SettingsError(f"{text!r} asks for strength {number}: pass a strength from 0 (nothing) to 2")
-    return Path(path), strength
+    return source, strength
 
 
 @verb(app, "evaluate")
 def evaluate(
     settings: Annotated[EvaluateSettings, Flat],
-    erasers: tuple[Path, ...] = (),
+    erasers: tuple[str, ...] = (),
     model: str = "canvas",
     out: Path | None = None,
     calibrate: bool = False,
@@ -223,7 +267,7 @@ def evaluate(
     and doing nothing.
 
     Args:
-        erasers: Eraser files.
+        erasers: Eraser files, folders or Hub ids.
         model: The pipeline: canvas, or a folder with another canvas.
         out: Folder for pictures, results and the report; run again with it to go on. None: runs/evaluate, or
             runs/sealed-COMMIT.
@@ -245,7 +289,10 @@ def evaluate(
         return
     if not erasers:
         raise SettingsError("there are no erasers to measure: pass their files with --erasers")
-    loaded, folder = [Eraser.load(path) for path in erasers], out or Path("runs/evaluate")
+    folder = out or Path("runs/evaluate")
+    read = {f"--erasers {source}": source for source in erasers} | {"--model": model}
+    check_outputs({}, read, folders={"--out": folder})
+    loaded = [Eraser.from_pretrained(source) for source in erasers]
     pipe = open_pipeline(model)
     report = evaluate_erasers(pipe, calibrated(pipe, loaded) if calibrate else loaded, settings, folder)
     paths = write_report(report, folder)

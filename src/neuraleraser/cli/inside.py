@@ -10,7 +10,8 @@ from tyro.conf import Positional
 from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.cli.verbs import app, table, verb
 from neuraleraser.errors import ConceptError, SettingsError
-from neuraleraser.settings import Sampling
+from neuraleraser.io.names import printable
+from neuraleraser.settings import Sampling, check_whole
 
 
 @verb(app, "sites")
@@ -80,16 +81,20 @@ def profile(
     """
     import torch
 
-    from neuraleraser import artifact
     from neuraleraser import concepts as c
     from neuraleraser.demo import concept_of
     from neuraleraser.fit.states import conditional, pooled_features
+    from neuraleraser.io import artifact
+    from neuraleraser.io.outputs import check_outputs, save_or_keep
     from neuraleraser.models import open_pipeline
     from neuraleraser.sae import SAE
     from neuraleraser.sites import Site
 
     if not phrases:
         raise ConceptError("no concept was named: pass phrases such as 'Van Gogh style' cat")
+    check_whole("images", images, 1, 1000)
+    check_whole("top", top, 1, 1000)
+    check_outputs({"--out": out}, {"--sae": sae, "--model": model})
     loaded = SAE.load(sae)
     where = site or loaded.header.get("site")
     if not where:
@@ -105,7 +110,8 @@ def profile(
     pooled, _ = pooled_features(pipe, loaded, Site.parse(where), prompts, seeds, Sampling())
     stats = c.profile(conditional(pooled)[:, :, 0], pooled.times, labels)
     tensors = {"mean": stats.mean, "spread": stats.spread, "times": stats.times}
-    artifact.save(out, "profile", tensors, {"names": list(stats.names), "site": str(where), "model": model})
+    header = {"names": list(stats.names), "site": str(where), "model": model}
+    save_or_keep(out, lambda path: artifact.save(path, "profile", tensors, header))
     for concept in asked:
         score = c.neighbour_score(stats, concept.name).mean(0)
         share = c.share_score(stats, concept.name).mean(0)
@@ -135,13 +141,17 @@ def dictionary(
         out: The dictionary's folder.
     """
     from neuraleraser.fit import import_dictionary
+    from neuraleraser.io.outputs import check_outputs, save_or_keep
     from neuraleraser.models import open_pipeline
     from neuraleraser.sites import Site
 
     at = Site.parse(site)
+    made = {f"--out: {name}": out / name for name in ("sae.safetensors", "background.safetensors")}
+    check_outputs(made, {"the SAE": sae, "--prompts": prompts, "--model": model}, folders={"--out": out})
     texts = [prompt for prompt, _ in read_prompts(prompts)]
     known = import_dictionary(open_pipeline(model), sae, at, texts)
-    known.save(out)
+    save_or_keep(out, known.save)
     seen = known.sae.header.get("calibration")
-    differs = f"; calibrated thresholds disagree with it on {seen['disagreement']:.1%} of firings" if seen else ""
-    print(f"{out}: {known.sae.n} features of {known.sae.header['format']} at {at}{differs}")
+    share = seen.get("disagreement") if isinstance(seen, dict) else None
+    differs = f"; calibrated thresholds disagree with it on {share:.1%} of firings" if isinstance(share, float) else ""
+    print(f"{out}: {known.sae.n} features of {printable(known.sae.header.get('format'))} at {at}{differs}")

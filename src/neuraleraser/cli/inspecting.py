@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,8 @@ from tyro.conf import Positional
 from neuraleraser.cli.prompts import prompts_of, read_prompts
 from neuraleraser.cli.verbs import Flat, app, bars, table, verb
 from neuraleraser.errors import DataError
+from neuraleraser.io.names import printable
+from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.settings import InspectSettings
 
 
@@ -36,7 +39,8 @@ def inspect(
     from neuraleraser.sae import SAE
 
     path = sae or CANVAS / "sae.safetensors"
-    path = path / "sae.safetensors" if path.is_dir() else path
+    path = path / "sae.safetensors" if os.path.isdir(path) else path
+    check_outputs({"--sheet": settings.sheet}, {"the SAE": path, "--prompts": settings.prompts, "--model": model})
     loaded = SAE.load(path)
     said = str(loaded.header.get("model") or ("canvas" if sae is None else ""))
     named = model or ("canvas" if said == "canvas" else None)  # no file decides what is downloaded
@@ -47,14 +51,14 @@ def inspect(
     if isinstance(made, dict):
         kind = made.get("architecture", "batchtopk")
         lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
-    print(table([(name, "", value) for name, value in lines]) + "\n")
+    print(table([(name, "", printable(value, 300)) for name, value in lines]) + "\n")
     if named and where:
         _measured(loaded, path, named, str(where), settings)
         return
     try:
         print(_figures(loaded.header["measures"], loaded.n, "when it was made"))
-    except (KeyError, TypeError, ValueError):
-        print("The file holds no measures.")
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        print("The file holds no measures, or none that can be read.")
     print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
 
 
@@ -94,7 +98,8 @@ def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) 
     print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
     if s.sheet:
         pairs = zip(texts, found.before, found.after, strict=True)
-        write_bytes(s.sheet, png(grid_sheet([(text, [a, b]) for text, a, b in pairs], ["model", "reconstructed"])))
+        sheet = png(grid_sheet([(text, [a, b]) for text, a, b in pairs], ["model", "reconstructed"]))
+        save_or_keep(s.sheet, lambda path: write_bytes(path, sheet))
         print(s.sheet)
 
 

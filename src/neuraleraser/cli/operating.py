@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
 from neuraleraser.cli.verbs import app, table, verb
-from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.errors import SettingsError
 
 
 @verb(app, "doctor")
 def doctor(
     model: Positional[str],
     /,
-    erasers: tuple[Path, ...],
+    erasers: tuple[str, ...],
     neighbours: tuple[str, ...] = (),
     lookalikes: Path | None = None,
     clip: str | None = None,
@@ -29,7 +30,7 @@ def doctor(
 
     Args:
         model: The pipeline: canvas, a folder, or a Hub id.
-        erasers: Eraser files.
+        erasers: Erasers: files, folders or Hub ids.
         neighbours: Phrases of what they could be mistaken for; none named: on the canvas all others of the kind.
         lookalikes: Text file of prompts without the concepts in which they must not fire, one a line.
         clip: A CLIP checkpoint (folder or Hub id) to judge by; needs neighbours. The canvas has its own judge.
@@ -40,24 +41,23 @@ def doctor(
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """
     from neuraleraser.cli.prompts import read_prompts
-    from neuraleraser.demo import concept_of, neighbours_of
+    from neuraleraser.demo import named_concept, neighbours_of
     from neuraleraser.diagnosis import doctor as look
     from neuraleraser.eraser import Eraser
     from neuraleraser.judges import CanvasJudge, NudeNetJudge, UnlearnCanvasJudge, clip_judge
     from neuraleraser.models import open_pipeline, speaks_canvas
-    from neuraleraser.settings import Sampling
+    from neuraleraser.settings import Sampling, check_whole
 
     if not erasers:
         raise SettingsError("there are no erasers to look at: pass their files with --erasers")
-    if images < 1 or steps < 1:
-        raise SettingsError(f"images is {images} and steps {steps}: pass at least 1 of each")
+    check_whole("images", images, 1, 1000)
+    sampling = Sampling(batch=min(images, 8), steps=steps)
     if bool(clip) + bool(unlearncanvas) + nudenet > 1:
         raise SettingsError("there is one judge at a time: pass one of --clip, --unlearncanvas and --nudenet")
-    loaded = [Eraser.load(path) for path in erasers]
+    loaded = [Eraser.from_pretrained(source) for source in erasers]
     given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
     pipe = open_pipeline(model)
-    sampling = Sampling(batch=min(images, 8), steps=steps)
-    concepts = [concept_of(pipe, e.name, e.header.get("kind")) for e in loaded]
+    concepts = [named_concept(pipe, e.name, e.header.get("kind")) for e in loaded]
     near = [neighbours_of(pipe, c, neighbours) for c in concepts]
     if calibrate:
         loaded = [_calibrated(pipe, e, c, n, sampling) for e, c, n in zip(loaded, concepts, near, strict=True)]
@@ -83,7 +83,7 @@ def doctor(
 
 @verb(app, "calibrate")
 def calibrate(
-    eraser: Positional[Path],
+    eraser: Positional[str],
     /,
     model: str,
     concept: str | None = None,
@@ -94,25 +94,32 @@ def calibrate(
     """Fit an eraser's gate to other weights of the same architecture, from a few prompts.
 
     Args:
-        eraser: The eraser's file.
+        eraser: The eraser: a file, a folder or a Hub id.
         model: The pipeline: canvas, a folder, or a Hub id.
         concept: What it erases, as a phrase or a JSON file of prompts; None: the name in its file.
         neighbours: Phrases of what it could be mistaken for; none named: on the canvas all others of the kind.
         pairs: Prompts with the concept, and as many without.
-        out: The new file; None: the old one's name with "-calibrated".
+        out: The new file; None: the old one's name with "-calibrated", beside it or, of a folder or Hub id, here.
     """
-    from neuraleraser.demo import concept_of, neighbours_of
+    from neuraleraser.demo import concept_of, named_concept, neighbours_of
     from neuraleraser.eraser import Eraser
+    from neuraleraser.io.outputs import check_outputs, save_or_keep
     from neuraleraser.models import open_pipeline
+    from neuraleraser.settings import check_whole
 
-    loaded = Eraser.load(eraser)
-    path = out or eraser.with_name(f"{eraser.stem}-calibrated{eraser.suffix}")
-    if path.is_dir():
-        raise FileError(f"{str(path)!r} is a folder: pass the path of a file with --out")
+    check_whole("pairs", pairs, 2, 500)
+    source = Path(eraser)
+    if os.path.isfile(eraser):
+        path = out or source.with_name(f"{source.stem}-calibrated{source.suffix}")
+    else:
+        path = out or Path(f"{source.name}-calibrated.safetensors")
+    check_outputs({"--out": path}, {"the eraser": eraser, "--concept": concept, "--model": model})
+    loaded = Eraser.from_pretrained(eraser)
     pipe = open_pipeline(model)
-    meant = concept_of(pipe, concept or loaded.name, loaded.header.get("kind"))
+    kind = loaded.header.get("kind")
+    meant = concept_of(pipe, concept, kind) if concept else named_concept(pipe, loaded.name, kind)
     fitted = _calibrated(pipe, loaded, meant, neighbours_of(pipe, meant, neighbours), pairs=pairs)
-    fitted.save(path)
+    save_or_keep(path, fitted.save)
     seen = fitted.header["calibrated"]
     apart = sum(seen["separation"]) / len(seen["separation"])
     print(
@@ -129,7 +136,7 @@ def _calibrated(pipe: Any, eraser: Any, concept: Any, neighbours: Any, sampling:
 
 def calibrated(pipe: Any, erasers: Any) -> list[Any]:
     """The erasers with gates fitted to `pipe`, by the names in their files."""
-    from neuraleraser.demo import concept_of, neighbours_of
+    from neuraleraser.demo import named_concept, neighbours_of
 
-    concepts = [concept_of(pipe, e.name, e.header.get("kind")) for e in erasers]
+    concepts = [named_concept(pipe, e.name, e.header.get("kind")) for e in erasers]
     return [_calibrated(pipe, e, c, neighbours_of(pipe, c)) for e, c in zip(erasers, concepts, strict=True)]

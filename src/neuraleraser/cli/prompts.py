@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.io.names import prompt_error
+from neuraleraser.io.reading import read_bytes
+
+MAX_BYTES = 2**28
+"""Bytes of a file of prompts, at most."""
 
 Lines = list[tuple[str, tuple[str, ...]]]
 
@@ -14,12 +19,14 @@ def read_prompts(path: Path) -> Lines:
     """The lines of a text file that are not blank: (prompt, the names after a tab, separated by commas). Raises
     FileError if there are none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path, MAX_BYTES).decode("utf-8").splitlines()
+    except (FileError, UnicodeDecodeError) as error:
         raise FileError(f"the prompts {str(path)!r} cannot be read ({error}): pass a text file, one a line") from error
     found = []
     for line in lines:
         prompt, _, names = line.partition("\t")
+        if error := prompt_error(prompt):
+            raise FileError(f"the prompts {str(path)!r} cannot be used, as {error}: change it")
         if prompt.strip():
             found.append((prompt.strip(), tuple(name.strip() for name in names.split(",") if name.strip())))
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ from tyro.conf import Positional
 from neuraleraser.cli.prompts import prompts_of, read_prompts
 from neuraleraser.cli.verbs import Flat, app, verb
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.io.names import file_name
+from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.sae.settings import Architecture, StepLog, TrainSettings
 from neuraleraser.settings import Sampling, StreamSettings
 
@@ -54,6 +57,7 @@ def collect(
     where = [Site.parse(text) for text in sites]
     if not where or images < 1:
         raise SettingsError(f"{len(where)} sites, {images} images: pass at least one of each")
+    check_outputs({}, folders={"--out": out})
     lines = read_prompts(prompts) if prompts else None
     settings = StreamSettings(1, per_image, images, window, reuse=1, seed=seed, sampling=sampling)
     pipe = open_pipeline(model)
@@ -127,10 +131,13 @@ def train(
     fixed |= {"k": active, "steps": steps, "seed": stream.seed, "checkpoint_every": checkpoint_every}
     fixed |= {"log_every": min(50, max(1, steps // 20))}
     chosen = [TrainSettings(n=n, **fixed) for _, n in wanted]
-    logs = [TrainingLog(p.with_suffix(".jsonl"), tensorboard and tensorboard / p.stem) for p in paths]
+    written = {f"--out: {p.name}": p for path in paths for p in (path, *_beside(path))}
+    read = {"--activations": activations, "--prompts": prompts, "--model": model}
+    check_outputs(written, read, folders={"--tensorboard": tensorboard})
+    logs = [TrainingLog(_beside(p)[0], tensorboard and tensorboard / p.stem) for p in paths]
     pool, data, names = _source(where, model, activations, prompts, stream, labelled=chosen[0].labelled)
     runs = {
-        str(path): Run(s, site, path.with_suffix(".training.safetensors"), data | {"site": site})
+        str(path): Run(s, site, _beside(path)[1], data | {"site": site})
         for path, s, (site, _) in zip(paths, chosen, wanted, strict=True)
     }
     told = dict(zip(runs, logs, strict=True))
@@ -163,8 +170,9 @@ def train(
     for (name, run), path in zip(runs.items(), paths, strict=True):
         figures = measure(saes[name], held_out[run.source])
         more = {"labels": names} if bind or discriminant else {}
-        saes[name].save(path, {"site": run.source, "model": model, "measures": figures, **more})
-        path.with_suffix(".training.safetensors").unlink(missing_ok=True)
+        header = {"site": run.source, "model": model, "measures": figures, **more}
+        save_or_keep(path, partial(saes[name].save, header=header))
+        _beside(path)[1].unlink(missing_ok=True)
         explained, l0, dead = (figures[key] for key in ("explained_variance", "l0", "dead_share"))
         print(
             f"{path}: {saes[name].n} features, {l0:.1f} fire for a vector, {dead:.1%} never; "
@@ -179,8 +187,13 @@ def _paths(wanted: Sequence[tuple[str, int]], out: Path | None) -> list[Path]:
         if len(wanted) > 1:
             raise SettingsError(f"{len(wanted)} SAEs do not fit into one file {out}: pass a folder with --out")
         return [out]
-    short = {site: site.removesuffix(":output:image").replace(":", "-") for site, _ in wanted}
+    short = {site: file_name(site.removesuffix(":output:image").replace(":", "-")) for site, _ in wanted}
     return [out / f"{short[site]}-{n}.safetensors" for site, n in wanted]
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """The log and the checkpoint of the SAE at `path`."""
+    return path.with_suffix(".jsonl"), path.with_suffix(".training.safetensors")
 
 
 def _source(

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.eraser import hub
 from neuraleraser.eraser.corrections import KINDS, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
 from neuraleraser.eraser.gate import Gate
+from neuraleraser.eraser.header import header_error
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.errors import DataError, FileError, SiteError
+from neuraleraser.io import artifact
+from neuraleraser.io.names import printable
 from neuraleraser.sites import Site
 
 
@@ -120,16 +122,18 @@ class Eraser:
                     raise ValueError(f"correction{i}/{problem}")
                 also = tuple(Site.parse(text) for text in entry.get("also", ()))
                 corrections.append(kind.from_tensors(Site.parse(entry["site"]), found, also))
-            if parts or not isinstance(header["concept"], str):
-                raise ValueError(f"{next(iter(parts), 'concept')}")
+            if parts:
+                raise ValueError(next(iter(parts)))
         except (ArithmeticError, AttributeError, KeyError, SiteError, TypeError, ValueError) as error:
             raise FileError(
-                f"{path} is no complete eraser ({error!r} is missing or malformed): make it again"
+                f"{path} is no complete eraser ({printable(repr(error))} is missing or malformed): make it again"
             ) from error
         eraser = cls(gate, tuple(corrections), {k: v for k, v in header.items() if k not in ("gate", "corrections")})
         problem = eraser.validation_error()
         if problem:
-            raise FileError(f"{path} is an eraser whose parts do not fit together ({problem}): make it again")
+            raise FileError(
+                f"{path} is an eraser whose parts do not fit together ({printable(problem, 300)}): make it again"
+            )
         return eraser
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -137,12 +141,30 @@ class Eraser:
         self.save(Path(folder) / hub.FILE)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Eraser:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Eraser:
         """Read an eraser from a file, a folder or the Hub ("owner/name"; on an outage, its cached copy).
 
-        Raises FileError where there is none, or it is no eraser.
+        What follows is for the Hub, as `huggingface_hub.hf_hub_download` has it. Pass the 40 digits of a commit as
+        `revision` where a service must draw the same tomorrow. Raises FileError where there is none, or it is no
+        eraser.
         """
-        return cls.load(hub.find(source))
+        options: hub.HubOptions = {
+            "revision": revision,
+            "token": token,
+            "subfolder": subfolder,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        return cls.load(hub.find(source, options))
 
     def push_to_hub(self, repo: str) -> str:
         """Upload the eraser with its model card to "owner/name", made if need be -> the commit's address.
@@ -158,6 +180,8 @@ class Eraser:
 
     def validation_error(self) -> str | None:
         """Return what keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""
+        if error := header_error(self.header):
+            return error
         g, sites = self.gate, [s for c in self.corrections for s in sites_of(c)]
         if not sites or len(set(sites)) < len(sites):
             return f"corrections at {[str(s) for s in sites]}, expected one or more, each at a site of its own"

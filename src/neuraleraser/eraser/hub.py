@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import TypedDict
 
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.io.names import printable
 
 FILE = "eraser.safetensors"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def find(source: str | Path) -> Path:
-    """The file of the eraser at `source`: itself a file, a folder that holds one, or an id on the Hub.
+class HubOptions(TypedDict, total=False):
+    """Options of `huggingface_hub.hf_hub_download`, by its own names. A `revision` that is a commit pins what is
+    fetched: a branch may hold another file tomorrow."""
+
+    revision: str | None
+    token: str | bool | None
+    subfolder: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+
+def find(source: str | Path, options: HubOptions | None = None) -> Path:
+    """The file of the eraser at `source`: itself a file, a folder that holds one, or an id on the Hub, to which
+    `options` go (of a folder, `subfolder` counts).
 
     Raises FileError, in one sentence, where there is none, or where the Hub does not answer and no copy is cached.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / FILE).is_file():
+    options = options or {}
+    path = Path(os.path.expanduser(source))  # unlike Path.expanduser, no error for a user who is not there
+    if os.path.isdir(path):
+        path = path / (options.get("subfolder") or "")
+        if not os.path.isfile(path / FILE):
             raise FileError(
                 f"the folder {str(source)!r} holds no eraser (no {FILE}): pass one that save_pretrained made"
             )
         return path / FILE
-    if path.is_file():
+    if os.path.lexists(path):  # `load` says what is wrong with one that is no regular file
         return path
     if isinstance(source, Path) or source.endswith(".safetensors") or not HUB_ID.fullmatch(source):
-        raise FileError(f"there is no eraser {str(source)!r}: pass a file, a folder, or a Hub id such as 'owner/name'")
-    return _fetch(source)
+        what = printable(source)
+        raise FileError(f"there is no eraser {what!r}: pass a file, a folder, or a Hub id such as 'owner/name'")
+    return _fetch(source, options)
 
 
-def _fetch(repo: str) -> Path:
+def _fetch(repo: str, options: HubOptions) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, FILE))  # on an outage the client takes its cached copy
+        # On an outage the client takes its cached copy.
+        return Path(huggingface_hub.hf_hub_download(repo, FILE, **options))
+    except RevisionNotFoundError as error:
+        raise FileError(
+            f"the repository {repo!r} has no revision {options.get('revision')!r}: pass a branch, a tag or a commit"
+        ) from error
     except RepositoryNotFoundError as error:
         raise FileError(
             f"the Hub has no repository {repo!r}, or none that you may read: check the id, and `hf auth login`"
@@ -46,7 +74,11 @@ def _fetch(repo: str) -> Path:
                 f"the repository {repo!r} holds no eraser (no {FILE}): pass one that push_to_hub made"
             ) from error
         # The Hub named the file, and then broke off.
-        cached = huggingface_hub.try_to_load_from_cache(repo, FILE)
+        folder = options.get("subfolder")
+        file = f"{folder}/{FILE}" if folder else FILE
+        cached = huggingface_hub.try_to_load_from_cache(
+            repo, file, cache_dir=options.get("cache_dir"), revision=options.get("revision")
+        )
         if isinstance(cached, str):
             return Path(cached)
         raise FileError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.activations import CONDITIONAL, Seen, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import WEIGHTS
-from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.errors import DataError, FileError, SettingsError, SiteError
 from neuraleraser.fit.states import pooled_features
+from neuraleraser.io import artifact
+from neuraleraser.io.names import MAX_NAME, printable
 from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
@@ -25,6 +26,8 @@ KEPT = 96
 """Features of a row that are kept on disk; weaker ones are zero to any gate. Few rows have more that fire."""
 MAX_FEATURES = 2**15
 """Features that the background's 16-bit numbers can tell apart."""
+MAX_UNPACKED = 2**31
+"""Numbers that a background unpacks to, at most: 4 GB. Zeros are not in the file, so its own size is no bound."""
 UNCONDITIONAL_SHARE = 5
 """One in so many images gives its unconditional rows, too."""
 EVERY = 2
@@ -49,7 +52,7 @@ class Dictionary:
     def save(self, folder: Path) -> None:
         """Write `sae.safetensors` and `background.safetensors` (the strongest features of each row, in 8 bits).
 
-        Raises DataError for more features than 16 bits can number.
+        Raises DataError for more features than 16 bits can number, FileError when the disk refuses.
         """
         if self.pooled.shape[-1] > MAX_FEATURES:
             raise DataError(f"{self.pooled.shape[-1]} features: a background holds at most {MAX_FEATURES}")
@@ -80,17 +83,50 @@ class Dictionary:
         """Read what `save` wrote. Raises FileError."""
         sae = SAE.load(folder / "sae.safetensors")
         tensors, header = artifact.load(folder / "background.safetensors", "background")
-        try:
-            values = (tensors["values"].float() / 255).square() * (255 * tensors["scale"])
-            n = int(header["n"])
-            if n != sae.n:
-                raise ValueError(f"field n is {n}, the SAE has {sae.n} features")
-            pooled = torch.zeros(*values.shape[:-1], n, dtype=torch.float16)
-            pooled.scatter_(-1, tensors["index"].long(), values.half())
-            site = Site.parse(header["site"])
-            return cls(sae, site, pooled, tensors["times"], header["objects"], header["styles"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise FileError(f"{folder} holds no complete dictionary ({e!r}): make it again") from e
+        error = _background_error(tensors, header, sae.n)
+        if error:
+            raise FileError(f"{folder} holds no complete dictionary ({error}): make it again")
+        values = (tensors["values"].float() / 255).square() * (255 * tensors["scale"])
+        pooled = torch.zeros(*values.shape[:-1], sae.n, dtype=torch.float16)
+        pooled.scatter_(-1, tensors["index"].long(), values.half())
+        return cls(sae, Site.parse(header["site"]), pooled, tensors["times"], header["objects"], header["styles"])
+
+
+def _background_error(tensors: Mapping[str, Tensor], header: Mapping[str, Any], n: int) -> str | None:
+    """Say what keeps a background from being one of an SAE of `n` features, or None."""
+    kinds = {"values": torch.uint8, "index": torch.int16, "times": torch.float32, "scale": torch.float32}
+    found = {name: x.dtype for name, x in tensors.items()}
+    if found != kinds:
+        return f"its tensors are {printable(found, 200)}, expected {kinds}"
+    values, index, times, scale = (tensors[name] for name in kinds)
+    if values.ndim != 4 or 0 in values.shape or index.shape != values.shape or values.shape[-1] > n:
+        return f"values {tuple(values.shape)} and index {tuple(index.shape)} do not fit {n} features"
+    if times.shape != values.shape[1:2] or scale.shape != (1,) or not bool((times.diff() < 0).all()):
+        return f"times {tuple(times.shape)} and scale {tuple(scale.shape)} do not fit, or times do not descend"
+    # Half precision holds what is unpacked.
+    if not 0 < 255 * float(scale) <= torch.finfo(torch.float16).max:
+        return f"scale is {float(scale):g}"
+    unpacked = values[..., 0].numel() * n
+    if n > MAX_FEATURES or unpacked > MAX_UNPACKED:
+        return f"it unpacks to {unpacked:,} numbers of {n} features, at most {MAX_UNPACKED:,} of {MAX_FEATURES}"
+    if not bool(((index >= 0) & (index < n)).all()):
+        return f"index names a feature that is none of {n}"
+    if header.get("n") != n:
+        return f"field n is {printable(header.get('n'))}, the SAE has {n} features"
+    for field in ("objects", "styles"):
+        names = header.get(field)
+        if not isinstance(names, list) or len(names) != len(values) or not all(map(_is_label, names)):
+            return f"field {field} is not a name for each of {len(values)} rows"
+    try:
+        Site.parse(header["site"])
+    except (AttributeError, KeyError, SiteError) as e:
+        return f"field site is missing or malformed ({printable(e)})"
+    return None
+
+
+def _is_label(name: Any) -> bool:
+    """True for what can be several names joined by "+", or none."""
+    return isinstance(name, str) and len(name) <= 8 * MAX_NAME and name.isprintable()
 
 
 CANVAS = WEIGHTS / "dictionary"

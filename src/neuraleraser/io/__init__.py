@@ -1,1 +1,1 @@
-"""Files: how they are written."""
+"""Everything that touches the disk: the one file format, atomic writing, reading strangers' files, names for files."""

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from neuraleraser.artifact import load_plain
 from neuraleraser.errors import FileError
+from neuraleraser.io import untrusted
+from neuraleraser.io.artifact import load_foreign
 from neuraleraser.judges.judgement import Judgement, check
-from neuraleraser.sae.formats import files
 
 PHOTOS = "Seed_Images"
 """What the benchmark calls photographs: an output of the style classifier, and none of its 50 styles."""
@@ -171,9 +171,9 @@ def _weights(path: Path, outputs: int, usual: str, shape: Shape) -> dict[str, Te
     """The classifier's tensors in float32, once all of them, and no others, are there in the right shapes."""
     hint = f"pass the benchmark's {usual}, which has {outputs} outputs"
     if path.suffix == ".safetensors":
-        state: Any = load_plain(path)
+        state: Any = load_foreign(path)
     else:
-        state = files.read_pickle(path, again=hint)
+        state = untrusted.read_pickle(path, again=hint)
         # The benchmark keeps its optimizer's state beside the weights.
         state = state.get("model_state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
@@ -189,4 +189,4 @@ def _weights(path: Path, outputs: int, usual: str, shape: Shape) -> dict[str, Te
     found = getattr(state["head.bias"], "shape", None)
     if found != (outputs,):
         raise FileError(f"{path} has a 'head.bias' of shape {tuple(found or ())}, not {(outputs,)}: {hint}")
-    return {name: files.take(state, name, size, path).float() for name, size in wanted.items()}
+    return {name: untrusted.get_tensor(state, name, size, path).float() for name, size in wanted.items()}

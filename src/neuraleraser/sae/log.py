@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.io.atomic import write_bytes
 from neuraleraser.sae.settings import StepLog
 
 
@@ -50,9 +51,7 @@ class TrainingLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) < step]
-            aside = self.path.with_name(f".{self.path.name}.part")
-            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(aside, self.path)
+            write_bytes(self.path, "".join(line + "\n" for line in kept).encode())
 
     def close(self) -> None:
         """Write out what TensorBoard still holds."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError
+from neuraleraser.io import artifact
+from neuraleraser.io.names import printable
 
 KIND = "sae"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -81,16 +82,24 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def save(self, path: str | os.PathLike[str], header: Mapping[str, Any] | None = None) -> None:
-        """Write the SAE, with its own header and what `header` adds or replaces. Raises FileError."""
+        """Write the SAE, with its own header and what `header` adds or replaces.
+
+        Raises DataError for what `load` would refuse, FileError when the disk does.
+        """
         tensors = {name: getattr(self, name) for name in _NAMES}
-        artifact.save(path, KIND, tensors, {**self.header, **(header or {})})
+        whole = {**self.header, **(header or {})}
+        if error := _header_error(whole):
+            raise DataError(f"the SAE for {path} has {error}: change its header")
+        artifact.save(path, KIND, tensors, whole)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:
         """Read one from `path`, on the CPU. Raises FileError for anything that is not a sound SAE file."""
         tensors, header = artifact.load(path, KIND)
         if set(tensors) != set(_NAMES):
-            raise FileError(f"{path} holds tensors {sorted(tensors)[:8]}: an SAE has {sorted(_NAMES)}")
+            raise FileError(f"{path} holds tensors {printable(sorted(tensors)[:8])}: an SAE has {sorted(_NAMES)}")
+        if error := _header_error(header):
+            raise FileError(f"{path} has {error}: make or fetch it again")
         try:
             return cls(**tensors, header=header)
         except DataError as e:
@@ -98,6 +107,27 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n={self.n}, d={self.d}"
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 300 and value.isprintable()
+
+
+# Fields of a header that the package reads as they are; all else is shown, or read with care.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "site": _is_line,
+    "model": _is_line,
+    "format": _is_line,
+    "labels": lambda value: isinstance(value, list) and all(map(_is_line, value)),
+}
+
+
+def _header_error(header: Mapping[str, Any]) -> str | None:
+    """Say which field of a header cannot be what it says, or None."""
+    for field, fits in _FIELDS.items():
+        if field in header and not fits(header[field]):
+            return f"field {field} = {printable(header[field])}"
+    return None
 
 
 def _check(t: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from neuraleraser.errors import SettingsError
+from neuraleraser.settings import check_number, check_seed, check_whole
 
 Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 """Which features fire in training; afterwards each fires by its own threshold (`topk.py`, `jumprelu.py`,
@@ -57,26 +58,23 @@ class TrainSettings:
     """Steps from one checkpoint to the next, where a checkpoint file is asked for."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "k", "steps", "dead_after", "init_vectors", "log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SettingsError(f"{name} is {value!r}: pass a whole number of at least 1")
+        for name in ("n", "k", "init_vectors"):
+            check_whole(name, getattr(self, name), 1, 2**24)
+        for name in ("steps", "dead_after", "log_every", "checkpoint_every"):
+            check_whole(name, getattr(self, name), 1, 2**40)
         if self.k > self.n:
             raise SettingsError(f"k is {self.k} but there are only n = {self.n} features: pass k <= n")
-        if self.k_aux is not None and self.k_aux < 0:
-            raise SettingsError(f"k_aux is {self.k_aux}: pass 0 (off), a positive number, or None for d / 2")
-        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
-            raise SettingsError(f"lr is {self.lr}: pass a positive number, or None for the default")
+        if self.k_aux is not None:
+            check_whole("k_aux", self.k_aux, 0, 2**24)
+        if self.lr is not None:
+            check_number("lr", self.lr, 0, 1e30, above=True)
         if self.architecture not in get_args(Architecture):
             raise SettingsError(
                 f"architecture is {self.architecture!r}: pass one of {', '.join(get_args(Architecture))}"
             )
-        for name in ("bind", "contrast"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise SettingsError(f"{name} is {value}: pass 0 (off) or a positive weight")
-        if not 0 <= self.seed < 2**63:
-            raise SettingsError(f"seed is {self.seed}: pass a whole number from 0 to 2^63 - 1")
+        check_number("bind", self.bind, 0, 1e6)
+        check_number("contrast", self.contrast, 0, 1e6)
+        check_seed(self.seed)
 
     @property
     def labelled(self) -> bool:

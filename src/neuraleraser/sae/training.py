@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
+from neuraleraser.io import artifact
 from neuraleraser.sae.jumprelu import first_log_threshold
 from neuraleraser.sae.labelled import concept_directions, discriminants
 from neuraleraser.sae.model import SAE

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neuraleraser.sites.site import Site, resolve, unwrap
+from neuraleraser.sites.site import Site, resolve
 
 _TENSORS, _EACH = 64, 4  # weights that are looked at: of so many tensors, so many values
 _LEAST = 8  # tensors that can be compared at all (quantised and offloaded ones cannot)
@@ -20,7 +20,7 @@ def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
     """What a file says of the model that it was made for, as JSON: the class of the component that `sites` lie in,
     a digest of the shapes of their weights, and 256 of the component's weights."""
     name = sites[0].path.split(".")[0]
-    component = unwrap(getattr(pipe, name))
+    component = resolve(pipe, Site(name))
     known = {_key(path): p for path, p in _weights(component)}
     chosen = {key: known[key] for key in sorted(known)[:_TENSORS]}
     values = {key: [float(f"{v:.4g}") for v in _values(p)] for key, p in chosen.items() if _readable(p)}
@@ -32,9 +32,9 @@ def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[
 
     Two sets of weights are the same where 98 in 100 of the values looked at agree to 1 %, as they do between
     float32 and bfloat16. LoRAs that are not fused count as nothing; weights that cannot be read (quantised, or
-    offloaded to the meta device) count as the same.
+    offloaded to the meta device) count as the same. Raises SiteError where the pipeline has not the sites' component.
     """
-    component = unwrap(getattr(pipe, sites[0].path.split(".")[0]))
+    component = resolve(pipe, Site(sites[0].path.split(".")[0]))
     kind = type(component).__name__
     if made.get("class") not in (None, kind):
         return "architecture", f"it was made for a {str(made['class'])[:60]}, and this is a {kind}"
@@ -46,10 +46,9 @@ def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[
     pairs = []
     for path, p in _weights(component):
         known = want.get(_key(path))
-        told = isinstance(known, list) and len(known) == _EACH and all(isinstance(v, (int, float)) for v in known)
-        if told and _readable(p):
+        if _are_values(known) and _readable(p):
             pairs.append((known, _values(p)))
-    if len(pairs) < min(_LEAST, len(want)):
+    if len(pairs) < max(1, min(_LEAST, len(want))):
         return "", ""
     there, here = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
     near = np.abs(there - here) <= 0.01 * np.abs(there) + 1e-3 * np.abs(there).mean()
@@ -67,6 +66,12 @@ def _weights(component: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _key(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()[:8]
+
+
+def _are_values(known: Any) -> bool:
+    """True where these can be values of a float32 tensor, so that sums of them stay finite."""
+    numbers = isinstance(known, list) and len(known) == _EACH and all(isinstance(v, (int, float)) for v in known)
+    return numbers and all(abs(v) < 1e38 for v in known)
 
 
 def _readable(p: Tensor) -> bool:

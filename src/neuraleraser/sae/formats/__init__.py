@@ -23,7 +23,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from neuraleraser.errors import FileError, SettingsError
-from neuraleraser.sae.formats import dictionary_learning, files, gemma_scope, openai, saelens, sparsify
+from neuraleraser.io import atomic, untrusted
+from neuraleraser.sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
 from neuraleraser.sae.formats.source import Source, to_sae
 from neuraleraser.sae.model import SAE
 
@@ -63,8 +64,8 @@ def read(path: str | os.PathLike[str], format: Format | None = None, calibrate: 
     if name == "sdxl-unbox":
         header |= openai.statistics(weights, len(source.b_enc))
     note = weights.with_name(_NOTE)
-    if note.exists():
-        ours = files.read_json(note)
+    if os.path.exists(note):
+        ours = untrusted.read_json(note)
         if ours.get("weights") != _digest(weights):
             raise FileError(f"{note} belongs to other weights than {weights.name}: remove it to read those as they are")
         if not isinstance(ours.get("header"), dict) or not isinstance(ours.get("threshold", []), list):
@@ -100,7 +101,7 @@ def write(sae: SAE, folder: str | os.PathLike[str], format: Format) -> None:
     note: dict[str, Any] = {"weights": _digest(weights), "header": sae.header}
     if format in _NO_THRESHOLD:
         note["threshold"] = t["threshold"].tolist()
-    files.write_json(folder / _NOTE, note)
+    atomic.write_json(folder / _NOTE, note)
 
 
 def _recognise(path: Path, format: Format | None) -> tuple[str, Path]:
@@ -108,9 +109,9 @@ def _recognise(path: Path, format: Format | None) -> tuple[str, Path]:
     if format is not None:
         if format not in get_args(Format):
             raise SettingsError(f"format is {format!r}: expected one of {', '.join(get_args(Format))}")
-        return format, path / _WEIGHTS[format] if path.is_dir() else path
-    if path.is_dir():
-        found = [path / file for file in dict.fromkeys(_WEIGHTS.values()) if (path / file).exists()]
+        return format, path / _WEIGHTS[format] if os.path.isdir(path) else path
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long
+        found = [path / file for file in dict.fromkeys(_WEIGHTS.values()) if os.path.exists(path / file)]
         if len(found) != 1:
             names = ", ".join(p.name for p in found) or "none"
             raise FileError(
@@ -122,7 +123,7 @@ def _recognise(path: Path, format: Format | None) -> tuple[str, Path]:
             return ("saeuron" if name == "sparsify" and sparsify.is_saeuron(path) else name), path
     if path.suffix in (".npz", ".pt", ".pth"):
         return ("gemma-scope" if path.suffix == ".npz" else "openai"), path
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileError(f"{path} does not exist: check the path")
     raise FileError(f"{path} is not known by its name: pass format=, one of {', '.join(get_args(Format))}")
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from neuraleraser.errors import FileError
-from neuraleraser.sae.formats import files
+from neuraleraser.io import atomic, untrusted
 from neuraleraser.sae.formats.source import Source
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
@@ -28,26 +28,26 @@ _KNOWN = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEnco
 def read(path: Path) -> Source:
     """The dictionary whose weights are at `path`, its configuration beside it."""
     where = path.with_name(CONFIG)
-    config = files.read_json(where).get("trainer")
+    config = untrusted.read_json(where).get("trainer")
     if not isinstance(config, dict):
         raise FileError(f"{where} has no object 'trainer': it is not of dictionary_learning")
     kind = config.get("dict_class")
     if kind not in _KNOWN:
-        raise files.unsupported(where, "dict_class", kind, f"an SAE can be made from {', '.join(_KNOWN)}")
-    state = files.read_state(path)
+        raise untrusted.unsupported(where, "dict_class", kind, f"an SAE can be made from {', '.join(_KNOWN)}")
+    state = untrusted.read_state(path)
     if kind in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
-        W = files.take(state, "W_enc", (None, None), path).T
+        W = untrusted.get_tensor(state, "W_enc", (None, None), path).T
         n, d = W.shape
-        W_dec = files.take(state, "W_dec", (n, d), path)
+        W_dec = untrusted.get_tensor(state, "W_dec", (n, d), path)
     else:
-        W = files.take(state, "encoder.weight", (None, None), path)
+        W = untrusted.get_tensor(state, "encoder.weight", (None, None), path)
         n, d = W.shape
-        W_dec = files.take(state, "decoder.weight", (d, n), path).T
+        W_dec = untrusted.get_tensor(state, "decoder.weight", (d, n), path).T
     for name, is_ in (("dict_size", n), ("activation_dim", d)):
-        files.agree(config, name, is_, where)
+        untrusted.expect_equal(config, name, is_, where)
 
     def named(name: str, size: int) -> Tensor:
-        return files.take(state, name, (size,), path)
+        return untrusted.get_tensor(state, name, (size,), path)
 
     if kind == "AutoEncoder":
         return Source(W, named("encoder.bias", n), W_dec, named("bias", d), W.new_zeros(n))
@@ -65,10 +65,10 @@ def read(path: Path) -> Source:
 
 def _rule(kind: str, config: dict[str, Any], state: dict[str, Any], n: int, path: Path) -> tuple[Tensor | None, int]:
     """The threshold [n], where the class fires by one that was estimated, and k."""
-    k = files.size(config, "k", n, path.with_name(CONFIG))
+    k = untrusted.get_int(config, "k", n, path.with_name(CONFIG))
     if kind == "AutoEncoderTopK":
         return None, k
-    threshold = files.take(state, "threshold", (), path)
+    threshold = untrusted.get_tensor(state, "threshold", (), path)
     return (threshold.expand(n) if float(threshold) >= 0 else None), k
 
 
@@ -77,7 +77,7 @@ def write(t: dict[str, Tensor], folder: Path, k: int | None) -> Path:
     n, d = t["W_enc"].shape
     bias = t["b_enc"].double() - t["W_enc"].double() @ t["b_dec"].double()
     tensors = {**t, "W_enc": t["W_enc"].T.contiguous(), "b_enc": bias.float()}
-    files.write_pickle(folder / WEIGHTS, tensors)
+    atomic.write_pickle(folder / WEIGHTS, tensors)
     trainer = {"dict_class": "JumpReluAutoEncoder", "activation_dim": d, "dict_size": n}
-    files.write_json(folder / CONFIG, {"trainer": trainer})
+    atomic.write_json(folder / CONFIG, {"trainer": trainer})
     return folder / WEIGHTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from neuraleraser.sae.formats import files
+from neuraleraser.io import untrusted
 from neuraleraser.sae.formats.source import Source
 
 WEIGHTS = "params.npz"
@@ -13,14 +13,14 @@ WEIGHTS = "params.npz"
 
 def read(path: Path) -> Source:
     """The dictionary at `path`."""
-    arrays = files.read_npz(path)
-    W = files.take(arrays, "W_enc", (None, None), path).T
+    arrays = untrusted.read_npz(path)
+    W = untrusted.get_tensor(arrays, "W_enc", (None, None), path).T
     n, d = W.shape
     return Source(
         W,
-        files.take(arrays, "b_enc", (n,), path),
-        files.take(arrays, "W_dec", (n, d), path),
-        files.take(arrays, "b_dec", (d,), path),
-        files.take(arrays, "threshold", (n,), path),
+        untrusted.get_tensor(arrays, "b_enc", (n,), path),
+        untrusted.get_tensor(arrays, "W_dec", (n, d), path),
+        untrusted.get_tensor(arrays, "b_dec", (d,), path),
+        untrusted.get_tensor(arrays, "threshold", (n,), path),
         subtracts=False,
     )

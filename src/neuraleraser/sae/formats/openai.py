@@ -8,6 +8,7 @@ activation of every feature, which it steers with.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.errors import FileError
-from neuraleraser.sae.formats import files
+from neuraleraser.io import atomic, untrusted
 from neuraleraser.sae.formats.source import Source
 
 WEIGHTS, UNBOX_WEIGHTS, UNBOX_CONFIG = "autoencoder.pt", "state_dict.pth", "config.json"
@@ -25,14 +26,14 @@ STATISTICS = {"feature_mean": "mean.pt", "feature_std": "std.pt"}  # by their na
 
 def read(path: Path) -> Source:
     """OpenAI's dictionary at `path`."""
-    state = files.read_state(path)
+    state = untrusted.read_state(path)
     source = _source(state, path)
     n = len(source.b_enc)
     activation, its = state.get("activation"), state.get("activation_state_dict", {})
     if activation is None and "latents_activation_frequency" in state:
         activation = "ReLU"  # as OpenAI's own loader takes it
     if not isinstance(its, dict) or activation not in ("ReLU", "TopK", "JumpReLU"):
-        raise files.unsupported(
+        raise untrusted.unsupported(
             path,
             "activation",
             activation,
@@ -41,10 +42,10 @@ def read(path: Path) -> Source:
     if activation == "ReLU":
         return replace(source, threshold=source.b_enc.new_zeros(n))
     if activation == "JumpReLU":  # ours
-        return replace(source, threshold=files.take(its, "threshold", (n,), path))
+        return replace(source, threshold=untrusted.get_tensor(its, "threshold", (n,), path))
     if its.get("postact_fn", "ReLU") != "ReLU":
-        raise files.unsupported(path, "postact_fn", its["postact_fn"], "features of an SAE are never negative")
-    return replace(source, k=files.size(its, "k", n, path), scaling="layer_norm")
+        raise untrusted.unsupported(path, "postact_fn", its["postact_fn"], "features of an SAE are never negative")
+    return replace(source, k=untrusted.get_int(its, "k", n, path), scaling="layer_norm")
 
 
 def write(t: dict[str, Tensor], folder: Path, k: int | None) -> Path:
@@ -56,22 +57,22 @@ def write(t: dict[str, Tensor], folder: Path, k: int | None) -> Path:
     plain = not bool(t["threshold"].any())
     state["activation"] = "ReLU" if plain else "JumpReLU"
     state["activation_state_dict"] = {} if plain else {"threshold": t["threshold"]}
-    files.write_pickle(folder / WEIGHTS, state)
+    atomic.write_pickle(folder / WEIGHTS, state)
     return folder / WEIGHTS
 
 
 def read_unbox(path: Path) -> Source:
     """The dictionary of sdxl-unbox whose weights are at `path`, its configuration beside it."""
     where = path.with_name(UNBOX_CONFIG)
-    config, state = files.read_json(where), files.read_state(path)
+    config, state = untrusted.read_json(where), untrusted.read_state(path)
     inner = state.get("state_dict", state)
     if not isinstance(inner, dict):
         raise FileError(f"{path} has a state_dict that is {type(inner).__name__}: expected a dict of tensors")
     source = _source(inner, path)
     n, d = source.W_enc.shape
     for name, is_ in (("n_dirs_local", n), ("d_model", d)):
-        files.agree(config, name, is_, where)
-    return replace(source, k=files.size(config, "k", n, where))
+        untrusted.expect_equal(config, name, is_, where)
+    return replace(source, k=untrusted.get_int(config, "k", n, where))
 
 
 def statistics(path: Path, n: int) -> dict[str, list[float]]:
@@ -79,32 +80,32 @@ def statistics(path: Path, n: int) -> dict[str, list[float]]:
     found = {}
     for name, file in STATISTICS.items():
         where = path.with_name(file)
-        if where.exists():
-            found[name] = files.take({file: files.read_pickle(where)}, file, (n,), where).tolist()
+        if os.path.exists(where):
+            found[name] = untrusted.get_tensor({file: untrusted.read_pickle(where)}, file, (n,), where).tolist()
     return found
 
 
 def write_unbox(t: dict[str, Tensor], folder: Path, k: int | None, header: dict[str, Any]) -> Path:
     """Write as a TopK autoencoder, with the statistics that `header` has; the path of its weights."""
     n, d = t["W_enc"].shape
-    files.write_pickle(folder / UNBOX_WEIGHTS, {"state_dict": _state(t)})
+    atomic.write_pickle(folder / UNBOX_WEIGHTS, {"state_dict": _state(t)})
     for name, file in STATISTICS.items():
         values = header.get(name)
         if isinstance(values, list) and len(values) == n:
-            files.write_pickle(folder / file, torch.tensor(values, dtype=torch.float32))
+            atomic.write_pickle(folder / file, torch.tensor(values, dtype=torch.float32))
     config = {"n_dirs_local": n, "d_model": d, "k": k, "auxk": None, "dead_steps_threshold": 0}
-    files.write_json(folder / UNBOX_CONFIG, config)
+    atomic.write_json(folder / UNBOX_CONFIG, config)
     return folder / UNBOX_WEIGHTS
 
 
 def _source(state: dict[str, Any], path: Path) -> Source:
-    W = files.take(state, "encoder.weight", (None, None), path)
+    W = untrusted.get_tensor(state, "encoder.weight", (None, None), path)
     n, d = W.shape
     return Source(
         W,
-        files.take(state, "latent_bias", (n,), path),
-        files.take(state, "decoder.weight", (d, n), path).T,
-        files.take(state, "pre_bias", (d,), path),
+        untrusted.get_tensor(state, "latent_bias", (n,), path),
+        untrusted.get_tensor(state, "decoder.weight", (d, n), path).T,
+        untrusted.get_tensor(state, "pre_bias", (d,), path),
     )
 
 

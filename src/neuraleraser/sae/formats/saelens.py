@@ -8,15 +8,15 @@ thresholds max(0, b_mag - e^r b_gate).
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.errors import FileError
-from neuraleraser.sae.formats import files
+from neuraleraser.io import artifact, atomic, untrusted
 from neuraleraser.sae.formats.source import Source
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -28,45 +28,48 @@ _KNOWN = ("standard", "jumprelu", "topk", "gated", *_BATCH)
 def read(path: Path) -> Source:
     """The dictionary whose weights are at `path`, its configuration beside it."""
     where = path.with_name(CONFIG)
-    config, tensors = files.read_json(where), artifact.load_plain(path)
+    config, tensors = untrusted.read_json(where), artifact.load_foreign(path)
     architecture = config.get("architecture", "standard")
     legacy = config.get("activation_fn_kwargs")
     if config.get("activation_fn_str", "relu") == "topk" and isinstance(legacy, dict):  # SAELens 5
         architecture, config = "topk", {**config, "k": legacy.get("k")}
     if architecture not in _KNOWN:
-        raise files.unsupported(where, "architecture", architecture, f"an SAE can be made from {', '.join(_KNOWN)}")
+        raise untrusted.unsupported(where, "architecture", architecture, f"an SAE can be made from {', '.join(_KNOWN)}")
     if config.get("finetuning_scaling_factor") not in (None, False):
-        raise files.unsupported(where, "finetuning_scaling_factor", True, "fold it into the decoder first")
-    W = files.take(tensors, "W_enc", (None, None), path).T
+        raise untrusted.unsupported(where, "finetuning_scaling_factor", True, "fold it into the decoder first")
+    W = untrusted.get_tensor(tensors, "W_enc", (None, None), path).T
     n, d = W.shape
     for name, is_ in (("d_sae", n), ("d_in", d)):
-        files.agree(config, name, is_, where)
-    W_dec, b_dec = files.take(tensors, "W_dec", (n, d), path), files.take(tensors, "b_dec", (d,), path)
-    subtracts = files.flag(config, "apply_b_dec_to_input", True, where)
-    by_norm = files.flag(config, "rescale_acts_by_decoder_norm", False, where)
+        untrusted.expect_equal(config, name, is_, where)
+    W_dec, b_dec = (
+        untrusted.get_tensor(tensors, "W_dec", (n, d), path),
+        untrusted.get_tensor(tensors, "b_dec", (d,), path),
+    )
+    subtracts = untrusted.get_bool(config, "apply_b_dec_to_input", True, where)
+    by_norm = untrusted.get_bool(config, "rescale_acts_by_decoder_norm", False, where)
     if architecture == "gated":
-        gain = files.take(tensors, "r_mag", (n,), path).exp()
-        bias = files.take(tensors, "b_mag", (n,), path)
-        gate = files.take(tensors, "b_gate", (n,), path)
+        gain = untrusted.get_tensor(tensors, "r_mag", (n,), path).exp()
+        bias = untrusted.get_tensor(tensors, "b_mag", (n,), path)
+        gate = untrusted.get_tensor(tensors, "b_gate", (n,), path)
         source = Source(W * gain[:, None], bias, W_dec, b_dec, bias - gain * gate, subtracts=subtracts)
     else:
-        bias = files.take(tensors, "b_enc", (n,), path)
+        bias = untrusted.get_tensor(tensors, "b_enc", (n,), path)
         source = Source(W, bias, W_dec, b_dec, bias.new_zeros(n), subtracts=subtracts, by_norm=by_norm)
     if architecture == "jumprelu":
         source = replace(source, threshold=_threshold(tensors, n, path), by_norm=False)
-    elif architecture in _BATCH and float(files.take(tensors, "topk_threshold", (), path)) > 0:
-        one = files.take(tensors, "topk_threshold", (), path)
+    elif architecture in _BATCH and float(untrusted.get_tensor(tensors, "topk_threshold", (), path)) > 0:
+        one = untrusted.get_tensor(tensors, "topk_threshold", (), path)
         source = replace(source, threshold=one.expand(n))
     elif architecture == "topk" or architecture in _BATCH:
-        source = replace(source, threshold=None, k=files.size(config, "k", n, where))
+        source = replace(source, threshold=None, k=untrusted.get_int(config, "k", n, where))
     return _normalised(source, config.get("normalize_activations"), path)
 
 
 def _threshold(tensors: dict[str, Tensor], n: int, path: Path) -> Tensor:
     """Thresholds [n], which older checkpoints of SAELens held as logarithms."""
     if "log_threshold" in tensors and "threshold" not in tensors:
-        return files.take(tensors, "log_threshold", (n,), path).exp()
-    return files.take(tensors, "threshold", (n,), path)
+        return untrusted.get_tensor(tensors, "log_threshold", (n,), path).exp()
+    return untrusted.get_tensor(tensors, "threshold", (n,), path)
 
 
 def _normalised(source: Source, how: object, path: Path) -> Source:
@@ -80,20 +83,20 @@ def _normalised(source: Source, how: object, path: Path) -> Source:
     d = source.W_enc.shape[1]
     if how in (True, "expected_average_only_in"):
         where = path.with_name(_SCALER)
-        if not where.exists():
+        if not os.path.exists(where):
             raise FileError(f"{path.with_name(CONFIG)} says its activations were scaled and {where} lacks: fetch it")
-        s = files.read_json(where).get("scaling_factor")
+        s = untrusted.read_json(where).get("scaling_factor")
         if not isinstance(s, (int, float)) or isinstance(s, bool) or not 1e-30 < s < 1e30:
-            raise files.unsupported(where, "scaling_factor", s, "expected a positive number")
+            raise untrusted.unsupported(where, "scaling_factor", s, "expected a positive number")
         matrix, inverse, mean = torch.eye(d).double() * s, torch.eye(d).double() / s, torch.zeros(d).double()
     elif how == "covariance_whitening":
         where = path.with_name(_WHITENING)
-        tensors = artifact.load_plain(where)
-        matrix, inverse = (files.take(tensors, name, (d, d), where) for name in ("matrix", "inverse_matrix"))
-        mean = files.take(tensors, "mean", (d,), where)
+        tensors = artifact.load_foreign(where)
+        matrix, inverse = (untrusted.get_tensor(tensors, name, (d, d), where) for name in ("matrix", "inverse_matrix"))
+        mean = untrusted.get_tensor(tensors, "mean", (d,), where)
     else:
         known = "none, expected_average_only_in, covariance_whitening, layer_norm, constant_norm_rescale"
-        raise files.unsupported(path.with_name(CONFIG), "normalize_activations", how, f"expected one of {known}")
+        raise untrusted.unsupported(path.with_name(CONFIG), "normalize_activations", how, f"expected one of {known}")
     if source.by_norm:  # the ranking is by the norms before this
         norm = source.W_dec.norm(dim=1)
         norm = torch.where(norm == 0, 1.0, norm)
@@ -130,5 +133,5 @@ def write(t: dict[str, Tensor], folder: Path, k: int | None) -> Path:
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": "6.28.0", "sae_lens_training_version": None},
     }
-    files.write_json(folder / CONFIG, config)
+    atomic.write_json(folder / CONFIG, config)
     return folder / WEIGHTS

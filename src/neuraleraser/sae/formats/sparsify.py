@@ -11,8 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from neuraleraser import artifact
-from neuraleraser.sae.formats import files
+from neuraleraser.io import artifact, atomic, untrusted
 from neuraleraser.sae.formats.source import Source
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -21,32 +20,34 @@ WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 def read(path: Path) -> Source:
     """The dictionary whose weights are at `path`, its configuration beside it."""
     where = path.with_name(CONFIG)
-    config, tensors = files.read_json(where), artifact.load_plain(path)
+    config, tensors = untrusted.read_json(where), artifact.load_foreign(path)
     for name in ("transcode", "skip_connection"):
-        if files.flag(config, name, False, where):
-            raise files.unsupported(where, name, True, "a transcoder is no autoencoder of one site")
-    if files.flag(config, "sample_topk", False, where):
-        raise files.unsupported(where, "sample_topk", True, "features that compete over a whole image cannot be read")
+        if untrusted.get_bool(config, name, False, where):
+            raise untrusted.unsupported(where, name, True, "a transcoder is no autoencoder of one site")
+    if untrusted.get_bool(config, "sample_topk", False, where):
+        raise untrusted.unsupported(
+            where, "sample_topk", True, "features that compete over a whole image cannot be read"
+        )
     if config.get("activation", "topk") != "topk":
-        raise files.unsupported(where, "activation", config["activation"], "expected topk")
-    W = files.take(tensors, "encoder.weight", (None, None), path)
+        raise untrusted.unsupported(where, "activation", config["activation"], "expected topk")
+    W = untrusted.get_tensor(tensors, "encoder.weight", (None, None), path)
     n, d = W.shape
-    files.agree(config, "d_in", d, where)
+    untrusted.expect_equal(config, "d_in", d, where)
     if config.get("num_latents") != 0:  # 0: a multiple of d_in
-        files.agree(config, "num_latents", n, where)
+        untrusted.expect_equal(config, "num_latents", n, where)
     return Source(
         W,
-        files.take(tensors, "encoder.bias", (n,), path),
-        files.take(tensors, "W_dec", (n, d), path),
-        files.take(tensors, "b_dec", (d,), path),
-        k=files.size(config, "k", n, where),
-        scaling="layer_norm" if files.flag(config, "input_unit_norm", False, where) else "none",
+        untrusted.get_tensor(tensors, "encoder.bias", (n,), path),
+        untrusted.get_tensor(tensors, "W_dec", (n, d), path),
+        untrusted.get_tensor(tensors, "b_dec", (d,), path),
+        k=untrusted.get_int(config, "k", n, where),
+        scaling="layer_norm" if untrusted.get_bool(config, "input_unit_norm", False, where) else "none",
     )
 
 
 def is_saeuron(path: Path) -> bool:
     """Whether the weights at `path` are SAeUron's, by the switches that it added."""
-    return "batch_topk" in files.read_json(path.with_name(CONFIG))
+    return "batch_topk" in untrusted.read_json(path.with_name(CONFIG))
 
 
 def write(t: dict[str, Tensor], folder: Path, k: int | None, saeuron: bool = False) -> Path:
@@ -59,5 +60,5 @@ def write(t: dict[str, Tensor], folder: Path, k: int | None, saeuron: bool = Fal
         config |= {"multi_topk": False, "batch_topk": False, "sample_topk": False, "input_unit_norm": False}
     else:
         config |= {"activation": "topk", "multi_topk": False, "skip_connection": False, "transcode": False}
-    files.write_json(folder / CONFIG, config)
+    atomic.write_json(folder / CONFIG, config)
     return folder / WEIGHTS

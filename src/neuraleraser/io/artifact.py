@@ -9,13 +9,9 @@ sentence; nothing in it is ever executed.
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
-import math
 import os
-import secrets
 import struct
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neuraleraser.errors import DataError, FileError
+from neuraleraser.io.atomic import replacing, write_error
+from neuraleraser.io.names import printable
+from neuraleraser.io.reading import open_regular, parse_json
 
 VERSION = 1
-STRAY = 3600  # seconds after which a file beside counts as left by a killed save
 MAX_HEADER = 16 * 2**20  # bytes; safetensors' own bound is 100 MB
+MAX_BYTES = {"eraser": 2**26, "background": 2**32, "sae": 2**34, "judge": 2**28, "profile": 2**32}
+"""Bytes of a file of a kind that strangers may have made, at most. The format allows no tensor more bytes than its file
+has, so this bounds what is allocated, and it is checked before the file is mapped.
+
+An eraser has kilobytes; the largest that `fit` makes (rank 32, three corrections 4,096 wide, ten time bins) has 16 MB,
+and four times that is the bound. An SAE of 131,072 features on 4,096 dimensions has 4 GB in float32, again times four.
+"""
+MAX_OTHER_BYTES = 2**38
+"""The bound of other kinds (activations, checkpoints), which are read where they were written."""
 # What every torch can check for NaN; float8, float4 and complex are refused rather than half supported.
 _DTYPES = {
     "BOOL": torch.bool,
@@ -43,14 +50,14 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_AGAIN = "fetch or make it again"
+_RETRY_HINT = "fetch or make it again"
 
 
 def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write `tensors` (up to 8 dimensions, any device, every number finite) and `header` (JSON) to `path`.
 
-    Written aside and renamed, so `path` holds the old file or the new one, never half of one. Folders on the
-    way are made. Raises DataError for what `load` would refuse, FileError when the disk does.
+    `path` holds the old file or the new one, never half of one. Folders on the way are made. Raises DataError for
+    what `load` would refuse, FileError when the disk does.
     """
     path = Path(path)
     try:
@@ -67,61 +74,57 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
             )
         if not _finite(x):
             raise DataError(f"tensor {name!r} for {path} holds NaN or infinity, so it was not written")
+    total, most = sum(x.numel() * x.element_size() for x in tensors.values()), _most(kind)
+    if total + 2 * len(text) > most:
+        raise DataError(f"{path} would hold {total:,} bytes of tensors: a file of kind {kind!r} has at most {most:,}")
     # Cloned, because safetensors takes neither strided tensors nor two that share memory.
     own = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(own, aside, metadata={"kind": kind, "version": str(VERSION), "header": text})
-        with open(aside, "rb+") as f:
+    with replacing(path) as temp_path:
+        try:
+            save_file(own, temp_path, metadata={"kind": kind, "version": str(VERSION), "header": text})
+        except SafetensorError as e:
+            raise write_error(path, e) from e
+        with open(temp_path, "rb") as f:
             if struct.unpack("<Q", f.read(8))[0] > MAX_HEADER:
                 raise DataError(f"the header for {path} is over {MAX_HEADER >> 20} MB: put bulk in tensors")
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-        _sweep(path)
-    except (OSError, SafetensorError) as e:
-        raise FileError(f"{path} could not be written ({e}): check the path, permissions and space") from e
-    finally:
-        with contextlib.suppress(OSError):  # gone already, after a rename, or never made
-            aside.unlink()
-
-
-def _sweep(path: Path) -> None:
-    """Remove what saves of `path` left beside it when they were killed; younger files may still be written."""
-    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - stray.stat().st_mtime > STRAY:
-                stray.unlink()
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU, as saved) and the header of a file of this kind.
 
-    Raises FileError, in one sentence, for anything wrong: missing, truncated, not safetensors, another kind,
-    a newer version, a header over 16 MB or not a JSON object, NaN or infinity in a tensor.
+    Raises FileError, in one sentence, for anything wrong: missing, no regular file, larger than its kind may be,
+    truncated, not safetensors, another kind, a newer version, a header over 16 MB or not a JSON object, NaN or
+    infinity in a tensor, more than memory holds.
     """
-    with _opened(path) as f:
+    with _opened(path, _most(kind)) as f:
         header = _read_header(Path(path), kind, f.metadata() or {})
         return _tensors(Path(path), f), header
 
 
-def load_plain(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors (on the CPU, as saved) of a safetensors file that another library wrote, checked as `load`
-    checks them. Raises FileError."""
-    with _opened(path) as f:
+def _most(kind: str) -> int:
+    """Bytes that a file of this kind has at most."""
+    return MAX_BYTES.get(kind, MAX_OTHER_BYTES)
+
+
+def load_foreign(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors (on the CPU, as saved) of a safetensors file that another library wrote, checked as `load` checks
+    those of an SAE. Raises FileError."""
+    with _opened(path, MAX_BYTES["sae"]) as f:
         return _tensors(Path(path), f)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def _opened(path: str | os.PathLike[str], most: int) -> Iterator[Any]:
     """The file, open and bounded; what the parser says of it while it is open becomes a FileError."""
     path = Path(path)
-    _check_bounds(path)
+    _check_bounds(path, most)
     try:
         with safe_open(path, framework="pt", device="cpu") as f:
             yield f
     except (OSError, SafetensorError, TypeError) as e:  # TypeError: a dimension beyond 64 bits
-        raise FileError(f"{path} is not a whole safetensors file ({_short(str(e))}): {_AGAIN}") from e
+        raise FileError(f"{path} is not a whole safetensors file ({printable(e)}): {_RETRY_HINT}") from e
+    except (MemoryError, RuntimeError) as e:  # RuntimeError: torch's own allocator
+        raise FileError(f"{path} does not fit into memory ({printable(e)}): load it where there is more") from e
 
 
 def _tensors(path: Path, f: Any) -> dict[str, Tensor]:
@@ -129,27 +132,29 @@ def _tensors(path: Path, f: Any) -> dict[str, Tensor]:
     for name in f.keys():
         part = f.get_slice(name)
         if part.get_dtype() not in _DTYPES or len(part.get_shape()) > 8:
-            raise FileError(f"{path} holds tensor {_short(name)} of an unknown type: {_AGAIN}")
+            raise FileError(f"{path} holds tensor {printable(name)!r} of an unknown type: {_RETRY_HINT}")
     # Cloned, because the library maps the file: overwritten, it would change under its reader.
     tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
     for name, x in tensors.items():
         if not _finite(x):
-            raise FileError(f"{path} holds NaN or infinity in tensor {_short(name)}: {_AGAIN}")
+            raise FileError(f"{path} holds NaN or infinity in tensor {printable(name)!r}: {_RETRY_HINT}")
     return tensors
 
 
-def _check_bounds(path: Path) -> None:
-    """Refuse, from the first eight bytes, what the parser should not even be shown."""
-    try:
-        with open(path, "rb") as f:
+def _check_bounds(path: Path, most: int) -> None:
+    """Refuse, from its size and first eight bytes, what the parser should not even be shown."""
+    with open_regular(path) as f:
+        try:
             first = f.read(8)
             size = os.fstat(f.fileno()).st_size
-    except FileNotFoundError as e:
-        raise FileError(f"{path} does not exist: check the path") from e
-    except OSError as e:
-        raise FileError(f"{path} could not be read ({e.strerror}): check the path and permissions") from e
+        except OSError as e:
+            raise FileError(f"{path} could not be read ({e.strerror}): check the disk") from e
     if len(first) < 8:
-        raise FileError(f"{path} is not a safetensors file (it has only {size} bytes): {_AGAIN}")
+        raise FileError(f"{path} is not a safetensors file (it has only {size} bytes): {_RETRY_HINT}")
+    if size > most:
+        raise FileError(
+            f"{path} has {size:,} bytes, over the bound of {most:,} for a file of its kind: pass another file"
+        )
     claimed = struct.unpack("<Q", first)[0]
     if claimed > MAX_HEADER:
         raise FileError(
@@ -157,7 +162,7 @@ def _check_bounds(path: Path) -> None:
             "it is damaged, not safetensors, or hostile"
         )
     if claimed > size - 8:
-        raise FileError(f"{path} is truncated (a header of {claimed} bytes, a file of {size}): {_AGAIN}")
+        raise FileError(f"{path} is truncated (a header of {claimed} bytes, a file of {size}): {_RETRY_HINT}")
 
 
 def _read_header(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -165,27 +170,19 @@ def _read_header(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str
     if not {"kind", "version", "header"} <= metadata.keys():
         raise FileError(f"{path} was not written by neuraleraser: pass a file of kind {kind!r}")
     if metadata["kind"] != kind:
-        raise FileError(f"{path} is of kind {_short(metadata['kind'])}: pass a file of kind {kind!r}")
+        raise FileError(f"{path} is of kind {printable(metadata['kind'])!r}: pass a file of kind {kind!r}")
     version = metadata["version"]
     if not (version.isascii() and version.isdigit() and len(version) < 10):
-        raise FileError(f"{path} has format version {_short(version)}, which is not a number: {_AGAIN}")
+        raise FileError(f"{path} has format version {printable(version)!r}, which is not a number: {_RETRY_HINT}")
     if int(version) > VERSION:
         raise FileError(f"{path} has format version {version}, this neuraleraser reads up to {VERSION}: upgrade it")
     try:
-        header = json.loads(metadata["header"], parse_float=_number, parse_constant=_number)
-    except (ValueError, RecursionError) as e:
-        raise FileError(f"{path} has a header that is not JSON ({type(e).__name__}): {_AGAIN}") from e
+        header = parse_json(metadata["header"])
+    except ValueError as e:
+        raise FileError(f"{path} has a header that is not JSON ({printable(e)}): {_RETRY_HINT}") from e
     if not isinstance(header, dict):
-        raise FileError(f"{path} has a header that is not a JSON object: {_AGAIN}")
+        raise FileError(f"{path} has a header that is not a JSON object: {_RETRY_HINT}")
     return header
-
-
-def _number(text: str) -> float:
-    """A JSON number; refuses NaN, Infinity and what overflows to it, all of which Python would take."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number that is not finite")
-    return value
 
 
 def _finite(x: Tensor) -> bool:
@@ -194,8 +191,3 @@ def _finite(x: Tensor) -> bool:
         return True
     low, high = torch.aminmax(x)  # NaN propagates
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _short(text: str) -> str:
-    """A stranger's string, safe to print in one line."""
-    return repr(text if len(text) <= 100 else text[:97] + "...")

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neuraleraser import artifact
 from neuraleraser.errors import DataError, FileError
+from neuraleraser.io import artifact, atomic
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -128,7 +128,7 @@ def test_a_save_that_fails_leaves_the_old_file(
     if stage == "save_file":
         monkeypatch.setattr(artifact, "save_file", half)
     else:
-        monkeypatch.setattr(artifact.os, "replace", fail)
+        monkeypatch.setattr(atomic.os, "replace", fail)
     with pytest.raises(FileError if isinstance(error, OSError) else KeyboardInterrupt):
         artifact.save(path, "eraser", {"x": torch.zeros(3)}, {})
     assert path.read_bytes() == old
