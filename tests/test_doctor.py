@@ -47,7 +47,7 @@ class Judge:
 
 
 def look(pipe: Any, eraser: Any, judge: Any = None, lookalikes: tuple[str, ...] = ()) -> Diagnosis:
-    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], images=2, sampling=S)
+    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], images=2, samplings=[S])
 
 
 def found(d: Diagnosis) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def test_what_is_published_is_found_by_model_and_site():
 
 def test_the_sites_are_those_that_families_are_known_for():
     """So that `erase --model ID` looks where a published dictionary reads, without being told."""
-    assert {p.site for p in PUBLISHED} <= {*models._SD1, *models._SDXL, *models._FLUX}
+    known = {r.site for family in (models._SD1, models._SDXL, models._FLUX) for r in family}
+    assert {p.site for p in PUBLISHED} <= known
 
 
 @pytest.mark.parametrize("publish", [saeuron, unbox])
@@ -52,6 +53,9 @@ def test_a_published_dictionary_is_fetched_read_and_kept(publish: Any, tmp_path:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     known = published_dictionary(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
     assert known.site == site and known.sae.n == 64 and known.sae.header["source"] == "c/d: a paper"
+    assert known.provenance.sae == "c/d: a paper", "so that nobody takes its own training data for known"
+    shown = zip(known.prompts, known.labels, strict=True)
+    assert all(names == ({"y"} if "y" in prompt.split() else set()) for prompt, names in shown)
     assert asked == [{"repo": "c/d", "repo_type": "model", "allow_patterns": ["deep/inside/*"]}]
     again = published_dictionary(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
     assert len(asked) == 1 and again.sae.W_enc.equal(known.sae.W_enc)

@@ -62,13 +62,13 @@ def erase(
     from neuraleraser.demo import concept_of, doubt, neighbours_of, progress_bar
     from neuraleraser.fit import fit
     from neuraleraser.fit.dictionary import load_dictionary
-    from neuraleraser.models import open_pipeline, speaks_canvas, usual_sampling
+    from neuraleraser.models import default_sampling, open_pipeline, speaks_canvas
 
     if images < 5:
         raise SettingsError(f"images is {images}: pass at least 5, hundreds are good")
     pipe = open_pipeline(model)
     concept = concept_of(pipe, phrase, kind)
-    sampling = usual_sampling(pipe, sampling_steps, guidance, images_at_once)
+    sampling = default_sampling(pipe, sampling_steps, guidance, images_at_once)
     name = concept.name.replace("_", "-").replace(" ", "-").lower()
     path = out or Path(f"{name}.safetensors")
     near = neighbours_of(pipe, concept, neighbours) if neighbours else list(shipped_neighbours(concept))
@@ -103,10 +103,10 @@ def _dictionary_for(
     from neuraleraser.errors import FileError
     from neuraleraser.fit.own import expect, own_dictionary
     from neuraleraser.fit.published import published, published_dictionary
-    from neuraleraser.models import site_for
+    from neuraleraser.models import default_gate_site
     from neuraleraser.sites import Site
 
-    where = Site.parse(site) if site else site_for(pipe, concept.kind)
+    where = Site.parse(site) if site else default_gate_site(pipe, concept.kind)
     # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
     owner = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
     root = Path("runs/dictionaries")
@@ -163,7 +163,7 @@ def generate(
     from neuraleraser.bench.files import write_bytes
     from neuraleraser.bench.pictures import png
     from neuraleraser.eraser import Eraser, attach
-    from neuraleraser.models import open_pipeline, usual_sampling
+    from neuraleraser.models import default_sampling, open_pipeline
 
     if not prompt.strip():
         raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
@@ -172,7 +172,7 @@ def generate(
     named = [parse_eraser(text) for text in eraser]
     erasers = [Eraser.load(path) for path, _ in named]
     pipe = open_pipeline(model)
-    chosen = usual_sampling(pipe, steps, guidance, batch=1)
+    chosen = default_sampling(pipe, steps, guidance, batch=1)
     if calibrate:
         erasers = calibrated(pipe, erasers)
     strengths = [strength for _, strength in named]
