@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
 
 from neuraleraser import models
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 from neuraleraser.errors import FileError, SettingsError, SiteError
+from neuraleraser.fit.published import PUBLISHED
 from neuraleraser.models import (
     called,
     default_gate_site,
@@ -104,10 +106,10 @@ def test_presets_say_where_they_were_published():
 def sdxl() -> StableDiffusionXLPipeline:
     """An SDXL with blocks at all the sites that are recommended for it."""
     pipe = BUILDERS["stable_diffusion_xl"]()
-    blocks = pipe.unet.down_blocks[1].attentions, pipe.unet.mid_block.attentions
+    block = pipe.unet.down_blocks[1].attentions[0]
     pipe.unet.down_blocks.append(torch.nn.Module())
-    pipe.unet.down_blocks[2].attentions = torch.nn.ModuleList([blocks[0][0], blocks[0][0]])
-    pipe.unet.up_blocks[0].attentions.append(pipe.unet.up_blocks[0].attentions[0])
+    pipe.unet.down_blocks[2].attentions = torch.nn.ModuleList([copy.deepcopy(block), copy.deepcopy(block)])
+    pipe.unet.up_blocks[0].attentions.append(copy.deepcopy(block))
     return pipe
 
 
@@ -128,6 +130,36 @@ def test_each_kind_is_looked_for_where_it_was_found(monkeypatch: pytest.MonkeyPa
     unknown = BUILDERS["pixart"]()
     blocks = candidate_sites(unknown)
     assert recommended_sites(unknown) == [] and default_gate_site(unknown, "style") == blocks[len(blocks) // 2]
+
+
+def flux() -> FluxPipeline:
+    """A FLUX with as many double blocks as the real one."""
+    pipe = BUILDERS["flux"]()
+    blocks = pipe.transformer.transformer_blocks
+    blocks.extend([blocks[0]] * (19 - len(blocks)))
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("build", "kinds"),
+    [(BUILDERS["stable_diffusion"], ("object",)), (sdxl, ("object", "style")), (flux, ("object", "style"))],
+)
+def test_a_gate_is_looked_for_where_a_dictionary_is_published(build: Any, kinds: tuple[str, ...]):
+    """So that `erase --model ID` finds it without being told a site."""
+    pipe = build()
+    entries = [p for p in PUBLISHED if _has_site(pipe, p.site)]
+    assert entries
+    for kind in kinds:
+        assert default_gate_site(pipe, kind) in {p.site for p in entries}
+    assert all(edits_for(pipe, p.site) for p in entries), "an eraser could edit from each"
+
+
+def _has_site(pipe: Any, site: Site) -> bool:
+    try:
+        edits_for(pipe, site)
+    except SiteError:
+        return False
+    return True
 
 
 def test_the_sampling_that_an_eraser_was_fitted_with():
