@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser import Correction, Eraser, Gate
+from neuraleraser.eraser import Eraser, Gate, LowRank
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Call, Site, record
+from neuraleraser.sites import EditContext, Site, record
 
 GATE = Site("unet.down_blocks.1.attentions.0")  # 32 wide, 4 x 4 positions
 EDIT = Site("unet.up_blocks.1.attentions.0")  # 16 wide
@@ -45,11 +45,7 @@ def open_eraser(
         low=torch.zeros(bins),
         high=torch.full((bins,), 1e-3),
     )
-    tensors = {
-        "down": random(bins, edit[1], 2),
-        "up": random(bins, 2, edit[1]),
-        "bias_out": random(bins, edit[1]),
-    }
+    down, up, bias = random(bins, edit[1], 2), random(bins, 2, edit[1]), random(bins, edit[1])
     header = {
         "concept": name,
         "kind": kind,
@@ -57,7 +53,7 @@ def open_eraser(
         "prompts": ["made with this"],
         "seconds": 12.5,
     }
-    return Eraser(looks, (Correction(edit[0], "learnt", looks.times, tensors),), header)
+    return Eraser(looks, (LowRank(edit[0], looks.times, down, up, bias),), header)
 
 
 def half_open(eraser: Eraser, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], s: Sampling) -> Eraser:
@@ -65,7 +61,7 @@ def half_open(eraser: Eraser, pipe: Any, prompts: Sequence[str], seeds: Sequence
     tops: list[Tensor] = []
     starts: list[int] = []
 
-    def note(site: Site, x: Tensor, call: Call) -> None:
+    def note(site: Site, x: Tensor, context: EditContext[None]) -> None:
         evidence = eraser.gate.evidence(x)
         tops[-1] = torch.maximum(tops[-1], evidence.view(2, s.batch).amax(0))
 

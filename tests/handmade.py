@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser import Correction, Eraser, Gate
+from neuraleraser.eraser import KINDS, Correction, Eraser, Gate
 from neuraleraser.sites import Site
 
 # Of each small pipeline: where the gate looks, where the edit acts (it runs later), and how wide both are.
@@ -59,7 +59,7 @@ def make_gate(
 def make_correction(
     site: Site,
     d: int,
-    mode: str = "learnt",
+    kind: str = "low_rank",
     *,
     f: int = 3,
     rank: int = 2,
@@ -76,32 +76,27 @@ def make_correction(
         "threshold": random(f, seed=seed + 7).abs(),
     }
     made = {
-        "scale": rows
+        "scaling": rows
         | {
             "decoder": torch.nn.functional.normalize(random(f, d, seed=seed + 8), dim=1),
             "factor": random(t, f, seed=seed + 9),
         },
-        "replace": rows
-        | {
-            "basis": torch.linalg.qr(random(d, min(f, d), seed=seed + 8)).Q.contiguous(),
-            "centre": random(t, d, seed=seed + 9),
-        },
-        "learnt": {
+        "low_rank": {
             "down": random(t, d, rank, seed=seed + 5) / d**0.5,
             "up": 0.3 * random(t, rank, d, seed=seed + 6),
-            "bias_out": 0.3 * random(t, d, seed=seed + 7),
+            "bias": 0.3 * random(t, d, seed=seed + 7),
         },
-    }[mode]
-    return Correction(site, mode, torch.tensor(times), made | tensors, also)
+    }[kind]
+    return KINDS[kind].from_tensors(site, {"times": torch.tensor(times)} | made | tensors, also)
 
 
 def make_eraser(
-    family: str = "stable_diffusion", mode: str = "learnt", *, seed: int = 0, name: str = "Cats", **gate: Any
+    family: str = "stable_diffusion", kind: str = "low_rank", *, seed: int = 0, name: str = "Cats", **gate: Any
 ) -> Eraser:
     """An eraser for the small pipeline of a family; `gate` goes to `make_gate`."""
     at, on, d = SITES[family]
     scale = 1e-3 if family == "flux" else 1.0  # its time runs from 0 to 1
     times = [scale * t for t in gate.pop("times", (250.0, 750.0))]
-    correction = make_correction(on, d, mode, seed=seed, times=[scale * t for t in (100.0, 500.0, 900.0)])
+    correction = make_correction(on, d, kind, seed=seed, times=[scale * t for t in (100.0, 500.0, 900.0)])
     header = {"concept": name, "kind": "object", "seeds": [0, 9]}
     return Eraser(make_gate(at, d, seed=seed, times=times, **gate), (correction,), header)

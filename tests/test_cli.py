@@ -158,7 +158,7 @@ def test_a_model_without_a_dictionary_gets_its_own(
     model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scale"]
+    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scaling"]
     argv += ["--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]
     assert main(argv) == 0
     first = capsys.readouterr()
@@ -190,7 +190,7 @@ def test_a_published_dictionary_out_of_reach_is_said_and_replaced(
     monkeypatch.setattr(table, "PUBLISHED", (theirs,))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
-    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scale"]
+    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--images", "10", "--mode", "scaling"]
     assert main([*argv, "--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]) == 0
     out = capsys.readouterr().out
     assert "is published: bcywinski/SAeUron_coco" in out

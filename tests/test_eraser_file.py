@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from handmade import FAMILIES, make_eraser
-from neuraleraser.eraser import MODES, Eraser
+from neuraleraser.eraser import KINDS, Eraser
 from neuraleraser.errors import DataError, FileError, NeuralEraserError
 
 Tensors = dict[str, Tensor]
 Header = dict[str, Any]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back(family: str, mode: str, tmp_path: Path) -> None:
-    one = make_eraser(family, mode, share=0.5, low=0.25, high=0.5)
+def test_there_and_back(family: str, kind: str, tmp_path: Path) -> None:
+    one = make_eraser(family, kind, share=0.5, low=0.25, high=0.5)
     one.save(tmp_path / "one.safetensors")
     back = Eraser.load(tmp_path / "one.safetensors")
     assert back.header == one.header and back.name == "Cats" and back.gate.site == one.gate.site
@@ -36,12 +36,12 @@ def test_there_and_back(family: str, mode: str, tmp_path: Path) -> None:
     near = dataclasses.replace(one.gate, rows=one.gate.rows.half().float())  # all else of the gate is exact
     assert torch.equal(back.gate(x, t), near(x, t))
     a, b = one.corrections[0], back.corrections[0]
-    assert (a.site, a.mode) == (b.site, b.mode) and torch.equal(a.times, b.times)
-    for name, value in a.tensors.items():
-        assert torch.equal(b.tensors[name], value.half().float())
+    assert (a.site, a.KIND) == (b.site, b.KIND)
+    for name, value in a.tensors().items():
+        assert torch.equal(b.tensors()[name], value if name == "times" else value.half().float())
     back.save(tmp_path / "two.safetensors")
     again = Eraser.load(tmp_path / "two.safetensors")
-    assert again.key == back.key
+    assert again.content_hash == back.content_hash
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="was not written"):
         Eraser(e.gate, (), e.header).save(tmp_path / "x.safetensors")
     huge = make_eraser()
-    huge.corrections[0].tensors["up"].fill_(1e6)  # beyond half precision
+    huge.corrections[0].tensors()["up"].fill_(1e6)  # beyond half precision
     with pytest.raises(DataError):
         huge.save(tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
@@ -57,8 +57,8 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Callable[..., tuple[Tensors, Header]]:
-    def read(mode: str) -> tuple[Tensors, Header]:
-        make_eraser(mode=mode).save(tmp_path / "good.safetensors")
+    def read(kind: str) -> tuple[Tensors, Header]:
+        make_eraser(kind=kind).save(tmp_path / "good.safetensors")
         with safe_open(tmp_path / "good.safetensors", "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["header"])
 
@@ -77,44 +77,43 @@ def refused(folder: Path, tensors: Tensors, header: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_tensor_is_needed_and_has_its_shape(mode: str, parts: Any, tmp_path: Path) -> None:
-    good, header = parts(mode)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_tensor_is_needed_and_has_its_shape(kind: str, parts: Any, tmp_path: Path) -> None:
+    good, header = parts(kind)
     for name in good:
         less = {k: v for k, v in good.items() if k != name}
         refused(tmp_path, less, header)
         shapes = [good[name][:0], good[name].unsqueeze(0), torch.cat([good[name], good[name]]), good[name].flatten()[0]]
         for other in shapes:
             refused(tmp_path, {**good, name: other}, header)
-        if good[name].ndim > 1 and name not in ("gate/rows", "edit0/basis"):  # another width, a smaller span
+        if good[name].ndim > 1 and name not in ("gate/rows",):  # another width, a smaller span
             refused(tmp_path, {**good, name: good[name][:, :-1]}, header)
         swapped = good[name].double().round().long() if good[name].is_floating_point() else good[name].float()
         refused(tmp_path, {**good, name: swapped}, header)
-    refused(tmp_path, {**good, "edit1/up": torch.zeros(1)}, header)
-    refused(tmp_path, {**good, "edit0/more": torch.zeros(1)}, header)
+    refused(tmp_path, {**good, "correction1/up": torch.zeros(1)}, header)
+    refused(tmp_path, {**good, "correction0/more": torch.zeros(1)}, header)
     refused(tmp_path, {**good, "gate/site": torch.zeros(1)}, header)
     refused(tmp_path, {**good, "stray": torch.zeros(1)}, header)
 
 
 VALUES: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [
     ("gate/times", "ascend", lambda x: x.flip(0)),
-    ("edit0/times", "ascend", lambda x: x.flip(0)),
-    ("edit0/times", "ascend", torch.zeros_like),
+    ("correction0/times", "ascend", lambda x: x.flip(0)),
+    ("correction0/times", "ascend", torch.zeros_like),
     ("gate/threshold", "negative", lambda x: x - 1),
-    ("edit0/threshold", "negative", lambda x: x - 100),
+    ("correction0/threshold", "negative", lambda x: x - 100),
     ("gate/weight", "never act", lambda x: -x),
     ("gate/low", "low < high", lambda x: x - 1),
     ("gate/high", "low < high", torch.zeros_like),
     ("gate/rows", "NaN", lambda x: x * float("nan")),
     ("gate/high", "NaN", lambda x: x * float("inf")),
-    ("edit0/bias", "NaN", lambda x: x / 0),
-    ("edit0/basis", "orthonormal", lambda x: 2 * x),
+    ("correction0/bias", "NaN", lambda x: x / 0),
 ]
 
 
 @pytest.mark.parametrize(("name", "word", "change"), VALUES, ids=[f"{n} {w}" for n, w, _ in VALUES])
 def test_values_that_cannot_be(name: str, word: str, change: Any, parts: Any, tmp_path: Path) -> None:
-    good, header = parts("replace")
+    good, header = parts("scaling")
     assert word in refused(tmp_path, {**good, name: change(good[name])}, header)
 
 
@@ -135,27 +134,27 @@ HEADERS: list[Callable[[Header], Any]] = [
     lambda h: h | {"gate": h["gate"] | {"share": "nan"}},
     lambda h: h | {"gate": h["gate"] | {"share": 10**400}},
     lambda h: h | {"gate": h["gate"] | {"share": None}},
-    lambda h: h | {"edits": []},
-    lambda h: h | {"edits": {}},
-    lambda h: h | {"edits": None},
-    lambda h: h | {"edits": "x"},
-    lambda h: h | {"edits": [None]},
-    lambda h: h | {"edits": [{"site": "unet.mid_block.attentions.0"}]},
-    lambda h: h | {"edits": h["edits"] * 2},
-    lambda h: h | {"edits": [h["edits"][0] | {"mode": "execute"}]},
-    lambda h: h | {"edits": [h["edits"][0] | {"mode": "scale"}]},
-    lambda h: h | {"edits": [h["edits"][0] | {"mode": ["learnt"]}]},
-    lambda h: h | {"edits": [h["edits"][0] | {"also": 5}]},
-    lambda h: h | {"edits": [h["edits"][0] | {"also": [5]}]},
-    lambda h: h | {"edits": [h["edits"][0] | {"also": ["../x"]}]},
-    lambda h: h | {"edits": [h["edits"][0] | {"also": [h["edits"][0]["site"]]}]},
-    lambda h: h | {"edits": [h["edits"][0] | {"also": ["text_encoder.layers.0"]}]},
+    lambda h: h | {"corrections": []},
+    lambda h: h | {"corrections": {}},
+    lambda h: h | {"corrections": None},
+    lambda h: h | {"corrections": "x"},
+    lambda h: h | {"corrections": [None]},
+    lambda h: h | {"corrections": [{"site": "unet.mid_block.attentions.0"}]},
+    lambda h: h | {"corrections": h["corrections"] * 2},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"kind": "execute"}]},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"kind": "scaling"}]},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"kind": ["low_rank"]}]},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"also": 5}]},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"also": [5]}]},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"also": ["../x"]}]},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"also": [h["corrections"][0]["site"]]}]},
+    lambda h: h | {"corrections": [h["corrections"][0] | {"also": ["text_encoder.layers.0"]}]},
 ]
 
 
 @pytest.mark.parametrize("change", HEADERS, ids=[str(i) for i in range(len(HEADERS))])
 def test_headers_that_cannot_be(change: Callable[[Header], Any], parts: Any, tmp_path: Path) -> None:
-    good, header = parts("learnt")
+    good, header = parts("low_rank")
     refused(tmp_path, good, change(header))
 
 
@@ -173,22 +172,23 @@ SITES = [
 
 @pytest.mark.parametrize("site", SITES)
 def test_sites_that_cannot_be(site: str, parts: Any, tmp_path: Path) -> None:
-    good, header = parts("learnt")
+    good, header = parts("low_rank")
     refused(tmp_path, good, header | {"gate": header["gate"] | {"site": site}})
-    refused(tmp_path, good, header | {"edits": [header["edits"][0] | {"site": site}]})
+    refused(tmp_path, good, header | {"corrections": [header["corrections"][0] | {"site": site}]})
 
 
-def test_only_learnt_changes_are_repeated(parts: Any, tmp_path: Path) -> None:
-    for mode in ("scale", "replace"):
-        good, header = parts(mode)
-        edits = [header["edits"][0] | {"also": ["unet.up_blocks.1.attentions.0:input:text"]}]
-        assert "expected mode 'learnt'" in refused(tmp_path, good, header | {"edits": edits})
+def test_scaling_is_not_repeated(parts: Any, tmp_path: Path) -> None:
+    good, header = parts("scaling")
+    corrections = [header["corrections"][0] | {"also": ["unet.up_blocks.1.attentions.0:input:text"]}]
+    assert "at several sites, expected one" in refused(tmp_path, good, header | {"corrections": corrections})
 
 
 def test_two_edits_at_one_site(parts: Any, tmp_path: Path) -> None:
-    good, header = parts("learnt")
-    twice = good | {k.replace("edit0", "edit1"): v.clone() for k, v in good.items() if k.startswith("edit0")}
-    assert "a site of its own" in refused(tmp_path, twice, header | {"edits": header["edits"] * 2})
+    good, header = parts("low_rank")
+    twice = good | {
+        k.replace("correction0", "correction1"): v.clone() for k, v in good.items() if k.startswith("correction0")
+    }
+    assert "a site of its own" in refused(tmp_path, twice, header | {"corrections": header["corrections"] * 2})
 
 
 @pytest.mark.parametrize("site", ["unet.__class__", "unet.forward", "unet.config", "scheduler", "unet.mid_block.x"])
@@ -197,8 +197,8 @@ def test_a_site_reaches_modules_only(site: str, parts: Any, tmp_path: Path) -> N
     import tiny
     from neuraleraser.eraser import attach
 
-    good, header = parts("learnt")
-    header |= {"gate": header["gate"] | {"site": site}, "edits": [header["edits"][0] | {"site": site}]}
+    good, header = parts("low_rank")
+    header |= {"gate": header["gate"] | {"site": site}, "corrections": [header["corrections"][0] | {"site": site}]}
     metadata = {"kind": "eraser", "version": "1", "header": json.dumps(header)}
     save_file(good, tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(NeuralEraserError), attach(tiny.stable_diffusion(), Eraser.load(tmp_path / "x.safetensors")):
@@ -215,7 +215,7 @@ def test_damaged_bytes(tmp_path_factory: pytest.TempPathFactory, where: int, wha
     data[at : at + len(what)] = what
     (folder / "x.safetensors").write_bytes(bytes(data))
     try:
-        assert Eraser.load(folder / "x.safetensors").problem() is None
+        assert Eraser.load(folder / "x.safetensors").validation_error() is None
     except FileError:
         pass
 

@@ -108,7 +108,7 @@ def test_compiled_whole() -> None:
     """One graph without a break, not compiled again from call to call, and traced all the same."""
     pipe = small()
     site, _, d = SITES["stable_diffusion"]
-    edits = [make_correction(site, d, mode, seed=i) for i, mode in enumerate(("learnt", "scale", "scale"))]
+    edits = [make_correction(site, d, mode, seed=i) for i, mode in enumerate(("low_rank", "scaling", "scaling"))]
     many = [
         Eraser(make_gate(site, d, seed=i, times=TIMES), (edit,), {"concept": str(i)}) for i, edit in enumerate(edits)
     ]
@@ -136,7 +136,7 @@ def test_compiled_whole() -> None:
 def test_compiled_and_silent_keeps_the_bits() -> None:
     pipe = small()
     site, _, d = SITES["stable_diffusion"]
-    shut = Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "scale"),), {"concept": "shut"})
+    shut = Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "scaling"),), {"concept": "shut"})
     torch._dynamo.reset()
     try:
         pipe.unet.compile(backend="eager", fullgraph=True)
@@ -210,9 +210,9 @@ def test_one_eraser_on_many_calls_remembers_nothing(sd: Any) -> None:
 def test_gradients_reach_the_eraser_itself(sd: Any) -> None:
     """So that it can be fitted while attached."""
     e = make_eraser(low=0.0, high=50.0)
-    bias = e.corrections[0].tensors["bias_out"].clone().requires_grad_()
+    bias = e.corrections[0].tensors()["bias"].clone().requires_grad_()
     at, on, d = SITES["stable_diffusion"]
-    live = Eraser(make_gate(at, d, low=0.0, high=50.0), (make_correction(on, d, bias_out=bias),), {"concept": "x"})
+    live = Eraser(make_gate(at, d, low=0.0, high=50.0), (make_correction(on, d, bias=bias),), {"concept": "x"})
     with attach(sd, live):
         tiny.run(sd, 0, grad=True).square().sum().backward()
     assert bias.grad is not None and bias.grad.abs().sum() > 0

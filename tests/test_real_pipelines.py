@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import tiny
 import tiny_text
 from handmade import SHUT, make_correction, make_gate
-from neuraleraser.eraser import MODES, Eraser, attach
+from neuraleraser.eraser import KINDS, Eraser, attach
 from neuraleraser.errors import NotApplied, SiteError
 from neuraleraser.models import edits_for
 from neuraleraser.sites import (
-    Call,
+    EditContext,
     Site,
     candidate_sites,
     cross_attention_sites,
@@ -52,15 +52,15 @@ class Case:
         """Of times: FLUX's denoiser is given them from 0 to 1."""
         return 1e-3 if "flux" in self.name else 1.0
 
-    def eraser(self, mode: str = "learnt", seed: int = 0, concept: str = "Cats", **gate: Any) -> Eraser:
+    def eraser(self, kind: str = "low_rank", seed: int = 0, concept: str = "Cats", **gate: Any) -> Eraser:
         """A gate at the first candidate, corrections at the last and at a cross-attention where there is one, and
-        learnt ones of the prompt that all but the first read."""
+        low-rank ones of the prompt that all but the first read."""
         first, *_, last = candidate_sites(self.pipe)
         acts = [(last,), *((at,) for at in cross_attention_sites(self.pipe)[-1:])]
-        acts += edits_for(self.pipe, first) if mode == "learnt" else []
+        acts += edits_for(self.pipe, first) if kind == "low_rank" else []
         times = [self.scale * t for t in (100.0, 500.0, 900.0)]
         edits = tuple(
-            make_correction(at, self.seen[at].shape[2], mode, seed=seed, times=times, also=tuple(also))
+            make_correction(at, self.seen[at].shape[2], kind, seed=seed, times=times, also=tuple(also))
             for at, *also in acts
         )
         return Eraser(
@@ -100,9 +100,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def hooks(pipe: Any) -> list[Any]:
     """Everything that a context could leave behind."""
-    held: list[Any] = [
-        name for name in ("progress_bar", "maybe_free_model_hooks", "prepare_latents") if name in vars(pipe)
-    ]
+    held: list[Any] = [name for name in vars(pipe) if name == "progress_bar" or name.startswith("_neuraleraser")]
     for part in pipe.components.values():
         for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
             held += [
@@ -113,7 +111,7 @@ def hooks(pipe: Any) -> list[Any]:
     return held
 
 
-def zero(x: Tensor, call: Call) -> Tensor:
+def zero(x: Tensor, context: EditContext[Any]) -> Tensor:
     return torch.zeros_like(x)
 
 
@@ -124,8 +122,9 @@ def test_identity(case: Case) -> None:
     ]
     with edit(case.pipe, dict.fromkeys([*sites, *updates], zero)):
         assert torch.equal(case.run(), case.base)
-    silent = [case.eraser(mode, seed=i, **SHUT) for i, mode in enumerate(MODES)]
-    with attach(case.pipe, [*silent, case.eraser(threshold=1e6), case.eraser()], [1.0] * 4 + [0.0]):
+    silent = [case.eraser(kind, seed=i + 1, concept=kind, **SHUT) for i, kind in enumerate(sorted(KINDS))]
+    no_feature = case.eraser(threshold=1e6, concept="no feature")
+    with attach(case.pipe, [*silent, no_feature, case.eraser()], [1.0] * 3 + [0.0]):
         assert torch.equal(case.run(), case.base)
     with pytest.raises(ZeroDivisionError), attach(case.pipe, case.eraser()):
         assert not torch.equal(case.run(), case.base)
@@ -208,7 +207,7 @@ def test_any_shape(case: Case, dtype: torch.dtype) -> None:
     base = case.run(n=1, pipe=pipe, **settings)
     with attach(pipe, case.eraser(**SHUT)):
         assert torch.equal(case.run(n=1, pipe=pipe, **settings), base)
-    with attach(pipe, [case.eraser(mode, seed=i, share=0.1) for i, mode in enumerate(MODES)]):
+    with attach(pipe, [case.eraser(kind, seed=i, concept=kind, share=0.1) for i, kind in enumerate(sorted(KINDS))]):
         out = case.run(n=1, pipe=pipe, **settings)
     assert out.dtype == base.dtype and bool(torch.isfinite(out).all()) and not torch.equal(out, base)
 
@@ -266,7 +265,7 @@ def test_text_encoders_are_sites(name: str) -> None:
     base = tiny.run(pipe, 0, **call)
     before = hooks(pipe)
     sites = text_encoder_sites(pipe)
-    seen: dict[Site, Call] = {}
+    seen: dict[Site, EditContext[Any]] = {}
     with record(pipe, sites, lambda site, x, call: seen.update({site: call})):
         assert torch.equal(tiny.run(pipe, 0, **call), base)
     assert list(seen) == sites and not any(call.timestep.any() for call in seen.values())

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import tiny
 from neuraleraser.errors import NotApplied, SiteError
-from neuraleraser.sites import Call, Site, candidate_sites, denoiser, edit, record
-from neuraleraser.sites.layout import added, from_positions, to_positions
-from neuraleraser.sites.place import resolve
+from neuraleraser.sites import EditContext, Site, candidate_sites, denoiser, edit, record
+from neuraleraser.sites.layout import add_keeping_bits, from_positions, to_positions
+from neuraleraser.sites.site import resolve
 
 FAMILIES = sorted(tiny.BUILDERS)
 MIDDLE = Site("unet.mid_block.attentions.0")
@@ -33,15 +33,15 @@ def sd() -> Any:
     return tiny.stable_diffusion()
 
 
-def zero(x: Tensor, call: Call) -> Tensor:
+def zero(x: Tensor, context: EditContext[Any]) -> Tensor:
     return torch.zeros_like(x)
 
 
-def shift(x: Tensor, call: Call) -> Tensor:
+def shift(x: Tensor, context: EditContext[Any]) -> Tensor:
     return torch.full_like(x, 0.5)
 
 
-def nothing(x: Tensor, call: Call) -> None:
+def nothing(x: Tensor, context: EditContext[Any]) -> None:
     return None
 
 
@@ -65,9 +65,13 @@ def last_of_sd3(pipe: Any, site: Site) -> bool:
     return type(pipe).__name__ == "StableDiffusion3Pipeline" and site.path.endswith(".2")
 
 
-def recorded(pipe: Any, sites: list[Site], **call: Any) -> dict[Site, list[tuple[Tensor, Call]]]:
-    seen: dict[Site, list[tuple[Tensor, Call]]] = {site: [] for site in sites}
-    with record(pipe, sites, lambda site, x, call: seen[site].append((x.detach().clone(), call))):
+def recorded(pipe: Any, sites: list[Site], **call: Any) -> dict[Site, list[tuple[Tensor, EditContext[Any]]]]:
+    seen: dict[Site, list[tuple[Tensor, EditContext[Any]]]] = {site: [] for site in sites}
+
+    def keep(site: Site) -> Callable[[Tensor, EditContext[Any]], None]:
+        return lambda x, context: seen[site].append((x.detach().clone(), context))
+
+    with edit(pipe, {site: keep(site) for site in sites}, new_state=dict):
         tiny.run(pipe, 0, **call)
     return seen
 
@@ -94,7 +98,7 @@ def test_detaching_restores_everything(pipe: Any) -> None:
 
 
 def test_exceptions_restore_everything(pipe: Any) -> None:
-    def fail(x: Tensor, call: Call) -> Tensor:
+    def fail(x: Tensor, context: EditContext[Any]) -> Tensor:
         raise ZeroDivisionError
 
     base = tiny.run(pipe, 3)
@@ -112,7 +116,7 @@ def test_exceptions_restore_everything(pipe: Any) -> None:
 def test_a_failed_call_does_not_spoil_the_next_within_one_context(sd: Any) -> None:
     broken = True
 
-    def sometimes(x: Tensor, call: Call) -> Tensor:
+    def sometimes(x: Tensor, context: EditContext[Any]) -> Tensor:
         return x * float("nan") if broken else torch.zeros_like(x)
 
     base = tiny.run(sd, 3)
@@ -137,7 +141,8 @@ def test_contexts_may_overlap_in_any_order(sd: Any) -> None:
         swap_denoiser(sd)
         tiny.run(sd, 3)
     sd = tiny.stable_diffusion()
-    second.__exit__(None, None, None)
+    with pytest.raises(NotApplied, match="replaced"):
+        second.__exit__(None, None, None)
     assert torch.equal(tiny.run(sd, 3), base)
 
 
@@ -153,9 +158,9 @@ def test_a_method_shadowed_by_the_user_is_given_back(sd: Any) -> None:
     assert ended == [1] and vars(sd)["maybe_free_model_hooks"] is own and "progress_bar" not in vars(sd)
 
 
-@pytest.mark.parametrize("spare", [False, True])
+@pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
-def test_addition_keeps_bits_and_strides(layout: str, spare: bool) -> None:
+def test_addition_keeps_bits_and_strides(layout: str, owned: bool) -> None:
     if layout == "slice":  # FLUX's single blocks return slices of one sequence
         out = torch.randn(2, 9, 4)[:, 3:]
     else:
@@ -167,7 +172,7 @@ def test_addition_keeps_bits_and_strides(layout: str, spare: bool) -> None:
     delta[0] = -0.0
     delta[1, 2] = 1.0
     moved, before = from_positions(delta, out) != 0, out.clone()
-    new = added(out, delta, spare)
+    new = add_keeping_bits(out, delta, owned)
     assert new.stride() == out.stride() and torch.equal(out, before)
     assert torch.equal(new[moved], out[moved] + 1)
     assert torch.equal(new[~moved], out[~moved]) and torch.equal(new.signbit()[~moved], out.signbit()[~moved])
@@ -203,7 +208,7 @@ def test_record_gives_what_a_plain_hook_sees(pipe: Any) -> None:
     two = type(pipe).__name__ in ("FluxPipeline", "StableDiffusion3Pipeline")
     for site in sites:
         assert len(seen[site]) == len(plain[site]) == 2
-        for (x, call), (args, kwargs, output) in zip(seen[site], plain[site], strict=True):
+        for (x, context), (args, kwargs, output) in zip(seen[site], plain[site], strict=True):
             if two:
                 after = output[site.stream == "image"]
                 before = kwargs["hidden_states" if site.stream == "image" else "encoder_hidden_states"]
@@ -218,7 +223,7 @@ def test_record_gives_what_a_plain_hook_sees(pipe: Any) -> None:
                 b, d, h, w = after.shape
                 after = after.permute(0, 2, 3, 1).reshape(b, h * w, d)
             assert torch.equal(x, after)
-            assert call.timestep.shape == (len(x),) and call.timestep.dtype == torch.float32
+            assert context.timestep.shape == (len(x),) and context.timestep.dtype == torch.float32
 
 
 def test_candidates_are_in_the_order_they_run(pipe: Any) -> None:
@@ -259,7 +264,7 @@ def test_two_taps_of_one_block_see_the_same_activations(sd: Any) -> None:
     base = recorded(sd, [update], steps=1)[update][0][0]
     seen: list[Tensor] = []
 
-    def keep(x: Tensor, call: Call) -> None:
+    def keep(x: Tensor, context: EditContext[Any]) -> None:
         seen.append(x)
 
     with edit(sd, {update: keep, MIDDLE: shift}):
@@ -360,8 +365,8 @@ def test_text_encoder_layers_have_no_time_and_one_memo_a_forward(sd: Any) -> Non
     seen = recorded(sd, layers, prompt="a b")  # the prompt, then the negative one
     for site in layers:
         assert [x.shape for x, _ in seen[site]] == [(1, tiny.WORDS, tiny.WIDTH)] * 2
-        assert all(torch.equal(call.timestep, torch.zeros(1)) for _, call in seen[site])
-    memos = [[call.memo for _, call in seen[site]] for site in layers]
+        assert all(torch.equal(context.timestep, torch.zeros(1)) for _, context in seen[site])
+    memos = [[context.forward for _, context in seen[site]] for site in layers]
     assert memos[0][0] is memos[1][0] and memos[0][1] is memos[1][1] and memos[0][0] is not memos[0][1]
 
 
@@ -369,15 +374,15 @@ def test_a_gate_left_at_an_early_site_reaches_later_ones(pipe: Any) -> None:
     early, *_, late = candidate_sites(pipe)
     found: list[Tensor] = []
 
-    def gate(x: Tensor, call: Call) -> None:
-        assert not call.memo  # each forward starts with an empty one
-        call.memo["gate"] = x.mean(dim=(1, 2))
+    def gate(x: Tensor, context: EditContext[Any]) -> None:
+        assert not context.forward  # each forward starts with an empty one
+        context.forward["gate"] = x.mean(dim=(1, 2))
 
-    def use(x: Tensor, call: Call) -> Tensor:
-        found.append(call.memo["gate"])
-        return call.memo["gate"][:, None, None].expand_as(x)
+    def use(x: Tensor, context: EditContext[Any]) -> Tensor:
+        found.append(context.forward["gate"])
+        return context.forward["gate"][:, None, None].expand_as(x)
 
-    with edit(pipe, {late: use, early: gate}):
+    with edit(pipe, {late: use, early: gate}, new_state=dict):
         tiny.run(pipe, 0)
     assert len(found) == 2 and not torch.equal(found[0], found[1])
 
@@ -394,8 +399,8 @@ def test_the_timestep_is_the_schedulers(pipe: Any, guidance: float, n: int) -> N
     times = pipe.scheduler.timesteps.float() / (1000 if flux else 1)
     rows = 2 * n if guidance > 1 and not flux else n
     assert len(seen) == len(times) == 3
-    for (x, call), t in zip(seen, times, strict=True):
-        assert x.shape[0] == rows and torch.equal(call.timestep, t.expand(rows))
+    for (x, context), t in zip(seen, times, strict=True):
+        assert x.shape[0] == rows and torch.equal(context.timestep, t.expand(rows))
 
 
 def test_flux_with_true_guidance_binds_each_of_its_two_passes() -> None:
@@ -403,8 +408,8 @@ def test_flux_with_true_guidance_binds_each_of_its_two_passes() -> None:
     site = candidate_sites(pipe)[0]
     negative = {f"negative_{k}": v + 1 for k, v in tiny.embeds(pipe).items()}
     seen = recorded(pipe, [site], true_cfg_scale=2.0, **negative)[site]
-    assert [call.timestep.item() for _, call in seen] == [1.0, 1.0, 0.5, 0.5]
-    assert len({id(call.memo) for _, call in seen}) == 4
+    assert [context.timestep.item() for _, context in seen] == [1.0, 1.0, 0.5, 0.5]
+    assert len({id(context.forward) for _, context in seen}) == 4
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -413,7 +418,7 @@ def test_repeated_and_fractional_times_of_heun(sd: Any) -> None:
 
     sd.scheduler = HeunDiscreteScheduler(timestep_spacing="linspace")
     seen = recorded(sd, [MIDDLE], steps=3)[MIDDLE]
-    times = [call.timestep[0].item() for _, call in seen]
+    times = [context.timestep[0].item() for _, context in seen]
     assert times == sd.scheduler.timesteps.tolist() == [999.0, 499.5, 499.5, 0.0, 0.0]
 
 
@@ -422,7 +427,7 @@ def test_repeated_and_fractional_times_of_heun(sd: Any) -> None:
 def test_any_form_of_timestep(sd: Any, timestep: Any, by_name: bool) -> None:
     seen: list[Tensor] = []
     state, words = torch.zeros(2, 4, 8, 8), torch.zeros(2, tiny.WORDS, tiny.WIDTH)
-    with record(sd, [MIDDLE], lambda site, x, call: seen.append(call.timestep)), torch.no_grad():
+    with record(sd, [MIDDLE], lambda site, x, context: seen.append(context.timestep)), torch.no_grad():
         if by_name:
             sd.unet(state, encoder_hidden_states=words, timestep=timestep)
         else:
@@ -453,10 +458,10 @@ def test_the_gradient_is_that_of_a_sum() -> None:
     out = torch.randn(2, 3, 2, 2, dtype=torch.double, requires_grad=True)
     delta = torch.randn(2, 4, 3, dtype=torch.double).where(torch.rand(2, 4, 3) > 0.5, 0).requires_grad_()
     weight = torch.randn_like(out)
-    got = torch.autograd.grad((added(out, delta) * weight).sum(), (out, delta))
+    got = torch.autograd.grad((add_keeping_bits(out, delta) * weight).sum(), (out, delta))
     want = torch.autograd.grad(((out + from_positions(delta, out)) * weight).sum(), (out, delta))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    per_row = torch.func.vmap(torch.func.grad(lambda d, o: added(o[None], d[None]).square().sum()))
+    per_row = torch.func.vmap(torch.func.grad(lambda d, o: add_keeping_bits(o[None], d[None]).square().sum()))
     assert per_row(delta.detach(), out.detach()).shape == delta.shape
 
 
@@ -479,7 +484,7 @@ def test_bfloat16(pipe: Any) -> None:
     site = candidate_sites(pipe)[0]
     seen = recorded(pipe, [site])[site]
     assert {x.dtype for x, _ in seen} == {torch.bfloat16}
-    assert {call.timestep.dtype for _, call in seen} == {torch.float32}
+    assert {context.timestep.dtype for _, context in seen} == {torch.float32}
     with edit(pipe, dict.fromkeys(all_sites(pipe), lambda x, call: torch.zeros(x.shape))):  # float32
         assert torch.equal(tiny.run(pipe, 0), base)
     with edit(pipe, {site: lambda x, call: torch.ones(x.shape)}):
@@ -518,20 +523,20 @@ def test_compiled_whole_with_the_edit_inside(build: Callable[[], Any]) -> None:
     late = Site(late.path, "update")
     strength = torch.tensor(1.0)
 
-    def gate(x: Tensor, call: Call) -> None:
-        call.memo["gate"] = (call.timestep > 1).float()[:, None, None] * x.mean(dim=(1, 2), keepdim=True)
+    def gate(x: Tensor, context: EditContext[Any]) -> None:
+        context.forward["gate"] = (context.timestep > 1).float()[:, None, None] * x.mean(dim=(1, 2), keepdim=True)
 
-    def change(x: Tensor, call: Call) -> Tensor:
-        return strength * call.memo["gate"] * torch.tanh(x)
+    def change(x: Tensor, context: EditContext[Any]) -> Tensor:
+        return strength * context.forward["gate"] * torch.tanh(x)
 
     edits = {early: gate, late: change, Site(late.path, "input", "text"): change}
     base = tiny.run(pipe, 0)
-    with edit(pipe, edits):
+    with edit(pipe, edits, dict):
         want = tiny.run(pipe, 0)
     assert not torch.equal(want, base)
     torch._dynamo.reset()
     try:
-        with edit(pipe, edits):
+        with edit(pipe, edits, dict):
             if name == "unet":
                 pipe.unet.compile(backend="eager", fullgraph=True)
             else:
@@ -544,7 +549,7 @@ def test_compiled_whole_with_the_edit_inside(build: Callable[[], Any]) -> None:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames  # nothing was compiled again
         strength.fill_(1)
         assert torch.equal(tiny.run(pipe, 0), base)  # the graph with the edit in it is not used any more
-        with pytest.raises(NotApplied, match="compiled before"), edit(pipe, edits):
+        with pytest.raises(NotApplied, match="compiled before"), edit(pipe, edits, dict):
             tiny.run(pipe, 0)
         assert torch.equal(tiny.run(pipe, 0), base)
     finally:
@@ -590,13 +595,19 @@ def test_a_deep_copy_carries_its_own_hooks(pipe: Any) -> None:
 # Law 10: fail closed.
 
 
-def swap_denoiser(pipe: Any) -> None:
-    """Another model in the denoiser's place, as a user would put it."""
-    other = copy.deepcopy(denoiser(pipe))
+def swap_denoiser(pipe: Any) -> nn.Module:
+    """Another model in the denoiser's place, as a user would put it; returns the one that was there."""
+    own = denoiser(pipe)
+    other = copy.deepcopy(own)
     for module in other.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", other)
+    set_denoiser(pipe, other)
+    return own
+
+
+def set_denoiser(pipe: Any, model: nn.Module) -> None:
+    setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", model)
 
 
 def test_a_replaced_denoiser_is_noticed(pipe: Any) -> None:
@@ -604,17 +615,19 @@ def test_a_replaced_denoiser_is_noticed(pipe: Any) -> None:
     for context in (edit(pipe, {site: shift}), record(pipe, [site], lambda *_: None)):
         with context:
             tiny.run(pipe, 0, steps=1)
-            swap_denoiser(pipe)
+            own = swap_denoiser(pipe)
             with pytest.raises(NotApplied, match=site.path):
                 tiny.run(pipe, 0, steps=1)
+            set_denoiser(pipe, own)
 
 
 def test_a_forward_before_the_call_does_not_stand_for_one_in_it(sd: Any) -> None:
     with edit(sd, {MIDDLE: shift}), torch.no_grad():
         sd.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, tiny.WORDS, tiny.WIDTH))
-        swap_denoiser(sd)
+        own = swap_denoiser(sd)
         with pytest.raises(NotApplied):
             tiny.run(sd, 0)
+        set_denoiser(sd, own)
 
 
 def test_a_replaced_block_is_noticed(pipe: Any) -> None:
@@ -636,7 +649,7 @@ def test_a_skipped_layer_is_noticed() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_noticed(sd: Any, bad: float) -> None:
-    def one(x: Tensor, call: Call) -> Tensor:
+    def one(x: Tensor, context: EditContext[Any]) -> Tensor:
         delta = torch.zeros_like(x)
         delta[0, 3, 1] = bad
         return delta
@@ -673,7 +686,7 @@ def test_gradient_checkpointing_through_a_site_is_refused() -> None:
     given = tiny.embeds(pipe)
     given["prompt_embeds"].requires_grad_()
 
-    def squared(x: Tensor, call: Call) -> Tensor:
+    def squared(x: Tensor, context: EditContext[Any]) -> Tensor:
         return 0.1 * x * x  # keeps x for its gradient: the backward pass must run the edit again
 
     with edit(pipe, {candidate_sites(pipe)[0]: squared}), pytest.raises(NotApplied, match="checkpointing"):

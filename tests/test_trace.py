@@ -1,7 +1,8 @@
-"""The trace: which rows are which images, whatever the batch, the guidance and the padding."""
+"""The trace: the image of each row, whatever the batch, the guidance and the padding."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,17 +11,22 @@ import torch
 import tiny
 from handmade import SHUT, make_eraser
 from neuraleraser.eraser import Trace, attach
-from neuraleraser.eraser.trace import KEPT
+from neuraleraser.eraser.trace import MAX_IMAGES, Opening, unique_names
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
+from neuraleraser.sites import Batch, Call, Rows, Series
+
+GUIDED = (True, False), (False, True)
 
 
-def trace(*names: str, batch: int = 0) -> Trace:
-    return Trace([make_eraser(name=name) for name in names or ("Cats",)], batch)
+def trace(*names: str) -> Trace:
+    return Trace([make_eraser(name=name) for name in names or ("Cats",)])
 
 
-def note(t: Trace, *opening: float, time: float = 250.0, eraser: int = 0) -> None:
-    t.note((eraser,), torch.tensor([time]), torch.tensor(opening, dtype=torch.float32).unsqueeze(1))
+def note(t: Trace, rows: Rows, *opening: float, call: Any = None, time: float = 250.0, eraser: int = 0) -> None:
+    call = call or t.start_call(Call(None, rows.images, None))
+    table = torch.tensor(opening, dtype=torch.float32).unsqueeze(1)
+    t.add(call, rows, [Opening((eraser,), torch.tensor([time]), table)])
 
 
 def images(t: Trace) -> list[int]:
@@ -28,85 +34,85 @@ def images(t: Trace) -> list[int]:
 
 
 def test_guidance_halves_are_one_image() -> None:
-    t = trace(batch=3)
-    note(t, 0, 0, 0, 0, 1, 0)  # the conditional half
-    note(t, 0, 0, 0.1, 0, 0, 0, time=750.0)  # the unconditional half
-    note(t, 0, 1, 0, 0, 1, 0, time=750.0)  # both: one time, said once
+    t, rows = trace(), Rows(3, *GUIDED)
+    call = t.start_call(Call(None, 3, None))
+    note(t, rows, 0, 0, 0, 0, 1, 0, call=call)
+    note(t, rows, 0, 0, 0.1, 0, 0, 0, call=call, time=750.0)  # an unconditional half that counts
+    note(t, rows, 0, 1, 0, 0, 1, 0, call=call, time=750.0)  # both: one time, said once
     assert t.fired == {1: {"Cats": [750.0, 250.0]}, 2: {"Cats": [750.0]}}
 
 
-def test_rows_are_images_without_guidance_or_in_two_passes() -> None:
-    t = trace(batch=3)
-    note(t, 0, 0, 1)
-    note(t, 1, 0, 0)
-    assert images(t) == [0, 2]
-
-
-def test_rows_that_are_no_whole_halves_are_images() -> None:
-    t = trace(batch=2)
-    note(t, 0, 0, 1)
+def test_rows_are_images_without_guidance() -> None:
+    t = trace()
+    note(t, Rows(3), 0, 0, 1)
     assert images(t) == [2]
 
 
-def test_padding_belongs_to_no_image() -> None:
-    for rows in (4, 8):
-        t = trace(batch=4)
-        t.begin(0, 4)
-        t.begin(4, 3)
-        note(t, *[1.0] * rows)
-        assert images(t) == [4, 5, 6]
-
-
-def test_an_unknown_batch_is_the_largest_begun_with() -> None:
-    for rows in (4, 8):
-        t = trace()
-        t.begin(0, 4)
-        note(t, *[1.0] * rows)
-        t.begin(4, 2)
-        note(t, *[1.0, 0.0, 1.0, 1.0] * (rows // 4))  # of the second batch, the last two are padding
-        assert images(t) == [0, 1, 2, 3, 4]
-
-
-def test_without_any_batch_every_row_is_an_image() -> None:
+def test_frames_of_a_video_are_one_image() -> None:
     t = trace()
-    note(t, 0, 1, 0, 1)
-    assert images(t) == [1, 3]
+    note(t, Rows(2, *GUIDED), *[0, 0, 0], *[0, 0, 0], *[0, 0, 0], *[0, 1, 0])
+    assert images(t) == [1]
 
 
-def test_batches_do_not_mix_and_nothing_is_read_twice() -> None:
-    t = trace(batch=2)
-    t.begin(0, 2)
-    note(t, 1, 0)
-    t.begin(2, 2)
-    note(t, 0, 0)
-    t.begin(4, 1)
-    note(t, 1, 1)
-    assert images(t) == [0, 4] and images(t) == [0, 4]
-    t.finish()
-    assert t.fired == {0: {"Cats": [250.0]}, 4: {"Cats": [250.0]}}
+def test_padding_belongs_to_no_image() -> None:
+    for rows in (Rows(4), Rows(4, *GUIDED)):
+        t, series = trace(), Series(7)
+        t.start_call(Call(None, 4, Batch(series, 0, 4, 4)))
+        last = t.start_call(Call(None, 4, Batch(series, 4, 3, 4)))
+        note(t, rows, *[1.0] * rows.size, call=last)
+        assert images(t) == [4, 5, 6] and len(t.records()) == 7
 
 
-def test_erasers_are_told_apart() -> None:
-    t = trace("Cats", "Dogs", batch=2)
-    note(t, 0, 1)
-    note(t, 1, 1, eraser=1, time=750.0)
-    assert t.fired == {0: {"Dogs": [750.0]}, 1: {"Cats": [250.0], "Dogs": [750.0]}}
+def test_calls_do_not_mix_and_series_follow_one_another() -> None:
+    t, one, other = trace(), Series(3), Series(2)
+    note(t, Rows(2), 1, 0, call=t.start_call(Call(None, 2, Batch(one, 0, 2, 2))))
+    note(t, Rows(2), 0, 1, call=t.start_call(Call(None, 2, Batch(other, 0, 2, 2))))  # begun before the first is done
+    note(t, Rows(2), 1, 1, call=t.start_call(Call(None, 2, Batch(one, 2, 1, 2))))
+    note(t, Rows(1), 1)
+    assert t.fired == {image: {"Cats": [250.0]} for image in (0, 2, 4, 5)}
+    assert images(t) == [0, 2, 4, 5]  # read twice, it is the same
+
+
+def test_erasers_are_told_apart_also_where_they_share_a_name() -> None:
+    t = trace("Cats", "Dogs", "Cats")
+    call = t.start_call(Call(None, 2, None))
+    note(t, Rows(2), 0, 1, call=call)
+    note(t, Rows(2), 1, 1, call=call, eraser=1, time=750.0)
+    note(t, Rows(2), 1, 0, call=call, eraser=2)
+    assert t.fired == {0: {"Dogs": [750.0], "Cats (2)": [250.0]}, 1: {"Cats": [250.0], "Dogs": [750.0]}}
+    assert unique_names(["a", "a (2)", "a", "a"]) == ["a", "a (2)", "a (3)", "a (4)"]
 
 
 def test_a_gate_that_only_just_opens_has_fired_and_a_shut_one_has_not() -> None:
-    t = trace(batch=2)
-    note(t, 1e-30, 0.0)
+    t = trace()
+    note(t, Rows(2), 1e-30, 0.0)
     assert images(t) == [0]
 
 
 def test_what_is_kept_does_not_grow_with_calls() -> None:
-    t = trace(batch=1)
+    t = trace()
+    call = t.start_call(Call(None, 1, None))
     for k in range(2000):
-        note(t, 1.0, time=k % 2)
-    assert len(t._notes) < 600 and len(t._opened[0, 1]) == 2 and len(t.fired) == 1
-    for k in range(KEPT + 5):
-        t.begin(k, 1)
-    assert len(t.records()) == KEPT and t.records()[-1]["image"] == KEPT + 4
+        note(t, Rows(1), 1.0, call=call, time=k % 2)
+    assert len(t._pending) < 600 and t.fired == {0: {"Cats": [1.0, 0.0]}}
+    for _ in range(MAX_IMAGES + 5):
+        t.start_call(Call(None, 1, None))
+    assert len(t.records()) == MAX_IMAGES and t.records()[-1]["image"] == MAX_IMAGES + 5
+
+
+def test_threads_lose_no_image() -> None:
+    t = trace()
+
+    def work() -> None:
+        for _ in range(200):
+            note(t, Rows(2), 1.0, 0.0)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert images(t) == list(range(0, 1600, 2)) and len(t.records()) == 1600
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -118,19 +124,22 @@ def test_while_generating(guidance: float) -> None:
     base = generate(pipe, prompts, seeds, s)
     wide = make_eraser()
     evidence: dict[int, float] = {}
-    from neuraleraser.activations import collect
+    from neuraleraser.activations import CONDITIONAL, collect
 
     def on(seen: Any) -> None:
-        for i, e in zip(seen.images, wide.gate.evidence(seen.x).tolist(), strict=True):
-            evidence[i] = max(evidence.get(i, 0.0), e)
+        if seen.branch == CONDITIONAL:
+            for i, e in zip(seen.images, wide.gate.evidence(seen.x).tolist(), strict=True):
+                evidence[i] = max(evidence.get(i, 0.0), e)
 
     collect(pipe, prompts, seeds, [wide.gate.site], on, s)
     ordered = sorted(evidence.values())
     low = (ordered[2] + ordered[3]) / 2
     some = make_eraser(low=low, high=low * 1.001)
-    with attach(pipe, [some, make_eraser(seed=9, name="Dogs", **SHUT)], batch=2) as t:
-        out = generate(pipe, prompts, seeds, s, on_batch=t.begin)
+    with attach(pipe, [some, make_eraser(seed=9, name="Dogs", **SHUT)]) as t:
+        out = generate(pipe, prompts, seeds, s)
+        generate(pipe, prompts, seeds, s)  # a second series is counted on
     loud = {i for i, e in evidence.items() if e > low}
     assert 0 < len(loud) < 5
-    assert t.fired.keys() == loud and all(set(named) == {"Cats"} for named in t.fired.values())
+    assert t.fired.keys() == {*loud, *(i + 5 for i in loud)}
+    assert all(set(named) == {"Cats"} for named in t.fired.values())
     assert {i for i in range(5) if (out[i] != base[i]).any()} <= loud

@@ -174,7 +174,7 @@ def _draw(pipe: Any, prompts: Sequence[str], s: Sampling, eraser: Eraser | None 
     seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
     with attach(pipe, [eraser] if eraser else []) as trace:
         started = time.perf_counter()
-        images = generate(pipe, prompts, seeds, s, on_batch=trace.begin)
+        images = generate(pipe, prompts, seeds, s)
         seconds = (time.perf_counter() - started) / len(prompts)
     return _Drawn(images, seconds, trace if eraser else None)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.settings import Sampling
+from neuraleraser.sites import Batch, Series, drawing
 
 Images = NDArray[np.uint8]
 """uint8 [N, H, W, 3]."""
@@ -59,6 +60,7 @@ def generate(
     out: list[Images] = []
     # The last batch is filled up in any case; without `pad` no batch is larger than there are images.
     size = s.batch if s.pad else min(s.batch, max(len(prompts), 1))
+    series = Series(len(prompts))
     for start in range(0, len(prompts), size):
         real = min(size, len(prompts) - start)
         # Padding repeats the last image: same batch shape, same kernels, same bits.
@@ -67,7 +69,7 @@ def generate(
             on_batch(start, real)
         if init is not None:
             extra["image"] = torch.from_numpy(init[index]).permute(0, 3, 1, 2).float().div(255)
-        with torch.no_grad():
+        with torch.no_grad(), drawing(Batch(series, start, real, size)):
             result = pipe(
                 [prompts[i] for i in index],
                 num_inference_steps=s.steps,

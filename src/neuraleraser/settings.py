@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from neuraleraser.errors import SettingsError
 
@@ -103,13 +102,6 @@ class InspectSettings:
 class FitSettings:
     """How an eraser is made from a concept."""
 
-    mode: Literal["learnt", "span", "scale", "replace"] = "learnt"
-    """What is done where the gate is open. learnt: a low-rank correction of the prompt that all later blocks read. The
-    others edit the gate's own site: span, a correction within the span of a few decoder rows, so that one can read
-    which features replace which; scale, the detecting features times `factor`; replace, the mean without the concept
-    in their span."""
-    factor: float = -1.0
-    """Mode scale: what the detecting features are multiplied with."""
     pairs: int = 24
     """Pairs of prompts drawn to learn from."""
     beside: int = 36

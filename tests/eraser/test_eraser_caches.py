@@ -53,7 +53,8 @@ def test_a_cache_switched_on_later(pipe: Any) -> None:
 
 def test_the_refusal_is_needed(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a cache that skips blocks passes unnoticed, although the blocks did not run."""
-    monkeypatch.setattr("neuraleraser.sites.attach.check_caches", lambda *_: None)
+    for where in ("edits", "guard"):
+        monkeypatch.setattr(f"neuraleraser.sites.{where}.check_caches", lambda *_: None)
     ran = []
     block = pipe.transformer.single_transformer_blocks[0]
     forward = block.forward

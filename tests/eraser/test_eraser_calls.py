@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tiny
 from handmade import SHUT, make_eraser
 from neuraleraser import attach, disable_erasers, load_eraser, set_erasers, unload_erasers
-from neuraleraser.eraser import MODES, Eraser
+from neuraleraser.eraser import KINDS, Eraser
 from neuraleraser.errors import FileError, NotApplied, SettingsError, SiteError
 from neuraleraser.sites import denoiser
 
@@ -71,7 +71,8 @@ def test_loaded_set_disabled_unloaded(family: str, tmp_path: Path) -> None:
 
 
 def test_several_act_as_if_attached_together(sd: Any) -> None:
-    many = {f"{mode} {i}": make_eraser(mode=mode, seed=20 * i) for i, mode in enumerate(("learnt", "scale", "scale"))}
+    kinds = ("low_rank", "scaling", "scaling")
+    many = {f"{kind} {i}": make_eraser(kind=kind, seed=20 * i, name=str(i)) for i, kind in enumerate(kinds)}
     for name, eraser in many.items():
         load_eraser(sd, eraser, name)
     loaded = tiny.run(sd, 0)
@@ -85,7 +86,7 @@ def test_several_act_as_if_attached_together(sd: Any) -> None:
 
 
 def test_what_is_loaded_later_leaves_strengths_as_they_were(sd: Any) -> None:
-    first, second = make_eraser(), make_eraser(seed=30)
+    first, second = make_eraser(), make_eraser(seed=30, name="Dogs")
     load_eraser(sd, first, "first")
     set_erasers(sd, "first", [[0.0, 1.5]])
     load_eraser(sd, second, "second")
@@ -121,7 +122,7 @@ def test_strengths_out_of_range(sd: Any, strengths: Any) -> None:
 
 def test_strengths_for_different_numbers_of_images(sd: Any) -> None:
     load_eraser(sd, make_eraser(), "a")
-    load_eraser(sd, make_eraser(seed=30), "b")
+    load_eraser(sd, make_eraser(seed=30, name="Dogs"), "b")
     with pytest.raises(SettingsError, match="image of the batch"):
         set_erasers(sd, ["a", "b"], [[1.0, 0.0], [1.0, 1.0, 0.5]])
 
@@ -174,10 +175,10 @@ def test_each_image_has_its_own_strength(family: str, guidance: float) -> None:
     assert not torch.equal(mixed[1], base[1]) and not torch.equal(alike[1][2], alike[2][2])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_attached_by_image(sd: Any, mode: str) -> None:
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_attached_by_image(sd: Any, kind: str) -> None:
     """Two erasers, each for one image: every image is as if it had been drawn with its own eraser alone."""
-    a, b = make_eraser(mode=mode), make_eraser(mode=mode, seed=70)
+    a, b = make_eraser(kind=kind), make_eraser(kind=kind, seed=70, name="Dogs")
     both = attached(sd, [a, b], [[1.0, 0.0], [0.0, 1.0]], n=2)
     torch.testing.assert_close(both[0], attached(sd, a, n=2)[0])
     torch.testing.assert_close(both[1], attached(sd, b, n=2)[1])
@@ -220,8 +221,8 @@ def test_fail_closed(sd: Any) -> None:
 
 def test_nothing_is_fired_and_nothing_changed(sd: Any) -> None:
     base = tiny.run(sd, 0, n=2)
-    for mode in MODES:
-        load_eraser(sd, make_eraser(mode=mode, **SHUT), mode)
+    for i, kind in enumerate(sorted(KINDS)):
+        load_eraser(sd, make_eraser(kind=kind, seed=i, name=kind, **SHUT))
     assert torch.equal(tiny.run(sd, 0, n=2), base)
 
 
@@ -288,7 +289,7 @@ def test_accelerate_hooks_on_every_block(sd: Any) -> None:
 @pytest.mark.parametrize("images", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_two_pipelines_in_two_threads(images: int) -> None:
     pipes = [tiny.stable_diffusion(), tiny.stable_diffusion()]
-    erasers = [make_eraser(name="0"), make_eraser(seed=40, mode="scale", name="1")]
+    erasers = [make_eraser(name="0"), make_eraser(seed=40, kind="scaling", name="1")]
     plans = [[(seed, (1.0, 0.5, 0.0, 2.0)[(seed + k) % 4]) for seed in range(images)] for k in (0, 1)]
     for pipe, eraser in zip(pipes, erasers, strict=True):
         load_eraser(pipe, eraser, "same name")

@@ -53,7 +53,7 @@ def graphs() -> int:
 @pytest.mark.slow
 @compiled
 def test_a_strength_that_changes_compiles_nothing_again(small: Any) -> None:
-    many = [one_block(0, "learnt"), one_block(30, "scale"), one_block(60, "scale")]
+    many = [one_block(0, "low_rank"), one_block(30, "scaling"), one_block(60, "scaling")]
     plans = [[1.0, 1.0, 1.0], [0.5, 2.0, 0.0], [0.0, 0.0, 0.0], [0.25, 0.0, 1.5]]
     base = tiny.run(small, 0)
     want = [attached(small, many, plan) for plan in plans]
@@ -89,15 +89,15 @@ def test_a_strength_that_changes_compiles_nothing_again(small: Any) -> None:
 @compiled
 def test_loaded_after_a_compiled_call_is_an_error_and_after_a_compile_is_not(small: Any) -> None:
     base = tiny.run(small, 0)
-    whole = attached(small, one_block(0, "learnt"))
+    whole = attached(small, one_block(0, "low_rank"))
     small.unet.compile(backend="eager", fullgraph=True)
-    load_eraser(small, one_block(0, "learnt"))  # compiled, but nothing has run yet
+    load_eraser(small, one_block(0, "low_rank"))  # compiled, but nothing has run yet
     torch.testing.assert_close(tiny.run(small, 0), whole)
-    load_eraser(small, one_block(30, "learnt"))  # a second one is seen
+    load_eraser(small, one_block(30, "low_rank"))  # a second one is seen
     assert not torch.equal(tiny.run(small, 0), whole)
     unload_erasers(small)
     assert torch.equal(tiny.run(small, 0), base)
-    load_eraser(small, one_block(0, "learnt"))  # the graph of the call before has no hooks
+    load_eraser(small, one_block(0, "low_rank"))  # the graph of the call before has no hooks
     with pytest.raises(NotApplied, match="compiled before"):
         tiny.run(small, 0)
     torch._dynamo.reset()

@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 from handmade import SHUT, make_correction, make_eraser, make_gate, random
 from neuraleraser.eraser import Eraser, attach
-from neuraleraser.eraser.acting import At
-from neuraleraser.eraser.stacked import Gates, Learnt, learnt
+from neuraleraser.eraser.batched import BatchedGates
+from neuraleraser.eraser.corrections import BatchedLowRank, LowRank
+from neuraleraser.eraser.corrections.correction import sites_of
+from neuraleraser.eraser.runtime import SiteEdit
 from neuraleraser.errors import NotApplied, SiteError
 from neuraleraser.sites import Site
 
@@ -35,15 +37,15 @@ def gates() -> list[Any]:
 @pytest.mark.parametrize("timestep", [T, T[:1]])
 def test_gates_together(timestep: Tensor) -> None:
     x, many = random(3, 10, 6, seed=3), gates()
-    together = Gates(many)
+    together = BatchedGates(many)
     assert together.rows.shape[0] == 14  # of 16 features, two stand twice
     opening, evidence, z = together(x, timestep)
     assert 0 < int((opening == 0).sum()) and int((opening > 0).sum()) > 3
     for column, i in enumerate(together.order):
         torch.testing.assert_close(opening[:, column], many[i](x, timestep.expand(3)))
         torch.testing.assert_close(evidence[:, column], many[i].evidence(x))
-        where = many[i].fires(x) @ many[i].weight
-        torch.testing.assert_close(together.where(z)[..., column], where)
+        where = many[i].activations(x) @ many[i].weight
+        torch.testing.assert_close(together.evidence_by_position(z)[..., column], where)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -51,32 +53,34 @@ def test_gates_together(timestep: Tensor) -> None:
 def test_what_is_not_finite_shows_in_the_evidence(bad: float, share: float) -> None:
     x = random(2, 10, 6, seed=3)
     x[1, 4, 2] = bad
-    _, evidence, _ = Gates([make_gate(SITE, 6, share=share, threshold=1e6)])(x, T[:1])
+    _, evidence, _ = BatchedGates([make_gate(SITE, 6, share=share, threshold=1e6)])(x, T[:1])
     assert torch.isfinite(evidence[0]).all() and not torch.isfinite(evidence[1]).all()
 
 
 @pytest.mark.parametrize("timestep", [T, T[:1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_learnt_corrections_together(timestep: Tensor, dtype: torch.dtype) -> None:
+def test_low_rank_corrections_together(timestep: Tensor, dtype: torch.dtype) -> None:
     some = [make_correction(SITE, 6, seed=9 * i, rank=r) for i, r in enumerate((2, 3, 1))]
     x, amounts = random(3, 10, 6, seed=3).to(dtype), torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
     want = sum(c.delta(x.float(), timestep.expand(3)) * a.view(3, 1, 1) for c, a in zip(some, amounts.T, strict=True))
-    together = Learnt(some)
+    together = BatchedLowRank(some)
     for _ in range(2):  # the second time from the kept tables
         got, low = together(x, timestep, amounts)
-        assert got.dtype == dtype and not got[1].any() and torch.isfinite(low).all()
+        assert got.dtype == dtype and not got[1].any() and low is not None and torch.isfinite(low).all()
         near = 1e-5 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(got.float(), want, atol=near, rtol=near)
     for bad in (float("nan"), float("inf")):  # of any value in x, the projections tell
         x[2, 9, 5] = bad
         assert torch.isfinite(together(x, timestep, amounts)[1].sum((1, 2))).tolist() == [True, True, False]
-    assert len(learnt([(0, some[0]), (1, make_correction(SITE, 6, times=(1.0, 2.0))), (2, some[1])])) == 2
+    many = [some[0], make_correction(SITE, 6, times=(1.0, 2.0)), some[1]]
+    assert [index for index, _ in LowRank.batched(many, separate=False)] == [[0, 2], [1]]
+    assert [index for index, _ in LowRank.batched(many, separate=True)] == [[0], [1], [2]]
 
 
 def test_sites_behind_shut_gates_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, seen = tiny.stable_diffusion(), []
-    call = At.__call__
-    monkeypatch.setattr(At, "__call__", lambda at, x, c: (seen.append(at.site), call(at, x, c))[1])
+    call = SiteEdit.__call__
+    monkeypatch.setattr(SiteEdit, "__call__", lambda at, x, c: (seen.append(at.site), call(at, x, c))[1])
     shut = make_eraser(**SHUT)
     with attach(pipe, shut):
         tiny.run(pipe, 0, steps=4)
@@ -151,17 +155,17 @@ def reader(sites: tuple[Site, ...], seed: int = 0, d: int = tiny.WIDTH, **gate: 
 def apart(eraser: Eraser) -> Eraser:
     """The same with a correction of its own at each site."""
     (c,) = eraser.corrections
-    return Eraser(eraser.gate, tuple(replace(c, site=site, also=()) for site in c.sites), eraser.header)
+    return Eraser(eraser.gate, tuple(replace(c, site=site, also=()) for site in sites_of(c)), eraser.header)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_change_repeated_is_that_made_at_each_site(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, products = tiny.stable_diffusion(), list[int]()
-    shared, plain = [reader(READ, 0), reader(READ[1:], 30)], Learnt.__call__
+    shared, plain = [reader(READ, 0), reader(READ[1:], 30)], BatchedLowRank.__call__
     base = tiny.run(pipe, 3, n=2)
     with attach(pipe, [apart(e) for e in shared], strength):
         want = tiny.run(pipe, 3, n=2)
-    monkeypatch.setattr(Learnt, "__call__", lambda self, *a: (products.append(1), plain(self, *a))[1])
+    monkeypatch.setattr(BatchedLowRank, "__call__", lambda self, *a: (products.append(1), plain(self, *a))[1])
     with attach(pipe, shared, strength):
         assert torch.equal(tiny.run(pipe, 3, n=2, steps=2), want)
     assert len(products) == 2 * 2 and not torch.equal(want, base)  # two erasers, two steps: each made once
@@ -172,7 +176,7 @@ def test_a_change_repeated_is_that_made_at_each_site(strength: float, monkeypatc
 def test_blocks_share_the_changed_prompt_where_they_read_the_same_one() -> None:
     pipe, read = tiny.stable_diffusion(), list[torch.Tensor]()
     eraser = reader((*READ, Site("unet.up_blocks.1.attentions.1", "input", "text")))
-    blocks = [pipe.unet.get_submodule(site.path.removeprefix("unet.")) for site in eraser.corrections[0].sites]
+    blocks = [pipe.unet.get_submodule(site.path.removeprefix("unet.")) for site in sites_of(eraser.corrections[0])]
 
     def doubled(module: Any, args: Any, kwargs: Any) -> Any:
         return args, kwargs | {"encoder_hidden_states": 2 * kwargs["encoder_hidden_states"]}

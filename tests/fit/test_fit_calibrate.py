@@ -55,7 +55,7 @@ def eraser(pipe: Any) -> Eraser:
 
 def images(pipe: Any, eraser: Eraser, prompts: list[str]) -> set[int]:
     with attach(pipe, eraser, action="detect") as trace:
-        generate(pipe, prompts, range(50, 50 + len(prompts)), S, on_batch=trace.begin)
+        generate(pipe, prompts, range(50, 50 + len(prompts)), S)
     return set(trace.fired)
 
 

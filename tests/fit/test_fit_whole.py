@@ -73,12 +73,12 @@ def test_the_whole_fit(pipe: Any, known: Dictionary, tmp_path: Path) -> None:
     settings = FitSettings(pairs=3, rank=2, steps=3, batch=2)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), known=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
-    assert eraser.problem() is None and eraser.name == "x" and eraser.gate.site == AT
+    assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
     assert eraser.header["seeds"] == [0, 2] and set(eraser.header["prompts"]) == {"a x", "b x", "c x", "a", "b", "c"}
     assert eraser.header["reference"] == known.provenance.in_short()
     assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
     (made,) = eraser.corrections  # one, for all that the later blocks read
-    assert made.sites == edits_for(pipe, AT)[0] and made.tensors["down"].shape == (1, tiny.WIDTH, 2)
+    assert (made.site, *made.also) == edits_for(pipe, AT)[0] and made.tensors()["down"].shape == (1, tiny.WIDTH, 2)
     eraser.save(tmp_path / "x.safetensors")
     with attach(pipe, Eraser.load(tmp_path / "x.safetensors")):
         generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
@@ -131,7 +131,7 @@ def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: D
             made = [replay(pipe, a.state, a.timestep, b.conditioning) for a, b in zip(plain, shown, strict=True)]
         return sum(float((x - a.prediction).square().mean()) for x, a in zip(made, plain, strict=True))
 
-    added = {site: lambda x, call: correction.delta(x, call.timestep) for site in correction.sites}
+    added = {site: lambda x, call: correction.delta(x, call.timestep) for site in (correction.site, *correction.also)}
     assert distance(added) < 0.5 * distance({})
 
 
@@ -211,7 +211,7 @@ def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Diction
     assert both.header["seeds"] == [0, 4]  # two prompts of what stays
     assert both.header["prompts"][6:] == ["x and y", "y and x", "y", "x and z", "z"]
     assert both.gate.features.tolist() == alone.gate.features.tolist()  # the gate is chosen by the concept alone
-    assert not torch.equal(both.corrections[0].tensors["up"], alone.corrections[0].tensors["up"])
+    assert not torch.equal(both.corrections[0].tensors()["up"], alone.corrections[0].tensors()["up"])
 
 
 def test_lessons_of_what_stays(pipe: Any) -> None:

@@ -13,7 +13,7 @@ from neuraleraser.errors import DataError
 from neuraleraser.sae.mixing import Unwanted
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Call, Site, record
+from neuraleraser.sites import EditContext, Site, current_batch, record
 
 CONDITIONAL, UNCONDITIONAL = 1, 0
 
@@ -42,30 +42,22 @@ def collect(
     """Draw the images and tell `on` all activations at `sites`, and `on_batch` of each batch as `generate` does;
     returns the images.
 
-    With guidance in one batch the first half of a call's rows is the unconditional branch; else all rows count
-    as conditional (so a text encoder's pass over the negative prompt does too). `x` is the model's own tensor:
-    copy what you keep.
+    A row whose text is the negative prompt is of the unconditional branch, whether it comes in one batch with the
+    conditional one or in a pass of its own; all others are conditional (a text encoder's pass over the negative prompt,
+    too). Frames of a video are positions of their image. `x` is the model's own tensor: copy what you keep.
     """
-    s = sampling or Sampling()
-    now = {"first": 0, "real": 0}
 
-    def begin(first: int, real: int) -> None:
-        now.update(first=first, real=real)
-        if on_batch:
-            on_batch(first, real)
-
-    def note(site: Site, x: Tensor, call: Call) -> None:
-        size = s.batch if s.pad else min(s.batch, len(prompts))
-        t = float(call.timestep[0])
-        images = range(now["first"], now["first"] + now["real"])
-        if x.shape[0] == 2 * size:
-            on(Seen(site, x[: now["real"]], t, images, UNCONDITIONAL))
-            on(Seen(site, x[size : size + now["real"]], t, images, CONDITIONAL))
-        else:
-            on(Seen(site, x[: now["real"]], t, images, CONDITIONAL))
+    def note(site: Site, x: Tensor, context: EditContext[None]) -> None:
+        batch, frames = current_batch(), context.rows.frames(x.shape[0])
+        assert batch is not None
+        images = range(batch.first, batch.first + batch.real)
+        t = float(context.timestep[0])
+        for negative, part in context.rows.branches(x):
+            part = part.unflatten(0, (-1, frames)).flatten(1, 2) if frames > 1 else part
+            on(Seen(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL))
 
     with record(pipe, sites, note):
-        return generate(pipe, prompts, seeds, s, init=init, on_batch=begin)
+        return generate(pipe, prompts, seeds, sampling, init=init, on_batch=on_batch)
 
 
 @dataclass(frozen=True)

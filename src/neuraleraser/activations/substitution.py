@@ -91,9 +91,10 @@ def substitution(
         sums.setdefault(seen.timestep, _Sums()).add(sae, seen.x.float().flatten(0, 1))
 
     def on_call(call: DenoiserCall) -> None:
-        time = float(call.timestep.flatten()[0])
-        if time not in calls:  # of two calls a step, the first is the one with the prompt
-            calls[time] = call.rows(torch.arange(len(call.state) - len(prompts), len(call.state)).to(call.state.device))
+        assert call.layout is not None
+        index, time = call.layout.first_conditional(), float(call.timestep.flatten()[0])
+        if index is not None and time not in calls:
+            calls[time] = call.rows(torch.tensor(index[: len(prompts)], device=call.state.device))
 
     with denoiser_calls(pipe, on_call), scheduler_steps(pipe, final.append):
         before = collect(pipe, prompts, seeds, [site], on, s)

@@ -232,17 +232,16 @@ def _draw(
 
         def run(using: Any, part: Sequence[Cell], init: Images | None) -> None:
             clock = [time.monotonic()]
-            with attach(using, erasers, action=action, batch=s.batch) as trace:
+            with attach(using, erasers, action=action) as trace:
 
                 def each(index: range, images: Images) -> None:
-                    trace.finish()
                     seconds = (time.monotonic() - clock[0]) / len(index)
                     on([part[i] for i in index], images, [trace.fired.get(i, {}) for i in index], seconds)
                     bar.update(len(index))
                     clock[0] = time.monotonic()
 
                 prompts, seeds = [c.prompt for c in part], [c.seed for c in part]
-                generate(using, prompts, seeds, s, init=init, on_batch=trace.begin, each=each)
+                generate(using, prompts, seeds, s, init=init, each=each)
 
         if plain:
             run(pipe, plain, None)
@@ -386,7 +385,7 @@ def overhead(
     mine, theirs = spread(own, n), spread(others or own, n)
 
     def seconds(cells: Sequence[Cell], attached: bool) -> float:
-        with attach(pipe, [eraser] if attached else [], batch=n):
+        with attach(pipe, [eraser] if attached else []):
             started = time.perf_counter()
             generate(pipe, [c.prompt for c in cells], [c.seed for c in cells], sampling)
             return time.perf_counter() - started

@@ -53,7 +53,7 @@ def feature_panels(pipe: Any, eraser: Eraser, cells: Sequence[Cell], sampling: S
 
     def on(s: Seen) -> None:
         if s.branch == CONDITIONAL:
-            seen[s.timestep] = eraser.gate.fires(s.x.float().cpu())  # [images, P, f]
+            seen[s.timestep] = eraser.gate.activations(s.x.float().cpu())  # [images, P, f]
 
     images = collect(
         pipe,

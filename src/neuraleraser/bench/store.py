@@ -71,10 +71,10 @@ class Store:
         for e in erasers:
             e.save(self.eraser_path(e))
             kept.append(Eraser.load(self.eraser_path(e)))
-            if erased.get(e.name, kept[-1].key) != kept[-1].key:
+            if erased.get(e.name, kept[-1].content_hash) != kept[-1].content_hash:
                 self._verdicts_path(e.name).unlink(missing_ok=True)
                 shutil.rmtree(self.folder / "images" / e.name, ignore_errors=True)
-        erased |= {e.name: e.key for e in kept}
+        erased |= {e.name: e.content_hash for e in kept}
         write_bytes(path, (json.dumps({**now, "erasers": erased}, indent=1) + "\n").encode())
         self._read_fired()
         return kept
@@ -143,7 +143,7 @@ class Store:
         self, cells: Sequence[Cell], erasers: Sequence[Eraser], fired: Sequence[dict[str, list[float]]]
     ) -> None:
         """Record for each cell's base image which erasers watched it, and at which timesteps each gate opened."""
-        watched = {e.name: e.key for e in erasers}
+        watched = {e.name: e.content_hash for e in erasers}
         lines = []
         for cell, times in zip(cells, fired, strict=True):
             entry = {"cell": cell.key, "watched": watched, "fired": {n: sorted(set(t)) for n, t in times.items()}}
@@ -155,7 +155,7 @@ class Store:
     def may_have_fired(self, cell: Cell, eraser: Eraser) -> bool:
         """Whether the eraser's gate opened in the cell's base image; True too where it was not watching."""
         entry = self._fired.get(cell.key)
-        if entry is None or entry["watched"].get(eraser.name) != eraser.key:
+        if entry is None or entry["watched"].get(eraser.name) != eraser.content_hash:
             return True
         return eraser.name in entry["fired"]
 

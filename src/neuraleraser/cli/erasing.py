@@ -178,7 +178,7 @@ def generate(
     strengths = [strength for _, strength in named]
     with attach(pipe, erasers, strengths, action=action, heat=record is not None) as trace:
         try:
-            images = sampling.generate(pipe, [prompt], [seed], chosen, on_batch=trace.begin)
+            images = sampling.generate(pipe, [prompt], [seed], chosen)
         finally:
             if record:
                 write_bytes(record, trace.jsonl().encode())

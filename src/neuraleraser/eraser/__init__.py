@@ -1,4 +1,4 @@
-"""The eraser: a few features that detect a concept, a gate, and an edit; attached to a pipeline in one line.
+"""The eraser: a few features that detect a concept, a gate, and corrections; attached to a pipeline in one line.
 
     eraser = Eraser.load("van-gogh.safetensors")
     with attach(pipe, eraser):
@@ -17,26 +17,35 @@ where it stays shut nothing is added, and the image keeps its bits. No row sees 
 from __future__ import annotations
 
 from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach
-from neuraleraser.eraser.calls import disable_erasers, eraser_trace, load_eraser, set_erasers, unload_erasers
-from neuraleraser.eraser.card import model_card
-from neuraleraser.eraser.file import Eraser
-from neuraleraser.eraser.parts import MODES, Correction, Gate, nearest
+from neuraleraser.eraser.corrections import KINDS, Correction, LowRank, Scaling
+from neuraleraser.eraser.eraser import Eraser
+from neuraleraser.eraser.gate import Gate, time_bin
+from neuraleraser.eraser.model_card import model_card
+from neuraleraser.eraser.pipeline_api import (
+    disable_erasers,
+    eraser_trace,
+    load_eraser,
+    set_erasers,
+    unload_erasers,
+)
 from neuraleraser.eraser.trace import Trace
 
 __all__ = [
     "ACTIONS",
+    "KINDS",
     "MAX_STRENGTH",
-    "MODES",
     "Correction",
     "Eraser",
     "Gate",
+    "LowRank",
+    "Scaling",
     "Trace",
     "attach",
     "disable_erasers",
     "eraser_trace",
     "load_eraser",
     "model_card",
-    "nearest",
     "set_erasers",
+    "time_bin",
     "unload_erasers",
 ]

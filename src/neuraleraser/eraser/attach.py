@@ -1,24 +1,25 @@
-"""`attach`, and the `Attachment` that it shares with the calls that load erasers to stay."""
+"""`attach`, and the `Attachment` that it shares with the functions that load erasers to stay."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser.acting import Acting
-from neuraleraser.eraser.file import Eraser
+from neuraleraser.eraser.batched import gate_features
+from neuraleraser.eraser.eraser import Eraser
+from neuraleraser.eraser.runtime import ErasureRuntime
 from neuraleraser.eraser.trace import Trace
-from neuraleraser.errors import DataError, Refused, SettingsError, SiteError
-from neuraleraser.sites import Edits, differs
+from neuraleraser.eraser.traces import OneTrace, Traces
+from neuraleraser.errors import DataError, SettingsError, SiteError
+from neuraleraser.sites import HookedEdits, components, denoisers, differs, is_denoiser
 
 MAX_STRENGTH = 2.0
 ACTIONS = ("erase", "detect", "refuse")
-"""What an eraser may do where its gate opens: its edit; nothing, but note it; or raise `Refused`."""
+"""Actions of an eraser where its gate opens: correct; do nothing, but note it; or raise `Refused`."""
 
 Strengths = float | Tensor | Sequence[float | Tensor | Sequence[float]]
 """One number for all erasers, or one entry an eraser: a number, or one number an image of the batch."""
@@ -61,12 +62,30 @@ def _short(strength: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+def check_erasers(erasers: Any) -> list[Eraser]:
+    """Return one eraser or several as a list. Raises SettingsError for anything else."""
+    many = [erasers] if isinstance(erasers, Eraser) else erasers
+    if isinstance(many, Iterable) and not isinstance(many, (str, bytes, Mapping)):
+        many = list(many)
+        wrong = [e for e in many if not isinstance(e, Eraser)]
+        if not wrong:
+            return many
+        what = wrong[0]
+    else:
+        what = many
+    passed = f"{what!r}, a str," if isinstance(what, str) else f"a {type(what).__name__}"
+    raise SettingsError(
+        f"{passed} was passed, expected an Eraser or a list of them: Eraser.load(path) reads one, and the pipeline "
+        "comes first"
+    )
+
+
 def _check_model(pipe: Any, e: Eraser) -> None:
     """SiteError for an eraser of another architecture than the pipeline's, a warning for one of other weights."""
     made = e.header.get("made_for")
     if not isinstance(made, Mapping):
         return
-    what, how = differs(pipe, [e.gate.site, *(s for c in e.corrections for s in c.sites)], made)
+    what, how = differs(pipe, e.sites, made)
     if what == "architecture":
         raise SiteError(
             f"the eraser of {e.name!r} is for another architecture ({how}): use it with the pipeline it was made for"
@@ -79,46 +98,89 @@ def _check_model(pipe: Any, e: Eraser) -> None:
         )
 
 
-class Attachment:
-    """Erasers hung in a pipeline until `close`. Raises as `attach` does.
+def _check_denoisers(pipe: Any, erasers: Sequence[Eraser]) -> None:
+    """SiteError where the pipeline has a second denoiser, in which an eraser's concept would be drawn unseen."""
+    for e in erasers:
+        mine = e.gate.site.path.split(".")[0]
+        covered = {other.gate.site.path.split(".")[0] for other in erasers if other.name == e.name}
+        missing = [name for name in denoisers(pipe) if name not in covered]
+        if is_denoiser(mine) and missing:
+            raise SiteError(
+                f"the eraser of {e.name!r} acts in {mine}, and this {type(pipe).__name__} denoises with "
+                f"{' and '.join(missing)}, too: attach one for each together"
+            )
 
-    Plain fields only, so that a deep copy of a pipeline that keeps one has its own.
+
+def _check_twins(pipe: Any, erasers: Sequence[Eraser], replaces: Attachment | None) -> None:
+    """SettingsError for an eraser that acts in these modules already."""
+    hashes = {e.content_hash for e in erasers}
+    for module in components(pipe).values():
+        for hook in module._forward_pre_hooks.values():
+            guard = getattr(getattr(hook, "__self__", None), "boundary", None)
+            other = getattr(guard, "observer", None)
+            if isinstance(other, ErasureRuntime) and (replaces is None or other is not replaces.runtime):
+                twin = next((e for e in other.erasers if e.content_hash in hashes), None)
+                if twin is not None:
+                    raise SettingsError(
+                        f"the eraser of {twin.name!r} is attached to these modules already, by this pipeline or "
+                        "another one made of them, and would act twice: use the one that is there, or take it off first"
+                    )
+
+
+def _warn_same_concept(erasers: Sequence[Eraser], actions: Sequence[str]) -> None:
+    """Warn of two different erasers of one concept: where both gates open, both corrections are added."""
+    seen: dict[str, Eraser] = {}
+    for e in (e for e, action in zip(erasers, actions, strict=True) if action == "erase"):
+        before = seen.setdefault(e.name, e)
+        same_component = before.gate.site.path.split(".")[0] == e.gate.site.path.split(".")[0]
+        if before is not e and same_component and gate_features(before.gate) != gate_features(e.gate):
+            warnings.warn(
+                f"two different erasers of {e.name!r} are attached, and where both gates open both corrections are "
+                "added: keep the better one",
+                stacklevel=4,
+            )
+
+
+class Attachment:
+    """Erasers hooked into a pipeline's modules until `close`. Raises as `attach` does.
+
+    It takes the place of `replaces`, which the caller closes. Plain fields only, so that a deep copy of a pipeline that
+    keeps one has its own.
     """
 
     def __init__(
-        self, pipe: Any, erasers: Sequence[Eraser], strengths: Tensor, actions: Sequence[str], trace: Trace
+        self,
+        pipe: Any,
+        erasers: Sequence[Eraser],
+        strengths: Tensor,
+        actions: Sequence[str],
+        traces: Traces,
+        replaces: Attachment | None = None,
     ) -> None:
+        components(pipe)
         for e in erasers:
-            problem = e.problem()
+            problem = e.validation_error()
             if problem:
                 raise DataError(f"the eraser of {e.name!r} cannot be attached ({problem}): make it again")
             _check_model(pipe, e)
-        self.pipe = pipe
-        self.trace = trace
+        _check_denoisers(pipe, erasers)
+        _check_twins(pipe, erasers, replaces)
+        _warn_same_concept(erasers, actions)
         # On the device where offloaded parts will run, too.
-        self.acting = Acting(erasers, strengths, pipe._execution_device, trace, actions)
-        self.edits = Edits(pipe, self.acting.at, self._after)
+        self.runtime = ErasureRuntime(erasers, strengths, pipe._execution_device, traces, actions)
+        self.edits = HookedEdits(pipe, self.runtime.edits, self.runtime)
 
-    def _after(self, images: int | None) -> None:
-        fired = self.trace.called(images)
-        if images == 0:  # the call failed by itself
-            return
-        self.acting.check_images(images)
-        refused = self.acting.refused(fired)
-        if refused:
-            which = "; ".join(f"image {image}: {', '.join(names)}" for image, names in list(refused.items())[:8])
-            raise Refused(
-                f"refused, as an erased concept fired ({which}), and no image is returned: pass another prompt, or "
-                "draw the other images again without it",
-                refused,
-            )
+    def set_strengths(self, strengths: Tensor) -> None:
+        """Take strengths [erasers, images] or [erasers, 1] from the next call on."""
+        self.runtime.set_strengths(strengths)
 
-    def set(self, strengths: Tensor) -> None:
-        """Strengths [erasers, images] or [erasers, 1] from the next call on."""
-        self.acting.set(strengths)
+    @property
+    def is_open(self) -> bool:
+        """Whether its hooks are there."""
+        return bool(self.edits.handles)
 
     def check(self) -> None:
-        """NotApplied for what a compiled denoiser could not raise itself."""
+        """Raise what could not be raised earlier: NaN on a GPU, a refused loop, modules without hooks."""
         self.edits.check()
 
     def close(self) -> None:
@@ -126,41 +188,64 @@ class Attachment:
         self.edits.close()
 
 
-@contextmanager
-def attach(
-    pipe: Any,
-    erasers: Eraser | Sequence[Eraser],
-    strength: Strengths = 1.0,
-    *,
-    action: str | Sequence[str] = "erase",
-    heat: bool = False,
-    batch: int = 0,
-) -> Iterator[Trace]:
+class attach:
     """Context manager: erase while it is open; afterwards the pipeline gives the bits it gave before.
+
+        with attach(pipe, eraser) as trace:
+            image = pipe("a cat in Van Gogh style").images[0]
+        print(trace.fired)
 
     `strength` (one, or one an eraser, which may be one an image of the batch) is 0 for nothing, 1 as fitted, up
     to 2. Yields the `Trace`, which notes what fired in each image; with `heat` it notes where, too.
 
-    `action` (one, or one an eraser) says what is done where a gate opens: "erase" edits; "detect" changes nothing;
-    "refuse" changes nothing either, and raises `Refused` when the steps of a call are done, so that it returns no
-    image. (Where the other images of a batch are to be kept, "detect", and withhold those in `trace.fired`.)
+    `action` (one, or one an eraser) says what is done where a gate opens: "erase" corrects; "detect" changes nothing;
+    "refuse" changes nothing either, and raises `Refused` in the step in which a gate opens, so that the call ends
+    without an image. (Where the other images of a batch are to be kept, "detect", and withhold those in
+    `trace.fired`.)
 
-    `batch` is the number of images where the denoiser is called without its pipeline, which otherwise tells it.
+    Erasers act in the pipeline's modules, whoever runs them: another pipeline made of them, too. A negative prompt
+    opens no gate while guidance is above 1. Erasers commute: at a site all read the same x and their changes add up, in
+    an order set by their content; of erasers whose gates read the same features only the largest change is made, and so
+    it is of a feature that several scale.
 
-    Erasers commute: at a site all read the same x and their changes add up, in an order set by their content; of
-    a feature that several scale only the largest change is made.
-
-    Raises SettingsError for an unknown action, a strength out of range or for another number of images than are
-    drawn, DataError for an eraser whose parts do not fit, SiteError for a site that the pipeline has not or has in
-    another width, NotApplied before an image is returned if an eraser did not run.
+    Raises SettingsError for an unknown action, a strength out of range or for another number of images than are drawn,
+    and for an eraser that is attached already; DataError for an eraser whose parts do not fit; SiteError for a site
+    that the pipeline has not or has in another width, and for a second denoiser without the eraser; NotApplied before
+    there is a picture if an eraser did not run. Warns if it is never entered.
     """
-    many = [erasers] if isinstance(erasers, Eraser) else list(erasers)
-    actions = action_list(len(many), action)
-    trace = Trace(many, batch, actions, heat=heat)
-    attachment = Attachment(pipe, many, strength_table(len(many), strength), actions, trace)
-    try:
-        yield trace
-        attachment.check()
-    finally:
-        attachment.close()
-    trace.finish()
+
+    def __init__(
+        self,
+        pipe: Any,
+        erasers: Eraser | Sequence[Eraser],
+        strength: Strengths = 1.0,
+        *,
+        action: str | Sequence[str] = "erase",
+        heat: bool = False,
+    ) -> None:
+        self._entered = True  # until all arguments are read, there is nothing to warn of
+        self._pipe, self._erasers = pipe, check_erasers(erasers)
+        self._actions = action_list(len(self._erasers), action)
+        self._strengths = strength_table(len(self._erasers), strength)
+        self._heat = heat
+        self._attachment: Attachment | None = None
+        self._entered = False
+
+    def __enter__(self) -> Trace:
+        self._entered = True
+        trace = Trace(self._erasers, self._actions, heat=self._heat)
+        self._attachment = Attachment(self._pipe, self._erasers, self._strengths, self._actions, OneTrace(trace))
+        return trace
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+        attachment, self._attachment = self._attachment, None
+        assert attachment is not None
+        try:
+            if kind is None:
+                attachment.check()
+        finally:
+            attachment.close()
+
+    def __del__(self) -> None:
+        if not self._entered:
+            warnings.warn("attach(...) did nothing: write `with attach(pipe, eraser):`", stacklevel=2)

@@ -16,7 +16,7 @@ from neuraleraser.fit.gate import SHUT, bounds
 from neuraleraser.fit.states import measured, replayed, rows_of
 from neuraleraser.models import called, sampling_of
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import DENOISERS, Call, Site, made_for, record, replay
+from neuraleraser.sites import DENOISERS, EditContext, Site, made_for, record, replay
 
 
 def calibrate(
@@ -51,7 +51,7 @@ def calibrate(
     # Spread over the concept's own, whose order goes by phrasing and subject.
     some = [concept.pairs[i * len(concept.pairs) // pairs] for i in range(pairs)]
     seeds = [seed + i for i in range(pairs)]
-    gate = replace(eraser.gate, **{k: v.to(pipe.device) for k, v in vars(eraser.gate).items() if isinstance(v, Tensor)})
+    gate = eraser.gate.to(pipe.device)
 
     def evidence(x: Tensor) -> Tensor:
         return gate.evidence(x).float().cpu()
@@ -60,7 +60,7 @@ def calibrate(
     shown, on, _ = replayed(pipe, [p.shows for p in some], seeds, s, gate.site, evidence)
     seen: list[Tensor] = []
 
-    def note(site: Site, x: Tensor, call: Call) -> None:
+    def note(site: Site, x: Tensor, call: EditContext[None]) -> None:
         seen.append(evidence(x))
 
     # The prompts with the concept at the states drawn without it: where a finished eraser will stand.
@@ -90,7 +90,7 @@ def calibrate(
         "prompts": list(dict.fromkeys([*eraser.header.get("prompts", ()), *used])),
         "seeds": [min(spans), max(spans)],
         "base": called(pipe),
-        "made_for": made_for(pipe, [gate.site, *(s for c in eraser.corrections for s in c.sites)]),
+        "made_for": made_for(pipe, eraser.sites),
         "open_share": round(opens, 3),
         "calibrated": {
             "prompts": len(used),

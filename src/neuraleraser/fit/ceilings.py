@@ -15,7 +15,7 @@ from torch import Tensor
 from neuraleraser.concepts import Pair
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Call, Site, edit
+from neuraleraser.sites import EditContext, Site, edit
 
 
 def transplant(
@@ -25,7 +25,7 @@ def transplant(
     the same latents -> uint8 [N, H, W, 3]. Needs guidance in one batch."""
     n = len(pairs)
 
-    def swap(x: Tensor, call: Call) -> Tensor:
+    def swap(x: Tensor, call: EditContext[None]) -> Tensor:
         size = x.shape[0] // 4  # rows: unconditional (shows, without), conditional (shows, without)
         delta = torch.zeros_like(x)
         delta[2 * size : 3 * size] = x[3 * size :] - x[2 * size : 3 * size]

@@ -1,10 +1,9 @@
-"""The edits: what is added where the gate is open, in the three modes of law 2."""
+"""Corrections: fitted low-rank ones, and scaling of features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from dataclasses import replace as replaced
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from neuraleraser.eraser import Correction
+from neuraleraser.eraser import LowRank, Scaling
 from neuraleraser.precision import fast_dtype
 from neuraleraser.sae import SAE
-from neuraleraser.sites import Call, DenoiserCall, Site, denoiser, edit, record, replay
+from neuraleraser.sites import DenoiserCall, EditContext, Site, denoiser, edit, record, replay
 
 
 @dataclass(frozen=True)
@@ -38,38 +37,31 @@ def learnt(
     batch: int = 24,
     lr: float = 4e-3,
     seed: int = 0,
-    spans: Mapping[Site, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
-) -> tuple[Correction, ...]:
+) -> tuple[LowRank, ...]:
     """Fit delta = x V U + b, one for each tuple of sites in `edits`, all together; at all timesteps the same, as the
     prompt is.
 
-    At a site in `spans` (decoder rows [q, d] of an SAE) U and b stay in the span of those rows, so that the
-    edit reads as features put in place of features. The loss is the squared error between the prediction and the
-    one that is wanted, over all lessons and their rows alike.
+    The loss is the squared error between the prediction and the one that is wanted, over all lessons and their rows
+    alike.
     """
     generator = torch.Generator().manual_seed(seed)
     times = torch.stack([lesson.call.timestep.flatten()[0].float().cpu() for lesson in lessons]).mean()[None]
     device = lessons[0].call.state.device
-    spans = spans or {}
     sizes = _widths(pipe, [sites[0] for sites in edits], lessons[0].call)
     params: dict[Site, dict[str, Tensor]] = {}
     for (first, *_), d in zip(edits, sizes, strict=True):
-        q = len(spans[first]) if first in spans else d
         params[first] = {
             "down": torch.randn(1, d, rank, generator=generator).div(d**0.5).to(device).requires_grad_(),
-            "up": torch.zeros(1, rank, q, device=device, requires_grad=True),
-            "bias_out": torch.zeros(1, q, device=device, requires_grad=True),
+            "up": torch.zeros(1, rank, d, device=device, requires_grad=True),
+            "bias": torch.zeros(1, d, device=device, requires_grad=True),
         }
 
-    def correction(sites: tuple[Site, ...]) -> Correction:
-        p = params[sites[0]]
-        if sites[0] in spans:
-            p = {"down": p["down"], "up": p["up"] @ spans[sites[0]], "bias_out": p["bias_out"] @ spans[sites[0]]}
-        return Correction(sites[0], "learnt", times.to(device), p, sites[1:])
+    def correction(sites: tuple[Site, ...]) -> LowRank:
+        return LowRank(sites[0], times.to(device), **params[sites[0]], also=sites[1:])
 
-    def at(sites: tuple[Site, ...]) -> Callable[[Tensor, Call], Tensor]:
-        return lambda x, call: correction(sites).delta(x, call.timestep)
+    def at(sites: tuple[Site, ...]) -> Callable[[Tensor, EditContext[None]], Tensor]:
+        return lambda x, context: correction(sites).delta(x, context.timestep)
 
     rows = [(k, r) for k, lesson in enumerate(lessons) for r in range(len(lesson.wanted))]
     net = denoiser(pipe)
@@ -98,7 +90,7 @@ def learnt(
         for p, needs in frozen:
             p.requires_grad_(needs)
     fitted = map(correction, edits)
-    return tuple(replaced(c, tensors={k: v.detach() for k, v in c.tensors.items()}) for c in fitted)
+    return tuple(LowRank.from_tensors(c.site, {k: v.detach() for k, v in c.tensors().items()}, c.also) for c in fitted)
 
 
 @torch.no_grad()
@@ -106,7 +98,7 @@ def _widths(pipe: Any, sites: Sequence[Site], call: DenoiserCall) -> list[int]:
     """The width of each site's activations."""
     seen: dict[Site, int] = {}
 
-    def note(site: Site, x: Tensor, _: Call) -> None:
+    def note(site: Site, x: Tensor, _: EditContext[None]) -> None:
         seen[site] = x.shape[2]
 
     with record(pipe, dict.fromkeys(sites), note):
@@ -132,44 +124,16 @@ def _gather(calls: Sequence[DenoiserCall], rows: Sequence[int]) -> DenoiserCall:
     )
 
 
-def scale(sae: SAE, site: Site, features: Tensor, times: Tensor, factor: float = 0.0) -> Correction:
+def scale(sae: SAE, site: Site, features: Tensor, times: Tensor, factor: float = 0.0) -> Scaling:
     """Multiply the selected features: z'_i = factor z_i, so delta = (factor - 1) sum_i z_i d_i. 0 ablates, a
     negative factor steers away as SAeUron does (arXiv 2501.18052, equation 6)."""
-    return Correction(
-        site,
-        "scale",
-        times.sort().values[:1].float(),
-        _rows(sae, features)
-        | {"decoder": sae.W_dec[features].clone(), "factor": torch.full((1, len(features)), float(factor))},
-    )
-
-
-def replace(pipe: Any, sae: SAE, site: Site, features: Tensor, plain: Sequence[DenoiserCall]) -> Correction:
-    """Within the span of the selected decoder rows, put the mean over matched prompts without the concept:
-    delta = P (c_t - x), with c_t the mean activation at timestep t."""
-    centres: list[Tensor] = []
-
-    def note(_: Site, x: Tensor, call: Call) -> None:
-        centres.append(x.detach().float().mean((0, 1)))
-
-    with record(pipe, [site], note), torch.no_grad():
-        for call in plain:
-            replay(pipe, call.state, call.timestep, call.conditioning)
-    times = torch.tensor([float(c.timestep.flatten()[0]) for c in plain])
-    order = times.argsort()
-    basis = torch.linalg.qr(sae.W_dec[features].float().T).Q
-    return Correction(
-        site,
-        "replace",
-        times[order],
-        _rows(sae, features) | {"basis": basis.contiguous(), "centre": torch.stack(centres)[order]},
-    )
-
-
-def _rows(sae: SAE, features: Tensor) -> dict[str, Tensor]:
     rows = sae.W_enc[features].float()
-    return {
-        "rows": rows.clone(),
-        "bias": sae.b_enc[features].float() - rows @ sae.b_dec.float(),
-        "threshold": sae.threshold[features].float().clone(),
-    }
+    return Scaling(
+        site,
+        times=times.sort().values[:1].float(),
+        rows=rows.clone(),
+        bias=sae.b_enc[features].float() - rows @ sae.b_dec.float(),
+        threshold=sae.threshold[features].float().clone(),
+        decoder=sae.W_dec[features].clone(),
+        factor=torch.full((1, len(features)), float(factor)),
+    )

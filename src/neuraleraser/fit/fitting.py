@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.eraser import Eraser, nearest
+from neuraleraser.eraser import Eraser, time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
-from neuraleraser.fit.edits import Lesson, learnt, replace, scale
+from neuraleraser.fit.edits import Lesson, learnt
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
 from neuraleraser.fit.importing import shapes_of
 from neuraleraser.fit.shown import rows_without
 from neuraleraser.fit.states import SHARES, conditional, pool, recorded, replayed, rows_of
 from neuraleraser.models import called, default_sampling, edits_for, speaks_canvas
-from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, made_for, record, replay
 
@@ -58,7 +57,7 @@ def fit(
     _check_width(pipe, known, sampling)
     say = progress or (lambda what, share: None)
     started = time.monotonic()
-    acts = list(edits or edits_for(pipe, known.site)) if s.mode == "learnt" else [(known.site,)]
+    acts = list(edits or edits_for(pipe, known.site))
     pairs = _some(concept.pairs, s.pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
     say("drawing without the concept", 0.0)
@@ -67,15 +66,14 @@ def fit(
     shown, pooled_shown = recorded(pipe, [p.shows for p in pairs], seeds, sampling, known.sae, known.site)
     say("choosing features", 0.2)
     crossed, pooled_crossed = _cross(pipe, plain, shown, known)
-    at = nearest(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
+    at = time_bin(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
     shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
     lacks = known.pooled[rows_without(concept, known.prompts, known.labels)]
     own = rows_of(pooled_plain.values)[:, at]
     lacks = torch.cat([lacks, own])
     detector = choose(shows, lacks)
-    speaking = detector.features[detector.weight > 0]
     say("drawing what stays", 0.2)
-    stays = _beside(concept, s.beside if s.mode in ("learnt", "span") else 0)
+    stays = _beside(concept, s.beside)
     beside_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(stays))
     beside = _lessons_beside(pipe, stays, beside_seeds, sampling, known.site) if stays else []
     say("fitting the edit", 0.3)
@@ -85,25 +83,18 @@ def fit(
         losses.append(loss)
         say("fitting the edit", 0.3 + 0.65 * step / s.steps)
 
-    if s.mode == "scale":
-        corrections = (scale(known.sae, known.site, speaking, known.times, s.factor),)
-    elif s.mode == "replace":
-        corrections = (replace(pipe, known.sae, known.site, speaking, plain),)
-    else:
-        lessons = _lessons(pipe, plain, shown, crossed) + [lesson for part in beside for lesson in part]
-        spans = {known.site: _span(known.sae, speaking, shows, own)} if s.mode == "span" else {}
-        corrections = learnt(
-            pipe,
-            acts,
-            lessons,
-            rank=s.rank,
-            steps=s.steps,
-            batch=s.batch,
-            lr=s.learning_rate,
-            seed=s.seed,
-            spans=spans,
-            on_step=on_step,
-        )
+    lessons = _lessons(pipe, plain, shown, crossed) + [lesson for part in beside for lesson in part]
+    corrections = learnt(
+        pipe,
+        acts,
+        lessons,
+        rank=s.rank,
+        steps=s.steps,
+        batch=s.batch,
+        lr=s.learning_rate,
+        seed=s.seed,
+        on_step=on_step,
+    )
     low, high = bounds(_evidence(shows, detector), _evidence(lacks, detector))
     gate = build(known.sae, known.site, detector, known.times, low, high)
     say("done", 1.0)
@@ -120,7 +111,7 @@ def fit(
         "open_share": round(float((low < SHUT).float().mean()), 3),
         "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)] if losses else [],
         "seconds": round(time.monotonic() - started, 1),
-        "made_for": made_for(pipe, [gate.site, *(site for c in corrections for site in c.sites)]),
+        "made_for": made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
         "reference": known.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
         "sae": {k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
@@ -231,13 +222,6 @@ def _conditioned(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:
 def _prediction(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> Tensor:
     """The matched prompt's prediction at the states drawn with the concept."""
     return replay(pipe, shown.state, shown.timestep, plain.conditioning)
-
-
-def _span(sae: SAE, features: Tensor, shows: Tensor, lacks: Tensor) -> Tensor:
-    """Decoder rows [q, d] of the detecting features and of as many that fire more without the concept."""
-    gain = lacks[:, :, 0].float().mean((0, 1)) - shows[:, :, 0].float().mean((0, 1))
-    instead = gain.index_fill(0, features, -1.0).topk(len(features)).indices
-    return sae.W_dec[torch.cat([features, instead])].float()
 
 
 def _evidence(pooled: Tensor, detector: Detector) -> Tensor:

@@ -16,7 +16,7 @@ from neuraleraser.models import default_sampling, edits_for
 from neuraleraser.sae import formats
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Call, Site, record
+from neuraleraser.sites import EditContext, Site, record
 
 
 def import_dictionary(
@@ -70,7 +70,7 @@ def shapes_of(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[S
     """Positions and width of each site's activations, from one step."""
     found: dict[Site, tuple[int, int]] = {}
 
-    def note(site: Site, x: Tensor, call: Call) -> None:
+    def note(site: Site, x: Tensor, call: EditContext[None]) -> None:
         found[site] = (x.shape[1], x.shape[2])
 
     with record(pipe, dict.fromkeys(sites), note):

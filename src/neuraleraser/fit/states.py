@@ -132,16 +132,18 @@ def replayed(
     """Draw the images; keep the conditional half of every denoiser call, all images in a row -> calls, and values
     and times as `measured` gives them."""
     batches: list[list[DenoiserCall]] = []
-    size = sampling.batch if sampling.pad else min(sampling.batch, len(prompts))
-    now = {"real": 0}
+    real = 0
 
-    def begin(first: int, real: int) -> None:
+    def begin(first: int, count: int) -> None:
+        nonlocal real
         batches.append([])
-        now["real"] = real
+        real = count
 
     def on(call: DenoiserCall) -> None:
-        rows = call.state.shape[0]
-        batches[-1].append(call.rows(torch.arange(rows - size, rows - size + now["real"], device=call.state.device)))
+        assert call.layout is not None
+        index = call.layout.first_conditional()
+        if index is not None:  # None: a pass over the negative prompt
+            batches[-1].append(call.rows(torch.tensor(index[:real], device=call.state.device)))
 
     with denoiser_calls(pipe, on):
         values, times, _ = measured(pipe, site, measure, prompts, seeds, sampling, init, begin)

@@ -1,50 +1,65 @@
 """Where activations are read and edited: the only code that knows diffusers' insides.
 
-    with record(pipe, [Site("unet.mid_block.attentions.0")], on=lambda site, x, call: print(site, x.shape)):
+    with record(pipe, [Site("unet.mid_block.attentions.0")], on=lambda site, x, context: print(site, x.shape)):
         pipe("a cat")
 
-    with edit(pipe, {site: lambda x, call: centre - x}):   # add to every activation what leads to the centre
+    with edit(pipe, {site: lambda x, context: centre - x}):  # moves every activation to the centre
         pipe("a cat")
 
-Both hang plain forward hooks on the user's own modules and take them off again. Hooks never count calls:
-the timestep is the one the denoiser's forward was given. An edit that did not run raises `NotApplied`
-before the pipeline returns an image.
+Both put plain forward hooks on the user's own modules and take them off again. Hooks never count calls: the timestep
+is the one the denoiser's forward was given. An edit that did not run raises `NotApplied` before there is a picture,
+whoever runs the modules: the pipeline, another one made of them, a copy, a loop of one's own, several threads.
 
-Limits. Attach before the first compiled call (a compiled model does not look for new hooks; that is noticed
-and raised). A block that gradient checkpointing runs again in the backward pass is outside any denoiser
-forward, so its edit raises: leave checkpointing off for models with an edit. Contexts on one pipeline stack:
-a later one sees the activations that an earlier one leaves; edits of one context on one block all see the
-same activations.
+Limits. Attach before the first compiled call (a compiled model does not look for new hooks; that is noticed and
+raised). A block that gradient checkpointing runs again in the backward pass is outside any denoiser forward, so its
+edit raises: leave checkpointing off for models with an edit. Contexts on one pipeline stack: a later one sees the
+activations that an earlier one leaves; edits of one context on one block all see the same activations.
 """
 
 from __future__ import annotations
 
-from neuraleraser.sites.attach import Edits, edit, record
-from neuraleraser.sites.calls import DenoiserCall, denoiser_calls, replay
-from neuraleraser.sites.candidates import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
-from neuraleraser.sites.hooks import Call, Edit
-from neuraleraser.sites.model import differs, made_for
-from neuraleraser.sites.noise import noised, scheduler_steps
-from neuraleraser.sites.place import DENOISERS, Site, denoiser
+from neuraleraser.sites.denoiser_calls import DenoiserCall, denoiser_calls, replay
+from neuraleraser.sites.discovery import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
+from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
+from neuraleraser.sites.edits import HookedEdits, edit, record
+from neuraleraser.sites.fingerprint import differs, made_for
+from neuraleraser.sites.guard import Call, Observer
+from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, drawing, match_rows
+from neuraleraser.sites.schedulers import noised, scheduler_steps
+from neuraleraser.sites.site import DENOISERS, Site, components, denoiser, denoisers, is_denoiser, unwrap
 
 __all__ = [
     "DENOISERS",
+    "Batch",
     "Call",
+    "Change",
     "DenoiserCall",
     "Edit",
-    "Edits",
+    "EditContext",
+    "EditFunction",
+    "HookedEdits",
+    "Observer",
+    "Rows",
+    "Series",
     "Site",
     "candidate_sites",
+    "components",
     "cross_attention_sites",
+    "current_batch",
     "denoiser",
     "denoiser_calls",
+    "denoisers",
     "differs",
+    "drawing",
     "edit",
+    "is_denoiser",
     "made_for",
+    "match_rows",
     "noised",
     "record",
     "replay",
     "scheduler_steps",
     "text_encoder_sites",
     "text_streams",
+    "unwrap",
 ]

@@ -1,4 +1,4 @@
-"""Naming a place in a pipeline, and finding its module."""
+"""Places in a pipeline where activations are read or edited, and their modules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from torch import nn
 
 from neuraleraser.errors import SiteError
 
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "transformer_2")
+"""Names of components that denoise; Wan 2.2 has two."""
 
-# Blocks that take hidden_states and encoder_hidden_states and return (text, image). Named, not guessed: other
-# models return the two the other way round (CogVideoX, HunyuanVideo), and nothing in the tensors tells.
-TEXT_FIRST = {"FluxTransformerBlock", "FluxSingleTransformerBlock", "JointTransformerBlock"}
+# Blocks that take hidden_states and encoder_hidden_states and return (text, image). Named, not guessed: other models
+# return the two the other way round (CogVideoX, HunyuanVideo), and nothing in the tensors shows it.
+TEXT_FIRST = {
+    "AuraFlowJointTransformerBlock",
+    "ChromaTransformerBlock",
+    "Flux2TransformerBlock",
+    "FluxSingleTransformerBlock",
+    "FluxTransformerBlock",
+    "JointTransformerBlock",
+    "QwenImageTransformerBlock",
+}
 
 _TAPS = ("output", "update", "input")
 _STREAMS = ("image", "text")
@@ -59,18 +68,43 @@ class Site:
         return cls(path, tap, stream)  # type: ignore[arg-type]
 
 
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """Return the pipeline's modules by name, as it holds them. SiteError for what is no diffusers pipeline."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise SiteError(
+            f"{type(pipe).__name__} is no diffusers DiffusionPipeline, whose modules could be hooked (modular "
+            "pipelines are not supported): pass one, made of the same components if need be."
+        )
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def is_denoiser(name: str) -> bool:
+    """Return True if a component of this name denoises."""
+    return name in DENOISERS
+
+
+def is_text_encoder(name: str) -> bool:
+    """Return True if a component of this name encodes prompts."""
+    return name.startswith("text_encoder")
+
+
 def denoiser(pipe: Any) -> nn.Module:
-    """The pipeline's UNet or transformer, as the pipeline holds it. SiteError where it has neither."""
+    """Return the pipeline's UNet or transformer, as the pipeline holds it. SiteError where it has neither."""
     return getattr(pipe, denoiser_name(pipe))
 
 
+def denoisers(pipe: Any) -> list[str]:
+    """Return the names of the components that denoise; Wan 2.2 has two."""
+    return [name for name in components(pipe) if is_denoiser(name)]
+
+
 def resolve(pipe: Any, site: Site) -> nn.Module:
-    """The module of a site. SiteError names the nearest that exist."""
+    """Return the module of a site. SiteError names the nearest that exist."""
     names = site.path.split(".")
     owner: Any = pipe
-    children: Mapping[str, nn.Module | None] = {
-        name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)
-    }
+    children: Mapping[str, nn.Module | None] = components(pipe)
     for depth, name in enumerate(names):
         found = children.get(name)
         if found is None:
@@ -100,17 +134,17 @@ def check_stream(site: Site, module: nn.Module) -> None:
 
 
 def forward_arguments(module: nn.Module) -> list[str]:
-    """The names of forward's arguments, without self. Of the class: offloading shadows the instance's."""
+    """Return the names of forward's arguments, without self. Of the class: offloading shadows the instance's."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def is_text_first(module: nn.Module) -> bool:
-    """Whether this block carries two streams and returns (text, image)."""
+    """Return True if this block carries two streams and returns (text, image)."""
     return not TEXT_FIRST.isdisjoint(base.__name__ for base in type(module).__mro__)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module itself where torch.compile(module) wrapped it: its hooks are the ones that run."""
+    """Return the module itself where torch.compile(module) wrapped it: its hooks are the ones that run."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -122,8 +156,8 @@ def _nearest(name: str, names: list[str]) -> list[str]:
 
 
 def denoiser_name(pipe: Any) -> str:
-    """ "unet" or "transformer". SiteError where the pipeline has neither."""
-    for name in DENOISERS:
+    """Return "unet" or "transformer". SiteError where the pipeline has neither."""
+    for name in ("unet", "transformer"):
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise SiteError(f"{type(pipe).__name__} has neither a unet nor a transformer, only {', '.join(pipe.components)}.")

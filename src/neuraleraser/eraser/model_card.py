@@ -18,7 +18,7 @@ _LIMITS = """\
   without the concept in which they do fire is changed.
 - It was made from the prompts that its file lists. Other words, other languages, images given as input and prompts
   searched for on purpose may get round it; none of that is measured unless a figure above says so.
-- It edits activations while images are drawn and leaves the weights as they are: who holds the weights can take it
+- It changes activations while images are drawn and leaves the weights as they are: who holds the weights can take it
   off.
 - Caches that skip blocks are refused. A LoRA may be loaded beside it; one that is fused into the weights changes the
   activations that it reads.
@@ -87,11 +87,11 @@ def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
     gate = header.get("gate")
     if isinstance(gate, Mapping):
         rows.append(("gate", gate.get("site")))
-    edits = header.get("edits")
-    if isinstance(edits, list):
-        rows += [("edit", _edit(e)) for e in edits if isinstance(e, Mapping)]
+    corrections = header.get("corrections")
+    if isinstance(corrections, list):
+        rows += [("correction", _correction(c)) for c in corrections if isinstance(c, Mapping)]
     for key, value in header.items():
-        if key in ("concept", "kind", "base", "model", "measured", "made_for", "gate", "edits"):
+        if key in ("concept", "kind", "base", "model", "measured", "made_for", "gate", "corrections"):
             continue
         if isinstance(value, Mapping):
             rows += [(f"{key}: {inner}", v) for inner, v in value.items()]
@@ -100,9 +100,10 @@ def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return rows
 
 
-def _edit(edit: Mapping[str, Any]) -> str:
-    also = edit.get("also")
-    return ", ".join([f"{edit.get('mode')} at {edit.get('site')}", *(map(str, also) if isinstance(also, list) else ())])
+def _correction(correction: Mapping[str, Any]) -> str:
+    also = correction.get("also")
+    first = f"{correction.get('kind')} at {correction.get('site')}"
+    return ", ".join([first, *(map(str, also) if isinstance(also, list) else ())])
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

@@ -1,4 +1,4 @@
-"""The useful places of a pipeline: blocks, their text streams, cross-attentions, and text encoders' layers."""
+"""Useful sites of a pipeline: blocks, their text streams, cross-attentions, and text encoders' layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ from typing import Any
 from torch import nn
 
 from neuraleraser.errors import SiteError
-from neuraleraser.sites.place import Site, check_stream, denoiser, denoiser_name, resolve, unwrap
+from neuraleraser.sites.site import (
+    Site,
+    check_stream,
+    components,
+    denoiser,
+    denoiser_name,
+    forward_arguments,
+    is_text_encoder,
+    is_text_first,
+    resolve,
+    unwrap,
+)
 
 
 def candidate_sites(pipe: Any) -> list[Site]:
-    """The text-conditioned blocks in the order they run: a UNet's Transformer2DModels, a DiT's blocks."""
+    """Return the text-conditioned blocks in the order they run: a UNet's Transformer2DModels, a DiT's blocks.
+
+    Blocks in which text and image are one sequence are left out.
+    """
     name = denoiser_name(pipe)
     root = unwrap(denoiser(pipe))
     if name == "unet":
@@ -26,19 +40,20 @@ def candidate_sites(pipe: Any) -> list[Site]:
     else:
         paths = [
             f"{part}.{i}"
-            for part in ("transformer_blocks", "single_transformer_blocks")
-            for i in range(len(getattr(root, part, ())))
+            for part in ("joint_transformer_blocks", "transformer_blocks", "single_transformer_blocks")
+            for i, block in enumerate(getattr(root, part, ()))
+            if is_text_first(unwrap(block)) or _reads_text_apart(unwrap(block))
         ]
     return [Site(f"{name}.{path}") for path in paths]
 
 
 def text_streams(pipe: Any) -> list[Site]:
-    """The text streams of those candidate blocks that carry and return one, in the order they run."""
+    """Return the text streams of those candidate blocks that carry and return one, in the order they run."""
     return [Site(site.path, stream="text") for site in candidate_sites(pipe) if _has_text(pipe, site)]
 
 
 def cross_attention_sites(pipe: Any) -> list[Site]:
-    """What the prompt writes into each position: outputs of the attentions from image to text, as they run.
+    """Return the outputs of the attentions from image to text, as they run: what the prompt writes into each position.
 
     Of UNets, PixArt and Sana, one or more in each candidate block; [] where text and image are one sequence
     (SD3, FLUX).
@@ -52,25 +67,31 @@ def cross_attention_sites(pipe: Any) -> list[Site]:
 
 
 def text_encoder_sites(pipe: Any) -> list[Site]:
-    """The layers of each text encoder that the pipeline holds, in order. They run once a prompt and have no time."""
+    """Return the layers of each text encoder that the pipeline holds, in order. They run once a prompt."""
     return [
         Site(f"{name}.{path}.{i}")
-        for name, part in pipe.components.items()
-        if name.startswith("text_encoder") and isinstance(part, nn.Module)
+        for name, part in components(pipe).items()
+        if is_text_encoder(name)
         for path, layers in _layers(unwrap(part))
         for i in range(len(layers))
     ]
 
 
+def _reads_text_apart(block: nn.Module) -> bool:
+    """Return True for a block that reads the prompt beside its image; not where both are one sequence."""
+    one_sequence = {"Flux2SingleTransformerBlock", "HiDreamImageSingleTransformerBlock"}
+    return "encoder_hidden_states" in forward_arguments(block) and type(block).__name__ not in one_sequence
+
+
 def _parts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without the wrappers of torch.compile, whose names no site has."""
+    """Yield `named_modules` without the wrappers of torch.compile, whose names no site has."""
     for path, module in root.named_modules():
         if unwrap(module) is module:
             yield ".".join(name for name in path.split(".") if name != "_orig_mod"), module
 
 
 def _layers(encoder: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """CLIP's and Gemma's `layers`, T5's `block`: the first such list, which holds all others."""
+    """Return CLIP's and Gemma's `layers`, T5's `block`: the first such list, which holds all others."""
     found = [
         (path, module)
         for path, module in _parts(encoder)

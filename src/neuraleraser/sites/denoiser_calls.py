@@ -10,21 +10,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from neuraleraser.sites.place import denoiser, unwrap
+from neuraleraser.sites.caller import find_caller
+from neuraleraser.sites.rows import CallFacts, Rows, decode_rows
+from neuraleraser.sites.site import denoiser, unwrap
 
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """One forward of the denoiser: `state` [B, ...] noisy latents, `timestep` as it was given, `conditioning`
-    (all other arguments by name), `prediction` [B, ...]."""
+    """One forward of the denoiser: `state` [B, ...] noisy latents, `timestep` as it was given, `conditioning` (all
+    other arguments by name), `prediction` [B, ...]; and the `layout` of its rows, where it was recorded whole."""
 
     state: Tensor
     timestep: Tensor
     conditioning: Mapping[str, Any]
     prediction: Tensor
+    layout: Rows | None = None
 
     def rows(self, index: Any) -> DenoiserCall:
-        """The same call of some images: what has one row an image is indexed, all else kept."""
+        """Return the same call of some images: what has one row an image is indexed, all else kept."""
         b = self.state.shape[0]
         timestep = self.timestep[index] if self.timestep.ndim and len(self.timestep) == b else self.timestep
         return DenoiserCall(
@@ -55,7 +58,10 @@ def denoiser_calls(pipe: Any, on: Callable[[DenoiserCall], None]) -> Iterator[No
         state, timestep = given.pop(names[0]), given.pop("timestep")
         given.pop("return_dict", None)
         out = output[0] if isinstance(output, tuple) else next(iter(output.values()))
-        on(DenoiserCall(state, timestep, given, out))
+        text, caller = given.get("encoder_hidden_states"), find_caller()
+        text = text if isinstance(text, Tensor) else None
+        layout = decode_rows(len(state), text, caller.facts if caller else CallFacts())
+        on(DenoiserCall(state, timestep, given, out, layout))
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -65,7 +71,7 @@ def denoiser_calls(pipe: Any, on: Callable[[DenoiserCall], None]) -> Iterator[No
 
 
 def replay(pipe: Any, state: Tensor, timestep: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-    """The denoiser's prediction at `state` with `conditioning`, hooks and gradients as they are."""
+    """Return the denoiser's prediction at `state` with `conditioning`, hooks and gradients as they are."""
     module = denoiser(pipe)
     first = next(iter(list(inspect.signature(type(unwrap(module)).forward).parameters)[1:]))
     return module(**{first: state, "timestep": timestep}, **conditioning, return_dict=False)[0]

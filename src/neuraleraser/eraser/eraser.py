@@ -1,4 +1,4 @@
-"""One eraser as a value and as a file of kilobytes, with the checks that a stranger's file must pass."""
+"""The eraser: a value, and a file of kilobytes, with the checks that a stranger's file must pass."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from torch import Tensor
 
 from neuraleraser import artifact
 from neuraleraser.eraser import hub
-from neuraleraser.eraser.card import model_card
-from neuraleraser.eraser.parts import MODES, Correction, Gate
+from neuraleraser.eraser.corrections import KINDS, Correction
+from neuraleraser.eraser.corrections.correction import sites_of
+from neuraleraser.eraser.gate import Gate
+from neuraleraser.eraser.model_card import model_card
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.sites import Site
 
 
 @dataclass(frozen=True)
 class Eraser:
-    """The gate and the corrections of one concept, with all that is needed to apply them; a file of kilobytes.
+    """Gate and corrections of one concept, with all that is needed to apply them; a file of kilobytes.
 
     `header` holds what a reader wants to know: concept, kind, base model, time scale, how it was fitted and
     what was measured. Plain JSON values.
@@ -39,29 +41,41 @@ class Eraser:
         return str(self.header["concept"])
 
     @property
-    def key(self) -> str:
-        """A hash of everything that acts: erasers are added in its order, whatever order they are given in."""
+    def content_hash(self) -> str:
+        """SHA-256 of everything that acts: erasers are added in its order, whatever order they are given in."""
         h = hashlib.sha256(json.dumps(self._layout()).encode())
         for name, tensor in sorted(self._tensors().items()):
             h.update(f"{name} {list(tensor.shape)}".encode())
             h.update(tensor.detach().cpu().double().numpy().tobytes())
         return h.hexdigest()
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites that it reads or changes."""
+        return self.gate.site, *(site for c in self.corrections for site in sites_of(c))
+
+    def to(self, device: torch.device) -> Eraser:
+        """Return the eraser with its tensors on `device`."""
+        moved = tuple(
+            type(c).from_tensors(c.site, {name: x.to(device) for name, x in c.tensors().items()}, c.also)
+            for c in self.corrections
+        )
+        return Eraser(self.gate.to(device), moved, self.header)
+
     def _layout(self) -> dict[str, Any]:
-        """What acts beside the tensors, as JSON."""
+        """Return what acts beside the tensors, as JSON."""
         return {
-            "gate": {"site": str(self.gate.site), "share": self.gate.share},
-            "edits": [
-                {"site": str(c.site), "mode": c.mode} | ({"also": [str(s) for s in c.also]} if c.also else {})
+            "gate": {"site": str(self.gate.site), "share": self.gate.share, "text_tokens": self.gate.text_tokens},
+            "corrections": [
+                {"kind": c.KIND, "site": str(c.site)} | ({"also": [str(s) for s in c.also]} if c.also else {})
                 for c in self.corrections
             ],
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        out = {f"gate/{n}": getattr(self.gate, n) for n in _GATE}
+        out = {f"gate/{name}": x for name, x in self.gate.tensors().items()}
         for i, c in enumerate(self.corrections):
-            out[f"edit{i}/times"] = c.times
-            out |= {f"edit{i}/{k}": v for k, v in c.tensors.items()}
+            out |= {f"correction{i}/{name}": x for name, x in c.tensors().items()}
         return out
 
     def save(self, path: str | Path) -> None:
@@ -69,11 +83,11 @@ class Eraser:
 
         Raises DataError for an eraser that `load` would refuse.
         """
-        problem = self.problem()
+        problem = self.validation_error()
         if problem:
             raise DataError(f"the eraser of {self.name!r} was not written ({problem}): make it again")
         tensors = {
-            k: v.half() if k == "gate/rows" or (k.startswith("edit") and not k.endswith("times")) else v
+            k: v.half() if k == "gate/rows" or (k.startswith("correction") and not k.endswith("times")) else v
             for k, v in self._tensors().items()
         }
         artifact.save(path, "eraser", tensors, dict(self.header) | self._layout())
@@ -87,20 +101,33 @@ class Eraser:
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = tensor.float() if tensor.is_floating_point() else tensor
         try:
-            gate = Gate(Site.parse(header["gate"]["site"]), share=float(header["gate"]["share"]), **parts.pop("gate"))
-            edits = []
-            for i, entry in enumerate(header["edits"]):
-                mine = parts.pop(f"edit{i}")
+            found = parts.pop("gate")
+            if problem := _spec_error(found, Gate.AXES):
+                raise ValueError(f"gate/{problem}")
+            about = header["gate"]
+            tokens = about.get("text_tokens")
+            gate = Gate(
+                Site.parse(about["site"]),
+                share=float(about["share"]),
+                text_tokens=None if tokens is None else int(tokens),
+                **found,
+            )
+            corrections = []
+            for i, entry in enumerate(header["corrections"]):
+                kind = KINDS[entry["kind"]]
+                found = parts.pop(f"correction{i}")
+                if problem := _spec_error(found, kind.AXES):
+                    raise ValueError(f"correction{i}/{problem}")
                 also = tuple(Site.parse(text) for text in entry.get("also", ()))
-                edits.append(Correction(Site.parse(entry["site"]), str(entry["mode"]), mine.pop("times"), mine, also))
+                corrections.append(kind.from_tensors(Site.parse(entry["site"]), found, also))
             if parts or not isinstance(header["concept"], str):
                 raise ValueError(f"{next(iter(parts), 'concept')}")
         except (ArithmeticError, AttributeError, KeyError, SiteError, TypeError, ValueError) as error:
             raise FileError(
                 f"{path} is no complete eraser ({error!r} is missing or malformed): make it again"
             ) from error
-        eraser = cls(gate, tuple(edits), {k: v for k, v in header.items() if k not in ("gate", "edits")})
-        problem = eraser.problem()
+        eraser = cls(gate, tuple(corrections), {k: v for k, v in header.items() if k not in ("gate", "corrections")})
+        problem = eraser.validation_error()
         if problem:
             raise FileError(f"{path} is an eraser whose parts do not fit together ({problem}): make it again")
         return eraser
@@ -129,48 +156,34 @@ class Eraser:
             (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             return hub.push(Path(folder), repo)
 
-    def problem(self) -> str | None:
-        """What keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""
-        g, sites = self.gate, [s for c in self.corrections for s in c.sites]
+    def validation_error(self) -> str | None:
+        """Return what keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""
+        g, sites = self.gate, [s for c in self.corrections for s in sites_of(c)]
         if not sites or len(set(sites)) < len(sites):
-            return f"edits at {[str(s) for s in sites]}, expected one or more, each at a site of its own"
+            return f"corrections at {[str(s) for s in sites]}, expected one or more, each at a site of its own"
         strange = [s for s in sites if s.path.split(".")[0] != g.site.path.split(".")[0]]
         if strange:
-            return f"an edit at {strange[0]}, in another component than the gate's {g.site}"
-        groups = [("gate", {n: getattr(g, n) for n in _GATE}, _GATE)]
+            return f"a correction at {strange[0]}, in another component than the gate's {g.site}"
+        if problem := _spec_error(g.tensors(), Gate.AXES) or _value_error(g.tensors()):
+            return f"gate/{problem}"
+        if not bool((g.threshold >= 0).all()):
+            return "gate/threshold is negative"
         for i, c in enumerate(self.corrections):
-            if c.mode not in MODES:
-                return f"mode {c.mode!r}, expected one of {', '.join(MODES)}"
-            if c.also and c.mode != "learnt":
-                return f"an edit of mode {c.mode!r} at several sites, expected mode 'learnt'"
-            groups.append((f"edit{i}", {"times": c.times, **c.tensors}, _EDITS[c.mode]))
-        for where, tensors, axes in groups:
-            found = _misfit(tensors, axes)
-            if found:
-                return f"{where}/{found}"
+            if problem := _spec_error(c.tensors(), c.AXES) or _value_error(c.tensors()) or c.validation_error():
+                return f"correction{i}/{problem}"
         if any(c.site == g.site and c.width != g.rows.shape[1] for c in self.corrections):
-            return f"a gate and an edit of different widths at {g.site}"
+            return f"a gate and a correction of different widths at {g.site}"
         if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
             return "the gate's share is outside 0 to 1, or its bounds are not 0 <= low < high"
+        if g.text_tokens is not None and g.text_tokens < 1:
+            return f"a gate for texts of {g.text_tokens} tokens, expected at least 1"
         if not bool((g.weight > 0).any()):
             return "no weight is above 0, so it can never act"
         return None
 
 
-# The axes of each tensor; equal letters are equal lengths.
-_GATE = {
-    "features": "f", "rows": "fd", "bias": "f", "threshold": "f", "weight": "f", "times": "t", "low": "t", "high": "t",
-}  # fmt: skip
-_FIRES = {"times": "t", "rows": "fd", "bias": "f", "threshold": "f"}
-_EDITS = {
-    "scale": _FIRES | {"decoder": "fd", "factor": "tf"},
-    "replace": _FIRES | {"basis": "dq", "centre": "td"},
-    "learnt": {"times": "t", "down": "tdr", "up": "trd", "bias_out": "td"},
-}
-
-
-def _misfit(tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> str | None:
-    """The first tensor that cannot be what `axes` says, and why."""
+def _spec_error(tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> str | None:
+    """Return the first tensor that does not have the axes of `axes`, and why; None if all do."""
     size: dict[str, int] = {}
     for name in sorted(tensors.keys() ^ axes.keys()):
         return f"{name} is {'missing' if name in axes else 'unknown'}"
@@ -181,14 +194,12 @@ def _misfit(tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> str | Non
         )
         if not fits or x.is_floating_point() == (name == "features"):
             return f"{name} is {x.dtype} {list(x.shape)} beside {size}"
+    return None
+
+
+def _value_error(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the first tensor whose values cannot be used, and why; None if all can."""
+    for name, x in tensors.items():
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             return f"{name} holds NaN or infinity"
-    if not bool((tensors["times"].diff() > 0).all()):
-        return "times do not ascend"
-    if "threshold" in tensors and not bool((tensors["threshold"] >= 0).all()):
-        return "threshold is negative"
-    if "basis" in tensors:
-        q = tensors["basis"].float()
-        if not bool(((q.T @ q - torch.eye(q.shape[1], device=q.device)).abs() < 1e-2).all()):
-            return "basis is not orthonormal"
-    return None
+    return None if bool((tensors["times"].diff() > 0).all()) else "times do not ascend"

@@ -1,0 +1,95 @@
+"""The gate: when an eraser acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from neuraleraser.sites import Site
+
+
+def time_bin(times: Tensor, timestep: Tensor) -> Tensor:
+    """Return the index of the nearest entry of ascending `times` [T] for each timestep [B] -> int64 [B]."""
+    return torch.bucketize(timestep.contiguous(), bin_edges(times).to(timestep.device))
+
+
+def bin_edges(times: Tensor) -> Tensor:
+    """Return the edges [T - 1] between bins around ascending `times` [T]."""
+    return (times[1:] + times[:-1]) / 2
+
+
+def thresholded_activations(x: Tensor, rows: Tensor, bias: Tensor, threshold: Tensor) -> Tensor:
+    """x [B, P, d] -> z [B, P, f]: pre = x . row + bias where it exceeds the threshold, else 0.
+
+    In float32 at least: half precision would round neighbouring thresholds and bounds into one.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    pre = torch.nn.functional.linear(x, rows.to(x), bias.to(x))
+    return torch.where(pre > threshold.to(pre), pre, torch.zeros_like(pre))
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Selected features at one site, their pooled evidence, and its bounds by timestep.
+
+    evidence = sum_i weight_i * (mean of z_i over its strongest `share` of positions), with
+    z_i = pre_i where pre_i = row_i . x + bias_i exceeds threshold_i, else 0;
+    gate = clamp((evidence - low_t) / (high_t - low_t), 0, 1): exactly 0 up to low_t, so 0 where no feature that
+    speaks for the concept (weight above 0) fires.
+
+    features int64 [f]: the features' numbers in their SAE; rows [f, d], bias [f], threshold [f] (>= 0),
+    weight [f]; times [T] ascending, low and high [T], 0 <= low < high.
+
+    text_tokens: length of the prompts that the bounds were set with; a longer text is read in parts of that length, and
+    the strongest counts, as each part is then seen as a short prompt is. None: texts of any length are read whole.
+    """
+
+    site: Site
+    features: Tensor
+    rows: Tensor
+    bias: Tensor
+    threshold: Tensor
+    weight: Tensor
+    share: float
+    times: Tensor
+    low: Tensor
+    high: Tensor
+    text_tokens: int | None = None
+
+    AXES: ClassVar[Mapping[str, str]] = {
+        "features": "f", "rows": "fd", "bias": "f", "threshold": "f", "weight": "f",
+        "times": "t", "low": "t", "high": "t",
+    }  # fmt: skip
+    """Axes of each tensor; equal letters are equal lengths."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the gate's tensors by name."""
+        return {name: getattr(self, name) for name in self.AXES}
+
+    def to(self, device: torch.device) -> Gate:
+        """Return the gate with its tensors on `device`."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Return the activation of each selected feature: x [B, P, d] -> z [B, P, f], float32 at least."""
+        return thresholded_activations(x, self.rows, self.bias, self.threshold)
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """x [B, P, d] -> pooled evidence [B], float32 at least."""
+        z = self.activations(x)
+        if self.share < 1:
+            z = z.topk(max(1, round(z.shape[1] * self.share)), 1).values
+        return z.mean(1) @ self.weight.to(z)
+
+    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """Return how far the gate is open for each row: x [B, P, d], timestep [B] -> [B] in 0..1.
+
+        The definition; erasers at work compute it for many gates at once (`batched.BatchedGates`).
+        """
+        evidence, index = self.evidence(x), time_bin(self.times, timestep)
+        low, high = (v.to(evidence).index_select(0, index) for v in (self.low, self.high))
+        return ((evidence - low) / (high - low)).clamp(0, 1)

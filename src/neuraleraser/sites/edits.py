@@ -1,0 +1,162 @@
+"""`record` and `edit`: hooks on, hooks off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from neuraleraser.errors import SiteError
+from neuraleraser.sites import compiled
+from neuraleraser.sites.caches import check_caches
+from neuraleraser.sites.edit import Edit, EditContext, EditFunction, F, FunctionEdit
+from neuraleraser.sites.guard import CallGuard, Observer, Unobserved, join_pipeline, leave_pipeline
+from neuraleraser.sites.hooks import ComponentHooks, SiteHook
+from neuraleraser.sites.site import (
+    Site,
+    check_stream,
+    components,
+    forward_arguments,
+    is_denoiser,
+    is_text_encoder,
+    resolve,
+    unwrap,
+)
+from neuraleraser.sites.threads import WeakReference
+
+
+def no_state() -> None:
+    """Return the state of edits that share none."""
+
+
+def record(
+    pipe: Any, sites: Iterable[Site], on: Callable[[Site, Tensor, EditContext[None]], None]
+) -> AbstractContextManager[None]:
+    """Context manager: calls `on(site, x, context)` with x [B, positions, d] at each pass through each site.
+
+    x is a view of the model's own tensor where its layout allows, in the model's dtype, with its gradient:
+    copy what you keep, change nothing. Raises as `edit` does.
+    """
+    return edit(pipe, {site: _Recorder(site, on) for site in sites})
+
+
+@contextmanager
+def edit(pipe: Any, edits: Mapping[Site, EditFunction[F]], new_state: Callable[[], F] = no_state) -> Iterator[None]:
+    """Context manager: adds to each site what its function returns.
+
+    Each function gets x [B, positions, d], the tap's value in the model's dtype, and an `EditContext`; it returns a
+    delta [B, positions, d], or None to leave the output alone. The delta is cast to the output's dtype, and where it is
+    0 the output keeps its bits. Adding to an update is adding to the output. `new_state()` makes the state that all
+    functions share in one forward (`context.forward`).
+
+    Raises SiteError for a site that this pipeline has not; NotApplied where an edit did not run in a denoiser's
+    forward, found no timestep, returned another shape, or met NaN or infinity (on a CPU at the end of the forward; on a
+    GPU when latents are decoded, or at the end of this context), and where a cache that skips blocks is on.
+    """
+    hooked = HookedEdits(pipe, {site: FunctionEdit(f) for site, f in edits.items()}, Unobserved(new_state))
+    try:
+        yield
+        hooked.check()
+    finally:
+        hooked.close()
+
+
+class HookedEdits(Generic[F]):
+    """Edits hooked into a pipeline's modules until `close`. Raises as `edit` does.
+
+    `observer` learns of the calls that run them. Plain fields only, so that a deep copy of a pipeline that keeps its
+    edits has hooks of its own.
+    """
+
+    def __init__(self, pipe: Any, edits: Mapping[Site, Edit[F]], observer: Observer[F, Any]) -> None:
+        found = _resolve(pipe, edits)  # nothing is touched before every site is found
+        self.pipeline = WeakReference(pipe)
+        self.guard = CallGuard(pipe, observer)
+        parts = {name: unwrap(module) for name, module in components(pipe).items()}
+        hooked = {site.path.split(".")[0]: None for here in found.values() for site, _ in here}
+        named = dict.fromkeys([*hooked, *(name for name in parts if is_denoiser(name) or is_text_encoder(name))])
+        for name in hooked:
+            check_caches(name, parts[name])
+        self.components = {name: ComponentHooks(name, parts[name], self.guard) for name in named}
+        self.handles: list[RemovableHandle] = []
+        for name, hooks in self.components.items():
+            self.handles.append(parts[name].register_forward_pre_hook(hooks.start, with_kwargs=True))
+        for (module, _), here in found.items():
+            hook = SiteHook(self.components[here[0][0].path.split(".")[0]], module, here)
+            if here[0][0].tap == "input":
+                self.handles.append(module.register_forward_pre_hook(hook.edit_input, with_kwargs=True))
+                continue
+            self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            _move_output_capture_hooks_last(module)
+        for name, hooks in self.components.items():
+            self.handles.append(parts[name].register_forward_hook(hooks.end))
+        self.handles += self.guard.hook_decoders(pipe)
+        self.guard.watch(self.components)
+        join_pipeline(pipe, self.guard)
+
+    def check(self) -> None:
+        """Raise what could not be raised earlier: NaN or infinity on a GPU, hooks that no call ran."""
+        self.guard.check(self.pipeline.get())
+
+    def close(self) -> None:
+        """Take everything off again; the second time does nothing."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        pipe = self.pipeline.get()
+        held = components(pipe) if pipe is not None else {}
+        if pipe is not None:
+            leave_pipeline(pipe, self.guard)
+        for name, hooks in self.components.items():
+            hooks.active = False
+            if name in held:
+                compiled.unguard(held[name], hooks)
+
+
+def _move_output_capture_hooks_last(module: nn.Module) -> None:
+    """Put transformers' own hooks behind ours.
+
+    From its first call with `output_hidden_states` on, a text encoder collects its layers' outputs by forward hooks
+    that stay. One that runs before ours collects what the edit has not touched, and SDXL and SD3 take the prompt's
+    embedding from there, not from the encoder's end.
+    """
+    hooks = module._forward_hooks
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+            hooks[key] = hooks.pop(key)  # to the end
+
+
+@dataclass
+class _Recorder:
+    """Edit function that only reports. A class, so that a copied or pickled model can carry it."""
+
+    site: Site
+    on: Callable[[Site, Tensor, EditContext[None]], None]
+
+    def __call__(self, x: Tensor, context: EditContext[None]) -> None:
+        self.on(self.site, x, context)
+
+
+def _resolve(pipe: Any, edits: Mapping[Site, Edit[F]]) -> dict[tuple[nn.Module, bool], list[tuple[Site, Edit[F]]]]:
+    """Return the edits by module and by whether they edit its input. SiteError for what the pipeline has not."""
+    for site in edits:
+        if not isinstance(site, Site):
+            raise SiteError(f"{site!r} is a {type(site).__name__}, expected a Site; Site.parse(text) makes one.")
+    found: dict[tuple[nn.Module, bool], list[tuple[Site, Edit[F]]]] = {}
+    for site in sorted(edits):  # an order that does not depend on the caller's
+        module = resolve(pipe, site)
+        check_stream(site, module)
+        found.setdefault((module, site.tap == "input"), []).append((site, edits[site]))
+    for name in filter(is_denoiser, {site.path.split(".")[0] for site in edits}):
+        component = unwrap(components(pipe)[name])
+        arguments = forward_arguments(component)
+        if "timestep" not in arguments:
+            raise SiteError(
+                f"{type(component).__name__} is no denoiser that is known: its forward takes no argument named "
+                f"timestep, only {', '.join(arguments)}."
+            )
+    return found
