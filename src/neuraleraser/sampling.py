@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.models import default_sampling
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Batch, Series, drawing
 
@@ -39,7 +40,7 @@ def generate(
     each finished batch; `callback` is diffusers' own `callback_on_step_end`. Raises SettingsError if the lengths
     differ or a batch or the steps are fewer than one, DataError for an image of NaN or infinity.
     """
-    s = sampling or Sampling()
+    s = sampling or default_sampling(pipe)
     if s.batch < 1 or s.steps < 1:
         raise SettingsError(f"batch is {s.batch} and steps is {s.steps}: pass at least 1 of each")
     if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):

@@ -14,7 +14,17 @@ from test_fit_importing import saeuron
 
 import tiny
 from handmade import make_correction, make_gate, random
-from neuraleraser import activation_stream, calibrate, doctor, import_dictionary, own_dictionary, substitution
+from neuraleraser import (
+    activation_stream,
+    bank,
+    calibrate,
+    collect,
+    doctor,
+    generate,
+    import_dictionary,
+    own_dictionary,
+    substitution,
+)
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError
@@ -84,6 +94,9 @@ VERBS: dict[str, Callable[[Any, Path], Any]] = {
         pipe, saeuron(folder / "theirs", random(64, 32)), AT, PROMPTS, per_image=8
     ),
     "activation_stream": streaming,
+    "generate": lambda pipe, folder: generate(pipe, PROMPTS, range(5)),
+    "collect": lambda pipe, folder: collect(pipe, PROMPTS, range(5), [AT], lambda seen: None),
+    "bank": lambda pipe, folder: bank(pipe, PROMPTS, range(5), [AT], 8),
     "substitution": lambda pipe, folder: substitution(pipe, sae(), AT, PROMPTS[:4], range(4), times=2),
 }
 
