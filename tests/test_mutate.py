@@ -36,8 +36,10 @@ def test_every_mutation_applies_and_is_another_program(mutate: ModuleType, tmp_p
         for file in files:
             changed, before = ((folder / file).read_text(encoding="utf-8") for folder in (tmp_path, ROOT))
             assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(before)), mutation.name
+        first = mutation.change[0]
+        (tmp_path / first.file).write_text("rewritten = True\n")
         with pytest.raises(mutate.Stale, match=mutation.name):
-            mutate.apply(mutation, tmp_path)  # what it replaces is gone
+            mutate.apply(mutation, tmp_path)
 
 
 def test_every_mutation_names_tests_that_exist(mutate: ModuleType) -> None:

@@ -135,6 +135,10 @@ def roll_judge_classes(tree: Path) -> None:
 
 _FITTING = "src/neuraleraser/fit/fitting.py"
 _GATE = "src/neuraleraser/fit/gate.py"
+_RUNTIME = "src/neuraleraser/eraser/runtime.py"
+_BATCHED = "src/neuraleraser/eraser/batched.py"
+_LAYOUT = "src/neuraleraser/sites/layout.py"
+_SAMPLING = "src/neuraleraser/sampling.py"
 _OWN = "    lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2\n"
 _DRAWN = "    return lessons + [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
 
@@ -302,6 +306,91 @@ MUTATIONS: tuple[Mutation, ...] = (
             ),
         ),
         ("tests/test_doctor.py::test_a_class_s_own_threshold_decides",),
+    ),
+    Mutation(
+        "sign",
+        "a correction is taken away instead of added",
+        (
+            Text(_LAYOUT, "    new = out - (0 - delta)\n", "    new = out - delta\n"),
+            Text(
+                _LAYOUT,
+                "torch.sub(out, torch.sub(delta.new_zeros(()), delta, out=delta), out=delta)",
+                "torch.sub(out, delta, out=delta)",
+            ),
+        ),
+        ("tests/test_eraser.py::test_strength_scales_the_edit",),
+    ),
+    Mutation(
+        "strength",
+        "an eraser acts in full, whatever its strength",
+        (Text(_RUNTIME, "        return own * opening\n", "        return opening\n"),),
+        ("tests/test_eraser.py::test_strength_scales_the_edit",),
+    ),
+    Mutation(
+        "refuse",
+        "an eraser that refuses lets the image through",
+        (
+            Text(
+                _RUNTIME,
+                "    def _raise_refused(self, call: ErasureCall) -> None:\n",
+                "    def _raise_refused(self, call: ErasureCall) -> None:\n        return\n",
+            ),
+        ),
+        ("tests/eraser/test_eraser_actions.py::test_refused_before_an_image_is_returned",),
+    ),
+    Mutation(
+        "opens-from-nothing",
+        "a gate opens from the least evidence on, below its lower bound",
+        (Text(_BATCHED, "torch.stack([g.low, g.high - g.low], 1)", "torch.stack([0 * g.low, g.high], 1)"),),
+        ("tests/eraser/test_eraser_stacked.py::test_gates_together",),
+    ),
+    Mutation(
+        "feature-threshold",
+        "features fire below their own thresholds",
+        (Text(_BATCHED, "z = pre * (pre > self.threshold.to(pre))", "z = pre * (pre > 0)"),),
+        ("tests/eraser/test_eraser_stacked.py::test_gates_together",),
+    ),
+    Mutation(
+        "time-bin",
+        "every timestep is looked up as the first",
+        (
+            Text(
+                "src/neuraleraser/eraser/gate.py",
+                "    return torch.bucketize(timestep.contiguous(), bin_edges(times).to(timestep.device))\n",
+                "    return torch.bucketize(timestep.contiguous(), bin_edges(times).to(timestep.device)) * 0\n",
+            ),
+        ),
+        ("tests/test_eraser.py::test_the_nearest_time",),
+    ),
+    Mutation(
+        "before-its-gate",
+        "an edit that ran before its gate is no error",
+        (
+            Text(
+                _RUNTIME,
+                "            if i not in forward.scales and i not in forward.closed:\n",
+                "            if False:\n",
+            ),
+        ),
+        ("tests/test_eraser.py::test_an_edit_before_its_gate",),
+    ),
+    Mutation(
+        "branches-swapped",
+        "the negative prompt's rows are taken for the prompt's",
+        (Text("src/neuraleraser/sites/rows.py", "            if not negative:\n", "            if negative:\n"),),
+        ("tests/fit/test_fit_edits.py::test_states_are_the_conditional_half_of_every_step",),
+    ),
+    Mutation(
+        "one-seed",
+        "all images of a batch start from the first one's noise",
+        (Text(_SAMPLING, "int(seeds[i])", "int(seeds[0])"),),
+        ("tests/test_sampling.py::test_order_neighbours_and_padding_do_not_matter",),
+    ),
+    Mutation(
+        "canvas-sampling",
+        "any pipeline is sampled as the canvas where nothing else is said",
+        (Text(_SAMPLING, "sampling or default_sampling(pipe)", "sampling or Sampling()"),),
+        ("tests/fit/test_fit_sampling.py",),
     ),
     Mutation(
         "shuffled-denoiser",
