@@ -81,7 +81,7 @@ def main(s: Settings) -> None:
 
     tell("base", generate(pipe, prompts, seeds, sampling))
     sites = candidate_sites(pipe)
-    vectors = bank(pipe, [p for p, _, _ in canvas_background(60, 1)], range(700, 760), sites, 1600, sampling)
+    vectors = bank(pipe, [p for p, _ in canvas_background(60, 1)], range(700, 760), sites, 1600, sampling)
     for steps in (20, 100, 400):
         saes: dict[Site, SAE] = {}
         for site, x in vectors.items():

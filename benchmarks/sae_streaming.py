@@ -19,7 +19,7 @@ from machine import facts
 
 from neuraleraser.activations import activation_stream, bank, substitution
 from neuraleraser.fit.dictionary import CANVAS_GATE, canvas_background
-from neuraleraser.models import open_pipeline
+from neuraleraser.models import default_sampling, open_pipeline
 from neuraleraser.sae import Run, StepLog, TrainSettings, measure, train_together
 from neuraleraser.settings import Sampling, StreamSettings
 from neuraleraser.sites import Site
@@ -52,14 +52,15 @@ class Settings:
 
 def main(s: Settings) -> None:
     pipe = open_pipeline("canvas")
-    prompts = [p for p, _, _ in canvas_background(4000, 1)]
+    prompts = [p for p, _ in canvas_background(4000, 1)]
     site = Site.parse(s.site)
+    sampling = s.stream.sampling or default_sampling(pipe)
     pool = activation_stream(pipe, prompts, [site], s.stream)
     draw, drawn, first = pool.chunk, 0, 0.0
 
     def chunk(number: int, stopped: Any) -> Any:
         nonlocal drawn
-        drawn += s.stream.sampling.batch
+        drawn += sampling.batch
         return draw(number, stopped)
 
     def on_step(name: str, log: StepLog) -> None:
@@ -72,11 +73,11 @@ def main(s: Settings) -> None:
     saes = train_together(pool, runs, on_step)
     seconds, images = time.monotonic() - started, drawn
     count = -(-s.vectors // HELD)
-    held = [p for p, _, _ in canvas_background(count, 2)]
-    x = bank(pipe, held, range(300_000, 300_000 + count), [site], HELD, s.stream.sampling)[site][: s.vectors]
+    held = [p for p, _ in canvas_background(count, 2)]
+    x = bank(pipe, held, range(300_000, 300_000 + count), [site], HELD, sampling)[site][: s.vectors]
     found = []
     for sae in saes.values():
-        texts = [p for p, _, _ in canvas_background(s.images, 3)]
+        texts = [p for p, _ in canvas_background(s.images, 3)]
         lost = substitution(pipe, sae, site, texts, range(200_000, 200_000 + s.images))
         figures = measure(sae, x)
         found.append(

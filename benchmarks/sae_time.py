@@ -214,7 +214,7 @@ def told(features: Features, shows: Tensor, lacks: Tensor) -> float:
 def main(s: Settings) -> None:
     pipe, site = open_pipeline("canvas"), Site.parse(s.site)
     held = max(s.images // 5, 1)
-    prompts = [p for p, _, _ in canvas_background(s.images + held, 1)]
+    prompts = [p for p, _ in canvas_background(s.images + held, 1)]
     cond, times, uncond = drawn(pipe, site, prompts, range(300, 300 + len(prompts)), s.sampling)
     x, step = flat(cond[: s.images], uncond[: s.images])
     x_held, step_held = flat(cond[s.images :], uncond[s.images :])

@@ -108,7 +108,7 @@ def canvas(vectors: int, path: Path | None) -> Tensor:
     from neuraleraser.settings import Sampling
 
     per_image = 1600
-    prompts = [p for p, _, _ in canvas_background(-(-vectors // per_image), 1)]
+    prompts = [p for p, _ in canvas_background(-(-vectors // per_image), 1)]
     sampling = Sampling(batch=min(40, len(prompts)))
     seeds = range(300, 300 + len(prompts))
     x = bank(open_pipeline("canvas"), prompts, seeds, [CANVAS_GATE], per_image, sampling)

@@ -98,7 +98,7 @@ def main(s: Settings) -> None:
     kinds = [candidate_sites(pipe), cross_attention_sites(pipe)]
     sites = [site for kind in kinds for site in kind]
     background = canvas_background(120, 1)
-    prompts = [p for p, _, _ in background]
+    prompts = [p for p, _ in background]
     vectors = bank(pipe, prompts[:80], range(600, 680), sites, 1600, sampling)
     saes = {x: train(pool_batches(v, 4096), TrainSettings(n=s.n, k=12, steps=500)) for x, v in vectors.items()}
     print(f"SAEs trained, {time.time() - started:.0f} s", flush=True)
@@ -116,7 +116,7 @@ def main(s: Settings) -> None:
     for site in sites:
         detect = {}
         for i, name in enumerate(concepts):
-            keep = [j for j, (_, o, st) in enumerate(background) if name not in (st, *o.split("+"))]
+            keep = [j for j, (_, shown) in enumerate(background) if name not in shown]
             lacks = off[site][keep].movedim(2, 1).flatten(0, 1)
             d = choose(on[site][i * 10 : i * 10 + 10, :, 1], lacks)
             e = [

@@ -192,12 +192,12 @@ def test_a_published_dictionary_out_of_reach_is_said_and_replaced(
     import huggingface_hub
 
     from neuraleraser.fit import published as table
-    from neuraleraser.models import open_pipeline, site_for
+    from neuraleraser.models import default_gate_site, open_pipeline
 
     def offline(*_: object, **__: object) -> str:
         raise OSError("no network")
 
-    theirs = replace(table.PUBLISHED[0], models=(model,), site=site_for(open_pipeline(model), "object"))
+    theirs = replace(table.PUBLISHED[0], models=(model,), site=default_gate_site(open_pipeline(model), "object"))
     monkeypatch.setattr(table, "PUBLISHED", (theirs,))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
@@ -298,7 +298,7 @@ def test_sites_lists_blocks_with_their_shapes(model: str, capsys: pytest.Capture
     assert "objects: SAeUron (arXiv 2501.18052)" in rows["unet.up_blocks.1.attentions.1"]
 
 
-SAMPLING = ["--sampling.steps", "2", "--sampling.batch", "2"]
+SAMPLING = ["--sampling-steps", "2", "--images-at-once", "2"]
 FEW = ["--active", "4", "--steps", "6", "--batch", "16", *SAMPLING]
 
 
@@ -357,7 +357,7 @@ def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert main(["inspect", "sae.safetensors"]) == 0
     assert "The file holds no measures, or none that can be read.\n\nPass --model" in capsys.readouterr().out
     argv = ["inspect", "sae.safetensors", "--model", model, "--prompts", "p.txt", "--images", "2", "--times", "2"]
-    assert main([*argv, "--per-image", "20", "--sampling.steps", "2", "--sheet", "s.png"]) == 0
+    assert main([*argv, "--per-image", "20", "--sampling-steps", "2", "--sheet", "s.png"]) == 0
     text = capsys.readouterr().out
     assert "Measured on 2 images, 40 vectors" in text and "variance explained  100.00%" in re.sub(" {3,}", "  ", text)
     bar = [line for line in text.splitlines() if "█" in line]
@@ -366,7 +366,7 @@ def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert kept[0].split()[-1] == "kept" and len(kept[1].split()) == 7
     with Image.open("s.png") as sheet:
         assert sheet.width > 2 * 16
-    wrong = ["--site", "unet.up_blocks.1.attentions.0", "--sampling.steps", "1"]
+    wrong = ["--site", "unet.up_blocks.1.attentions.0", "--sampling-steps", "1"]
     assert "sae.safetensors: field W_enc takes activations 32 wide" in refused([*argv, *wrong], capsys)
 
 

@@ -15,7 +15,7 @@ from handmade import SHUT, make_eraser
 from neuraleraser import doctor
 from neuraleraser.cli import main
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.diagnosis import Diagnosis
+from neuraleraser.diagnosis import Diagnosis, _shows
 from neuraleraser.errors import SettingsError
 from neuraleraser.judges import Judgement
 from neuraleraser.sampling import generate
@@ -47,7 +47,7 @@ class Judge:
 
 
 def look(pipe: Any, eraser: Any, judge: Any = None, lookalikes: tuple[str, ...] = ()) -> Diagnosis:
-    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], images=2, sampling=S)
+    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], images=2, samplings=[S])
 
 
 def found(d: Diagnosis) -> dict[str, Any]:
@@ -76,6 +76,23 @@ def test_one_that_does_not_take_the_concept_out(pipe: Any) -> None:
 def test_without_a_judge_it_is_not_known_whether_the_concept_is_gone(pipe: Any) -> None:
     d = look(pipe, make_eraser())
     assert found(d)["gone"] is None and found(d)["fires"] is True
+
+
+@pytest.mark.parametrize(("thresholds", "seen"), [((0.9, 0.2), True), ((0.2, 0.9), False)])
+def test_a_class_s_own_threshold_decides(thresholds: tuple[float, float], seen: bool) -> None:
+    """Cats is the second class; at a probability of 0.5 its own threshold decides, and no other's."""
+
+    by_class = dict(zip(("Dogs", "Cats"), thresholds, strict=True))
+
+    class Half:
+        styles, objects, thresholds = (), ("Dogs", "Cats"), by_class
+
+        def __call__(self, images: Any) -> Judgement:
+            return Judgement(np.zeros((len(images), 0), np.float32), np.full((len(images), 2), 0.5, np.float32), None)
+
+    found = _shows(Half(), np.zeros((3, 8, 8, 3), np.uint8), "Cats")
+    assert found is not None and found.tolist() == [seen] * 3
+    assert _shows(Half(), np.zeros((3, 8, 8, 3), np.uint8), "Horses") is None
 
 
 def test_one_for_another_pipeline_or_other_weights(pipe: Any) -> None:

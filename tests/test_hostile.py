@@ -27,6 +27,7 @@ from neuraleraser.concepts import Concept, file_concept
 from neuraleraser.eraser import KINDS, Eraser, attach, model_card
 from neuraleraser.errors import DataError, NeuralEraserError
 from neuraleraser.fit.dictionary import Dictionary
+from neuraleraser.fit.provenance import Provenance
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.names import file_name
 from neuraleraser.sae import SAE, formats
@@ -131,8 +132,10 @@ class Bench:
     def make_reference(self, folder: Path) -> None:
         pooled = torch.rand(4, 3, 2, N).relu() * (torch.rand(4, 3, 2, N) > 0.5)
         times = torch.tensor([900.0, 500.0, 100.0])
-        labels = ["Cats", "Cats+Trees", "", "Dogs"]
-        Dictionary(sae(), Site("unet.mid_block"), pooled, times, labels, [""] * 4).save(folder)
+        labels = [frozenset(names) for names in (["Cats"], ["Cats", "Trees"], [], ["Dogs"])]
+        prompts = ["a cat", "a cat and a tree", "a scene", "a dog"]
+        made_with = Provenance(((0, 3),), tuple(prompts), (0, 1), ("Cats", "Dogs", "Trees"))
+        Dictionary(sae(), Site("unet.mid_block"), pooled, times, prompts, labels, made_with).save(folder)
 
     def make_concept(self, folder: Path) -> None:
         text = '{"name": "Cats", "kind": "object", "pairs": [["a cat", "a scene"], ["the cat", "the scene"]], '
@@ -176,9 +179,9 @@ class Bench:
     def check_reference(self, path: Path, r: random.Random) -> None:
         found = Dictionary.load(path.parent)
         rows, times, _, n = found.pooled.shape
-        assert n == found.sae.n and len(found.times) == times and len(found.objects) == len(found.styles) == rows
+        assert n == found.sae.n and len(found.times) == times and len(found.prompts) == len(found.labels) == rows
         assert bool(torch.isfinite(found.pooled).all()) and bool((found.pooled >= 0).all())
-        assert all(name.isprintable() for name in (*found.objects, *found.styles))
+        assert all(name.isprintable() for name in (*found.prompts, *frozenset().union(*found.labels)))
         found.save(path.parent / "again")
         again = Dictionary.load(path.parent / "again")
         assert torch.allclose(

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
 
+from neuraleraser import models
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 from neuraleraser.errors import FileError, SettingsError, SiteError
+from neuraleraser.fit.published import PUBLISHED
 from neuraleraser.models import (
     called,
+    default_gate_site,
+    default_sampling,
     edits_for,
     image_to_image,
-    known_sites,
     open_pipeline,
-    preset_sites,
+    recommended_sites,
+    sampling_of,
     speaks_canvas,
 )
 from neuraleraser.sampling import generate
@@ -83,16 +91,87 @@ def test_presets_name_only_sites_that_exist():
         "pixart": [],
     }
     for name, paths in expected.items():
-        found = {site.path for site in preset_sites(BUILDERS[name]())}
+        found = {known.site.path for known in recommended_sites(BUILDERS[name]())}
         assert found >= set(paths)
         if not paths:
             assert found == set()
 
 
 def test_presets_say_where_they_were_published():
-    sources = {**known_sites(BUILDERS["stable_diffusion"]()), **known_sites(BUILDERS["stable_diffusion_xl"]())}
-    assert sources and all("arXiv" in source for source in sources.values())
-    assert {site.tap for site, source in sources.items() if "sdxl-unbox" in source} == {"update"}
+    known = [*recommended_sites(BUILDERS["stable_diffusion"]()), *recommended_sites(sdxl())]
+    assert known and all("arXiv" in r.source for r in known)
+    assert {r.site.tap for r in known if "sdxl-unbox" in r.source} == {"update"}
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """An SDXL with blocks at all the sites that are recommended for it."""
+    pipe = BUILDERS["stable_diffusion_xl"]()
+    block = pipe.unet.down_blocks[1].attentions[0]
+    pipe.unet.down_blocks.append(torch.nn.Module())
+    pipe.unet.down_blocks[2].attentions = torch.nn.ModuleList([copy.deepcopy(block), copy.deepcopy(block)])
+    pipe.unet.up_blocks[0].attentions.append(copy.deepcopy(block))
+    return pipe
+
+
+def test_each_kind_is_looked_for_where_it_was_found(monkeypatch: pytest.MonkeyPatch):
+    """By data, not by the words of a citation: these may change, and a family's sites do not move."""
+    composition, style = (
+        Site(f"unet.{path}", "update") for path in ("down_blocks.2.attentions.1", "up_blocks.0.attentions.1")
+    )
+    pipe = sdxl()
+    assert default_gate_site(pipe, "object") == composition and default_gate_site(pipe, "style") == style
+    assert default_gate_site(pipe, "other") == composition, "the first that is recommended"
+    sd = BUILDERS["stable_diffusion"]()
+    objects = Site("unet.up_blocks.1.attentions.1")
+    assert default_gate_site(sd, "object") == default_gate_site(sd, "other") == objects
+    told = tuple(replace(r, carries="style objects any", source="object, any, style") for r in models._SDXL)
+    monkeypatch.setattr(models, "_SDXL", told[:1] + told[1:][::-1])
+    assert default_gate_site(pipe, "object") == composition and default_gate_site(pipe, "style") == style
+    unknown = BUILDERS["pixart"]()
+    blocks = candidate_sites(unknown)
+    assert recommended_sites(unknown) == [] and default_gate_site(unknown, "style") == blocks[len(blocks) // 2]
+
+
+def flux() -> FluxPipeline:
+    """A FLUX with as many double blocks as the real one."""
+    pipe = BUILDERS["flux"]()
+    blocks = pipe.transformer.transformer_blocks
+    blocks.extend([blocks[0]] * (19 - len(blocks)))
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("build", "kinds"),
+    [(BUILDERS["stable_diffusion"], ("object",)), (sdxl, ("object", "style")), (flux, ("object", "style"))],
+)
+def test_a_gate_is_looked_for_where_a_dictionary_is_published(build: Any, kinds: tuple[str, ...]):
+    """So that `erase --model ID` finds it without being told a site."""
+    pipe = build()
+    entries = [p for p in PUBLISHED if _has_site(pipe, p.site)]
+    assert entries
+    for kind in kinds:
+        assert default_gate_site(pipe, kind) in {p.site for p in entries}
+    assert all(edits_for(pipe, p.site) for p in entries), "an eraser could edit from each"
+
+
+def _has_site(pipe: Any, site: Site) -> bool:
+    try:
+        edits_for(pipe, site)
+    except SiteError:
+        return False
+    return True
+
+
+def test_the_sampling_that_an_eraser_was_fitted_with():
+    pipe = stable_diffusion()
+    usual = default_sampling(pipe)
+    assert (usual.steps, usual.guidance) == (50, 7.5), "as its own call has it, not as the canvas"
+    fitted = {"steps": 1, "guidance": 0.0, "batch": 64, "height": 32, "width": 48, "strength": 9, "more": []}
+    assert sampling_of(pipe, {"sampling": fitted}) == replace(usual, steps=1, guidance=0.0, height=32, width=48)
+    strange: list[Any] = [None, 7, [], {"steps": 0}, {"steps": 10**9}, {"steps": True}, {"guidance": "3"}]
+    strange += [{"guidance": float("nan")}, {"guidance": -1}, {"height": -8}, {"width": 10**9}, {"steps": 2.5}]
+    for said in strange:
+        assert sampling_of(pipe, {"sampling": said}) == sampling_of(pipe, {}) == usual
 
 
 def test_edits_are_spread_over_what_follows():

@@ -1,4 +1,4 @@
-"""NeuralEraser takes one concept out of a text-to-image diffusion model and proves how well it stays out.
+"""NeuralEraser takes one concept out of a text-to-image diffusion model and measures how well it stays out.
 
 Public names are loaded when first used, so `import neuraleraser` itself loads neither torch nor diffusers.
 """

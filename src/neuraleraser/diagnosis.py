@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser, Trace, attach
 from neuraleraser.errors import DataError, NotApplied, SettingsError, SiteError
+from neuraleraser.models import sampling_of
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 
@@ -82,7 +83,7 @@ def doctor(
     judges: Sequence[Any] = (),
     *,
     images: int = 8,
-    sampling: Sampling | None = None,
+    samplings: Sequence[Sampling] = (),
 ) -> Diagnosis:
     """Look at each eraser alone: does it fit, do its hooks run, does it fire on its concept's prompts, is the concept
     gone, does it fire on lookalikes, what does it cost.
@@ -90,20 +91,23 @@ def doctor(
     concepts: of each eraser, whose prompts with it are drawn; lookalikes: of each eraser, prompts without it that it
     might be mistaken for. `judges`: none, or one for each eraser, a callable such as `CanvasJudge` or `ClipJudge` that
     knows the concept by the eraser's name; with None, or one that does not know it, whether the concept is gone is
-    said to be unknown. `images` are drawn of each kind, twice.
+    said to be unknown. `images` are drawn of each kind, twice. `samplings`: one for each eraser; none: each is sampled
+    as it was fitted.
 
     Raises SettingsError where there is nothing to look at, or not a concept, lookalikes and a judge for each eraser.
     """
     judges = judges or [None] * len(erasers)
-    if not erasers or not len(erasers) == len(concepts) == len(lookalikes) == len(judges) or images < 1:
+    usual = [sampling_of(pipe, eraser.header) for eraser in erasers]
+    samplings = samplings or [replace(s, batch=max(1, min(images, 8, s.batch))) for s in usual]
+    if not erasers or images < 1 or {len(concepts), len(lookalikes), len(judges), len(samplings)} != {len(erasers)}:
         raise SettingsError(
-            f"{len(erasers)} erasers with {len(concepts)} concepts, {len(lookalikes)} sets of lookalikes and "
-            f"{len(judges)} judges, {images} images: pass at least one eraser and image, and one of all for each eraser"
+            f"{len(erasers)} erasers with {len(concepts)} concepts, {len(lookalikes)} sets of lookalikes, "
+            f"{len(judges)} judges and {len(samplings)} samplings, {images} images: pass at least one eraser "
+            "and image, and one of all for each eraser"
         )
-    s = sampling or Sampling(batch=min(images, 8))
-    generate(pipe, [concepts[0].pairs[0].shows], [FIRST_SEED], s)  # warm, so that the first timing is fair
     checks: list[Check] = []
-    for eraser, concept, others, judge in zip(erasers, concepts, lookalikes, judges, strict=True):
+    for eraser, concept, others, judge, s in zip(erasers, concepts, lookalikes, judges, samplings, strict=True):
+        generate(pipe, [concept.pairs[0].shows], [FIRST_SEED], s)  # warm, so that the first timing is fair
         checks += _one(pipe, eraser, concept, others, judge, images, s)
     return Diagnosis(tuple(checks))
 

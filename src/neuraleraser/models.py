@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -97,25 +98,47 @@ def speaks_canvas(pipe: Any) -> bool:
     return all(len(tokenizer.tokenize(word)) == 1 for word in known)
 
 
-# Where each family was found to be good, and by whom. A family's sites are offered to all its members (SD 2 has
-# SD 1's layout): the source says on which it was found.
-_CANVAS = {
-    Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"): "detects styles and objects: docs/SITES.md",
-}
+@dataclass(frozen=True)
+class RecommendedSite:
+    """A site that was found good in a model family, and by whom.
+
+    kind: the kind of concept that a gate looks for there ("style" or "object"), "any" for every kind, "" for none: it
+    carries something else. carries: what its features were found to carry, in words. source: where that is published,
+    and on which model; the whole family is offered it (SD 2 has SD 1's layout).
+    """
+
+    site: Site
+    kind: Literal["style", "object", "any", ""]
+    carries: str
+    source: str
+
+
+_CANVAS = (
+    RecommendedSite(
+        Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"), "any", "styles and objects", "docs/SITES.md"
+    ),
+)
 _SAEURON = "SAeUron (arXiv 2501.18052), Stable Diffusion 1.5"
-_SD1 = {
-    Site("unet.up_blocks.1.attentions.1"): f"objects: {_SAEURON}",
-    Site("unet.up_blocks.1.attentions.2"): f"styles: {_SAEURON}",
-}
+_SD1 = (
+    RecommendedSite(Site("unet.up_blocks.1.attentions.1"), "object", "objects", _SAEURON),
+    RecommendedSite(Site("unet.up_blocks.1.attentions.2"), "style", "styles", _SAEURON),
+)
 _UNBOX = "sdxl-unbox (arXiv 2410.22366), SDXL Turbo"
-_SDXL = {
-    Site("unet.down_blocks.2.attentions.1", "update"): f"composition: {_UNBOX}",
-    Site("unet.mid_block.attentions.0", "update"): f"spatial relations: {_UNBOX}",
-    Site("unet.up_blocks.0.attentions.0", "update"): f"details: {_UNBOX}",
-    Site("unet.up_blocks.0.attentions.1", "update"): f"style: {_UNBOX}",
-}
-# The last of the double blocks.
-_FLUX = {Site("transformer.transformer_blocks.18"): "sdxl-unbox (its folder flux_integration), FLUX.1"}
+_SDXL = (
+    # Composition is which things a picture shows and where they stand, so this is where an object is looked for.
+    RecommendedSite(Site("unet.down_blocks.2.attentions.1", "update"), "object", "composition", _UNBOX),
+    RecommendedSite(Site("unet.mid_block.attentions.0", "update"), "", "spatial relations", _UNBOX),
+    RecommendedSite(Site("unet.up_blocks.0.attentions.0", "update"), "", "details", _UNBOX),
+    RecommendedSite(Site("unet.up_blocks.0.attentions.1", "update"), "style", "colour, light and style", _UNBOX),
+)
+_FLUX = (
+    RecommendedSite(
+        Site("transformer.transformer_blocks.18"),  # the last of the double blocks
+        "any",
+        "features of the published SAE",
+        "sdxl-unbox (its folder flux_integration), FLUX.1",
+    ),
+)
 
 
 def called(pipe: Any) -> str:
@@ -128,9 +151,9 @@ def called(pipe: Any) -> str:
     return name if hub else Path(name).name or type(pipe).__name__
 
 
-def known_sites(pipe: Any) -> dict[Site, str]:
-    """The sites of the pipeline's family that were found good, those of them that it has, and where each was
-    published; {} where none are known."""
+def recommended_sites(pipe: Any) -> list[RecommendedSite]:
+    """Return the sites that were found good in the pipeline's family, those of them that it has, in the order they run;
+    [] where none is known."""
     unet = getattr(pipe, "unet", None)
     if speaks_canvas(pipe):
         family = _CANVAS
@@ -139,26 +162,25 @@ def known_sites(pipe: Any) -> dict[Site, str]:
     elif type(getattr(pipe, "transformer", None)).__name__ == "FluxTransformer2DModel":
         family = _FLUX
     else:
-        family = {}
-    return {site: source for site, source in family.items() if _has(pipe, site)}
+        family = ()
+    return [known for known in family if _has(pipe, known.site)]
 
 
-def preset_sites(pipe: Any) -> tuple[Site, ...]:
-    """The sites of `known_sites`, in the order they run."""
-    return tuple(known_sites(pipe))
+def default_gate_site(pipe: Any, kind: str) -> Site:
+    """Return where a concept of this kind ("style", "object" or "other") is best looked for.
 
-
-def site_for(pipe: Any, kind: str) -> Site:
-    """Where a concept of this kind is best looked for: the site that was found good for its kind, or else for
-    anything, in the pipeline's family; a text-conditioned block in the middle where none is known.
+    That is the site that is recommended for its kind in the pipeline's family, or else for any; else the first that is
+    recommended at all; else a text-conditioned block in the middle.
 
     Raises SettingsError for a pipeline without such a block.
     """
-    known = known_sites(pipe)
-    for site, source in known.items():
-        if source.startswith(kind):
-            return site
-    found = [*known, *(blocks := candidate_sites(pipe))[len(blocks) // 2 :]]
+    known = recommended_sites(pipe)
+    for wanted in (kind, "any"):
+        for recommended in known:
+            if recommended.kind == wanted:
+                return recommended.site
+    blocks = candidate_sites(pipe)
+    found = [*(recommended.site for recommended in known), *blocks[len(blocks) // 2 :]]
     if not found:
         raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here: pass a site")
     return found[0]
@@ -187,21 +209,42 @@ def edits_for(pipe: Any, site: Site, most: int = 3) -> list[tuple[Site, ...]]:
     return [(after[-(-len(after) * (k + 1) // count) - 1],) for k in range(count)]
 
 
-def usual_sampling(
+def default_sampling(
     pipe: Any, steps: int | None = None, guidance: float | None = None, batch: int | None = None
 ) -> Sampling:
-    """How `pipe` is usually sampled, but for what is given: the canvas as here, others by their own call's defaults, a
-    few images at a time."""
-    own = Sampling()
+    """Return how `pipe` is usually sampled, but for what is given: the canvas by `Sampling`'s own defaults, others by
+    the defaults of their own call, 4 images at a time."""
+    usual = Sampling()
     if not speaks_canvas(pipe):
         defaults = inspect.signature(type(pipe).__call__).parameters
-        own = Sampling(
-            steps=defaults["num_inference_steps"].default if "num_inference_steps" in defaults else own.steps,
-            guidance=defaults["guidance_scale"].default if "guidance_scale" in defaults else own.guidance,
+        usual = Sampling(
+            steps=defaults["num_inference_steps"].default if "num_inference_steps" in defaults else usual.steps,
+            guidance=defaults["guidance_scale"].default if "guidance_scale" in defaults else usual.guidance,
             batch=4,
         )
     given = {"steps": steps, "guidance": guidance, "batch": batch}
-    return replace(own, **{name: value for name, value in given.items() if value is not None})
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def sampling_of(pipe: Any, header: Mapping[str, Any]) -> Sampling:
+    """Return how the images that an eraser was fitted on were sampled, from its header.
+
+    What that does not say, or not in a usable form, is as `pipe` is usually sampled, and so is the batch. An eraser of
+    a one-step model is calibrated and diagnosed at one step, too.
+    """
+    usual, said = default_sampling(pipe), header.get("sampling")
+    if not isinstance(said, Mapping):
+        return usual
+    bounds = {"steps": (1, 1000), "height": (0, 8192), "width": (0, 8192)}
+    found: dict[str, Any] = {
+        name: said[name]
+        for name, (least, most) in bounds.items()
+        if type(said.get(name)) is int and least <= said[name] <= most
+    }
+    guidance = said.get("guidance")
+    if isinstance(guidance, int | float) and 0 <= guidance <= 100:
+        found["guidance"] = float(guidance)
+    return replace(usual, **found)
 
 
 def _has(pipe: Any, site: Site) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.io.names import printable
+from neuraleraser.models import default_sampling
 from neuraleraser.settings import Sampling, check_seed
 from neuraleraser.sites import Batch, Series, drawing
 
@@ -43,7 +44,7 @@ def generate(
     differ, for a seed out of range, a prompt that is no text and what the pipeline itself refuses (more steps than its
     schedule has, a size that it cannot draw), DataError for an image of NaN or infinity.
     """
-    s = sampling or Sampling()
+    s = sampling or default_sampling(pipe)
     if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):
         raise SettingsError(
             f"{len(prompts)} prompts, {len(seeds)} seeds"

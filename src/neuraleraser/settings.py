@@ -106,8 +106,8 @@ class StreamSettings:
     """Decides the images' noise and all orders."""
     ahead: int = 1
     """Batches of images that a thread draws during training; 0: drawing and training take turns."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How images are drawn."""
+    sampling: Sampling | None = None
+    """How images are drawn; None: as the pipeline usually is."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "per_image", "window", "reuse", "per_map"):
@@ -136,8 +136,6 @@ class InspectSettings:
     """Seed of the first image; the others follow. Erasers are made and tested with other seeds."""
     sheet: Path | None = None
     """PNG file for the images: as the model draws them (left), and with reconstructions (right)."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How images are drawn."""
 
     def __post_init__(self) -> None:
         check_whole("images", self.images, 1, 4096)

@@ -125,7 +125,7 @@ def test_the_gate_weighs_the_sae_s_own_features() -> None:
     assert gate.low.tolist() == [1.0, 2.0, 3.0] and gate.high.tolist() == [4.0, 5.0, 6.0]
     x = 2 * random(5, 32, 8, seed=6)
     z = sae.encode(x)
-    torch.testing.assert_close(gate.fires(x), z[..., found.features], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gate.activations(x), z[..., found.features], atol=1e-5, rtol=1e-4)
     want = pool(z, SHARES[found.share])[:, found.features] @ found.weight
     torch.testing.assert_close(gate.evidence(x), want, atol=1e-4, rtol=1e-4)
     sae.W_enc.data.zero_()  # the gate keeps its own rows

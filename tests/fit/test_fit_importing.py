@@ -20,6 +20,7 @@ from neuraleraser.concepts import Concept, Pair, neighbour_score, profile
 from neuraleraser.eraser import attach
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.fit import Dictionary, fit
+from neuraleraser.fit.shown import rows_without
 from neuraleraser.fit.states import conditional, pooled_features
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
@@ -96,6 +97,23 @@ def test_published_dictionaries_become_erasers(
     assert Dictionary.load(tmp_path / "ours").sae.header["calibration"] == seen
 
 
+def test_what_shows_the_concept_is_no_background_for_it(tmp_path: Path) -> None:
+    """Six prompts of other things, two of the concept: by their labels or by their words these are left out."""
+    pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
+    theirs = saeuron(tmp_path / "theirs", bank(pipe, PROMPTS, range(6), [site], 64, S)[site])
+    prompts = [*PROMPTS, "x x", "x x d"]
+    labels = [*[("grass",)] * 6, ("x", "grass"), ("x",)]
+    for given, named in ((labels, labels), (None, [()] * 8)):
+        known = import_dictionary(pipe, theirs, site, prompts, given, sampling=S)
+        # Eight conditional rows, then the unconditional ones of every fifth image.
+        assert known.prompts == [*prompts, prompts[0], prompts[5]]
+        assert known.labels == [frozenset(of) for of in [*named, named[0], named[5]]]
+        assert rows_without(CONCEPT, known.prompts, known.labels) == [0, 1, 2, 3, 4, 5, 8, 9]
+        assert known.provenance.sae == "saeuron" and known.provenance.seeds == ((500, 507),)
+    with pytest.raises(DataError, match="1 labels for 8 prompts"):
+        import_dictionary(pipe, theirs, site, prompts, [()], sampling=S)
+
+
 def test_what_does_not_fit(tmp_path: Path) -> None:
     pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
     theirs = saeuron(tmp_path / "theirs", torch.randn(64, 16))
@@ -111,9 +129,10 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
     pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
     theirs = saeuron(tmp_path / "theirs", bank(pipe, PROMPTS, range(6), [site], 64, S)[site])
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\nx x\tx, grass")
     argv = ["dictionary", str(theirs), str(site), "--model", str(tmp_path / "model")]
     assert main([*argv, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "ours")]) == 0
     said = capsys.readouterr().out
     assert "64 features of saeuron" in said and "calibrated thresholds disagree with it on" in said
-    assert Dictionary.load(tmp_path / "ours").sae.header["site"] == str(site)
+    made = Dictionary.load(tmp_path / "ours")
+    assert made.sae.header["site"] == str(site) and made.labels[6] == {"x", "grass"} and not made.labels[0]

@@ -13,9 +13,9 @@ from neuraleraser import attach, own_dictionary
 from neuraleraser.concepts import Concept, Pair, phrase_concept, shipped_neighbours
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.fit import fit, own
-from neuraleraser.models import site_for, usual_sampling
+from neuraleraser.models import default_gate_site, default_sampling
 from neuraleraser.sampling import generate
-from neuraleraser.settings import FitSettings, Sampling
+from neuraleraser.settings import STREAM_SEEDS, FitSettings, Sampling
 from neuraleraser.sites import Site
 
 S = Sampling(steps=2, batch=2)
@@ -54,10 +54,10 @@ def test_neighbours_that_ship():
 
 def test_the_site_and_the_sampling_of_a_family():
     sd = tiny.stable_diffusion()
-    assert site_for(tiny.flux(), "style").path.startswith("transformer.")
-    assert site_for(sd, "object").path.startswith("unet.")
-    assert usual_sampling(sd) == Sampling(steps=50, guidance=7.5, batch=4)
-    assert usual_sampling(sd, 3, 1.0, 2) == Sampling(steps=3, guidance=1.0, batch=2)
+    assert default_gate_site(tiny.flux(), "style").path.startswith("transformer.")
+    assert default_gate_site(sd, "object").path.startswith("unet.")
+    assert default_sampling(sd) == Sampling(steps=50, guidance=7.5, batch=4)
+    assert default_sampling(sd, 3, 1.0, 2) == Sampling(steps=3, guidance=1.0, batch=2)
 
 
 def test_made_from_nothing_then_found_again(tmp_path: Path):
@@ -65,14 +65,18 @@ def test_made_from_nothing_then_found_again(tmp_path: Path):
     known = own_dictionary(pipe, X, [Y], SITE, tmp_path, images=12, sampling=S, say=lambda _, share: told.append(share))
     assert told == sorted(told) and told[-1] == 1
     assert known.sae.header["labels"] == ["x", "y"] and known.site == SITE
-    assert {"x", "y", "x+y", "y+x", ""} >= set(known.objects) >= {"x", "y", ""}
+    x, y, none = frozenset("x"), frozenset("y"), frozenset()
+    assert {x, y, x | y, none} >= set(known.labels) >= {x, y, none}
+    made = known.provenance
+    assert made.labels == ("x", "y") and set(known.prompts) < set(made.prompts)
+    assert made.seeds[1:] == ((500, 505),) and made.seeds[0] == (STREAM_SEEDS[0], STREAM_SEEDS[-1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["background.safetensors", "sae.safetensors"]
     again = own_dictionary(pipe, X, [Y], SITE, tmp_path, images=12, sampling=S)  # opened, not made
     assert torch.equal(again.sae.W_enc, known.sae.W_enc)
     for near, site in (([], SITE), ([Y], Site("unet.mid_block.attentions.0"))):
         with pytest.raises(SettingsError, match="holds a dictionary of x, y at unet"):
             own_dictionary(pipe, X, near, site, tmp_path, images=12, sampling=S)
-    eraser = fit(pipe, X, FitSettings(mode="scaling", pairs=4), known=known, sampling=S)
+    eraser = fit(pipe, X, FitSettings(pairs=4, steps=2, batch=2), known=known, sampling=S)
     with attach(pipe, eraser):
         generate(pipe, ["x x"], [0], S)
 

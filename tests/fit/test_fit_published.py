@@ -11,7 +11,6 @@ import pytest
 from test_fit_importing import saeuron, unbox
 
 import tiny
-from neuraleraser import models
 from neuraleraser.activations import bank
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.errors import FileError
@@ -39,11 +38,6 @@ def test_only_files_that_are_read_are_fetched():
         assert entry.revision is None or len(entry.revision) == 40
 
 
-def test_the_sites_are_those_that_families_are_known_for():
-    """So that `erase --model ID` looks where a published dictionary reads, without being told."""
-    assert {p.site for p in PUBLISHED} <= {*models._SD1, *models._SDXL, *models._FLUX}
-
-
 @pytest.mark.parametrize("publish", [saeuron, unbox])
 def test_a_published_dictionary_is_fetched_read_and_kept(publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipe, site = tiny.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
@@ -62,6 +56,9 @@ def test_a_published_dictionary_is_fetched_read_and_kept(publish: Any, tmp_path:
     known = published_dictionary(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
     assert known.site == site and known.sae.n == 64 and known.sae.header["source"] == "c/d: a paper"
     assert known.sae.header["revision"] == COMMIT
+    assert known.provenance.sae == "c/d: a paper", "so that nobody takes its own training data for known"
+    shown = zip(known.prompts, known.labels, strict=True)
+    assert all(names == ({"y"} if "y" in prompt.split() else set()) for prompt, names in shown)
     exact = [f"deep/inside/{name}" for name in files]
     assert asked == [{"repo": "c/d", "repo_type": "model", "revision": None, "allow_patterns": exact}]
     for entry, given, expected in ((theirs, "v1", "v1"), (replace(theirs, revision="a" * 40), None, "a" * 40)):

@@ -11,23 +11,26 @@ import torch
 
 import tiny
 from handmade import random
+from neuraleraser.activations import bank
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, attach
-from neuraleraser.errors import FileError
+from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fit import Dictionary, fit
 from neuraleraser.fit.dictionary import canvas_background, make_dictionary
-from neuraleraser.fit.fitting import _lessons_beside
-from neuraleraser.fit.states import recorded
+from neuraleraser.fit.fitting import _cross, _lessons, _lessons_beside, _some
+from neuraleraser.fit.gate import SHUT, bounds
+from neuraleraser.fit.provenance import Provenance
+from neuraleraser.fit.states import SHARES, conditional, recorded, rows_of
 from neuraleraser.models import edits_for
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
-from neuraleraser.sites import Site
+from neuraleraser.sites import DenoiserCall, Site, denoiser_calls, edit, replay
 
 AT = Site("unet.mid_block.attentions.0")
 SAMPLING = Sampling(steps=2, batch=2)
 CONCEPT = Concept("x", "other", (Pair("a x", "a"), Pair("b x", "b"), Pair("c x", "c")))
-BACKGROUND = [("a", "Cats", "Van_Gogh"), ("b", "Dogs+Cats", "Rust"), ("c", "", "Seed_Images")]
+BACKGROUND = [("a", frozenset({"Cats", "Rust"})), ("b", frozenset({"Dogs", "Cats"})), ("c", frozenset[str]())]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,14 @@ def known(pipe: Any) -> Dictionary:
 def test_a_dictionary_there_and_back(known: Dictionary, tmp_path: Path) -> None:
     # Three images, the unconditional branch of one of them, one timestep in two.
     assert known.pooled.shape == (4, 1, 2, 40)
-    assert list(known.objects) == ["Cats", "Dogs+Cats", "", "Cats"]
+    assert known.prompts == ["a", "b", "c", "a"] and known.labels == [
+        shown for _, shown in [*BACKGROUND, BACKGROUND[0]]
+    ]
     known.save(tmp_path)
     back = Dictionary.load(tmp_path)
     assert back.site == AT and torch.equal(back.times, known.times)
-    assert list(back.objects) == list(known.objects) and list(back.styles) == list(known.styles)
+    assert (back.prompts, back.labels, back.provenance) == (known.prompts, known.labels, known.provenance)
+    assert back.provenance == Provenance(((500, 502),), ("a", "b", "c"), (), ("Cats", "Rust", "Dogs"))
     largest = float(known.pooled.max())
     torch.testing.assert_close(back.pooled.float(), known.pooled.float(), atol=largest / 200, rtol=1e-2)
     assert torch.equal(back.sae.W_enc, known.sae.W_enc)
@@ -68,14 +74,133 @@ def test_the_whole_fit(pipe: Any, known: Dictionary, tmp_path: Path) -> None:
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), known=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
-    assert eraser.header["seeds"] == [0, 2] and set(eraser.header["prompts"]) == {"a x", "b x", "c x"}
+    assert eraser.header["seeds"] == [0, 2] and set(eraser.header["prompts"]) == {"a x", "b x", "c x", "a", "b", "c"}
+    assert eraser.header["reference"] == known.provenance.in_short()
     assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
     (made,) = eraser.corrections  # one, for all that the later blocks read
-    assert made.sites == edits_for(pipe, AT)[0] and made.tensors["down"].shape == (1, tiny.WIDTH, 2)
+    assert (made.site, *made.also) == edits_for(pipe, AT)[0] and made.tensors()["down"].shape == (1, tiny.WIDTH, 2)
     eraser.save(tmp_path / "x.safetensors")
     with attach(pipe, Eraser.load(tmp_path / "x.safetensors")):
         generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
     assert (generate(pipe, ["a x", "b"], [1, 2], SAMPLING) == base).all()
+
+
+def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Dictionary) -> None:
+    """With and without the concept: else the edit would learn to change one picture into another."""
+    first: list[torch.Tensor] = []
+
+    def on(call: DenoiserCall) -> None:
+        drawn = call.state.shape[0] == 2 * SAMPLING.batch  # with guidance; what is replayed has the pairs' rows alone
+        if drawn and float(call.timestep.flatten()[0]) == float(pipe.scheduler.timesteps[0]):
+            first.append(call.state.clone())
+
+    with denoiser_calls(pipe, on):
+        fit(pipe, CONCEPT, FitSettings(pairs=3, rank=1, steps=1, batch=1), known=known, sampling=SAMPLING)
+    assert len(first) == 4, "two batches without, two with"
+    assert torch.equal(first[0], first[2]) and torch.equal(first[1], first[3])
+    assert not torch.equal(first[0][0], first[0][1]) and not torch.equal(first[0][0], first[1][0])
+
+
+def test_targets_are_the_matched_prompt_s_predictions(pipe: Any, known: Dictionary) -> None:
+    prompts, seeds = [[p.without for p in CONCEPT.pairs], [p.shows for p in CONCEPT.pairs]], [0, 1, 2]
+    plain, shown = (recorded(pipe, p, seeds, SAMPLING, known.sae, AT)[0] for p in prompts)
+    crossed, _ = _cross(pipe, plain, shown, known)
+    lessons = _lessons(pipe, plain, shown, crossed)
+    at_plain, at_shown = lessons[: 2 * len(plain)], lessons[2 * len(plain) :]
+    assert len(at_plain) == 2 * len(at_shown) == 4
+    for part, states in ((at_plain, [*plain, *plain]), (at_shown, shown)):
+        for lesson, state, matched, own in zip(part, states, [*plain] * 2, [*shown] * 2, strict=False):
+            assert torch.equal(lesson.call.state, state.state)
+            words = "encoder_hidden_states"
+            assert torch.equal(lesson.call.conditioning[words], own.conditioning[words])
+            with torch.no_grad():
+                want = replay(pipe, state.state, state.timestep, matched.conditioning)
+                unedited = replay(pipe, state.state, state.timestep, own.conditioning)
+            torch.testing.assert_close(lesson.wanted, want, atol=1e-4, rtol=1e-4)
+            assert (unedited - want).abs().max() > 1e-2, "so that the two could not be taken for one another"
+
+
+def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: Dictionary) -> None:
+    eraser = fit(pipe, CONCEPT, FitSettings(pairs=3, rank=4, steps=60, batch=6), known=known, sampling=SAMPLING)
+    (correction,) = eraser.corrections
+    prompts = [[p.without for p in CONCEPT.pairs], [p.shows for p in CONCEPT.pairs]]
+    plain, shown = (recorded(pipe, p, [0, 1, 2], SAMPLING, known.sae, AT)[0] for p in prompts)
+
+    def distance(edits: dict[Site, Any]) -> float:
+        with edit(pipe, edits), torch.no_grad():
+            made = [replay(pipe, a.state, a.timestep, b.conditioning) for a, b in zip(plain, shown, strict=True)]
+        return sum(float((x - a.prediction).square().mean()) for x, a in zip(made, plain, strict=True))
+
+    added = {site: lambda x, call: correction.delta(x, call.timestep) for site in (correction.site, *correction.also)}
+    assert distance(added) < 0.5 * distance({})
+
+
+def test_rows_that_show_the_concept_are_no_background(pipe: Any, known: Dictionary) -> None:
+    """By label or by the words of their prompts: with them the dictionary makes the same gate as without."""
+    settings = FitSettings(pairs=3, rank=1, steps=1, batch=1)
+
+    def gate(reference: Dictionary) -> Any:
+        return fit(pipe, CONCEPT, settings, known=reference, sampling=SAMPLING).gate
+
+    want = gate(known)
+    loud = torch.full_like(known.pooled[:2], float(known.pooled.max()) * 10)  # as rows of the concept itself read
+    pooled = torch.cat([known.pooled, loud])
+    named = [*known.labels, frozenset({"x", "Cats"}), frozenset({"x"})]
+    nameless = [frozenset[str]()] * len(pooled)
+    for labels, prompts in (
+        (named, [*known.prompts, "hidden", "away"]),
+        (nameless, [*known.prompts, "a x", "an X, b"]),
+    ):
+        found = gate(replace(known, pooled=pooled, labels=labels, prompts=prompts))
+        for name in ("features", "weight", "low", "high"):
+            assert torch.equal(getattr(found, name), getattr(want, name)), name
+    with pytest.raises(ConceptError):  # as background they leave no feature that tells the concept
+        gate(replace(known, pooled=pooled, labels=nameless, prompts=[*known.prompts, "b", "c"]))
+
+
+def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -> None:
+    """A finished eraser's run goes through those, where the concept's evidence is another."""
+    site = Site(f"{AT.path}.transformer_blocks.0.attn2")  # reads the prompt, and the image a little
+    four = Sampling(steps=4, batch=2)  # at the first step the states of a pair are one and the same noise
+    concept = Concept("x", "other", tuple(Pair(f"x x x x {c}", f"b c d e {c}") for c in "abc"))
+    pairs = _some(concept.pairs, 3, 0)
+    prompts = [[p.without for p in pairs], [p.shows for p in pairs]]
+    plain, shown = (bank(pipe, p, [0, 1, 2], [site], 64, four)[site].mean(0) for p in prompts)
+    w = torch.nn.functional.normalize(torch.stack([shown - plain, plain - shown]), dim=1)
+    sae = SAE(w, torch.zeros(2), w, (plain + shown) / 2, torch.zeros(2))
+    known = make_dictionary(pipe, sae, site, [("b c", frozenset()), ("d e", frozenset())], four)
+
+    eraser = fit(pipe, concept, FitSettings(pairs=3, rank=1, steps=1, batch=1), known=known, sampling=four)
+    gate = eraser.gate
+    (plain, off), (shown, on) = (recorded(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
+    _, crossed = _cross(pipe, plain, shown, known)
+    at = [off.times.tolist().index(t) for t in known.times.tolist()]
+
+    def evidence(pooled: torch.Tensor) -> torch.Tensor:
+        return pooled[:, :, SHARES.index(gate.share)][..., gate.features].float() @ gate.weight
+
+    without = torch.cat([evidence(known.pooled), evidence(rows_of(off.values)[:, at])])
+    own = evidence(conditional(on)[:, at])
+    (low, high), alone = bounds(torch.cat([own, evidence(crossed[:, at])]), without), bounds(own, without)
+    assert not bool((low == SHUT).any()), "a gate that opens"
+    torch.testing.assert_close(gate.low, low.flip(0))
+    torch.testing.assert_close(gate.high, high.flip(0))
+    assert not torch.allclose(alone[1].flip(0), gate.high, rtol=5e-5), "else these states would not matter here"
+
+
+def test_no_dictionary_is_taken_for_another_pipeline_s(pipe: Any, known: Dictionary) -> None:
+    drawn: list[DenoiserCall] = []
+    with denoiser_calls(pipe, drawn.append), pytest.raises(SettingsError, match="no dictionary ships for this Stable"):
+        fit(pipe, CONCEPT)
+    assert not drawn
+    w = torch.nn.functional.normalize(random(40, 16), dim=1)
+    narrow = SAE(w, random(40), w, random(16), torch.ones(40))
+    with (
+        denoiser_calls(pipe, drawn.append),
+        pytest.raises(SettingsError, match="is 32 wide, and the dictionary's SAE takes 16"),
+    ):
+        fit(pipe, CONCEPT, known=replace(known, sae=narrow), sampling=SAMPLING)
+    assert len(drawn) <= 1, "one step, to see how wide the site is"
 
 
 def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Dictionary) -> None:
@@ -84,9 +209,9 @@ def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Diction
     alone = fit(pipe, CONCEPT, settings, known=known, sampling=SAMPLING)
     both = fit(pipe, replace(CONCEPT, beside=beside), settings, known=known, sampling=SAMPLING)
     assert both.header["seeds"] == [0, 4]  # two prompts of what stays
-    assert both.header["prompts"][3:] == ["x and y", "y and x", "x and z"]
+    assert both.header["prompts"][6:] == ["x and y", "y and x", "y", "x and z", "z"]
     assert both.gate.features.tolist() == alone.gate.features.tolist()  # the gate is chosen by the concept alone
-    assert not torch.equal(both.corrections[0].tensors["up"], alone.corrections[0].tensors["up"])
+    assert not torch.equal(both.corrections[0].tensors()["up"], alone.corrections[0].tensors()["up"])
 
 
 def test_lessons_of_what_stays(pipe: Any) -> None:
@@ -110,7 +235,7 @@ def test_the_background_shows_everything_in_seen_words_only() -> None:
 
     made = canvas_background(400, seed=0)
     assert made == canvas_background(400, seed=0) != canvas_background(400, seed=1)
-    assert {style for _, _, style in made} == set(words.STYLES)
-    assert {o for _, names, _ in made for o in names.split("+")} == {*words.OBJECTS, ""}
+    assert {name for _, shown in made for name in shown} == {*words.STYLES, *words.OBJECTS}
+    assert all(len(shown & set(words.STYLES)) == 1 and len(shown) <= 3 for _, shown in made)
     held_out = [p for n in (*words.OBJECTS, *words.STYLES) for p in words.phrases_of(n)[words.HELD_OUT]]
-    assert not [prompt for prompt, _, _ in made if any(h in prompt for h in held_out)]
+    assert not [prompt for prompt, _ in made if any(h in prompt for h in held_out)]

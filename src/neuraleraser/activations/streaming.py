@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neuraleraser.activations.collecting import CONDITIONAL, sample
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.models import default_sampling
 from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
 from neuraleraser.settings import STREAM_SEEDS, StreamSettings
 from neuraleraser.sites import Site, record
@@ -27,16 +28,18 @@ def activation_stream(
     """The activations of `pipe` at `sites`, as batches {str(site): x [batch, d]} from any step on, for
     `train_together`: drawn as they are needed, mixed over images, positions and timesteps, never on disk.
 
-    A chunk of the pool is one batch of images (`settings.sampling.batch`). The prompts are drawn in random order,
-    again and again, each time with other noise. With `labels` [prompts, C] of 0 and 1, what each prompt shows, the
-    batches are (x, labels): those of the row's own prompt, so none where a row is the unconditional branch.
+    A chunk of the pool is one batch of images (`settings.sampling.batch`; where no sampling is given, as `pipe` is
+    usually sampled). The prompts are drawn in random order, again and again, each time with other noise. With `labels`
+    [prompts, C] of 0 and 1, what each prompt shows, the batches are (x, labels): those of the row's own prompt, so none
+    where a row is the unconditional branch.
 
     While the stream is open a thread uses `pipe`: leave it alone. Raises SiteError for a site that is not there,
     SettingsError for none, DataError for no prompts or labels that do not fit; while it runs, DataError for NaN or
     infinity (with site, timestep and prompts) and for a site with fewer vectors than `per_image`.
     """
     s = settings or StreamSettings()
-    count, size = s.sampling.batch, s.sampling.batch * s.per_image // s.per_map
+    sampling = s.sampling or default_sampling(pipe)
+    count, size = sampling.batch, sampling.batch * s.per_image // s.per_map
     if not prompts:
         raise DataError("there are no prompts, so there are no activations: pass at least one")
     if not sites or count < 1:
@@ -58,7 +61,7 @@ def activation_stream(
             sites,
             s.per_image // s.per_map,
             generator(s.seed, "positions", number),
-            s.sampling,
+            sampling,
             s.per_map,
             stopped,
         )
@@ -92,7 +95,12 @@ def activation_stream(
 
 
 def described(model: str, prompts: Sequence[str], settings: StreamSettings) -> dict[str, Any]:
-    """What a stream is, in JSON, for `Run.data` and shards: a run goes on only with the same."""
+    """Return what a stream is, in JSON, for `Run.data` and shards: a run goes on only with the same.
+
+    Raises SettingsError where the settings leave the sampling to the pipeline, which is not known here.
+    """
+    if settings.sampling is None:
+        raise SettingsError("the stream's settings have no sampling: pass `sampling=default_sampling(pipe)`")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     plain = {name: value for name, value in asdict(settings).items() if name != "ahead"}  # it decides nothing
     return {"model": model, "prompts": len(prompts), "prompts_sha256": digest, "stream": plain}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neuraleraser.activations.collecting import Seen, collect
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.models import default_sampling
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
@@ -78,7 +79,7 @@ def substitution(
     """
     if not prompts:
         raise DataError("there are no prompts to draw: pass at least one")
-    s = replace(sampling or Sampling(), batch=len(prompts))
+    s = replace(sampling or default_sampling(pipe), batch=len(prompts))
     sae = copy.deepcopy(sae).to(next(denoiser(pipe).parameters()).device)
     sums: dict[float, _Sums] = {}
     calls: dict[float, DenoiserCall] = {}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional
 
 from neuraleraser.cli.operating import calibrated
-from neuraleraser.cli.verbs import Flat, app, verb
+from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.names import file_name, printable, prompt_error
@@ -66,15 +66,15 @@ def erase(
     from neuraleraser.evaluation.report import size_text
     from neuraleraser.fit import fit
     from neuraleraser.fit.dictionary import load_dictionary
-    from neuraleraser.models import open_pipeline, speaks_canvas, usual_sampling
+    from neuraleraser.models import default_sampling, open_pipeline, speaks_canvas
 
     check_whole("images", images, 5, MANY)  # hundreds are good
     read = {"the phrase": phrase if phrase.endswith(".json") else None, "--dictionary": dictionary, "--model": model}
     check_outputs({"--out": out}, read)
-    _check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
+    check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
     pipe = open_pipeline(model)
     concept = concept_of(pipe, phrase, kind)
-    sampling = usual_sampling(pipe, sampling_steps, guidance, images_at_once)
+    sampling = default_sampling(pipe, sampling_steps, guidance, images_at_once)
     name = file_name(concept.name.replace("_", "-").replace(" ", "-").lower())
     path = out or Path(f"{name}.safetensors")
     check_outputs({"--out": path}, read)
@@ -110,10 +110,10 @@ def _dictionary_for(
     from neuraleraser.evaluation.report import size_text
     from neuraleraser.fit.own import expect, own_dictionary
     from neuraleraser.fit.published import published, published_dictionary
-    from neuraleraser.models import site_for
+    from neuraleraser.models import default_gate_site
     from neuraleraser.sites import Site
 
-    where = Site.parse(site) if site else site_for(pipe, concept.kind)
+    where = Site.parse(site) if site else default_gate_site(pipe, concept.kind)
     # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
     owner = file_name(Path(model).name if os.path.isdir(model) else model.replace("/", "--"))
     root = Path("runs/dictionaries")
@@ -139,11 +139,6 @@ def _dictionary_for(
         )
     with progress_bar("dictionary") as told:
         return own_dictionary(pipe, concept, near, where, folder, images=images, sampling=sampling, say=told)
-
-
-def _check_sampling(**given: Any) -> None:
-    """Raise SettingsError for a number out of range before the model is opened; None stands for the model's own."""
-    Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
 @verb(app, "generate")
@@ -179,20 +174,20 @@ def generate(
     from neuraleraser import sampling
     from neuraleraser.eraser import Eraser, attach
     from neuraleraser.evaluation.figures import png
-    from neuraleraser.models import open_pipeline, usual_sampling
+    from neuraleraser.models import default_sampling, open_pipeline
 
     if not prompt.strip():
         raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
     if error := prompt_error(prompt):
         raise SettingsError(f"{error}: pass another prompt")
     check_seed(seed)
-    _check_sampling(steps=steps, guidance=guidance)
+    check_sampling(steps=steps, guidance=guidance)
     named = [parse_eraser(text) for text in eraser]
     read = {f"--eraser {source}": source for source, _ in named} | {"--model": model}
     check_outputs({"--out": out, "--record": record}, read)
     erasers = [Eraser.from_pretrained(source) for source, _ in named]
     pipe = open_pipeline(model)
-    chosen = usual_sampling(pipe, steps, guidance, batch=1)
+    chosen = default_sampling(pipe, steps, guidance, batch=1)
     if calibrate:
         erasers = calibrated(pipe, erasers)
     strengths = [strength for _, strength in named]

@@ -22,7 +22,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
         model: The pipeline: canvas, a folder, or a Hub id.
     """
     from neuraleraser import sampling
-    from neuraleraser.models import known_sites, open_pipeline
+    from neuraleraser.models import open_pipeline, recommended_sites
     from neuraleraser.sites import (
         Site,
         candidate_sites,
@@ -41,7 +41,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
         | dict.fromkeys(cross_attention_sites(pipe), "cross-attention")
         | dict.fromkeys(text_encoder_sites(pipe), "text encoder")
     )
-    known = {site.path: (site.tap, source) for site, source in known_sites(pipe).items()}
+    known = {r.site.path: f"{r.site.tap}; {r.carries}: {r.source}" for r in recommended_sites(pipe)}
     shapes: dict[Any, tuple[int, int]] = {}
     with record(pipe, found, lambda site, x, call: shapes.update({site: (x.shape[1], x.shape[2])})):
         sampling.generate(pipe, ["a picture"], [0], Sampling(steps=1, guidance=1.0, batch=1))
@@ -50,8 +50,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
         positions, width = shapes[site]
         # text encoders run before all blocks, a cross-attention inside its own
         at = max((i for i, block in enumerate(blocks) if f"{site.path}.".startswith(f"{block.path}.")), default=-1)
-        tap, source = known.get(site.path, ("", "")) if what == "block" else ("", "")
-        good = f"{tap}; {source}" if source else ""
+        good = known.get(site.path, "") if what in ("block", "cross-attention") else ""
         name = site.path if site.stream == "image" else f"{site.path}:{'input' if site.tap == 'input' else 'text'}"
         rows.append((name, what, str(positions), str(width), str(len(blocks) - 1 - at), good))
     print(table(rows))
@@ -86,7 +85,7 @@ def profile(
     from neuraleraser.fit.states import conditional, pooled_features
     from neuraleraser.io import artifact
     from neuraleraser.io.outputs import check_outputs, save_or_keep
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.models import default_sampling, open_pipeline
     from neuraleraser.sae import SAE
     from neuraleraser.sites import Site
 
@@ -107,7 +106,7 @@ def profile(
         prompts += [p.shows for p in pairs] + [p.without for p in pairs]
         labels += [concept.name] * images + [f"no {concept.name}"] * images
     seeds = [i % (2 * images) % images for i in range(len(prompts))]  # a pair shares its noise
-    pooled, _ = pooled_features(pipe, loaded, Site.parse(where), prompts, seeds, Sampling())
+    pooled, _ = pooled_features(pipe, loaded, Site.parse(where), prompts, seeds, default_sampling(pipe))
     stats = c.profile(conditional(pooled)[:, :, 0], pooled.times, labels)
     tensors = {"mean": stats.mean, "spread": stats.spread, "times": stats.times}
     header = {"names": list(stats.names), "site": str(where), "model": model}
@@ -137,7 +136,8 @@ def dictionary(
         sae: Folder or weights file of SAeUron, sdxl-unbox, SAELens, sparsify, dictionary_learning or OpenAI.
         site: The site that it reads, such as unet.up_blocks.1.attentions.1 or unet.mid_block.attentions.0:update.
         model: The pipeline: canvas, a folder, or a Hub id.
-        prompts: Text file of prompts of many things, one a line: thresholds are calibrated on their images.
+        prompts: Text file of prompts of many things, one a line, after a tab what it shows, by commas: thresholds are
+            calibrated on their images. What shows a concept is no background for it.
         out: The dictionary's folder.
     """
     from neuraleraser.fit import import_dictionary
@@ -148,8 +148,9 @@ def dictionary(
     at = Site.parse(site)
     made = {f"--out: {name}": out / name for name in ("sae.safetensors", "background.safetensors")}
     check_outputs(made, {"the SAE": sae, "--prompts": prompts, "--model": model}, folders={"--out": out})
-    texts = [prompt for prompt, _ in read_prompts(prompts)]
-    known = import_dictionary(open_pipeline(model), sae, at, texts)
+    lines = read_prompts(prompts)
+    texts, labels = [prompt for prompt, _ in lines], [names for _, names in lines]
+    known = import_dictionary(open_pipeline(model), sae, at, texts, labels)
     save_or_keep(out, known.save)
     seen = known.sae.header.get("calibration")
     share = seen.get("disagreement") if isinstance(seen, dict) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +25,8 @@ def inspect(
     settings: Annotated[InspectSettings, Flat] = InspectSettings(),  # noqa: B008  (frozen)
     model: str | None = None,
     site: str | None = None,
+    sampling_steps: int | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Say how good an SAE is: on its own activations, and what the pipeline loses with its reconstructions.
 
@@ -34,6 +35,8 @@ def inspect(
         model: The pipeline to measure it in: canvas, a folder, or a Hub id; None: the canvas where it is the canvas's,
             else only what the file says is shown.
         site: Where the SAE reads; None: what its file says.
+        sampling_steps: Denoising steps; None: the model's usual.
+        guidance: Classifier-free guidance scale; None: the model's usual.
     """
     from neuraleraser.fit.dictionary import CANVAS
     from neuraleraser.sae import SAE
@@ -53,7 +56,7 @@ def inspect(
         lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
     print(table([(name, "", printable(value, 300)) for name, value in lines]) + "\n")
     if named and where:
-        _measured(loaded, path, named, str(where), settings)
+        _measured(loaded, path, named, str(where), settings, sampling_steps, guidance)
         return
     try:
         print(_figures(loaded.header["measures"], loaded.n, "when it was made"))
@@ -62,12 +65,20 @@ def inspect(
     print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
 
 
-def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) -> None:
+def _measured(
+    sae: Any,
+    path: Path,
+    model: str,
+    where: str,
+    s: InspectSettings,
+    steps: int | None,
+    guidance: float | None,
+) -> None:
     """Measure `sae` in its pipeline, and print it."""
     from neuraleraser.activations import bank, substitution
     from neuraleraser.evaluation.figures import grid_sheet, png
     from neuraleraser.io.atomic import write_bytes
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.models import default_sampling, open_pipeline
     from neuraleraser.sae import measure
     from neuraleraser.sites import Site
 
@@ -75,7 +86,7 @@ def _measured(sae: Any, path: Path, model: str, where: str, s: InspectSettings) 
     pipe = open_pipeline(model)
     texts = prompts_of(pipe, model, lines, s.images)[0]
     texts, seeds = [texts[i % len(texts)] for i in range(s.images)], range(s.seed, s.seed + s.images)
-    together = replace(s.sampling, batch=s.images)
+    together = default_sampling(pipe, steps, guidance, s.images)
     x = bank(pipe, texts, seeds, [at], s.per_image, together)[at]
     if x.shape[1] != sae.d:
         raise DataError(f"{path}: field W_enc takes activations {sae.d} wide, {at} of {model!r} has {x.shape[1]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def doctor(
     unlearncanvas: tuple[Path, Path] | None = None,
     nudenet: bool = False,
     images: int = 8,
-    steps: int = 25,
+    steps: int | None = None,
     calibrate: bool = False,
 ) -> int:
     """Look whether erasers work on a pipeline, and exit with 1 if one does not.
@@ -37,7 +38,7 @@ def doctor(
         unlearncanvas: UnlearnCanvas's classifiers to judge by: style50.pth and style50_cls.pth.
         nudenet: Judge by NudeNet's detector, whatever the erasers are called (extra nudenet).
         images: Images drawn of each kind.
-        steps: Denoising steps.
+        steps: Denoising steps; None: as each eraser was fitted.
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """
     from neuraleraser.cli.prompts import read_prompts
@@ -45,13 +46,14 @@ def doctor(
     from neuraleraser.diagnosis import doctor as look
     from neuraleraser.eraser import Eraser
     from neuraleraser.judges import CanvasJudge, NudeNetJudge, UnlearnCanvasJudge, clip_judge
-    from neuraleraser.models import open_pipeline, speaks_canvas
-    from neuraleraser.settings import Sampling, check_whole
+    from neuraleraser.models import open_pipeline, sampling_of, speaks_canvas
+    from neuraleraser.settings import check_whole
 
     if not erasers:
         raise SettingsError("there are no erasers to look at: pass their files with --erasers")
     check_whole("images", images, 1, 1000)
-    sampling = Sampling(batch=min(images, 8), steps=steps)
+    if steps is not None:
+        check_whole("steps", steps, 1, 1000)
     if bool(clip) + bool(unlearncanvas) + nudenet > 1:
         raise SettingsError("there is one judge at a time: pass one of --clip, --unlearncanvas and --nudenet")
     loaded = [Eraser.from_pretrained(source) for source in erasers]
@@ -59,11 +61,13 @@ def doctor(
     pipe = open_pipeline(model)
     concepts = [named_concept(pipe, e.name, e.header.get("kind")) for e in loaded]
     near = [neighbours_of(pipe, c, neighbours) for c in concepts]
+    fitted = [sampling_of(pipe, e.header) for e in loaded]
+    ways = [replace(s, steps=steps or s.steps, batch=min(images, 8, s.batch)) for s in fitted]
     if calibrate:
-        loaded = [_calibrated(pipe, e, c, n, sampling) for e, c, n in zip(loaded, concepts, near, strict=True)]
+        loaded = [_calibrated(pipe, e, c, n, s) for e, c, n, s in zip(loaded, concepts, near, ways, strict=True)]
     judges: list[Any] = []
     if clip:
-        judges = [clip_judge(pipe, c, n, clip, sampling=sampling) for c, n in zip(concepts, near, strict=True)]
+        judges = [clip_judge(pipe, c, n, clip, sampling=s) for c, n, s in zip(concepts, near, ways, strict=True)]
     elif unlearncanvas:
         judges = [UnlearnCanvasJudge.load(*unlearncanvas, device=pipe.device)] * len(loaded)
     elif nudenet:
@@ -74,7 +78,7 @@ def doctor(
         given or [p.without for p in c.pairs[:: max(1, len(c.pairs) // images)]] + [o.pairs[0].shows for o in n]
         for c, n in zip(concepts, near, strict=True)
     ]
-    found = look(pipe, loaded, concepts, others, judges, images=images, sampling=sampling)
+    found = look(pipe, loaded, concepts, others, judges, images=images, samplings=ways)
     mark = {True: "well", False: "WRONG", None: "?"}
     print(table([("eraser", "check", "", "found"), *((c.eraser, c.what, mark[c.well], c.found) for c in found.checks)]))
     print(f"\n{found.verdict}")

@@ -46,8 +46,7 @@ def prompts_of(pipe: Any, model: str, lines: Lines | None, count: int) -> tuple[
     if lines is None:
         if not speaks_canvas(pipe):
             raise SettingsError(f"{model!r} is not the canvas, so its prompts are unknown here: pass --prompts FILE")
-        captions = canvas_background(count, 1)
-        lines = [(p, tuple(n for n in (*o.split("+"), s) if n and n != PLAIN)) for p, o, s in captions]
+        lines = [(prompt, tuple(sorted(shown - {PLAIN}))) for prompt, shown in canvas_background(count, 1)]
     texts = [prompt for prompt, _ in lines]
     names = sorted({name for _, shown in lines for name in shown})
     if not names:

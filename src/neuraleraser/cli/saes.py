@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import AvoidSubcommands, Positional
 
 from neuraleraser.cli.prompts import prompts_of, read_prompts
-from neuraleraser.cli.verbs import Flat, app, verb
+from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.sae.settings import Architecture, StepLog, TrainSettings
-from neuraleraser.settings import Sampling, StreamSettings
+from neuraleraser.settings import StreamSettings
 
 HELD_OUT = 2**16
 """Vectors that a finished SAE is measured on: those that would have come next."""
@@ -32,7 +33,9 @@ def collect(
     per_image: int = 256,
     window: int = 16,
     seed: int = 0,
-    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    sampling_steps: int | None = None,
+    guidance: float | None = None,
+    images_at_once: int | None = None,
     out: Path = Path("activations"),
 ) -> None:
     """Draw images and record a random sample of their activations, mixed, to train SAEs on. Run again to go on.
@@ -45,22 +48,27 @@ def collect(
         per_image: Activation vectors kept of each image and site, over all steps and positions.
         window: How many batches of images are mixed at a time, in memory.
         seed: Decides the images' noise, which vectors are kept, and their order.
-        sampling: How images are drawn.
+        sampling_steps: Denoising steps; None: the model's usual.
+        guidance: Classifier-free guidance scale; None: the model's usual.
+        images_at_once: Images drawn together; None: 4, on the canvas 20.
         out: Folder for the shards, one a batch of images.
     """
     from tqdm import tqdm
 
     from neuraleraser.activations import activation_stream, described, write_shards
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.models import default_sampling, open_pipeline
     from neuraleraser.sites import Site
 
     where = [Site.parse(text) for text in sites]
     if not where or images < 1:
         raise SettingsError(f"{len(where)} sites, {images} images: pass at least one of each")
+    settings = StreamSettings(1, per_image, images, window, reuse=1, seed=seed)
+    check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
     check_outputs({}, folders={"--out": out})
     lines = read_prompts(prompts) if prompts else None
-    settings = StreamSettings(1, per_image, images, window, reuse=1, seed=seed, sampling=sampling)
     pipe = open_pipeline(model)
+    sampling = default_sampling(pipe, sampling_steps, guidance, images_at_once)
+    settings = replace(settings, sampling=sampling)
     texts, labels, names = prompts_of(pipe, model, lines, images)
     data = described(model, texts, settings) | {"sites": [str(site) for site in where], "labels": names}
     pool = activation_stream(pipe, texts, where, settings, labels)
@@ -78,8 +86,11 @@ def collect(
 def train(
     sites: Positional[tuple[str, ...]],
     /,
-    stream: Annotated[StreamSettings, Flat],
+    stream: Annotated[StreamSettings, Flat, AvoidSubcommands],
     model: str = "canvas",
+    sampling_steps: int | None = None,
+    guidance: float | None = None,
+    images_at_once: int | None = None,
     activations: Path | None = None,
     prompts: Path | None = None,
     features: tuple[int, ...] = (2048,),
@@ -99,6 +110,9 @@ def train(
     Args:
         sites: Sites such as unet.mid_block.attentions.0; all are trained from the same images.
         model: The pipeline to draw with: canvas, a folder, or a Hub id.
+        sampling_steps: Denoising steps; None: the model's usual.
+        guidance: Classifier-free guidance scale; None: the model's usual.
+        images_at_once: Images drawn together; None: 4, on the canvas 20.
         activations: A folder from `collect`, to train on instead of drawing.
         prompts: Text file, one prompt a line, after a tab what it shows, by commas; None: captions of the canvas.
         features: Features of the SAE; of several widths one SAE each.
@@ -134,8 +148,10 @@ def train(
     written = {f"--out: {p.name}": p for path in paths for p in (path, *_beside(path))}
     read = {"--activations": activations, "--prompts": prompts, "--model": model}
     check_outputs(written, read, folders={"--tensorboard": tensorboard})
+    check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
+    drawn_as = (sampling_steps, guidance, images_at_once)
     logs = [TrainingLog(_beside(p)[0], tensorboard and tensorboard / p.stem) for p in paths]
-    pool, data, names = _source(where, model, activations, prompts, stream, labelled=chosen[0].labelled)
+    pool, data, names = _source(where, model, activations, prompts, stream, drawn_as, labelled=chosen[0].labelled)
     runs = {
         str(path): Run(s, site, _beside(path)[1], data | {"site": site})
         for path, s, (site, _) in zip(paths, chosen, wanted, strict=True)
@@ -202,11 +218,12 @@ def _source(
     activations: Path | None,
     prompts: Path | None,
     stream: StreamSettings,
+    drawn_as: tuple[int | None, float | None, int | None],
     labelled: bool,
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """The stream of batches, what it is in words, and the names of its labels."""
     from neuraleraser.activations import Shards, activation_stream, described
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.models import default_sampling, open_pipeline
     from neuraleraser.sites import Site
 
     if activations is not None:
@@ -220,6 +237,7 @@ def _source(
         return shards.batches(stream.batch, stream.seed, ahead=stream.ahead), data, names
     lines = read_prompts(prompts) if prompts else None
     pipe = open_pipeline(model)
+    stream = replace(stream, sampling=default_sampling(pipe, *drawn_as))
     texts, labels, names = prompts_of(pipe, model, lines, stream.images or CAPTIONS)
     if labelled and labels is None:
         raise DataError(f"{prompts} says of no prompt what it shows: write it after a tab, by commas")

@@ -9,6 +9,8 @@ from typing import Any
 from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
+from neuraleraser.settings import Sampling
+
 app, canvas = SubcommandApp(), SubcommandApp()
 Flat = arg(name="")
 """The fields of a settings object as options of their own, without a prefix."""
@@ -27,6 +29,11 @@ def verb(group: SubcommandApp, name: str) -> Callable[[Callable[..., int | None]
         return function
 
     return register
+
+
+def check_sampling(**given: Any) -> None:
+    """Raise SettingsError for a number out of range before the model is opened; None stands for the model's own."""
+    Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

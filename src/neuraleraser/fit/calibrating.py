@@ -14,7 +14,7 @@ from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.fit.gate import SHUT, bounds
 from neuraleraser.fit.states import measured, replayed, rows_of
-from neuraleraser.models import called
+from neuraleraser.models import called, sampling_of
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import DENOISERS, EditContext, Site, made_for, record, replay
 
@@ -31,10 +31,11 @@ def calibrate(
 ) -> Eraser:
     """The eraser with bounds for `pipe`: features, weights and corrections stay as they are.
 
-    `pairs` prompts with the concept and as many without are drawn at the same seeds (from `seed`, selection seeds),
-    and one of each neighbour; the bounds are set from the evidence of its features on them, as they were when it was
-    made. What was seen goes into the header: `calibrated` has the number of prompts, `separation`, the share of rows
-    with the concept above all rows without, by time bin, and `open_share`, the bins where the gate can open.
+    `pairs` prompts with the concept and as many without are drawn at the same seeds (from `seed`, selection seeds), and
+    one of each neighbour, sampled as the eraser was fitted unless `sampling` is given; the bounds are set from the
+    evidence of its features on them, as they were when it was made. What was seen goes into the header: `calibrated`
+    has the number of prompts, `separation`, the share of rows with the concept above all rows without, by time bin, and
+    `open_share`, the bins where the gate can open.
 
     Raises ConceptError where the features do not tell the concept at any timestep, SettingsError for too few
     pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
@@ -45,7 +46,8 @@ def calibrate(
         raise SettingsError(
             f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
         )
-    s = sampling or Sampling(batch=min(8, pairs))
+    usual = sampling_of(pipe, eraser.header)
+    s = sampling or replace(usual, batch=min(8, pairs, usual.batch))
     # Spread over the concept's own, whose order goes by phrasing and subject.
     some = [concept.pairs[i * len(concept.pairs) // pairs] for i in range(pairs)]
     seeds = [seed + i for i in range(pairs)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from neuraleraser.activations import CONDITIONAL, Seen, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.pipeline import WEIGHTS
 from neuraleraser.errors import DataError, FileError, SettingsError, SiteError
+from neuraleraser.fit.provenance import Provenance
 from neuraleraser.fit.states import pooled_features
 from neuraleraser.io import artifact
-from neuraleraser.io.names import MAX_NAME, printable
+from neuraleraser.io.names import name_error, printable, prompt_error
 from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
@@ -39,15 +40,17 @@ class Dictionary:
     """An SAE at the gate's site, and how its features fire on prompts of everything else.
 
     pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending, a subset of the
-    sampler's; objects and styles [M] name what each row's prompt shows ("Cats+Trees" for two objects, "" for none).
+    sampler's; prompts [M] of the rows, and labels [M], the names of what each shows (none where that is not known);
+    provenance: what it was made with.
     """
 
     sae: SAE
     site: Site
     pooled: Tensor
     times: Tensor
-    objects: Sequence[str]
-    styles: Sequence[str]
+    prompts: Sequence[str]
+    labels: Sequence[frozenset[str]]
+    provenance: Provenance
 
     def save(self, folder: Path) -> None:
         """Write `sae.safetensors` and `background.safetensors` (the strongest features of each row, in 8 bits).
@@ -73,8 +76,9 @@ class Dictionary:
             {
                 "site": str(self.site),
                 "n": self.pooled.shape[-1],
-                "objects": list(self.objects),
-                "styles": list(self.styles),
+                "prompts": list(self.prompts),
+                "labels": [sorted(shown) for shown in self.labels],
+                "provenance": self.provenance.in_full(),
             },
         )
 
@@ -89,7 +93,9 @@ class Dictionary:
         values = (tensors["values"].float() / 255).square() * (255 * tensors["scale"])
         pooled = torch.zeros(*values.shape[:-1], sae.n, dtype=torch.float16)
         pooled.scatter_(-1, tensors["index"].long(), values.half())
-        return cls(sae, Site.parse(header["site"]), pooled, tensors["times"], header["objects"], header["styles"])
+        labels = [frozenset(shown) for shown in header["labels"]]
+        provenance = Provenance.parse(header["provenance"])
+        return cls(sae, Site.parse(header["site"]), pooled, tensors["times"], header["prompts"], labels, provenance)
 
 
 def _background_error(tensors: Mapping[str, Tensor], header: Mapping[str, Any], n: int) -> str | None:
@@ -113,24 +119,29 @@ def _background_error(tensors: Mapping[str, Tensor], header: Mapping[str, Any], 
         return f"index names a feature that is none of {n}"
     if header.get("n") != n:
         return f"field n is {printable(header.get('n'))}, the SAE has {n} features"
-    for field in ("objects", "styles"):
-        names = header.get(field)
-        if not isinstance(names, list) or len(names) != len(values) or not all(map(_is_label, names)):
-            return f"field {field} is not a name for each of {len(values)} rows"
+    for field, fits in (("prompts", _is_prompt), ("labels", _are_names)):
+        entries = header.get(field)
+        if not isinstance(entries, list) or len(entries) != len(values) or not all(map(fits, entries)):
+            return f"field {field} has not one entry for each of {len(values)} rows"
     try:
         Site.parse(header["site"])
-    except (AttributeError, KeyError, SiteError) as e:
-        return f"field site is missing or malformed ({printable(e)})"
+        Provenance.parse(header["provenance"])
+    except (AttributeError, KeyError, OverflowError, SiteError, TypeError, ValueError) as e:
+        return f"field site or provenance is missing or malformed ({printable(e)})"
     return None
 
 
-def _is_label(name: Any) -> bool:
-    """True for what can be several names joined by "+", or none."""
-    return isinstance(name, str) and len(name) <= 8 * MAX_NAME and name.isprintable()
+def _is_prompt(text: Any) -> bool:
+    return isinstance(text, str) and prompt_error(text) is None
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and len(names) <= 64 and all(name_error(name) is None for name in names)
 
 
 CANVAS = WEIGHTS / "dictionary"
 CANVAS_GATE = Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2")
+SEEN_PHRASINGS = tuple(range(4)[words.SEEN])
 
 
 def load_dictionary(folder: Path = CANVAS) -> Dictionary:
@@ -149,15 +160,15 @@ def make_canvas_dictionary(
     sampling = Sampling(batch=40)
     names = [*words.OBJECTS, *words.STYLES]
     shown = canvas_background(400, 1, two=0.5)
-    labels = torch.tensor(
-        [[float(name in (style, *objects.split("+"))) for name in names] for _, objects, style in shown]
-    )
-    maps, of = labelled_maps(pipe, [p for p, _, _ in shown], range(100, 500), labels, CANVAS_GATE, sampling)
+    prompts, seeds = [prompt for prompt, _ in shown], range(100, 500)
+    labels = torch.tensor([[float(name in of) for name in names] for _, of in shown])
+    maps, of = labelled_maps(pipe, prompts, seeds, labels, CANVAS_GATE, sampling)
     settings = TrainSettings(n=n, k=k, steps=1200, discriminant=True, init_vectors=2**17)
     sae = train(labelled_batches(maps, of, 64), settings)
     sae.header["labels"] = names
     sae.header["measures"] = measure(sae, maps.flatten(0, 1)[:50_000])
-    known = make_dictionary(pipe, sae, CANVAS_GATE, canvas_background(images, 2), sampling, 500)
+    learnt_from = Provenance(((seeds[0], seeds[-1]),), tuple(prompts), SEEN_PHRASINGS, tuple(names))
+    known = make_dictionary(pipe, sae, CANVAS_GATE, canvas_background(images, 2), sampling, 500, learnt_from)
     known.save(folder)
     return known
 
@@ -182,9 +193,9 @@ def labelled_maps(
     return torch.cat(maps), torch.cat(of)
 
 
-def canvas_background(count: int, seed: int, two: float = 0.19) -> list[tuple[str, str, str]]:
-    """Prompts of the canvas with what they show: (prompt, objects joined by "+", style), seen phrasings only; 6 % of
-    them show no object, and a share `two` shows two."""
+def canvas_background(count: int, seed: int, two: float = 0.19) -> list[tuple[str, frozenset[str]]]:
+    """Return prompts of the canvas with the names of what they show, in seen phrasings only; 6 % of them show no
+    object, and a share `two` shows two. Each shows one style, "Seed_Images" where it is plain."""
     rng = random.Random(seed)
     out = []
     for i in range(count):
@@ -192,7 +203,7 @@ def canvas_background(count: int, seed: int, two: float = 0.19) -> list[tuple[st
         r = rng.random()
         names = rng.sample(words.OBJECTS, 0 if r < 0.06 else 2 if r < 0.06 + two else 1)
         p = rng.randrange(2)
-        out.append((words.prompt(names, style, p), "+".join(names), style))
+        out.append((words.prompt(names, style, p), frozenset((*names, style))))
     return out
 
 
@@ -200,17 +211,29 @@ def make_dictionary(
     pipe: Any,
     sae: SAE,
     site: Site,
-    background: Sequence[tuple[str, str, str]],
+    background: Sequence[tuple[str, frozenset[str]]],
     sampling: Sampling,
     seed: int = 500,
+    learnt_from: Provenance | None = None,
 ) -> Dictionary:
-    """Draw the background prompts (selection seeds from `seed` on) and keep how the SAE's features fire."""
-    prompts = [p for p, _, _ in background]
+    """Draw the background's prompts (selection seeds from `seed` on) and keep how the SAE's features fire.
+
+    background: prompts, each with the names of what it shows. learnt_from: what the SAE was made with, and the
+    phrasings and labels of the background; None: the background alone.
+    """
+    prompts = [prompt for prompt, _ in background]
     pooled, _ = pooled_features(pipe, sae, site, prompts, [seed + i for i in range(len(prompts))], sampling)
     kept = torch.arange(0, len(pooled.times), EVERY)
     values = pooled.values[:, kept]
     # Unconditional rows have no text to tell them apart: a few are enough.
     rows = [values[:, :, -1]] + [values[::UNCONDITIONAL_SHARE, :, b] for b in range(values.shape[2] - 1)]
-    shown = [background, *[background[::UNCONDITIONAL_SHARE]] * (len(rows) - 1)]
-    labels = [(o, s) for part in shown for _, o, s in part]
-    return Dictionary(sae, site, torch.cat(rows), pooled.times[kept], [o for o, _ in labels], [s for _, s in labels])
+    shown = [row for part in (background, *[background[::UNCONDITIONAL_SHARE]] * (len(rows) - 1)) for row in part]
+    before = learnt_from or Provenance((), ())
+    provenance = replace(
+        before,
+        seeds=(*before.seeds, (seed, seed + len(prompts) - 1)),
+        prompts=tuple(dict.fromkeys((*before.prompts, *prompts))),
+        labels=tuple(dict.fromkeys((*before.labels, *(name for _, of in background for name in sorted(of))))),
+    )
+    labels = [of for _, of in shown]
+    return Dictionary(sae, site, torch.cat(rows), pooled.times[kept], [p for p, _ in shown], labels, provenance)

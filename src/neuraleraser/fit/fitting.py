@@ -13,11 +13,14 @@ from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, time_bin
+from neuraleraser.errors import SettingsError
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.edits import Lesson, learnt
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
+from neuraleraser.fit.importing import shapes_of
+from neuraleraser.fit.shown import rows_without
 from neuraleraser.fit.states import SHARES, conditional, pool, recorded, replayed, rows_of
-from neuraleraser.models import called, edits_for
+from neuraleraser.models import called, default_sampling, edits_for, speaks_canvas
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, made_for, record, replay
 
@@ -34,8 +37,9 @@ def fit(
     sampling: Sampling | None = None,
     edits: Sequence[tuple[Site, ...]] | None = None,
 ) -> Eraser:
-    """Make an eraser of `concept` for `pipe`, with what is `known` of it (the canvas's own dictionary if not given). It
-    edits where `edits_for` says, unless `edits` are given: a tuple of sites for each correction.
+    """Make an eraser of `concept` for `pipe`, with what is `known` of it: a dictionary, which ships for the canvas
+    alone. It edits where `edits_for` says, unless `edits` are given: a tuple of sites for each correction. Images are
+    drawn as `sampling` says, by default as the pipeline is usually sampled.
 
     1. Draw matched prompts with and without the concept at the same seeds, keeping every denoiser call.
     2. Choose the features that fire with the concept and not with its neighbours; set the gate's bounds above
@@ -44,9 +48,13 @@ def fit(
        concept becomes the model's own for the prompt without, on the states of both; and for prompts in which
        something else stands beside the concept, the model's own for that alone.
 
-    `progress(what, share)` is told how far it is. Raises ConceptError if no feature detects the concept.
+    `progress(what, share)` is called as it goes on. Raises, before anything is drawn, SettingsError for a pipeline
+    without a dictionary and for a dictionary of another width, SiteError for one of another site; ConceptError if no
+    feature detects the concept.
     """
-    s, sampling, known = settings or FitSettings(), sampling or Sampling(), known or load_dictionary()
+    s, sampling = settings or FitSettings(), sampling or default_sampling(pipe)
+    known = known or _canvas_dictionary(pipe)
+    _check_width(pipe, known, sampling)
     say = progress or (lambda what, share: None)
     started = time.monotonic()
     acts = list(edits or edits_for(pipe, known.site))
@@ -60,7 +68,7 @@ def fit(
     crossed, pooled_crossed = _cross(pipe, plain, shown, known)
     at = time_bin(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
     shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
-    lacks = _others(known, concept)
+    lacks = known.pooled[rows_without(concept, known.prompts, known.labels)]
     own = rows_of(pooled_plain.values)[:, at]
     lacks = torch.cat([lacks, own])
     detector = choose(shows, lacks)
@@ -75,10 +83,7 @@ def fit(
         losses.append(loss)
         say("fitting the edit", 0.3 + 0.65 * step / s.steps)
 
-    # Where a finished eraser stands counts twice: on states drawn without the concept.
-    lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2
-    lessons += [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
-    lessons += [lesson for part in beside for lesson in part]
+    lessons = _lessons(pipe, plain, shown, crossed) + [lesson for part in beside for lesson in part]
     corrections = learnt(
         pipe,
         acts,
@@ -98,7 +103,7 @@ def fit(
         "kind": concept.kind,
         "base": called(pipe),
         "time_scale": "0-1" if float(known.times.max()) <= 1 else "0-999",
-        "prompts": [p.shows for p in pairs] + [prompt for shows in stays.values() for prompt in shows],
+        "prompts": _drawn(pairs, stays),
         "seeds": [seeds[0], seeds[-1] + len(stays)],
         "settings": dataclasses.asdict(s),
         "sampling": dataclasses.asdict(sampling),
@@ -107,21 +112,36 @@ def fit(
         "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)] if losses else [],
         "seconds": round(time.monotonic() - started, 1),
         "made_for": made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
+        "reference": known.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
         "sae": {k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
     }
     return Eraser(gate, corrections, header)
 
 
+def _canvas_dictionary(pipe: Any) -> Dictionary:
+    """Return the dictionary that ships. Raises SettingsError for a pipeline that is not the canvas."""
+    if not speaks_canvas(pipe):
+        raise SettingsError(
+            f"no dictionary ships for this {type(pipe).__name__}, only for the canvas: pass `known`, as "
+            "own_dictionary or import_dictionary makes it"
+        )
+    return load_dictionary()
+
+
+def _check_width(pipe: Any, known: Dictionary, sampling: Sampling) -> None:
+    """Raise SettingsError where the dictionary's SAE has another width than its site in this pipeline."""
+    width = shapes_of(pipe, [known.site], sampling)[known.site][1]
+    if width != known.sae.d:
+        raise SettingsError(
+            f"{known.site} of this {type(pipe).__name__} is {width} wide, and the dictionary's SAE takes "
+            f"{known.sae.d}: pass a dictionary that was made for this pipeline"
+        )
+
+
 def _some(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[order[i % len(pairs)]] for i in range(count)]
-
-
-def _others(known: Dictionary, concept: Concept) -> Tensor:
-    """Rows of the dictionary that lack the concept."""
-    keep = [i for i, objects in enumerate(known.objects) if concept.name not in (known.styles[i], *objects.split("+"))]
-    return known.pooled[keep]
 
 
 def _cross(
@@ -143,6 +163,19 @@ def _cross(
             prediction = replay(pipe, a.state, a.timestep, b.conditioning)
             out.append(DenoiserCall(a.state, a.timestep, b.conditioning, prediction))
     return out, torch.stack(seen, 1)
+
+
+def _lessons(
+    pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], crossed: Sequence[DenoiserCall]
+) -> list[Lesson]:
+    """Return the examples of the concept's own prompts, at states drawn without the concept and with it.
+
+    The target is the model's own prediction for the matched prompt at those states.
+
+    Those without count twice: that is where the states of a finished eraser's run lie.
+    """
+    lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2
+    return lessons + [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
 
 
 def _beside(concept: Concept, count: int) -> dict[str, list[str]]:
@@ -171,6 +204,13 @@ def _lessons_beside(
         told = calls([shows[way % len(shows)] for shows in stays.values()], dataclasses.replace(sampling, steps=1))[0]
         lessons.append([Lesson(_conditioned(call, told), call.prediction) for call in plain])
     return lessons
+
+
+def _drawn(pairs: Sequence[Pair], stays: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return every prompt that the fit draws or conditions on, each once: a test must not repeat them."""
+    prompts = [prompt for pair in pairs for prompt in (pair.shows, pair.without)]
+    prompts += [prompt for alone, both in stays.items() for prompt in (*both, alone)]
+    return list(dict.fromkeys(prompts))
 
 
 def _conditioned(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:

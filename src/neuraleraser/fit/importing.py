@@ -11,7 +11,8 @@ from torch import Tensor
 from neuraleraser.activations import bank
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.fit.dictionary import Dictionary, make_dictionary
-from neuraleraser.models import edits_for
+from neuraleraser.fit.provenance import Provenance
+from neuraleraser.models import default_sampling, edits_for
 from neuraleraser.sae import formats
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
@@ -23,6 +24,7 @@ def import_dictionary(
     path: str | os.PathLike[str],
     site: Site,
     prompts: Sequence[str],
+    labels: Sequence[Sequence[str]] | None = None,
     *,
     format: formats.Format | None = None,
     per_image: int = 1024,
@@ -32,16 +34,21 @@ def import_dictionary(
     """Read the SAE at `path`, made for `site` of this pipeline, and see how it fires on `prompts` of everything, so
     that `fit` can make erasers with it.
 
+    labels: the names of what each prompt shows, or None. What shows a concept is no background for it: `fit` leaves
+    those rows out, by the labels, or where none names the concept by the prompt's words.
+
     Features that compete (TopK) get thresholds of their own, calibrated on `per_image` activations of each prompt's
     image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so. Images are
-    drawn with seeds from `seed` on.
+    drawn with seeds from `seed` on, by default as the pipeline is usually sampled.
 
     Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's and for a site that
-    is in no block, DataError where there are no prompts.
+    is in no block, DataError where there are no prompts or not as many labels.
     """
     if not prompts:
         raise DataError("there are no prompts to see the SAE fire on: pass prompts of many things, hundreds are good")
-    s = sampling or Sampling(batch=4)
+    if labels is not None and len(labels) != len(prompts):
+        raise DataError(f"{len(labels)} labels for {len(prompts)} prompts: pass the names of each, () for none")
+    s = sampling or default_sampling(pipe)
     edits_for(pipe, site)  # raises where no eraser could edit
     width = shapes_of(pipe, [site], s)[site][1]
     seeds = range(seed, seed + len(prompts))
@@ -53,8 +60,10 @@ def import_dictionary(
     if sae.d != width:
         raise SiteError(f"{site} is {width} wide, and {path} holds an SAE for {sae.d}: pass the site it reads")
     sae.header["site"] = str(site)
-    background = [(prompt, "", "") for prompt in prompts]
-    return make_dictionary(pipe, sae, site, background, s, seed)
+    background = [(prompt, frozenset(of)) for prompt, of in zip(prompts, labels or [()] * len(prompts), strict=True)]
+    # Thresholds are calibrated on the background's own images; what the SAE was trained on is not known here.
+    learnt_from = Provenance((), (), sae=str(sae.header.get("format", "another library")))
+    return make_dictionary(pipe, sae, site, background, s, seed, learnt_from)
 
 
 def shapes_of(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[Site, tuple[int, int]]:

@@ -21,11 +21,12 @@ from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.fit.dictionary import Dictionary, make_dictionary
 from neuraleraser.fit.importing import shapes_of
-from neuraleraser.models import called, edits_for
+from neuraleraser.fit.provenance import Provenance
+from neuraleraser.models import called, default_sampling, edits_for
 from neuraleraser.sae import Run, TrainSettings, measure, train_together
 from neuraleraser.sae.settings import StepLog
 from neuraleraser.sampling import generate
-from neuraleraser.settings import Sampling, StreamSettings
+from neuraleraser.settings import STREAM_SEEDS, Sampling, StreamSettings
 from neuraleraser.sites import Site
 
 PER_IMAGE = 1024
@@ -114,7 +115,7 @@ def own_dictionary(
     Raises SiteError for a site that is not there, ConceptError for a name that is given twice, SettingsError where
     the folder holds another dictionary, of other names or another site, whole or half made.
     """
-    s, tell = sampling or Sampling(batch=4), say or (lambda what, share: None)
+    s, tell = sampling or default_sampling(pipe), say or (lambda what, share: None)
     names = [concept.name, *(n.name for n in neighbours)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConceptError(f"{', '.join(sorted(twice))} is named twice: neighbours must differ, and not be the concept")
@@ -150,8 +151,9 @@ def own_dictionary(
     sae.header["measures"] = measure(sae, x)
     tell("seeing how they fire", 0.7)
     seen = own_prompts(concept, neighbours, max(1, images // 2), 2)
-    background = [(prompt, "+".join(of), "") for prompt, of in seen]
-    known = make_dictionary(pipe, sae, site, background, s)
+    background = [(prompt, frozenset(of)) for prompt, of in seen]
+    learnt_from = Provenance(((STREAM_SEEDS[0], STREAM_SEEDS[-1]),), tuple(dict.fromkeys(texts)), labels=tuple(names))
+    known = make_dictionary(pipe, sae, site, background, s, learnt_from=learnt_from)
     known.save(folder)
     shutil.rmtree(folder / "activations")
     (folder / "training.safetensors").unlink(missing_ok=True)

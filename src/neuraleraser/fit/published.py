@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +127,11 @@ def published_dictionary(
     if (folder / "background.safetensors").exists():
         return Dictionary.load(folder)
     path, commit = fetch(known, revision)
-    others = [p.shows for n in neighbours for p in n.pairs] + [p.without for p in concept.pairs]
-    prompts = random.Random(1).sample(others, min(images, len(others)))
-    made = import_dictionary(pipe, path, known.site, prompts, sampling=s)
-    made.sae.header |= {"source": f"{known.repo}: {known.source}", "revision": commit}
+    others = [(p.shows, (n.name,)) for n in neighbours for p in n.pairs] + [(p.without, ()) for p in concept.pairs]
+    drawn = random.Random(1).sample(others, min(images, len(others)))
+    made = import_dictionary(pipe, path, known.site, [p for p, _ in drawn], [of for _, of in drawn], sampling=s)
+    source = f"{known.repo}: {known.source}"
+    made.sae.header |= {"source": source, "revision": commit}
+    made = replace(made, provenance=replace(made.provenance, sae=source))
     made.save(folder)
     return made

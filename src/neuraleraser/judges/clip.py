@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.judges.judgement import Judgement, check
+from neuraleraser.models import default_sampling
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 
@@ -141,6 +142,7 @@ def clip_judge(
     prompts = {concept.name: [pair.shows for pair in concept.pairs]}
     prompts |= {other.name: [pair.shows for pair in other.pairs] for other in neighbours if other.name != concept.name}
     prompts[NONE] = [pair.without for pair in concept.pairs]
+    sampling = sampling or default_sampling(pipe)
     drawn = {
         name: generate(pipe, [texts[i % len(texts)] for i in range(images)], range(seed, seed + images), sampling)
         for name, texts in prompts.items()
