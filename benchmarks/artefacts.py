@@ -33,7 +33,7 @@ from neuraleraser.models import open_pipeline
 from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Call, Site, candidate_sites, edit
+from neuraleraser.sites import EditContext, Site, candidate_sites, edit
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Settings:
     """A development style, whose eraser is made thirty times too strong."""
 
 
-def flipped(sae: SAE) -> Callable[[Tensor, Call], Tensor]:
+def flipped(sae: SAE) -> Callable[[Tensor, EditContext[None]], Tensor]:
     """The edit that adds the SAE's error with the wrong sign."""
 
-    def add(x: Tensor, call: Call) -> Tensor:
+    def add(x: Tensor, context: EditContext[None]) -> Tensor:
         return (2 * (sae(x.float()) - x.float())).to(x)
 
     return add

@@ -4,12 +4,13 @@
     python benchmarks/overhead.py --sizes sd15 sdxl flux --device cuda --dtype bf16 --batches 1 16 --json gpu.json
 
 Denoisers have the published sizes and random weights (the canvas its own). An eraser has a gate of 64 features (on
-the canvas of one, as those that are made there) and learnt corrections of rank 32 of what later blocks read of the
+the canvas of one, as those that are made there) and low-rank corrections of rank 32 of what later blocks read of the
 prompt; "eraser" is timed with every gate open, "eraser-shut" with every gate shut. "full-sae-hook" is SAeUron's shape:
 16 features a dimension, the 32 largest kept, at the gate's site alone: three dense products, as its published code has
 them.
 
-Time in hooks is taken around each hook, in the step itself: events on a GPU, a clock on a CPU. `seconds` is the plain
+Time in hooks is taken around each hook, those of the denoiser itself included, in the step itself: events on a GPU, a
+clock on a CPU. `seconds` is the plain
 step plus that time, `ratio_to_plain` its ratio to the plain step: the difference of two whole steps would drown in
 their noise (`step_seconds` has it all the same). FLUX has 19 double and 38 single blocks, which float32 on a machine of
 24 GB does not hold: --flux-blocks 1 1 times one of each, and the plain step is reckoned from them.
@@ -34,12 +35,16 @@ from machine import facts
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from neuraleraser.eraser import Correction, Eraser, Gate, Trace
-from neuraleraser.eraser.acting import Acting
+from neuraleraser.eraser import Eraser, Gate, LowRank, Trace
+from neuraleraser.eraser.runtime import ErasureRuntime
+from neuraleraser.eraser.traces import OneTrace
 from neuraleraser.fit.dictionary import CANVAS_GATE
 from neuraleraser.models import edits_for, open_pipeline
-from neuraleraser.sites import Call, Site, candidate_sites, cross_attention_sites, edit
-from neuraleraser.sites.place import resolve
+from neuraleraser.sites import EditContext, HookedEdits, Site, candidate_sites, cross_attention_sites, denoiser, edit
+from neuraleraser.sites.edit import Edit, FunctionEdit
+from neuraleraser.sites.edits import no_state
+from neuraleraser.sites.guard import Observer, Unobserved
+from neuraleraser.sites.site import resolve
 
 RANK, BINS = 32, 13
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
@@ -192,7 +197,7 @@ def widths(bench: Bench) -> dict[Site, tuple[int, int]]:
     """(positions, width) of each site."""
     seen: dict[Site, tuple[int, int]] = {}
 
-    def note(site: Site) -> Callable[[Tensor, Call], None]:
+    def note(site: Site) -> Callable[[Tensor, EditContext[None]], None]:
         return lambda x, call: seen.update({site: (x.shape[1], x.shape[2])})
 
     with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, *(s[0] for s in bench.edits)}}):
@@ -217,12 +222,8 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
     edits = []
     for site, *also in bench.edits:
         w = shapes[site][1]
-        tensors = {
-            "down": random(1, w, RANK) / w**0.5,
-            "up": 1e-4 * random(1, RANK, w),
-            "bias_out": 1e-4 * random(1, w),
-        }
-        edits.append(Correction(site, "learnt", times[:1], tensors, tuple(also)))
+        down, up, bias = random(1, w, RANK) / w**0.5, 1e-4 * random(1, RANK, w), 1e-4 * random(1, w)
+        edits.append(LowRank(site, times[:1], down, up, bias, tuple(also)))
     return Eraser(gate, tuple(edits), {"concept": str(seed)})
 
 
@@ -237,7 +238,7 @@ class FullSAE:
         self.factor = torch.ones(n, device=device, dtype=dtype)
         self.factor[:16] = -5
 
-    def __call__(self, x: Tensor, call: Call) -> Tensor:
+    def __call__(self, x: Tensor, context: EditContext[None]) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         pre = torch.relu(nn.functional.linear(flat - self.b_dec, self.w_enc, self.b_enc))
         top = pre.topk(KEPT, -1)
@@ -274,17 +275,26 @@ class Clock:
 
 
 @contextmanager
-def hooked(bench: Bench, edits: dict[Site, Any], clock: Clock) -> Iterator[None]:
+def hooked(bench: Bench, edits: dict[Site, Edit[Any]], observer: Observer[Any, Any], clock: Clock) -> Iterator[None]:
     def hang(what: Callable[..., None]) -> list[Any]:
+        root = denoiser(bench.pipe)
         modules = [(resolve(bench.pipe, site), site.tap) for site in edits]
         return [
-            m.register_forward_pre_hook(what) if tap == "input" else m.register_forward_hook(what) for m, tap in modules
+            root.register_forward_pre_hook(what),
+            root.register_forward_hook(what),
+            *(
+                m.register_forward_pre_hook(what) if tap == "input" else m.register_forward_hook(what)
+                for m, tap in modules
+            ),
         ]
 
     handles = hang(clock.start)
-    with edit(bench.pipe, edits):
-        handles += hang(clock.stop)
+    hooks = HookedEdits(bench.pipe, edits, observer)
+    handles += hang(clock.stop)
+    try:
         yield
+    finally:
+        hooks.close()
         for handle in handles:
             handle.remove()
 
@@ -314,9 +324,12 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
     shared = {"size": size, "batch": batch, "dtype": s.dtype, **facts()}
     out = [shared | {"name": "plain", "erasers": 0, "ratio_to_plain": 1.0, "seconds": plain, "flops": plain_flops}]
 
-    def add(name: str, count: int, edits: dict[Site, Any], flops: float, size_: int, file: int | None) -> None:
+    def add(
+        name: str, count: int, edits: dict[Site, Edit[Any]], observer: Observer[Any, Any], flops: float, size_: int,
+        file: int | None,
+    ) -> None:  # fmt: skip
         clock = Clock(s.device)
-        with hooked(bench, edits, clock):
+        with hooked(bench, edits, observer, clock):
             step(bench, s.device)
             clock.seconds()
             whole, inside = [], []
@@ -336,31 +349,31 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
     for count in s.erasers:
         for shut in (False, True):
             erasers = [make_eraser(bench, shapes, seed, shut) for seed in range(count)]
-            acting = Acting(erasers, torch.ones(count, 1), device, Trace(erasers), ["erase"] * count)
+            traces, actions = OneTrace(Trace(erasers)), ["erase"] * count
+            runtime = ErasureRuntime(erasers, torch.ones(count, 1), device, traces, actions)
             flops = 2.0 * rows * positions * d * bench.features * count
             if not shut or device.type != "cpu":  # a CPU knows that a gate is shut
                 flops += sum(4.0 * rows * p * w * RANK * count for p, w in (shapes[x[0]] for x in bench.edits))
-            tensors = [t for e in acting.placed for t in _tensors(e)]
+            tensors = [t for e in erasers for t in _tensors(e)]
             file = None
             if count == 1:
                 with tempfile.TemporaryDirectory() as folder:
                     erasers[0].save(Path(folder) / "e.safetensors")
                     file = (Path(folder) / "e.safetensors").stat().st_size
             bytes_ = sum(t.numel() * t.element_size() for t in tensors)
-            add("eraser-shut" if shut else "eraser", count, dict(acting.at), flops, bytes_, file)
-            del acting, erasers, tensors
+            add("eraser-shut" if shut else "eraser", count, dict(runtime.edits), runtime, flops, bytes_, file)
+            del runtime, erasers, tensors
             gc.collect()
     if s.full_sae:
         sae = FullSAE(d, device, dtype)
         flops = 3 * 2.0 * rows * positions * d * EXPANSION * d
         bytes_ = 2 * sae.w_enc.numel() * sae.w_enc.element_size()
-        add("full-sae-hook", 1, {bench.gate: sae}, flops, bytes_, None)
+        add("full-sae-hook", 1, {bench.gate: FunctionEdit(sae)}, Unobserved(no_state), flops, bytes_, None)
     return out
 
 
 def _tensors(e: Eraser) -> list[Tensor]:
-    gate = [v for v in vars(e.gate).values() if isinstance(v, Tensor)]
-    return gate + [t for c in e.corrections for t in c.tensors.values()]
+    return [*e.gate.tensors().values(), *(t for c in e.corrections for t in c.tensors().values())]
 
 
 def main(s: Settings) -> None:

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path):
     for damage in (
         lambda t, h: t.pop("W_enc"),
         lambda t, h: t.pop("b_dec.exp_avg"),
-        lambda t, h: h.pop("scaling"),
+        lambda t, h: h.pop("scale"),
         lambda t, h: h.pop("settings"),
         lambda t, h: h.update(step=31),
         lambda t, h: h.update(step="16"),

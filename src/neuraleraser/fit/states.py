@@ -36,7 +36,7 @@ class Pooled:
     times: Tensor
 
 
-def _pools(sae: SAE) -> Callable[[Tensor], Tensor]:
+def feature_pools(sae: SAE) -> Callable[[Tensor], Tensor]:
     """x [B, P, d] -> every feature, pooled in each way [B, shares, n]."""
 
     def pools(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def pooled_features(
     init: Images | None = None,
 ) -> tuple[Pooled, Images]:
     """Draw the images and pool every feature of `sae` at each step."""
-    values, times, images = measured(pipe, site, _pools(sae), prompts, seeds, sampling, init)
+    values, times, images = measured(pipe, site, feature_pools(sae), prompts, seeds, sampling, init)
     return Pooled(values, times), images
 
 
@@ -116,7 +116,7 @@ def recorded(
 ) -> tuple[list[DenoiserCall], Pooled]:
     """Draw the images -> the conditional half of every denoiser call, all images in a row, and the pooled features
     at `site`."""
-    calls, values, times = replayed(pipe, prompts, seeds, sampling, site, _pools(sae), init)
+    calls, values, times = replayed(pipe, prompts, seeds, sampling, site, feature_pools(sae), init)
     return calls, Pooled(values, times)
 
 

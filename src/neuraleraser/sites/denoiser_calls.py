@@ -26,6 +26,12 @@ class DenoiserCall:
     prediction: Tensor
     layout: Rows | None = None
 
+    @property
+    def text_tokens(self) -> int | None:
+        """Tokens of the text that the denoiser was given, None without."""
+        text = self.conditioning.get("encoder_hidden_states")
+        return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
+
     def rows(self, index: Any) -> DenoiserCall:
         """Return the same call of some images: what has one row an image is indexed, all else kept."""
         b = self.state.shape[0]
