@@ -16,8 +16,8 @@ _LIMITS = """\
   width; on other weights of the same shape it runs, and nobody has measured what it does there.
 - It acts where its features fire. An image of the concept in which they do not fire keeps the concept, and an image
   without the concept in which they do fire is changed.
-- Its gate reads what the image takes out of the prompt, and its corrections change the prompt. A start image, an inverted
-  latent or an embedding that was learned through it brings the concept back.
+- Its gate reads what the image takes out of the prompt, and its corrections change the prompt. A start image, an
+  inverted latent or an embedding that was learned through it brings the concept back.
 - It was made from the prompts that its file lists. Other words, other languages and prompts searched for on purpose may
   get round it; none of that is measured unless a figure above says so.
 - It changes activations while images are drawn and leaves the weights as they are: who holds the weights can take it

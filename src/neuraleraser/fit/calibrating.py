@@ -12,7 +12,6 @@ from torch import Tensor
 from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, SettingsError
-from neuraleraser.fit.filled import filled_activations
 from neuraleraser.fit.gate import SHUT, bounds
 from neuraleraser.fit.states import measured, replayed, rows_of
 from neuraleraser.models import called, sampling_of
@@ -75,9 +74,6 @@ def calibrate(
     # For each of the gate's bins the pass at the nearest time.
     at = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
     shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, at], torch.cat(lacks)[:, at]
-    filled = filled_activations(pipe, gate.site, evidence, some, [plain[i] for i in at.tolist()], seeds, s)
-    if filled is not None:
-        shows, off = torch.cat([shows, filled[0]]), torch.cat([off, filled[1]])
     low, high = bounds(shows, off)
     separation = (shows > off.amax(0)).float().mean(0)
     opens = float((low < SHUT).float().mean())

@@ -16,11 +16,10 @@ from neuraleraser.eraser import Eraser, time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.fit.dictionary import Dictionary, load_dictionary
 from neuraleraser.fit.edits import Lesson, learnt
-from neuraleraser.fit.filled import filled_activations
 from neuraleraser.fit.gate import SHUT, Detector, bounds, build, choose
 from neuraleraser.fit.importing import shapes_of
 from neuraleraser.fit.shown import rows_without
-from neuraleraser.fit.states import SHARES, conditional, feature_pools, pool, recorded, replayed, rows_of
+from neuraleraser.fit.states import SHARES, conditional, pool, recorded, replayed, rows_of
 from neuraleraser.models import called, default_sampling, edits_for, speaks_canvas
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, made_for, record, replay
@@ -96,12 +95,6 @@ def fit(
         seed=s.seed,
         on_step=on_step,
     )
-    say("drawing filled prompts", 0.95)
-    filled = filled_activations(
-        pipe, known.site, feature_pools(known.sae), pairs, [plain[i] for i in at.tolist()], seeds, sampling
-    )
-    if filled is not None:
-        shows, lacks = torch.cat([shows, filled[0]]), torch.cat([lacks, filled[1]])
     low, high = bounds(_evidence(shows, detector), _evidence(lacks, detector))
     gate = build(known.sae, known.site, detector, known.times, low, high)
     gate = dataclasses.replace(gate, text_tokens=plain[0].text_tokens)
