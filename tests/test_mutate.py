@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,13 +16,15 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def mutate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutate", ROOT / "tools" / "mutate.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutate"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def mutate() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "tools"))
+    yield importlib.import_module("mutate")
+    sys.path.remove(str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def mutations(mutate: ModuleType) -> ModuleType:
+    return sys.modules["mutations"]
 
 
 def test_every_mutation_applies_and_is_another_program(mutate: ModuleType, tmp_path: Path) -> None:
@@ -54,16 +57,16 @@ def test_every_mutation_names_tests_that_exist(mutate: ModuleType) -> None:
             assert not function or function in found, f"{mutation.name}: {test}"
 
 
-def test_weights_are_changed_in_the_copy_alone(mutate: ModuleType, tmp_path: Path) -> None:
+def test_weights_are_changed_in_the_copy_alone(mutations: ModuleType, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    (tmp_path / mutate.WEIGHTS).mkdir(parents=True)
-    shipped = ROOT / mutate.WEIGHTS / "dictionary" / "sae.safetensors"
-    copied = tmp_path / mutate.WEIGHTS / "dictionary" / "sae.safetensors"
+    (tmp_path / mutations.WEIGHTS).mkdir(parents=True)
+    shipped = ROOT / mutations.WEIGHTS / "dictionary" / "sae.safetensors"
+    copied = tmp_path / mutations.WEIGHTS / "dictionary" / "sae.safetensors"
     copied.parent.mkdir()
     copied.symlink_to(shipped)
     before = shipped.read_bytes()
-    mutate.roll_labelled_rows(tmp_path)
+    mutations.roll_labelled_rows(tmp_path)
     assert shipped.read_bytes() == before and not copied.is_symlink()
     old, new = load_file(shipped)["W_enc"], load_file(copied)["W_enc"]
     assert new[1:45].equal(old[:44]) and new[0].equal(old[44]) and new[45:].equal(old[45:])

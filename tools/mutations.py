@@ -1,0 +1,555 @@
+"""The mutations that `mutate.py` makes: what is broken, and which tests must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = Path("src/neuraleraser/canvas/weights")
+PRODUCT = "tests/canvas/test_product.py"
+FIT = "tests/fit/test_fit_whole.py"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Replacement of `old`, which a file has exactly once, by `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One thing that is broken: texts that are replaced, or weights that are changed; the tests that must notice."""
+
+    name: str
+    what: str
+    change: tuple[Text, ...] | Callable[[Path], None]
+    tests: tuple[str, ...]
+
+
+def _rewrite(path: Path, change: Callable[[dict], dict]) -> None:  # tensors by name to tensors by name
+    """Change the tensors of a safetensors file, which keeps its metadata."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    real = path.resolve()
+    path.unlink()  # the copy has a link to the shipped file
+    assert real.exists()
+    save_file(change(tensors), path, metadata)
+
+
+def shuffle_denoiser(tree: Path) -> None:
+    """Shuffle the numbers of each of the denoiser's tensors."""
+    import torch
+
+    def shuffled(tensors: dict) -> dict:
+        g = torch.Generator().manual_seed(0)
+        return {
+            name: x.flatten()[torch.randperm(x.numel(), generator=g)].view_as(x).contiguous()
+            for name, x in tensors.items()
+        }
+
+    (path,) = (tree / WEIGHTS / "pipeline" / "unet").glob("*.safetensors")
+    _rewrite(path, shuffled)
+
+
+def roll_labelled_rows(tree: Path) -> None:
+    """Give each labelled feature the next one's rows."""
+    import json
+
+    from safetensors import safe_open
+
+    path = tree / WEIGHTS / "dictionary" / "sae.safetensors"
+    with safe_open(path, "pt") as file:
+        count = len(json.loads(file.metadata()["header"])["labels"])
+
+    def rolled(tensors: dict) -> dict:
+        for name in ("W_enc", "W_dec", "b_enc", "threshold"):
+            tensors[name][:count] = tensors[name][:count].roll(1, 0)
+        return tensors
+
+    _rewrite(path, rolled)
+
+
+def roll_judge_classes(tree: Path) -> None:
+    """Give each class of the second judge the next one's weights in its last layers."""
+
+    def rolled(tensors: dict) -> dict:
+        return {name: x.roll(1, 0).contiguous() if x.shape[:1] in ((25,), (20,)) else x for name, x in tensors.items()}
+
+    _rewrite(tree / WEIGHTS / "judge-second.safetensors", rolled)
+
+
+_FITTING = "src/neuraleraser/fit/fitting.py"
+_GATE = "src/neuraleraser/fit/gate.py"
+_RUNTIME = "src/neuraleraser/eraser/runtime.py"
+_BATCHED = "src/neuraleraser/eraser/batched.py"
+_LAYOUT = "src/neuraleraser/sites/layout.py"
+_SAMPLING = "src/neuraleraser/sampling.py"
+_METRICS = "src/neuraleraser/evaluation/metrics.py"
+_PROTOCOL = "src/neuraleraser/evaluation/protocol.py"
+_ROWS = "src/neuraleraser/sites/rows.py"
+_OWN = "    lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2\n"
+_DRAWN = "    return lessons + [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
+
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "targets",
+        "the edit is fitted to the concept's own predictions, so it learns nothing",
+        (
+            Text(_FITTING, _OWN, _OWN.replace("b.prediction", "a.prediction")),
+            Text(_FITTING, _DRAWN, _DRAWN.replace("_prediction(pipe, a, b)", "a.prediction")),
+        ),
+        (f"{FIT}::test_targets_are_the_matched_prompt_s_predictions", PRODUCT),
+    ),
+    Mutation(
+        "targets-drawn-with",
+        "at states drawn with the concept the target is its own prediction",
+        (Text(_FITTING, _DRAWN, _DRAWN.replace("_prediction(pipe, a, b)", "a.prediction")),),
+        (f"{FIT}::test_targets_are_the_matched_prompt_s_predictions",),
+    ),
+    Mutation(
+        "negatives",
+        "rows that show the concept count as background",
+        (
+            Text(
+                _FITTING,
+                "    lacks = known.pooled[rows_without(concept, known.prompts, known.labels)]\n",
+                "    lacks = known.pooled\n",
+            ),
+        ),
+        (f"{FIT}::test_rows_that_show_the_concept_are_no_background",),
+    ),
+    Mutation(
+        "seeds",
+        "the two pictures of a pair are drawn from different noise",
+        (
+            Text(
+                _FITTING,
+                "[p.shows for p in pairs], seeds, sampling",
+                "[p.shows for p in pairs], [seed + 500 for seed in seeds], sampling",
+            ),
+        ),
+        (f"{FIT}::test_a_pair_is_drawn_from_the_same_noise",),
+    ),
+    Mutation(
+        "crossed",
+        "the gate is fitted without the states drawn without the concept",
+        (
+            Text(
+                _FITTING,
+                "torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]",
+                "conditional(pooled_shown)[:, at]",
+            ),
+        ),
+        (f"{FIT}::test_the_gate_is_fitted_to_states_drawn_without_the_concept_too",),
+    ),
+    Mutation(
+        "own-matches",
+        "the concept's matched prompts are no background of its gate",
+        (Text(_FITTING, "    lacks = torch.cat([lacks, own])\n", ""),),
+        (f"{FIT}::test_the_gate_is_fitted_to_states_drawn_without_the_concept_too",),
+    ),
+    Mutation(
+        "reference",
+        "an eraser's header does not say what its dictionary was made with",
+        (Text(_FITTING, '        "reference": known.provenance.in_short(),\n', ""),),
+        (f"{FIT}::test_the_whole_fit",),
+    ),
+    Mutation(
+        "matches-said",
+        "an eraser's header leaves out the matched prompts it was made with",
+        (Text(_FITTING, "for prompt in (pair.shows, pair.without)]", "for prompt in (pair.shows,)]"),),
+        (f"{FIT}::test_the_whole_fit",),
+    ),
+    Mutation(
+        "any-dictionary",
+        "the canvas's dictionary is taken for any pipeline",
+        (Text(_FITTING, "    if not speaks_canvas(pipe):\n", "    if False:\n"),),
+        (f"{FIT}::test_no_dictionary_is_taken_for_another_pipeline_s",),
+    ),
+    Mutation(
+        "width",
+        "a dictionary of another width is not refused",
+        (Text(_FITTING, "    if width != known.sae.d:\n", "    if False:\n"),),
+        (f"{FIT}::test_no_dictionary_is_taken_for_another_pipeline_s",),
+    ),
+    Mutation(
+        "lower-bound",
+        "a gate's lower bound lies below half of the background",
+        (Text(_GATE, "lacks.quantile(0.995, 0, interpolation", "lacks.quantile(0.4, 0, interpolation"),),
+        ("tests/fit/test_fit_gate.py::test_bounds_part_what_is_apart",),
+    ),
+    Mutation(
+        "decoder-bias",
+        "a gate's features leave out the SAE's decoder bias",
+        (Text(_GATE, "bias=(sae.b_enc[f].float() - rows @ sae.b_dec.float()),", "bias=sae.b_enc[f].float().clone(),"),),
+        ("tests/fit/test_fit_gate.py::test_the_gate_weighs_the_sae_s_own_features",),
+    ),
+    Mutation(
+        "bins-reversed",
+        "a gate's bounds belong to the other end of sampling",
+        (Text(_GATE, "        low=low[order].clone(),\n", "        low=low.clone(),\n"),),
+        ("tests/fit/test_fit_gate.py::test_the_gate_weighs_the_sae_s_own_features",),
+    ),
+    Mutation(
+        "speaks-against",
+        "what a neighbour alone has does not speak against the concept",
+        (
+            Text(
+                _GATE,
+                "    weight = regress(on[..., features], off[..., features])\n",
+                "    weight = regress(on[..., features], off[..., features]).abs()\n",
+            ),
+        ),
+        ("tests/fit/test_fit_gate.py::test_what_only_neighbours_have_speaks_against",),
+    ),
+    Mutation(
+        "labels-ignored",
+        "labels of a dictionary's rows say nothing of what they show",
+        (Text("src/neuraleraser/fit/shown.py", "    if any(named):\n", "    if False:\n"),),
+        ("tests/fit/test_fit_shown.py",),
+    ),
+    Mutation(
+        "imported-labels",
+        "an imported dictionary drops what its prompts show",
+        (Text("src/neuraleraser/fit/importing.py", "zip(prompts, labels or [()]", "zip(prompts, [()]"),),
+        ("tests/fit/test_fit_importing.py::test_what_shows_the_concept_is_no_background_for_it",),
+    ),
+    Mutation(
+        "calibrated-as-the-canvas",
+        "an eraser is calibrated as the canvas is sampled, however it was fitted",
+        (
+            Text(
+                "src/neuraleraser/fit/calibrating.py",
+                "    usual = sampling_of(pipe, eraser.header)\n",
+                "    usual = Sampling()\n",
+            ),
+        ),
+        ("tests/fit/test_fit_sampling.py",),
+    ),
+    Mutation(
+        "object-site",
+        "an object of SDXL is looked for where style lies",
+        (
+            Text(
+                "src/neuraleraser/models.py",
+                'Site("unet.down_blocks.2.attentions.1", "update"), "object", "composition"',
+                'Site("unet.down_blocks.2.attentions.1", "update"), "", "composition"',
+            ),
+            Text(
+                "src/neuraleraser/models.py",
+                'Site("unet.up_blocks.0.attentions.1", "update"), "style", "colour',
+                'Site("unet.up_blocks.0.attentions.1", "update"), "any", "colour',
+            ),
+        ),
+        ("tests/test_models.py::test_each_kind_is_looked_for_where_it_was_found",),
+    ),
+    Mutation(
+        "one-threshold",
+        "the doctor compares every class with one threshold",
+        (
+            Text(
+                "src/neuraleraser/diagnosis.py",
+                "return p > judge.thresholds[name]\n",
+                "return p > next(iter(judge.thresholds.values()))\n",
+            ),
+        ),
+        ("tests/test_doctor.py::test_a_class_s_own_threshold_decides",),
+    ),
+    Mutation(
+        "sign",
+        "a correction is taken away instead of added",
+        (
+            Text(_LAYOUT, "    new = out - (0 - delta)\n", "    new = out - delta\n"),
+            Text(
+                _LAYOUT,
+                "torch.sub(out, torch.sub(delta.new_zeros(()), delta, out=delta), out=delta)",
+                "torch.sub(out, delta, out=delta)",
+            ),
+        ),
+        ("tests/test_eraser.py::test_strength_scales_the_edit",),
+    ),
+    Mutation(
+        "strength",
+        "an eraser acts in full, whatever its strength",
+        (Text(_RUNTIME, "        return own * opening\n", "        return opening\n"),),
+        ("tests/test_eraser.py::test_strength_scales_the_edit",),
+    ),
+    Mutation(
+        "refuse",
+        "an eraser that refuses lets the image through",
+        (
+            Text(
+                _RUNTIME,
+                "    def _raise_refused(self, call: ErasureCall) -> None:\n",
+                "    def _raise_refused(self, call: ErasureCall) -> None:\n        return\n",
+            ),
+        ),
+        ("tests/eraser/test_eraser_actions.py::test_refused_before_an_image_is_returned",),
+    ),
+    Mutation(
+        "opens-from-nothing",
+        "a gate opens from the least evidence on, below its lower bound",
+        (Text(_BATCHED, "torch.stack([g.low, g.high - g.low], 1)", "torch.stack([0 * g.low, g.high], 1)"),),
+        ("tests/eraser/test_eraser_stacked.py::test_gates_together",),
+    ),
+    Mutation(
+        "feature-threshold",
+        "features fire below their own thresholds",
+        (Text(_BATCHED, "z = pre * (pre > self.threshold.to(pre))", "z = pre * (pre > 0)"),),
+        ("tests/eraser/test_eraser_stacked.py::test_gates_together",),
+    ),
+    Mutation(
+        "time-bin",
+        "every timestep is looked up as the first",
+        (
+            Text(
+                "src/neuraleraser/eraser/gate.py",
+                "    return torch.bucketize(timestep.contiguous(), bin_edges(times).to(timestep.device))\n",
+                "    return torch.bucketize(timestep.contiguous(), bin_edges(times).to(timestep.device)) * 0\n",
+            ),
+        ),
+        ("tests/test_eraser.py::test_the_nearest_time",),
+    ),
+    Mutation(
+        "before-its-gate",
+        "an edit that ran before its gate is no error",
+        (
+            Text(
+                _RUNTIME,
+                "            if i not in forward.scales and i not in forward.closed:\n",
+                "            if False:\n",
+            ),
+        ),
+        ("tests/test_eraser.py::test_an_edit_before_its_gate",),
+    ),
+    Mutation(
+        "branches-swapped",
+        "the negative prompt's rows are taken for the prompt's",
+        (Text("src/neuraleraser/sites/rows.py", "            if not negative:\n", "            if negative:\n"),),
+        ("tests/fit/test_fit_edits.py::test_states_are_the_conditional_half_of_every_step",),
+    ),
+    Mutation(
+        "one-seed",
+        "all images of a batch start from the first one's noise",
+        (Text(_SAMPLING, "int(seeds[i])", "int(seeds[0])"),),
+        ("tests/test_sampling.py::test_order_neighbours_and_padding_do_not_matter",),
+    ),
+    Mutation(
+        "canvas-sampling",
+        "any pipeline is sampled as the canvas where nothing else is said",
+        (Text(_SAMPLING, "sampling or default_sampling(pipe)", "sampling or Sampling()"),),
+        ("tests/fit/test_fit_sampling.py",),
+    ),
+    Mutation(
+        "judge-thresholds",
+        "whatever a class's own threshold is, an image shows it above one half",
+        (Text(_METRICS, "[results.judge.thresholds[name] for name in names]", "[0.5 for _ in names]"),),
+        (
+            "tests/evaluation/test_metrics.py::test_thresholds_are_the_judge_s_by_class",
+            "tests/evaluation/test_evaluate.py::test_every_thing_a_judge_says_is_read_by_its_own_thresholds",
+        ),
+    ),
+    Mutation(
+        "artefact-limit",
+        "no distance is an artefact",
+        (Text(_METRICS, "proportion(results.artefact > limit,", 'proportion(results.artefact > float("inf"),'),),
+        ("tests/evaluation/test_metrics.py::test_artefact_rate_is_the_share_beyond_the_judge_s_threshold",),
+    ),
+    Mutation(
+        "first-judge",
+        "erasers are measured by the judge that may choose, not by the second",
+        (
+            Text(
+                "src/neuraleraser/evaluation/evaluate.py",
+                'return CanvasJudge.load("second")',
+                'return CanvasJudge.load("first")',
+            ),
+        ),
+        ("tests/evaluation/test_evaluate.py::test_the_default_judge_is_the_second_of_the_canvas",),
+    ),
+    Mutation(
+        "grey-start",
+        "image-to-image starts from grey instead of the render",
+        (
+            Text(
+                _PROTOCOL,
+                "np.stack([render(Content(c.objects, c.style), c.seed, size) for c in cells])",
+                "np.stack([0 * render(Content(c.objects, c.style), c.seed, size) + 127 for c in cells])",
+            ),
+        ),
+        ("tests/evaluation/test_evaluate.py::test_image_to_image_starts_from_the_render",),
+    ),
+    Mutation(
+        "certain",
+        "where all images agree the interval has no width",
+        (
+            Text(
+                "src/neuraleraser/evaluation/intervals.py",
+                "value, slack = count / of, unanimous_bound(n) * n / of",
+                "value, slack = count / of, 0.0",
+            ),
+        ),
+        ("tests/evaluation/test_intervals.py::test_all_or_none_has_the_exact_binomial_interval",),
+    ),
+    Mutation(
+        "filter-knows-all",
+        "the filter that knows the training phrasings knows the held-out ones, too",
+        (
+            Text(
+                "src/neuraleraser/methods/string_filter.py",
+                '("string-filter-seen", range(4)[words.SEEN])',
+                '("string-filter-seen", range(4))',
+            ),
+        ),
+        ("tests/methods/test_string_filter.py::test_what_it_must_reach_on_the_benchmark",),
+    ),
+    Mutation(
+        "dictionary-prompts",
+        "the prompts of a dictionary may test its erasers",
+        (
+            Text(
+                "src/neuraleraser/evaluation/split.py",
+                " or hashlib.sha256(cell.prompt.encode()).hexdigest()[:8] in made.prompt_digests",
+                "",
+            ),
+        ),
+        ("tests/evaluation/test_protocol.py",),
+    ),
+    Mutation(
+        "sealed",
+        "sealed concepts are measured whenever one asks",
+        (Text(_PROTOCOL, "    if closed:\n", "    if False:\n"),),
+        ("tests/evaluation/test_protocol.py::test_a_sealed_concept_has_no_cells_but_on_purpose",),
+    ),
+    Mutation(
+        "not-compared",
+        "images that are said to have the same bits are not compared",
+        (
+            Text(
+                "src/neuraleraser/evaluation/draw.py",
+                '[np.array_equal(x, run.image(BASE, "", c)) for c, x in',
+                "[True for c, x in",
+            ),
+        ),
+        ("tests/evaluation/test_evaluate.py::test_a_method_that_acts_where_it_says_that_it_does_not_is_found_out",),
+    ),
+    Mutation(
+        "negative-fires",
+        "a concept in the negative prompt is taken for one that is drawn",
+        (
+            Text(
+                _ROWS,
+                "tuple(not (is_negative and pushes_away) for is_negative in negative)",
+                "tuple(True for _ in negative)",
+            ),
+        ),
+        (
+            "tests/sites/test_rows.py",
+            "tests/eraser/test_boundary.py::test_a_concept_in_the_negative_prompt_is_not_asked_for",
+        ),
+    ),
+    Mutation(
+        "negative-never-counts",
+        "the negative prompt never counts, though without guidance it is the one that is drawn",
+        (Text(_ROWS, "said.guidance is not None and said.guidance > 1", "True"),),
+        ("tests/eraser/test_boundary.py::test_while_guidance_does_not_push_away_the_negative_prompt_counts",),
+    ),
+    Mutation(
+        "read-at-once",
+        "prompts longer than the text encoder reads are read at once",
+        (
+            Text(
+                _RUNTIME,
+                "context.text_tokens is not None and context.text_tokens > tokens",
+                "context.text_tokens is not None and context.text_tokens < 0",
+            ),
+        ),
+        ("tests/eraser/test_long_prompts.py::test_a_concept_in_any_chunk_is_seen",),
+    ),
+    Mutation(
+        "shared-call",
+        "threads share what is known of a call",
+        (
+            Text(
+                "src/neuraleraser/sites/threads.py",
+                "        self.local = threading.local()\n",
+                '        self.local = type("Local", (), {})()\n',
+            ),
+        ),
+        ("tests/eraser/test_boundary.py::test_threads_draw_as_if_alone",),
+    ),
+    Mutation(
+        "decoded-anyway",
+        "latents become pictures, whatever the call did",
+        (
+            Text(
+                "src/neuraleraser/sites/guard.py",
+                "            self.observer.on_decode(thread.state)\n",
+                "            pass\n",
+            ),
+        ),
+        ("tests/eraser/test_boundary.py::test_a_refused_picture_is_never_seen",),
+    ),
+    Mutation(
+        "replaced-module",
+        "a denoiser that was replaced is not noticed",
+        (
+            Text(
+                "src/neuraleraser/sites/guard.py",
+                "            if module is None or not _carries(unwrap(module), hooks):\n",
+                "            if False:\n",
+            ),
+        ),
+        ("tests/eraser/test_boundary.py::test_a_replaced_denoiser_is_noticed_by_whatever_runs_next",),
+    ),
+    Mutation(
+        "frames",
+        "each frame of a video is an image",
+        (
+            Text(
+                _ROWS,
+                "return [image for _ in self.counts for image in range(self.images) for _ in range(each)]",
+                "return [image for _ in self.counts for image in range(self.images * each)]",
+            ),
+        ),
+        ("tests/sites/test_rows.py", "tests/eraser/test_boundary.py::test_frames_of_a_video_are_one_image"),
+    ),
+    Mutation(
+        "first-strength",
+        "strengths by image are those of the first image",
+        (
+            Text(
+                _RUNTIME,
+                "            own = own[torch.tensor(rows.image_of(len(opening)), device=own.device)]\n",
+                "            own = own[torch.zeros(len(opening), dtype=torch.long, device=own.device)]\n",
+            ),
+        ),
+        ("tests/eraser/test_boundary.py::test_strengths_by_image_hold_in_a_twin",),
+    ),
+    Mutation(
+        "shuffled-denoiser",
+        "the shipped denoiser's weights are shuffled within each tensor",
+        shuffle_denoiser,
+        (f"{PRODUCT}::test_the_model_draws_what_is_asked",),
+    ),
+    Mutation(
+        "rolled-rows",
+        "each labelled feature of the shipped dictionary has the next one's rows",
+        roll_labelled_rows,
+        (f"{PRODUCT}::test_the_shipped_rows_are_what_the_model_and_the_sae_say",),
+    ),
+    Mutation(
+        "rolled-judge",
+        "the second judge takes each class for the next",
+        roll_judge_classes,
+        ("tests/judges/test_judges_canvas.py::test_it_names_what_fresh_renders_show",),
+    ),
+)
