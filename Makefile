@@ -20,9 +20,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Bits are compared only within one process, so the number of threads is left to torch.
+# Processes that run tests, a thread each: more threads than cores slow each other down. A module's tests stay together.
+WORKERS ?= 2
+PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15
+
 test: $(READY)
-	env -u OMP_NUM_THREADS $(BIN)/python -m pytest -q -m "not slow" --durations=15
+	$(PYTEST) -m "not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -30,7 +33,7 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check-full: check
-	env -u OMP_NUM_THREADS $(BIN)/python -m pytest -q --durations=15
+	$(PYTEST)
 
 demo: $(READY)
 	$(BIN)/neuraleraser demo

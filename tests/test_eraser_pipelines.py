@@ -158,6 +158,7 @@ def test_offloaded(sd: Any) -> None:
     assert torch.equal(tiny.run(sd, 0), want_base)
 
 
+@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute")
 def test_image_to_image(sd: Any) -> None:
     from neuraleraser.models import image_to_image
 

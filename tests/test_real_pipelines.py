@@ -31,7 +31,11 @@ from neuraleraser.sites import (
 )
 
 # diffusers' Euler schedulers convert tensors to numpy in a way that numpy deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+# Start images and control images are routes that no gate here sees.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute"),
+]
 
 
 @dataclass

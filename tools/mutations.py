@@ -535,6 +535,12 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/eraser/test_boundary.py::test_strengths_by_image_hold_in_a_twin",),
     ),
     Mutation(
+        "unseen-route",
+        "a start image that no gate sees is not said",
+        (Text(_RUNTIME, "        if not call.routes <= self.named_routes:\n", "        if False:\n"),),
+        ("tests/eraser/test_routes.py::test_each_route_is_named_once",),
+    ),
+    Mutation(
         "shuffled-denoiser",
         "the shipped denoiser's weights are shuffled within each tensor",
         shuffle_denoiser,

@@ -41,6 +41,7 @@ _HOME: dict[str, str] = {
     "Site": "sites",
     "SiteError": "errors",
     "SplitError": "errors",
+    "UnseenRoute": "errors",
     "StreamSettings": "settings",
     "StringFilter": "methods",
     "Trace": "eraser",

@@ -10,6 +10,8 @@
     ├── DataError       values that cannot be used: NaN, no rows, a wrong shape
     └── SettingsError   settings that are out of range or contradict each other
 
+and the warning UnseenRoute: a call uses a route that no gate of an eraser sees.
+
 Each message is one sentence: what was passed, what was expected, what to do next. Catch
 `NeuralEraserError` to catch them all; a bug in this package is never one of these.
 """
@@ -60,3 +62,11 @@ class DataError(NeuralEraserError):
 
 class SettingsError(NeuralEraserError):
     """A setting is out of its range, or two settings contradict each other."""
+
+
+class UnseenRoute(UserWarning):
+    """A concept may enter a call by a route that an eraser's gate does not see, such as a start image.
+
+    Given once for an attachment and route. `warnings.simplefilter("error", UnseenRoute)` makes it an error, raised
+    before anything is drawn.
+    """

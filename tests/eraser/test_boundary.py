@@ -121,6 +121,7 @@ WHO: dict[str, Callable[[Any], Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute")
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_refused_picture_is_never_seen(sd: Any, who: str, loaded: bool) -> None:

@@ -33,6 +33,7 @@ def between(pipe: Any, eraser: Eraser, n: int = 2, **call: Any) -> tuple[Eraser,
     return replace(eraser, gate=replace(eraser.gate, low=bound, high=bound + 1e-3)), int(most.argmax())
 
 
+@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute")
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux", "sdxl_inpaint"])
 def test_refused_before_an_image_is_returned(name: str) -> None:
     """Also where a pipeline returns latents early (SDXL's inpainting)."""

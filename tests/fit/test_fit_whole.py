@@ -76,6 +76,7 @@ def test_the_whole_fit(pipe: Any, known: Dictionary, tmp_path: Path) -> None:
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
     assert eraser.header["seeds"] == [0, 2] and set(eraser.header["prompts"]) == {"a x", "b x", "c x", "a", "b", "c"}
     assert eraser.header["reference"] == known.provenance.in_short()
+    assert eraser.header["routes"] == ["named", "paraphrased"]
     assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
     (made,) = eraser.corrections  # one, for all that the later blocks read
     assert (made.site, *made.also) == edits_for(pipe, AT)[0] and made.tensors()["down"].shape == (1, tiny.WIDTH, 2)

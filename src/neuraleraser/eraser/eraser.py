@@ -22,7 +22,7 @@ from neuraleraser.eraser.model_card import model_card
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.io import artifact
 from neuraleraser.io.names import printable
-from neuraleraser.sites import Site
+from neuraleraser.sites import PROMPT_ROUTES, Site
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Eraser:
     def name(self) -> str:
         """The concept's name."""
         return str(self.header["concept"])
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """Routes that its gate sees (`sites.ROUTES`); of a file that does not say, the prompt alone."""
+        return tuple(self.header.get("routes", PROMPT_ROUTES))
 
     @property
     def content_hash(self) -> str:

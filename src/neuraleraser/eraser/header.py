@@ -9,6 +9,7 @@ from typing import Any
 from neuraleraser.concepts import KINDS
 from neuraleraser.io.names import name_error, printable, prompt_error
 from neuraleraser.settings import MAX_SEED
+from neuraleraser.sites import ROUTES
 
 _MAX_PROMPTS = 100_000
 _MAX_WEIGHT = 1e38  # no float32 is larger, and sums of these stay finite in float64
@@ -67,6 +68,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "prompts": _are_prompts,
     "seeds": _are_seeds,
     "seconds": lambda value: _is_number(value) and value >= 0,
+    "routes": lambda value: isinstance(value, list) and set(map(str, value)) <= set(ROUTES),
     "open_share": lambda value: _is_number(value) and 0 <= value <= 1,
     "made_for": _is_model,
 }

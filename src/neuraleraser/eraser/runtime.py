@@ -6,6 +6,7 @@ tensor, and nothing that a compiled graph would look at changes with their value
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.plan import Plan, SitePlan, make_plan
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
 from neuraleraser.eraser.traces import Traces
-from neuraleraser.errors import NotApplied, Refused, SettingsError, SiteError
+from neuraleraser.errors import NotApplied, Refused, SettingsError, SiteError, UnseenRoute
 from neuraleraser.sites import Call, Change, EditContext, Rows, Site, match_rows
 
 _ONE = "set as many strengths as the call draws images, or one for all"
@@ -64,6 +65,7 @@ class ErasureRuntime:
         self.plan = self.plan_for(device)
         self.edits = {site: SiteEdit(self, site, plan) for site, plan in self.plan.sites.items()}
         self.set_strengths(strengths)
+        self.named_routes: set[str] = set()  # those that were warned of
 
     def plan_for(self, device: torch.device) -> Plan:
         """Return the plan with tensors on `device`, made once."""
@@ -92,8 +94,23 @@ class ErasureRuntime:
 
     def on_call_start(self, call: Call) -> ErasureCall:
         """Number the images of a new call in its trace."""
+        if not call.routes <= self.named_routes:
+            self._name_routes(call.routes)
         trace = self.traces.of(call.pipeline)
         return ErasureCall(call, trace, trace.start_call(call))
+
+    def _name_routes(self, routes: frozenset[str]) -> None:
+        """Warn once of each route that not all gates see."""
+        for route in sorted(routes - self.named_routes):
+            blind = [e.name for e in self.erasers if route not in e.routes]
+            if blind:
+                warnings.warn(
+                    f"this call uses a route that the gate of {', '.join(blind[:8])} does not see ({route}): what "
+                    "comes in by it stays in the picture. Look at the picture with a judge, or withhold it",
+                    UnseenRoute,
+                    stacklevel=2,
+                )
+        self.named_routes |= routes
 
     def on_forward_start(self, call: ErasureCall, rows: Rows) -> None:
         """SettingsError where strengths by image meet a call that draws another number of images."""

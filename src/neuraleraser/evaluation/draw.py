@@ -11,6 +11,7 @@ Each batch is one call of the pipeline in a context of its own, in which images 
 from __future__ import annotations
 
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from neuraleraser.errors import SettingsError
+from neuraleraser.errors import SettingsError, UnseenRoute
 from neuraleraser.evaluation.method import ActionTrace, Method
 from neuraleraser.evaluation.protocol import START_IMAGE, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
@@ -95,6 +96,8 @@ class _Artist:
 
     def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], init: Images | None) -> _Batch:
         with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UnseenRoute)  # measured here on purpose
             traces: list[ActionTrace | None] = [stack.enter_context(context(using)) for context in contexts]
             clock = time.monotonic()
             images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], self.sampling, init=init)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from neuraleraser.canvas import words
 from neuraleraser.errors import ConceptError, NeuralEraserError, SplitError
 from neuraleraser.settings import SEALED_SEEDS, TEST_SEEDS, EvaluateSettings
+from neuraleraser.sites.routes import NAMED, PARAPHRASED, START_IMAGE
 
 GRID = "grid"
 TARGET = "target"
@@ -32,8 +33,7 @@ and objects."""
 MAIN = (GRID, TARGET, TWO_OBJECTS)
 """The groups that the metrics of a concept are computed on; the others have figures of their own."""
 
-NAMED, PARAPHRASED, START_IMAGE = "named", "paraphrased", "start image"
-ROUTES = {HELD_OUT: PARAPHRASED, HELD_OUT_GRID: PARAPHRASED, IMAGE_TO_IMAGE: START_IMAGE, FRAGMENTS: FRAGMENTS}
+ROUTE_OF_GROUP = {HELD_OUT: PARAPHRASED, HELD_OUT_GRID: PARAPHRASED, IMAGE_TO_IMAGE: START_IMAGE, FRAGMENTS: FRAGMENTS}
 """Route by which the concept enters, of the groups in which it is not simply named."""
 
 _CELLS = len(words.STYLES) * len(words.OBJECTS)  # seeds in a round
@@ -62,7 +62,7 @@ class Cell:
     @property
     def route(self) -> str:
         """Route by which the concept enters."""
-        return ROUTES.get(self.group, NAMED)
+        return ROUTE_OF_GROUP.get(self.group, NAMED)
 
     def asks_for(self, concept: str) -> bool:
         """Tell whether the prompt asks for a style or an object."""

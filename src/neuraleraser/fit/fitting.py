@@ -22,7 +22,7 @@ from neuraleraser.fit.shown import rows_without
 from neuraleraser.fit.states import SHARES, conditional, pool, recorded, replayed, rows_of
 from neuraleraser.models import called, default_sampling, edits_for, speaks_canvas
 from neuraleraser.settings import FitSettings, Sampling
-from neuraleraser.sites import DenoiserCall, Site, made_for, record, replay
+from neuraleraser.sites import PROMPT_ROUTES, DenoiserCall, Site, made_for, record, replay
 
 Progress = Callable[[str, float], None]
 
@@ -102,6 +102,7 @@ def fit(
     header = {
         "concept": concept.name,
         "kind": concept.kind,
+        "routes": list(PROMPT_ROUTES),  # the gate reads a cross-attention: what the image takes out of the prompt
         "base": called(pipe),
         "time_scale": "0-1" if float(known.times.max()) <= 1 else "0-999",
         "prompts": _drawn(pairs, stays),

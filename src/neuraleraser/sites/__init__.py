@@ -24,12 +24,15 @@ from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record
 from neuraleraser.sites.fingerprint import differs, made_for
 from neuraleraser.sites.guard import Call, Observer
+from neuraleraser.sites.routes import PROMPT_ROUTES, ROUTES
 from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, drawing, match_rows
 from neuraleraser.sites.schedulers import noised, scheduler_steps
 from neuraleraser.sites.site import DENOISERS, Site, components, denoiser, denoisers, is_denoiser, unwrap
 
 __all__ = [
     "DENOISERS",
+    "PROMPT_ROUTES",
+    "ROUTES",
     "Batch",
     "Call",
     "Change",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,14 @@ _LATENTS = ("latents", "intermediate_images")  # one row an image, in every pipe
 
 @dataclass(frozen=True)
 class Caller:
-    """A pipeline that is running in this thread, and what its call says."""
+    """A pipeline that is running in this thread, and what its call says.
+
+    variables: the local variables of its call, by name.
+    """
 
     pipeline: DiffusionPipeline
     facts: CallFacts
+    variables: Mapping[str, Any]
 
 
 def find_caller() -> Caller | None:
@@ -42,7 +47,7 @@ def find_caller() -> Caller | None:
                 if frame.f_code.co_name == "__call__":
                     break
         frame = frame.f_back
-    return None if pipeline is None else Caller(pipeline, _facts(pipeline, variables))
+    return None if pipeline is None else Caller(pipeline, _facts(pipeline, variables), variables)
 
 
 def _facts(pipeline: DiffusionPipeline, variables: dict[str, Any]) -> CallFacts:

@@ -21,6 +21,7 @@ from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.caller import Caller, CallIdentity, find_caller
 from neuraleraser.sites.edit import F
 from neuraleraser.sites.hooks import ComponentHooks, Forward
+from neuraleraser.sites.routes import routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
 from neuraleraser.sites.site import components, is_text_encoder, unwrap
 from neuraleraser.sites.threads import PerThread, WeakReference
@@ -34,12 +35,14 @@ class Call:
     """One drawing: a call of a pipeline, or a loop over its modules.
 
     pipeline: the one that runs it; None where modules are called outside any. images: how many it draws, padding
-    included. batch: the batch of `generate` that it is, None where it is none.
+    included. batch: the batch of `generate` that it is, None where it is none. routes: those besides the prompt by
+    which a concept may enter it.
     """
 
     pipeline: Any
     images: int
     batch: Batch | None
+    routes: frozenset[str] = frozenset()
 
 
 class Observer(Protocol[F, C]):
@@ -154,7 +157,8 @@ class CallGuard(Generic[F, C]):
             if pipeline is not None and hooks.sites and is_text_encoder(name) and name not in encoders:
                 hooks.raise_missed([hook.name for hook in hooks.sites], "this call of the pipeline")
         identity = CallIdentity(pipeline, schedule)
-        thread.state = self.observer.on_call_start(Call(pipeline, rows.images, identity.batch))
+        routes = routes_of(pipeline, caller.variables) if caller else frozenset()
+        thread.state = self.observer.on_call_start(Call(pipeline, rows.images, identity.batch, routes))
         thread.identity = identity
 
     def _rows(self, thread: _ThreadCall, caller: Caller | None, size: int, text: Any) -> Rows:
