@@ -240,7 +240,10 @@ def test_strengths_by_image_hold_in_a_twin(sd: Any) -> None:
     with pytest.raises(SettingsError, match="strengths for 2 images, but this call draws 4"):
         images.append(prompts(twin(sd), *[LOUD] * 4))
     assert not images
-    prompts(twin(sd), LOUD, QUIET)
+    first, second = prompts(twin(sd), LOUD, QUIET)
+    set_erasers(sd, "Cats", 0.0)
+    plain_first, plain_second = prompts(twin(sd), LOUD, QUIET)
+    assert not torch.equal(first, plain_first) and torch.equal(second, plain_second)
 
 
 def test_an_eraser_acts_once_however_often_it_is_given(sd: Any) -> None:

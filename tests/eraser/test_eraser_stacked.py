@@ -26,11 +26,16 @@ T = torch.tensor([30.0, 420.0, 980.0])
 
 def gates() -> list[Any]:
     """Three kinds of pooling, two of time bins, and one gate that shares two features with another."""
-    many = [make_gate(SITE, 6, f=4, seed=9 * i, low=1.3, high=30.0, share=s) for i, s in enumerate((1.0, 0.3, 0.3))]
-    many.append(make_gate(SITE, 6, f=4, seed=50, low=1.3, high=30.0, times=(100.0, 500.0, 900.0)))
-    rows, bias = many[3].rows.clone(), many[3].bias.clone()
-    rows[1:3], bias[1:3] = many[0].rows[:2], many[0].bias[:2]
-    many[3] = replace(many[3], rows=rows, bias=bias, weight=torch.tensor([1.0, -0.5, 2.0, -1.0]))
+    bounds = {"low": 1.3, "high": 30.0}
+    many = [
+        make_gate(SITE, 6, f=4, seed=9 * i, share=s, threshold=0.3 * (i + 1), **bounds)
+        for i, s in enumerate((1.0, 0.3, 0.3))
+    ]
+    many.append(make_gate(SITE, 6, f=4, seed=50, times=(100.0, 500.0, 900.0), threshold=0.2, **bounds))
+    shared = {name: getattr(many[3], name).clone() for name in ("rows", "bias", "threshold")}
+    for name, own in shared.items():
+        own[1:3] = getattr(many[0], name)[:2]
+    many[3] = replace(many[3], weight=torch.tensor([1.0, -0.5, 2.0, -1.0]), **shared)
     return many
 
 
