@@ -414,6 +414,14 @@ def test_ctrl_c_says_how_to_go_on(
     assert message in capsys.readouterr().err
 
 
+def test_a_reader_that_has_gone_is_no_traceback():
+    command = [sys.executable, "-m", "neuraleraser.cli", "demo", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
 def test_a_bug_is_not_hidden_as_a_wrong_option(monkeypatch: pytest.MonkeyPatch):
     def bug(*args: Any) -> None:
         raise ValueError("a bug")

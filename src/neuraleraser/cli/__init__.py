@@ -18,8 +18,8 @@ __all__ = ["canvas", "erasing", "inside", "inspecting", "main", "operating", "sa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 from a doctor who found something, 2 for what was foreseen, 130 for
-    Ctrl-C."""
+    """Run one command; return the exit code: 0, 1 from a doctor who found something, 2 for what was foreseen, 130 for
+    Ctrl-C, 141 where nobody reads what is printed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it says at each start that torchvision is missing
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NeuralEraserError as error:
         _say(str(error))
         return 2
+    except BrokenPipeError:  # the reader of what is printed has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return 141  # what a shell says of it
     except Exception as error:
         if reason := _of_the_machine(error):
             _say(reason)
