@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.ready-docs
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup test check check-full demo clean
+.PHONY: setup test check check-full demo docs clean
 
 setup: $(READY)
 
@@ -38,7 +39,15 @@ check-full: check
 demo: $(READY)
 	$(BIN)/neuraleraser demo
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+# Into site/. A warning, such as a link to nowhere, is an error.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # What make itself made. Results (demo/, runs/) stay.
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from neuraleraser.activations import bank
 from neuraleraser.canvas import words
-from neuraleraser.concepts import canvas_concept
+from neuraleraser.canvas.canvas_judge import CanvasJudge
+from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.eraser import Correction, Eraser, attach
-from neuraleraser.fit import fit
-from neuraleraser.fit.dictionary import canvas_background
-from neuraleraser.judges import CanvasJudge
-from neuraleraser.models import open_pipeline
+from neuraleraser.families.canvas import canvas_concept
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting import fit
+from neuraleraser.fitting.reference import labelled_prompts
 from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
@@ -71,7 +72,10 @@ def stronger(eraser: Eraser, factor: float) -> Eraser:
 def main(s: Settings) -> None:
     pipe, judge, sampling = open_pipeline(s.pipeline), CanvasJudge.load("second"), Sampling(batch=40)
     cells = [(words.OBJECTS[(7 * i) % 20], words.STYLES[i % 25]) for i in range(s.images)]
-    prompts, seeds = [words.prompt([o], st, i % 2) for i, (o, st) in enumerate(cells)], range(600, 600 + s.images)
+    prompts, seeds = (
+        [words.VOCABULARY.prompt([o], st, i % 2) for i, (o, st) in enumerate(cells)],
+        range(600, 600 + s.images),
+    )
     rows = []
 
     def tell(name: str, images: Images, **more: float) -> None:
@@ -81,7 +85,7 @@ def main(s: Settings) -> None:
 
     tell("base", generate(pipe, prompts, seeds, sampling))
     sites = candidate_sites(pipe)
-    vectors = bank(pipe, [p for p, _ in canvas_background(60, 1)], range(700, 760), sites, 1600, sampling)
+    vectors = bank(pipe, [p for p, _ in labelled_prompts(VOCABULARY, 60, 1)], range(700, 760), sites, 1600, sampling)
     for steps in (20, 100, 400):
         saes: dict[Site, SAE] = {}
         for site, x in vectors.items():
@@ -91,7 +95,7 @@ def main(s: Settings) -> None:
             images = generate(pipe, prompts, seeds, sampling)
         tell("sign-flipped", images, explained_variance=sum(explained) / len(explained))
     eraser = stronger(fit(pipe, canvas_concept(s.concept)), 30)
-    prompts = [words.prompt([words.OBJECTS[i % 20]], s.concept, i % 2) for i in range(s.images)]
+    prompts = [words.VOCABULARY.prompt([words.OBJECTS[i % 20]], s.concept, i % 2) for i in range(s.images)]
     with attach(pipe, eraser):
         tell("edit x 30", generate(pipe, prompts, seeds, sampling))
     s.out.parent.mkdir(parents=True, exist_ok=True)

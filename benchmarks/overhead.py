@@ -38,9 +38,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from neuraleraser.eraser import Eraser, Gate, LowRank, Trace
 from neuraleraser.eraser.runtime import ErasureRuntime
 from neuraleraser.eraser.traces import OneTrace
-from neuraleraser.fit.dictionary import CANVAS_GATE
-from neuraleraser.models import edits_for, open_pipeline
-from neuraleraser.sites import EditContext, HookedEdits, Site, candidate_sites, cross_attention_sites, denoiser, edit
+from neuraleraser.families.canvas import GATE
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.sites import (
+    EditContext,
+    HookedEdits,
+    Site,
+    candidate_sites,
+    cross_attention_sites,
+    denoiser,
+    edit,
+    edits_for,
+)
 from neuraleraser.sites.edit import Edit, FunctionEdit
 from neuraleraser.sites.edits import no_state
 from neuraleraser.sites.guard import Observer, Unobserved
@@ -111,7 +120,7 @@ def build(size: str, batch: int, s: Settings) -> Bench:
     state, text, t = random(rows, unet.config.in_channels, side, side), random(rows, words, width), torch.tensor(500)
     pipe = _pipe(unet=unet)
     at = {"sd15": "up_blocks.1.attentions.1", "sdxl": "up_blocks.0.attentions.1"}.get(size)
-    gate = CANVAS_GATE if size == "canvas" else Site(f"unet.{at}") if at else cross_attention_sites(pipe)[0]
+    gate = GATE if size == "canvas" else Site(f"unet.{at}") if at else cross_attention_sites(pipe)[0]
     run = lambda: unet(state, t, text, return_dict=False, **more)  # noqa: E731
     return Bench(pipe, run, gate, edits_for(pipe, gate), features=1 if size == "canvas" else 64)
 

@@ -164,7 +164,7 @@ def overcomplete(job: Job, best: bool) -> Codes:
     torch.manual_seed(0)
     sae = lib.TopKSAE(job.d, nb_concepts=job.n, top_k=job.k, device=job.device)
 
-    def criterion(x: Tensor, x_hat: Tensor, pre: Tensor, z: Tensor, dictionary: Tensor) -> Tensor:
+    def criterion(x: Tensor, x_hat: Tensor, pre: Tensor, z: Tensor, reference: Tensor) -> Tensor:
         return (x - x_hat).square().mean()
 
     optimiser = torch.optim.Adam(sae.parameters(), lr=5e-4)

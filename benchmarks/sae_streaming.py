@@ -18,8 +18,11 @@ import tyro
 from machine import facts
 
 from neuraleraser.activations import activation_stream, bank, substitution
-from neuraleraser.fit.dictionary import CANVAS_GATE, canvas_background
-from neuraleraser.models import default_sampling, open_pipeline
+from neuraleraser.canvas.words import VOCABULARY
+from neuraleraser.families.canvas import GATE
+from neuraleraser.families.defaults import default_sampling
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting.reference import labelled_prompts
 from neuraleraser.sae import Run, StepLog, TrainSettings, measure, train_together
 from neuraleraser.settings import Sampling, StreamSettings
 from neuraleraser.sites import Site
@@ -32,7 +35,7 @@ HELD = 1024
 class Settings:
     """An SAE from scratch, streaming."""
 
-    site: str = str(CANVAS_GATE)
+    site: str = str(GATE)
     """Where."""
     n: tuple[int, ...] = (512,)
     """Features; several widths are trained from one pass."""
@@ -52,7 +55,7 @@ class Settings:
 
 def main(s: Settings) -> None:
     pipe = open_pipeline("canvas")
-    prompts = [p for p, _ in canvas_background(4000, 1)]
+    prompts = [p for p, _ in labelled_prompts(VOCABULARY, 4000, 1)]
     site = Site.parse(s.site)
     sampling = s.stream.sampling or default_sampling(pipe)
     pool = activation_stream(pipe, prompts, [site], s.stream)
@@ -73,11 +76,11 @@ def main(s: Settings) -> None:
     saes = train_together(pool, runs, on_step)
     seconds, images = time.monotonic() - started, drawn
     count = -(-s.vectors // HELD)
-    held = [p for p, _ in canvas_background(count, 2)]
+    held = [p for p, _ in labelled_prompts(VOCABULARY, count, 2)]
     x = bank(pipe, held, range(300_000, 300_000 + count), [site], HELD, sampling)[site][: s.vectors]
     found = []
     for sae in saes.values():
-        texts = [p for p, _ in canvas_background(s.images, 3)]
+        texts = [p for p, _ in labelled_prompts(VOCABULARY, s.images, 3)]
         lost = substitution(pipe, sae, site, texts, range(200_000, 200_000 + s.images))
         figures = measure(sae, x)
         found.append(

@@ -30,9 +30,10 @@ from torch.nn.functional import linear, normalize
 
 from neuraleraser.activations import CONDITIONAL, Seen, collect
 from neuraleraser.canvas import words
-from neuraleraser.concepts import canvas_concept
-from neuraleraser.fit.dictionary import CANVAS_GATE, canvas_background
-from neuraleraser.models import open_pipeline
+from neuraleraser.canvas.words import VOCABULARY
+from neuraleraser.families.canvas import GATE, canvas_concept
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting.reference import labelled_prompts
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 
@@ -46,7 +47,7 @@ LAST = 8
 class Settings:
     """Ablate what an SAE knows of time."""
 
-    site: str = str(CANVAS_GATE)
+    site: str = str(GATE)
     """Where."""
     n: int = 512
     """Features."""
@@ -214,7 +215,7 @@ def told(features: Features, shows: Tensor, lacks: Tensor) -> float:
 def main(s: Settings) -> None:
     pipe, site = open_pipeline("canvas"), Site.parse(s.site)
     held = max(s.images // 5, 1)
-    prompts = [p for p, _ in canvas_background(s.images + held, 1)]
+    prompts = [p for p, _ in labelled_prompts(VOCABULARY, s.images + held, 1)]
     cond, times, uncond = drawn(pipe, site, prompts, range(300, 300 + len(prompts)), s.sampling)
     x, step = flat(cond[: s.images], uncond[: s.images])
     x_held, step_held = flat(cond[s.images :], uncond[s.images :])

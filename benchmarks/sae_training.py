@@ -96,23 +96,25 @@ def planted(d: int, vectors: int) -> Tensor:
 
 
 def canvas(vectors: int, path: Path | None) -> Tensor:
-    """[vectors, 128] activations of the canvas at the site of its dictionary, drawn or read from `path`."""
+    """[vectors, 128] activations of the canvas at the site of its reference, drawn or read from `path`."""
     if path and path.exists():
         kept = load_file(path)["x"]
         if len(kept) < vectors:
             raise SystemExit(f"{path} holds {len(kept)} vectors, {vectors} are wanted: delete it, or ask for fewer")
         return kept[:vectors]
     from neuraleraser.activations import bank
-    from neuraleraser.fit.dictionary import CANVAS_GATE, canvas_background
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.canvas.words import VOCABULARY
+    from neuraleraser.families.canvas import GATE
+    from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.fitting.reference import labelled_prompts
     from neuraleraser.settings import Sampling
 
     per_image = 1600
-    prompts = [p for p, _ in canvas_background(-(-vectors // per_image), 1)]
+    prompts = [p for p, _ in labelled_prompts(VOCABULARY, -(-vectors // per_image), 1)]
     sampling = Sampling(batch=min(40, len(prompts)))
     seeds = range(300, 300 + len(prompts))
-    x = bank(open_pipeline("canvas"), prompts, seeds, [CANVAS_GATE], per_image, sampling)
-    x = x[CANVAS_GATE][:vectors].contiguous()
+    x = bank(open_pipeline("canvas"), prompts, seeds, [GATE], per_image, sampling)
+    x = x[GATE][:vectors].contiguous()
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"x": x}, path)

@@ -21,13 +21,14 @@ from machine import facts
 from reading import read
 
 from neuraleraser import attach
-from neuraleraser.concepts import canvas_concept
+from neuraleraser.canvas.canvas_judge import CanvasJudge
+from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.evaluation import metrics
-from neuraleraser.evaluation.protocol import target_cells
+from neuraleraser.evaluation.protocol import VocabularyCells
 from neuraleraser.evaluation.results import concat
-from neuraleraser.fit import fit
-from neuraleraser.judges import CanvasJudge
-from neuraleraser.models import open_pipeline
+from neuraleraser.families.canvas import canvas_concept
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting import fit
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings, Sampling
 
@@ -56,7 +57,7 @@ def main(s: Settings) -> None:
         target_rounds=3, two_object_rounds=0, held_out_rounds=0, image_to_image_rounds=0, fragment_prompts=0
     )
     for name, eraser in erasers.items():
-        cells, whole = target_cells(name, only_target), 0.0
+        cells, whole = VocabularyCells.of(VOCABULARY, only_target).target(name), 0.0
         prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
         for kind, steps in SETTINGS:
             pipe.scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(own_scheduler.config)

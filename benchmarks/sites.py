@@ -22,19 +22,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from ceilings import transplant
 
 from neuraleraser.activations import Seen, bank, collect
 from neuraleraser.canvas import words
-from neuraleraser.concepts import Pair, canvas_concept
-from neuraleraser.fit.ceilings import transplant
-from neuraleraser.fit.dictionary import canvas_background
-from neuraleraser.fit.gate import choose
-from neuraleraser.fit.states import SHARES, pool
-from neuraleraser.judges import CanvasJudge
-from neuraleraser.models import open_pipeline
+from neuraleraser.canvas.canvas_judge import CanvasJudge
+from neuraleraser.canvas.words import VOCABULARY
+from neuraleraser.concepts import Pair
+from neuraleraser.families.canvas import canvas_concept
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting.detector import choose
+from neuraleraser.fitting.reference import labelled_prompts
+from neuraleraser.fitting.trajectories import SHARES, pool
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site, candidate_sites, cross_attention_sites
+from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def main(s: Settings) -> None:
     sampling = Sampling(batch=40)
     kinds = [candidate_sites(pipe), cross_attention_sites(pipe)]
     sites = [site for kind in kinds for site in kind]
-    background = canvas_background(120, 1)
+    background = labelled_prompts(VOCABULARY, 120, 1)
     prompts = [p for p, _ in background]
     vectors = bank(pipe, prompts[:80], range(600, 680), sites, 1600, sampling)
     saes = {x: train(pool_batches(v, 4096), TrainSettings(n=s.n, k=12, steps=500)) for x, v in vectors.items()}
@@ -108,7 +111,7 @@ def main(s: Settings) -> None:
     for name in concepts:
         pairs = canvas_concept(name).pairs
         own += [pairs[i].shows for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
-        pairs = canvas_concept(name, words.HELD_OUT).pairs
+        pairs = canvas_concept(name, HELD_OUT_PHRASINGS).pairs
         held += [pairs[i].shows for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
     on, on_held = pooled(pipe, saes, own, 0, sampling), pooled(pipe, saes, held, 100, sampling)
     rows = []

@@ -12,61 +12,58 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.canvas import words
-from neuraleraser.concepts import (
-    MAX_FILE,
-    Concept,
-    Pair,
-    Profile,
-    canvas_concept,
-    file_concept,
-    neighbour_score,
-    phrase_concept,
-    profile,
-    resolve,
-    share_score,
-    with_neighbours,
-)
+from neuraleraser.concepts import MAX_FILE, Concept, Pair, file_concept, phrase_concept, with_neighbours
 from neuraleraser.errors import ConceptError
-from neuraleraser.evaluation.protocol import target_cells
+from neuraleraser.evaluation.protocol import VocabularyCells
+from neuraleraser.families.canvas import canvas_concept
+from neuraleraser.sae.scores import Profile, neighbour_score, profile, share_score
 from neuraleraser.settings import EvaluateSettings
+from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
+from neuraleraser.vocabulary import SEEN
 
 NAMES = [n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_phrasing_finds_its_concept(name: str) -> None:
-    for phrase in (name, name.replace("_", " "), name.lower(), f"the {name}", *words.phrases_of(name)):
-        assert resolve(phrase) == name, phrase
-        assert resolve(f"  {phrase.upper()} ") == name, phrase
+    for phrase in (name, name.replace("_", " "), name.lower(), f"the {name}", *words.VOCABULARY.phrases_of(name)):
+        assert words.VOCABULARY.resolve(phrase) == name, phrase
+        assert words.VOCABULARY.resolve(f"  {phrase.upper()} ") == name, phrase
 
 
 def test_what_is_meant_by_common_words() -> None:
-    assert resolve("Van Gogh style") == "Van_Gogh" and resolve("cat") == "Cats" and resolve("the sea") == "Sea"
-    assert resolve("Fire") == "On_Fire" and resolve("a flame") == "Flame"
+    assert (
+        words.VOCABULARY.resolve("Van Gogh style") == "Van_Gogh"
+        and words.VOCABULARY.resolve("cat") == "Cats"
+        and words.VOCABULARY.resolve("the sea") == "Sea"
+    )
+    assert words.VOCABULARY.resolve("Fire") == "On_Fire" and words.VOCABULARY.resolve("a flame") == "Flame"
     for phrase in ("", " ", "a", "the", "style", "Picasso", "a carburettor", "concatenate"):
-        assert resolve(phrase) is None, phrase
+        assert words.VOCABULARY.resolve(phrase) is None, phrase
 
 
 @given(st.text(max_size=30))
 def test_any_phrase_is_a_name_or_none(phrase: str) -> None:
-    assert resolve(phrase) in {None, words.PLAIN, *NAMES}
+    assert words.VOCABULARY.resolve(phrase) in {None, words.PLAIN, *NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_match_lacks_the_concept_and_nothing_else(name: str) -> None:
     concept = canvas_concept(name)
-    mine = [p for p in words.phrases_of(name)[words.SEEN]]
+    mine = [p for p in words.VOCABULARY.phrases_of(name)[SEEN]]
     assert concept.name == name and concept.kind == ("style" if name in words.STYLES else "object")
     for pair in concept.pairs:
         assert any(p in pair.shows for p in mine) and not any(p in pair.without.split(" and ") for p in mine)
         if concept.kind == "style":
             assert pair.without in pair.shows
         else:
-            style = next((p for s in words.STYLES for p in words.phrases_of(s) if pair.shows.endswith(p)), "")
+            style = next(
+                (p for s in words.STYLES for p in words.VOCABULARY.phrases_of(s) if pair.shows.endswith(p)), ""
+            )
             assert pair.without.endswith(style)
-    held_out = words.phrases_of(name)[words.HELD_OUT]
+    held_out = words.VOCABULARY.phrases_of(name)[HELD_OUT_PHRASINGS]
     assert not [p for p in concept.pairs if any(h in p.shows for h in held_out)]
-    assert {p.shows for p in canvas_concept(name, words.HELD_OUT).pairs}.isdisjoint(p.shows for p in concept.pairs)
+    assert {p.shows for p in canvas_concept(name, HELD_OUT_PHRASINGS).pairs}.isdisjoint(p.shows for p in concept.pairs)
 
 
 @pytest.mark.parametrize("name", ["Picasso", words.PLAIN, ""])
@@ -98,10 +95,13 @@ def test_the_kind_of_a_phrase(phrase: str, kind: str) -> None:
 def test_what_stands_beside_an_object_stays(name: str) -> None:
     beside, held_out = (
         canvas_concept(name).beside,
-        [p for o in words.OBJECTS for p in words.phrases_of(o)[words.HELD_OUT]],
+        [p for o in words.OBJECTS for p in words.VOCABULARY.phrases_of(o)[HELD_OUT_PHRASINGS]],
     )
-    tests = {c.prompt for c in target_cells(name, EvaluateSettings(two_object_rounds=25), sealed=True)}
-    mine, seen = words.OBJECT_PHRASES[name][words.SEEN], set[tuple[str, str]]()
+    tests = {
+        c.prompt
+        for c in VocabularyCells.of(words.VOCABULARY, EvaluateSettings(two_object_rounds=25), sealed=True).target(name)
+    }
+    mine, seen = words.OBJECT_PHRASES[name][SEEN], set[tuple[str, str]]()
     for pair in beside:
         (what,) = [p for p in mine if f"{p} and " in pair.shows or f" and {p}" in pair.shows]
         assert pair.shows.replace(f"{what} and ", "").replace(f" and {what}", "") == pair.without

@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erasers import open_eraser
+from helpers.erasers import open_eraser
 from neuraleraser import demo as module
+from neuraleraser import families
 from neuraleraser.assessment import with_measurement
 from neuraleraser.concepts import Concept
-from neuraleraser.demo import concept_of, demo
+from neuraleraser.demo import demo
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError
 from neuraleraser.evaluation.figures import Pair
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Report
+from neuraleraser.families.canvas import CANVAS
+from neuraleraser.families.naming import concept_of
 from neuraleraser.settings import DemoSettings
 
 
@@ -49,8 +52,8 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Report({"style_accuracy": one}, {"name": "a judge"}, entries)
 
     monkeypatch.setattr(module, "open_pipeline", lambda *args: object())
-    monkeypatch.setattr(module, "speaks_canvas", lambda pipe: True)
-    monkeypatch.setattr(module, "load_dictionary", lambda *args: None)
+    monkeypatch.setattr(families, "FAMILIES", (replace(CANVAS, matches=lambda pipe: True),))
+    monkeypatch.setattr(module, "shipped_reference", lambda *args: None)
     monkeypatch.setattr(module, "fit", fit)
     monkeypatch.setattr(module, "evaluate_erasers", evaluate)
     return names

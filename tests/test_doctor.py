@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
-from handmade import SHUT, make_eraser
+from helpers import pipelines
+from helpers.erasers import SHUT, make_eraser
 from neuraleraser import doctor
 from neuraleraser.cli import main
 from neuraleraser.concepts import Concept, Pair
@@ -28,7 +28,7 @@ CATS = Concept("Cats", "object", (Pair("a b", "c"), Pair("d e", "f")))
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny.stable_diffusion()
+    return pipelines.stable_diffusion()
 
 
 class Judge:
@@ -112,7 +112,7 @@ def test_hooks_that_do_not_run(pipe: Any) -> None:
     twin = copy.deepcopy(pipe)
     twin.unet = torch.compile(twin.unet, backend="eager")
     try:
-        tiny.run(twin, 0, prompt="a", guidance=2.5)  # compiled before anything is attached
+        pipelines.run(twin, 0, prompt="a", guidance=2.5)  # compiled before anything is attached
         d = look(twin, make_eraser())
     finally:
         torch._dynamo.reset()

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import neuraleraser
 
 
-def test_the_public_names_are_sorted_and_single():
-    assert neuraleraser.__all__ == sorted(set(neuraleraser.__all__))
+def test_a_public_name_stands_in_all_three_places():
+    """Where it is loaded from, for `import *`, and for type checkers."""
+    assert len(set(neuraleraser.__all__)) == len(neuraleraser.__all__)
+    assert set(neuraleraser.__all__) == set(neuraleraser._HOME)
+    tree = ast.parse(Path(neuraleraser.__file__).read_text(encoding="utf-8"))
+    imported = {
+        alias.name: str(node.module).removeprefix("neuraleraser.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("neuraleraser.")
+        for alias in node.names
+    }
+    assert imported == neuraleraser._HOME
 
 
 @pytest.mark.parametrize("name", neuraleraser.__all__)

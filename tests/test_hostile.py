@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 
-import tiny
-from handmade import make_eraser
-from hostile import MUTATIONS
+from helpers import pipelines
+from helpers.erasers import make_eraser
+from helpers.hostile import MUTATIONS
 from neuraleraser.concepts import Concept, file_concept
 from neuraleraser.eraser import KINDS, Eraser, attach, model_card
 from neuraleraser.errors import DataError, NeuralEraserError
-from neuraleraser.fit.dictionary import Dictionary
-from neuraleraser.fit.provenance import Provenance
+from neuraleraser.fitting.provenance import Provenance
+from neuraleraser.fitting.reference import Reference
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.names import file_name
 from neuraleraser.sae import SAE, formats
@@ -102,7 +102,7 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / "a" / "b" / "work"
         self.folder.mkdir(parents=True)
-        self.pipe = tiny.stable_diffusion()
+        self.pipe = pipelines.stable_diffusion()
         self.sampling = Sampling(steps=1, batch=1)
         self.whole: dict[str, dict[str, bytes]] = {}
         for kind in CASES:
@@ -135,7 +135,7 @@ class Bench:
         labels = [frozenset(names) for names in (["Cats"], ["Cats", "Trees"], [], ["Dogs"])]
         prompts = ["a cat", "a cat and a tree", "a scene", "a dog"]
         made_with = Provenance(((0, 3),), tuple(prompts), (0, 1), ("Cats", "Dogs", "Trees"))
-        Dictionary(sae(), Site("unet.mid_block"), pooled, times, prompts, labels, made_with).save(folder)
+        Reference(sae(), Site("unet.mid_block"), pooled, times, prompts, labels, made_with).save(folder)
 
     def make_concept(self, folder: Path) -> None:
         text = '{"name": "Cats", "kind": "object", "pairs": [["a cat", "a scene"], ["the cat", "the scene"]], '
@@ -177,13 +177,13 @@ class Bench:
         assert again.header == found.header and torch.equal(again.W_enc, found.W_enc)
 
     def check_reference(self, path: Path, r: random.Random) -> None:
-        found = Dictionary.load(path.parent)
+        found = Reference.load(path.parent)
         rows, times, _, n = found.pooled.shape
         assert n == found.sae.n and len(found.times) == times and len(found.prompts) == len(found.labels) == rows
         assert bool(torch.isfinite(found.pooled).all()) and bool((found.pooled >= 0).all())
         assert all(name.isprintable() for name in (*found.prompts, *frozenset().union(*found.labels)))
         found.save(path.parent / "again")
-        again = Dictionary.load(path.parent / "again")
+        again = Reference.load(path.parent / "again")
         assert torch.allclose(
             again.pooled.float(), found.pooled.float(), rtol=0.02, atol=0.01 * float(found.pooled.max())
         )
@@ -264,7 +264,7 @@ def test_thousands_of_hostile_files(kind: str, bench: Bench, monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", CASES)
 def test_whole_files_are_taken(kind: str, bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("test_hostile.MUTATIONS", dict.fromkeys(MUTATIONS, lambda r, data: data))
+    monkeypatch.setitem(globals(), "MUTATIONS", dict.fromkeys(MUTATIONS, lambda r, data: data))
     assert hostile(kind, range(10), bench, monkeypatch) == 1
 
 
@@ -282,7 +282,7 @@ def test_a_fault_is_seen(fault: str, bench: Bench, tmp_path: Path, monkeypatch: 
             raise DataError("one\ntwo")
 
     monkeypatch.setattr(bench, "check_sae", faulty)
-    monkeypatch.setattr("test_hostile.SECONDS", 1)
+    monkeypatch.setitem(globals(), "SECONDS", 1)
     with pytest.raises(AssertionError):
         hostile("sae", range(1), bench, monkeypatch)
 

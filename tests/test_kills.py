@@ -39,9 +39,10 @@ def inside(path: Path) -> Any:
     ],
 )
 def test_killed_at_random_moments(job: str, kills: int, tmp_path: Path):
-    script = Path(__file__).with_name("killed.py")
-    argv = [sys.executable, str(script), job, str(tmp_path), str(kills), "5"]
-    done = subprocess.run(argv, capture_output=True, text=True)
+    argv = [sys.executable, "-m", "helpers.killed", job, str(tmp_path), str(kills), "5"]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     whole, killed = (
         {str(p.relative_to(tmp_path / name)): inside(p) for p in (tmp_path / name).rglob("*") if p.is_file()}

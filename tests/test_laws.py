@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
-from handmade import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate, random
+from helpers import pipelines
+from helpers.canvas_cells import notes_on, target_cells
+from helpers.erasers import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate, random
 from neuraleraser.canvas import words
-from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import KINDS, Eraser, attach
 from neuraleraser.errors import FileError, NotApplied, SplitError
-from neuraleraser.evaluation.protocol import target_cells
-from neuraleraser.evaluation.split import check_split
-from neuraleraser.fit.edits import scale
+from neuraleraser.families.canvas import canvas_concept
+from neuraleraser.fitting.correction_training import scale
 from neuraleraser.methods import EraserMethod
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings, Sampling
 from neuraleraser.sites import Site, denoiser
+from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 
 family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -42,20 +42,20 @@ def hooks(pipe: Any) -> list[str]:
 
 @family
 def test_law_1_identity(family: str) -> None:
-    pipe = tiny.BUILDERS[family]()
-    base = tiny.run(pipe, 0, n=2)
+    pipe = pipelines.BUILDERS[family]()
+    base = pipelines.run(pipe, 0, n=2)
     acting = make_eraser(family)
     with attach(pipe, acting):
-        assert not torch.equal(tiny.run(pipe, 0, n=2), base)
-    assert not hooks(pipe) and torch.equal(tiny.run(pipe, 0, n=2), base)
+        assert not torch.equal(pipelines.run(pipe, 0, n=2), base)
+    assert not hooks(pipe) and torch.equal(pipelines.run(pipe, 0, n=2), base)
     with pytest.raises(ZeroDivisionError), attach(pipe, acting):
-        tiny.run(pipe, 0)
+        pipelines.run(pipe, 0)
         raise ZeroDivisionError
-    assert not hooks(pipe) and torch.equal(tiny.run(pipe, 0, n=2), base)
+    assert not hooks(pipe) and torch.equal(pipelines.run(pipe, 0, n=2), base)
     silent = [make_eraser(family, kind, seed=i + 1, name=kind, **SHUT) for i, kind in enumerate(sorted(KINDS))]
     no_feature = make_eraser(family, threshold=1e6, name="no feature")
     with attach(pipe, [*silent, no_feature, acting], [1.0, 1.0, 2.0, 0.0]) as trace:
-        assert torch.equal(tiny.run(pipe, 0, n=2), base)
+        assert torch.equal(pipelines.run(pipe, 0, n=2), base)
     assert {name for names in trace.fired.values() for name in names} == {"Cats"}  # at strength 0 it is still seen
 
 
@@ -75,11 +75,11 @@ def test_law_2_the_edit() -> None:
 @pytest.mark.parametrize("steps", [2, 5])
 def test_law_3_time_is_data(family: str, steps: int) -> None:
     """The gate is open in one of two halves of time alone, whatever the number of steps."""
-    pipe = tiny.BUILDERS[family]()
+    pipe = pipelines.BUILDERS[family]()
     e = make_eraser(family, times=(0.0, 400.0))
     early = dataclasses.replace(e.gate, low=torch.tensor([1e6, 0.0]), high=torch.tensor([2e6, 1e-3]))
     with attach(pipe, Eraser(early, e.corrections, e.header)) as trace:
-        tiny.run(pipe, 0, steps=steps)
+        pipelines.run(pipe, 0, steps=steps)
     times = [float(t) * (1e-3 if family == "flux" else 1.0) for t in pipe.scheduler.timesteps]
     late = [t for t in times if t > float(e.gate.times.mean())]
     assert trace.fired == {0: {"Cats": pytest.approx(late)}} and (steps == 2 or len(late) < len(times))
@@ -89,10 +89,10 @@ def test_law_3_time_is_data(family: str, steps: int) -> None:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_law_4_features_stand_alone(kind: str) -> None:
-    pipe = tiny.stable_diffusion()
+    pipe = pipelines.stable_diffusion()
     e = make_eraser(kind=kind, low=0.0, high=20.0)
     with attach(pipe, e):
-        one, other = (tiny.run(pipe, 0, n=3, generator=seeded(0, *more)) for more in ((1, 2), (8, 9)))
+        one, other = (pipelines.run(pipe, 0, n=3, generator=seeded(0, *more)) for more in ((1, 2), (8, 9)))
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
 
 
@@ -102,34 +102,34 @@ def seeded(*seeds: int) -> list[torch.Generator]:
 
 @family
 def test_law_5_differentiable(family: str) -> None:
-    pipe = tiny.BUILDERS[family]()
-    given = tiny.embeds(pipe)
+    pipe = pipelines.BUILDERS[family]()
+    given = pipelines.embeds(pipe)
     given["prompt_embeds"].requires_grad_()
     e = make_eraser(family, low=0.0, high=50.0)  # half open: the gradient has to pass the gate as well
     with attach(pipe, e):
-        tiny.run(pipe, 0, grad=True, **given).square().sum().backward()
+        pipelines.run(pipe, 0, grad=True, **given).square().sum().backward()
     slope = given["prompt_embeds"].grad.clone()
     given["prompt_embeds"].grad.zero_()
-    tiny.run(pipe, 0, grad=True, **given).square().sum().backward()
+    pipelines.run(pipe, 0, grad=True, **given).square().sum().backward()
     assert slope.abs().sum() > 0 and not torch.equal(slope, given["prompt_embeds"].grad)
 
 
 @family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_law_6_any_shape(family: str, dtype: torch.dtype) -> None:
-    pipe = tiny.BUILDERS[family]().to(dtype)
+    pipe = pipelines.BUILDERS[family]().to(dtype)
     settings: dict[str, Any] = {"height": 16, "width": 8, "guidance": 1.0}
-    base = tiny.run(pipe, 0, **settings)
+    base = pipelines.run(pipe, 0, **settings)
     with attach(pipe, make_eraser(family, **SHUT)):
-        assert torch.equal(tiny.run(pipe, 0, **settings), base)
+        assert torch.equal(pipelines.run(pipe, 0, **settings), base)
     for kind in sorted(KINDS):
         with attach(pipe, make_eraser(family, kind, share=0.1)):
-            out = tiny.run(pipe, 0, **settings)
+            out = pipelines.run(pipe, 0, **settings)
         assert out.dtype == dtype and bool(torch.isfinite(out).all()) and not torch.equal(out, base)
 
 
 def test_law_7_seeds_per_image() -> None:
-    pipe = tiny.stable_diffusion()
+    pipe = pipelines.stable_diffusion()
     s = Sampling(steps=2, batch=3)
     prompts, seeds = ["a", "b c", "d", "e f g"], [5, 6, 7, 8]
     with attach(pipe, make_eraser(low=0.0, high=20.0)):
@@ -169,51 +169,51 @@ def test_law_9_files_from_strangers_are_data(tmp_path: Path) -> None:
 
 @family
 def test_law_10_fail_closed(family: str) -> None:
-    pipe = tiny.BUILDERS[family]()
+    pipe = pipelines.BUILDERS[family]()
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     images: list[Tensor] = []
     with pytest.raises(NotApplied, match="did not run"), attach(pipe, make_eraser(family)):
-        setattr(pipe, name, getattr(tiny.BUILDERS[family](), name))
-        images.append(tiny.run(pipe, 0))
-    broken = tiny.BUILDERS[family]()
+        setattr(pipe, name, getattr(pipelines.BUILDERS[family](), name))
+        images.append(pipelines.run(pipe, 0))
+    broken = pipelines.BUILDERS[family]()
     next(iter(denoiser(broken).parameters())).data.fill_(float("nan"))
     with pytest.raises(NotApplied, match="NaN"), attach(broken, make_eraser(family)):
-        images.append(tiny.run(broken, 0))
+        images.append(pipelines.run(broken, 0))
     assert not images
 
 
 @family
 def test_law_11_erasers_commute(family: str) -> None:
-    pipe = tiny.BUILDERS[family]()
+    pipe = pipelines.BUILDERS[family]()
     given = [make_eraser(family, kind, seed=40 * i, name=str(i)) for i, kind in enumerate(sorted(KINDS))]
     with attach(pipe, given):
-        one = tiny.run(pipe, 0)
+        one = pipelines.run(pipe, 0)
     with attach(pipe, given[::-1]):
-        assert torch.equal(tiny.run(pipe, 0), one)
+        assert torch.equal(pipelines.run(pipe, 0), one)
     at, on, d = SITES[family]
     same = make_correction(on, d, "scaling")
     a, b = (Eraser(make_gate(at, d, seed=s), (same,), {"concept": str(s)}) for s in (1, 2))
     with attach(pipe, a):
-        once = tiny.run(pipe, 0)
+        once = pipelines.run(pipe, 0)
     with attach(pipe, [a, b], [1.0, 0.5]):  # b shares a's features and changes them less
-        torch.testing.assert_close(tiny.run(pipe, 0), once)
+        torch.testing.assert_close(pipelines.run(pipe, 0), once)
 
 
 def test_law_12_split() -> None:
     for name in ("Van_Gogh", "Cats"):
-        reserved = words.phrases_of(name)[words.HELD_OUT]
+        reserved = words.VOCABULARY.phrases_of(name)[HELD_OUT_PHRASINGS]
         pairs = canvas_concept(name).pairs
         assert not [p for p in pairs if any(phrase in p.shows for phrase in reserved)]
         cells = target_cells(name, EvaluateSettings())
         fair = make_eraser(name=name)
-        check_split(EraserMethod(fair), cells)
+        notes_on(EraserMethod(fair), cells)
         leaks = ({"seeds": [0, cells[0].seed]}, {"prompts": [f"a picture of {reserved[0]}"]}, {"phrasings": [2]})
         for leak in leaks:
-            of_dictionary = {**leak, "seeds": [leak["seeds"]]} if "seeds" in leak else leak
-            for header in (leak, {"reference": of_dictionary}, {"seeds": None}):
+            of_reference = {**leak, "seeds": [leak["seeds"]]} if "seeds" in leak else leak
+            for header in (leak, {"reference": of_reference}, {"seeds": None}):
                 leaky = Eraser(fair.gate, fair.corrections, {**fair.header, **header})
                 with pytest.raises(SplitError):
-                    check_split(EraserMethod(leaky), cells)
+                    notes_on(EraserMethod(leaky), cells)
     for sealed in (*words.SEALED_STYLES, *words.SEALED_OBJECTS):
         with pytest.raises(SplitError):
             target_cells(sealed, EvaluateSettings())

@@ -61,8 +61,8 @@ def test_weights_are_changed_in_the_copy_alone(mutations: ModuleType, tmp_path: 
     from safetensors.torch import load_file
 
     (tmp_path / mutations.WEIGHTS).mkdir(parents=True)
-    shipped = ROOT / mutations.WEIGHTS / "dictionary" / "sae.safetensors"
-    copied = tmp_path / mutations.WEIGHTS / "dictionary" / "sae.safetensors"
+    shipped = ROOT / mutations.WEIGHTS / "reference" / "sae.safetensors"
+    copied = tmp_path / mutations.WEIGHTS / "reference" / "sae.safetensors"
     copied.parent.mkdir()
     copied.symlink_to(shipped)
     before = shipped.read_bytes()

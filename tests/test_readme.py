@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from erasers import open_eraser
+from helpers.erasers import open_eraser
 from neuraleraser import cli
 from neuraleraser.eraser import Eraser
-from neuraleraser.fit import load_dictionary
+from neuraleraser.families.canvas import REFERENCE
+from neuraleraser.fitting import load_reference
 from neuraleraser.sites import Site
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -64,6 +65,6 @@ def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_eraser(name: str = "Van_Gogh", seed: int = 0) -> Eraser:
     """For the canvas: always open, with a random correction."""
-    known = load_dictionary()
+    known = load_reference(REFERENCE)
     read = Site("unet.up_blocks.2.attentions.1", "input", "text")
     return open_eraser(name, seed=seed, gate=(known.site, known.sae.d), edit=(read, 128))

@@ -12,12 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
-import tiny_text
-from handmade import SHUT, make_correction, make_gate
+from helpers import pipelines, text_encoders
+from helpers.erasers import SHUT, make_correction, make_gate
 from neuraleraser.eraser import KINDS, Eraser, attach
 from neuraleraser.errors import NotApplied, SiteError
-from neuraleraser.models import edits_for
 from neuraleraser.sites import (
     EditContext,
     Site,
@@ -25,6 +23,7 @@ from neuraleraser.sites import (
     cross_attention_sites,
     denoiser,
     edit,
+    edits_for,
     record,
     text_encoder_sites,
     text_streams,
@@ -49,7 +48,7 @@ class Case:
 
     def run(self, seed: int = 3, n: int = 2, pipe: Any = None, **settings: Any) -> Tensor:
         usual = {"steps": 1, "guidance": 0.0} if self.name == "sdxl_turbo" else {}
-        return tiny.run(pipe or self.pipe, seed, n=n, **(usual | settings))
+        return pipelines.run(pipe or self.pipe, seed, n=n, **(usual | settings))
 
     @property
     def scale(self) -> float:
@@ -91,13 +90,13 @@ def first_step(case: Case, sites: list[Site]) -> dict[Site, Tensor]:
 
 @functools.cache
 def built(name: str) -> Case:
-    case = Case(name, tiny.EVERY[name](), torch.empty(0), {})
+    case = Case(name, pipelines.EVERY[name](), torch.empty(0), {})
     case.base = case.run()
     case.seen = first_step(case, useful(case.pipe))
     return case
 
 
-@pytest.fixture(params=list(tiny.EVERY))
+@pytest.fixture(params=list(pipelines.EVERY))
 def case(request: pytest.FixtureRequest) -> Case:
     return built(request.param)
 
@@ -261,31 +260,31 @@ def test_a_controlnet_has_sites_and_times() -> None:
 UNUSED = {"stable_diffusion_xl": "text_encoder.encoder.layers.2"}
 
 
-@pytest.mark.parametrize("name", list(tiny_text.READING))
+@pytest.mark.parametrize("name", list(text_encoders.READING))
 def test_text_encoders_are_sites(name: str) -> None:
     """An edit there acts, and acts alike, whether or not the pipeline was called before it was attached."""
-    call = tiny_text.READING[name][1]
-    pipe, fresh = tiny_text.build(name), tiny_text.build(name)
-    base = tiny.run(pipe, 0, **call)
+    call = text_encoders.READING[name][1]
+    pipe, fresh = text_encoders.build(name), text_encoders.build(name)
+    base = pipelines.run(pipe, 0, **call)
     before = hooks(pipe)
     sites = text_encoder_sites(pipe)
     seen: dict[Site, EditContext[Any]] = {}
     with record(pipe, sites, lambda site, x, call: seen.update({site: call})):
-        assert torch.equal(tiny.run(pipe, 0, **call), base)
+        assert torch.equal(pipelines.run(pipe, 0, **call), base)
     assert list(seen) == sites and not any(call.timestep.any() for call in seen.values())
     with edit(pipe, dict.fromkeys(sites, zero)):
-        assert torch.equal(tiny.run(pipe, 0, **call), base)
+        assert torch.equal(pipelines.run(pipe, 0, **call), base)
     for site in sites:
         images = []
         for each in (fresh, pipe):
             with edit(each, {site: lambda x, call: torch.linspace(-2, 2, x.shape[2]).expand_as(x)}):
-                images.append(tiny.run(each, 0, **call))
+                images.append(pipelines.run(each, 0, **call))
         assert torch.equal(*images), site
         assert torch.equal(images[0], base) == (site.path == UNUSED.get(name)), site
-        fresh = tiny_text.build(name)
-    assert hooks(pipe) == before and torch.equal(tiny.run(pipe, 0, **call), base)
+        fresh = text_encoders.build(name)
+    assert hooks(pipe) == before and torch.equal(pipelines.run(pipe, 0, **call), base)
     with pytest.raises(NotApplied, match="prompt_embeds"), edit(pipe, {sites[0]: zero}):
-        tiny.run(pipe, 0)
+        pipelines.run(pipe, 0)
 
 
 # What is listed.
@@ -311,7 +310,7 @@ def test_useful_sites(name: str, blocks: int, texts: int, attentions: int) -> No
 
 
 def test_sites_of_blocks_that_were_compiled_one_by_one() -> None:
-    pipe = tiny.stable_diffusion()
+    pipe = pipelines.stable_diffusion()
     plain = useful(pipe), text_encoder_sites(pipe)
     for part in pipe.unet.down_blocks:
         part.attentions[0] = torch.compile(part.attentions[0], backend="eager")
@@ -328,7 +327,7 @@ def test_cross_attentions_are_listed_as_they_run() -> None:
 
 
 def test_without_a_denoiser_there_are_no_sites() -> None:
-    pipe = tiny.stable_diffusion()
+    pipe = pipelines.stable_diffusion()
     pipe.unet = None
     with pytest.raises(SiteError, match="neither a unet nor a transformer"):
         cross_attention_sites(pipe)

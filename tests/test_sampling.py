@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
-import tiny
+from helpers import pipelines
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.models import image_to_image
+from neuraleraser.families.opening import image_to_image
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 
@@ -24,7 +24,7 @@ PROMPTS, SEEDS = ["a", "b c", "d", "e", "f g h"], [3, 1, 4, 1, 5]
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny.stable_diffusion()
+    return pipelines.stable_diffusion()
 
 
 @pytest.fixture(params=["deterministic", "ancestral", "image to image"])
@@ -149,7 +149,7 @@ def test_settings_that_do_not_fit(pipe: Any, given: dict[str, Any], word: str) -
 
 
 def test_an_image_of_nan_is_no_image() -> None:
-    pipe = tiny.stable_diffusion()
+    pipe = pipelines.stable_diffusion()
     pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(DataError, match=r"NaN or infinity in an image of \['a'\]"):
         generate(pipe, ["a"], [0], Sampling(steps=1, batch=2))

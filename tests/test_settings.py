@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from neuraleraser.canvas.settings import TrainCanvas
+from helpers.pipelines import stable_diffusion
+from neuraleraser.canvas.recipe import TrainCanvas
 from neuraleraser.errors import SettingsError
 from neuraleraser.sae import TrainSettings
 from neuraleraser.sampling import generate
 from neuraleraser.settings import DemoSettings, FitSettings, InspectSettings, Sampling, StreamSettings
-from tiny import stable_diffusion
 
 SETTINGS = [
     Sampling(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 WEIGHTS = Path("src/neuraleraser/canvas/weights")
 PRODUCT = "tests/canvas/test_product.py"
-FIT = "tests/fit/test_fit_whole.py"
+FIT = "tests/fitting/test_fit.py"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def roll_labelled_rows(tree: Path) -> None:
 
     from safetensors import safe_open
 
-    path = tree / WEIGHTS / "dictionary" / "sae.safetensors"
+    path = tree / WEIGHTS / "reference" / "sae.safetensors"
     with safe_open(path, "pt") as file:
         count = len(json.loads(file.metadata()["header"])["labels"])
 
@@ -86,8 +86,8 @@ def roll_judge_classes(tree: Path) -> None:
     _rewrite(tree / WEIGHTS / "judge-second.safetensors", rolled)
 
 
-_FITTING = "src/neuraleraser/fit/fitting.py"
-_GATE = "src/neuraleraser/fit/gate.py"
+_FITTING = "src/neuraleraser/fitting/fit.py"
+_GATE = "src/neuraleraser/fitting/detector.py"
 _RUNTIME = "src/neuraleraser/eraser/runtime.py"
 _BATCHED = "src/neuraleraser/eraser/batched.py"
 _LAYOUT = "src/neuraleraser/sites/layout.py"
@@ -158,7 +158,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "reference",
-        "an eraser's header does not say what its dictionary was made with",
+        "an eraser's header does not say what its reference was made with",
         (Text(_FITTING, '        "reference": known.provenance.in_short(),\n', ""),),
         (f"{FIT}::test_the_whole_fit",),
     ),
@@ -169,34 +169,45 @@ MUTATIONS: tuple[Mutation, ...] = (
         (f"{FIT}::test_the_whole_fit",),
     ),
     Mutation(
-        "any-dictionary",
-        "the canvas's dictionary is taken for any pipeline",
-        (Text(_FITTING, "    if not speaks_canvas(pipe):\n", "    if False:\n"),),
-        (f"{FIT}::test_no_dictionary_is_taken_for_another_pipeline_s",),
+        "any-reference",
+        "the canvas's reference is taken for any pipeline",
+        (
+            Text(
+                "src/neuraleraser/fitting/reference.py",
+                "    folder = family_of(pipe).reference\n",
+                "    folder = family_of(pipe).reference or FAMILIES[0].reference\n",
+            ),
+            Text(
+                "src/neuraleraser/fitting/reference.py",
+                "from neuraleraser.families import family_of\n",
+                "from neuraleraser.families import FAMILIES, family_of\n",
+            ),
+        ),
+        (f"{FIT}::test_no_reference_is_taken_for_another_pipeline_s",),
     ),
     Mutation(
         "width",
-        "a dictionary of another width is not refused",
+        "a reference of another width is not refused",
         (Text(_FITTING, "    if width != known.sae.d:\n", "    if False:\n"),),
-        (f"{FIT}::test_no_dictionary_is_taken_for_another_pipeline_s",),
+        (f"{FIT}::test_no_reference_is_taken_for_another_pipeline_s",),
     ),
     Mutation(
         "lower-bound",
         "a gate's lower bound lies below half of the background",
         (Text(_GATE, "lacks.quantile(0.995, 0, interpolation", "lacks.quantile(0.4, 0, interpolation"),),
-        ("tests/fit/test_fit_gate.py::test_bounds_part_what_is_apart",),
+        ("tests/fitting/test_detector.py::test_bounds_part_what_is_apart",),
     ),
     Mutation(
         "decoder-bias",
         "a gate's features leave out the SAE's decoder bias",
         (Text(_GATE, "bias=(sae.b_enc[f].float() - rows @ sae.b_dec.float()),", "bias=sae.b_enc[f].float().clone(),"),),
-        ("tests/fit/test_fit_gate.py::test_the_gate_weighs_the_sae_s_own_features",),
+        ("tests/fitting/test_detector.py::test_the_gate_weighs_the_sae_s_own_features",),
     ),
     Mutation(
         "bins-reversed",
         "a gate's bounds belong to the other end of sampling",
         (Text(_GATE, "        low=low[order].clone(),\n", "        low=low.clone(),\n"),),
-        ("tests/fit/test_fit_gate.py::test_the_gate_weighs_the_sae_s_own_features",),
+        ("tests/fitting/test_detector.py::test_the_gate_weighs_the_sae_s_own_features",),
     ),
     Mutation(
         "speaks-against",
@@ -208,48 +219,48 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "    weight = regress(on[..., features], off[..., features]).abs()\n",
             ),
         ),
-        ("tests/fit/test_fit_gate.py::test_what_only_neighbours_have_speaks_against",),
+        ("tests/fitting/test_detector.py::test_what_only_neighbours_have_speaks_against",),
     ),
     Mutation(
         "labels-ignored",
-        "labels of a dictionary's rows say nothing of what they show",
-        (Text("src/neuraleraser/fit/shown.py", "    if any(named):\n", "    if False:\n"),),
-        ("tests/fit/test_fit_shown.py",),
+        "labels of a reference's rows say nothing of what they show",
+        (Text("src/neuraleraser/fitting/background.py", "    if any(named):\n", "    if False:\n"),),
+        ("tests/fitting/test_background.py",),
     ),
     Mutation(
         "imported-labels",
-        "an imported dictionary drops what its prompts show",
-        (Text("src/neuraleraser/fit/importing.py", "zip(prompts, labels or [()]", "zip(prompts, [()]"),),
-        ("tests/fit/test_fit_importing.py::test_what_shows_the_concept_is_no_background_for_it",),
+        "an imported reference drops what its prompts show",
+        (Text("src/neuraleraser/fitting/import_reference.py", "zip(prompts, labels or [()]", "zip(prompts, [()]"),),
+        ("tests/fitting/test_import_reference.py::test_what_shows_the_concept_is_no_background_for_it",),
     ),
     Mutation(
         "calibrated-as-the-canvas",
         "an eraser is calibrated as the canvas is sampled, however it was fitted",
         (
             Text(
-                "src/neuraleraser/fit/calibrating.py",
+                "src/neuraleraser/fitting/calibrate.py",
                 "    usual = sampling_of(pipe, eraser.header)\n",
                 "    usual = Sampling()\n",
             ),
         ),
-        ("tests/fit/test_fit_sampling.py",),
+        ("tests/test_default_sampling.py",),
     ),
     Mutation(
         "object-site",
         "an object of SDXL is looked for where style lies",
         (
             Text(
-                "src/neuraleraser/models.py",
+                "src/neuraleraser/families/sdxl.py",
                 'Site("unet.down_blocks.2.attentions.1", "update"), "object", "composition"',
                 'Site("unet.down_blocks.2.attentions.1", "update"), "", "composition"',
             ),
             Text(
-                "src/neuraleraser/models.py",
+                "src/neuraleraser/families/sdxl.py",
                 'Site("unet.up_blocks.0.attentions.1", "update"), "style", "colour',
                 'Site("unet.up_blocks.0.attentions.1", "update"), "any", "colour',
             ),
         ),
-        ("tests/test_models.py::test_each_kind_is_looked_for_where_it_was_found",),
+        ("tests/families/test_families.py::test_each_kind_is_looked_for_where_it_was_found",),
     ),
     Mutation(
         "one-threshold",
@@ -274,13 +285,13 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "torch.sub(out, delta, out=delta)",
             ),
         ),
-        ("tests/test_eraser.py::test_strength_scales_the_edit",),
+        ("tests/eraser/test_attach.py::test_strength_scales_the_edit",),
     ),
     Mutation(
         "strength",
         "an eraser acts in full, whatever its strength",
         (Text(_RUNTIME, "        return own * opening\n", "        return opening\n"),),
-        ("tests/test_eraser.py::test_strength_scales_the_edit",),
+        ("tests/eraser/test_attach.py::test_strength_scales_the_edit",),
     ),
     Mutation(
         "refuse",
@@ -292,19 +303,19 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "    def _raise_refused(self, call: ErasureCall) -> None:\n        return\n",
             ),
         ),
-        ("tests/eraser/test_eraser_actions.py::test_refused_before_an_image_is_returned",),
+        ("tests/eraser/test_actions.py::test_refused_before_an_image_is_returned",),
     ),
     Mutation(
         "opens-from-nothing",
         "a gate opens from the least evidence on, below its lower bound",
         (Text(_BATCHED, "torch.stack([g.low, g.high - g.low], 1)", "torch.stack([0 * g.low, g.high], 1)"),),
-        ("tests/eraser/test_eraser_stacked.py::test_gates_together",),
+        ("tests/eraser/test_batched.py::test_gates_together",),
     ),
     Mutation(
         "feature-threshold",
         "features fire below their own thresholds",
         (Text(_BATCHED, "z = pre * (pre > self.threshold.to(pre))", "z = pre * (pre > 0)"),),
-        ("tests/eraser/test_eraser_stacked.py::test_gates_together",),
+        ("tests/eraser/test_batched.py::test_gates_together",),
     ),
     Mutation(
         "time-bin",
@@ -316,7 +327,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "    return torch.bucketize(timestep.contiguous(), bin_edges(times).to(timestep.device)) * 0\n",
             ),
         ),
-        ("tests/test_eraser.py::test_the_nearest_time",),
+        ("tests/eraser/test_arithmetic.py::test_the_nearest_time",),
     ),
     Mutation(
         "before-its-gate",
@@ -328,13 +339,13 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "            if False:\n",
             ),
         ),
-        ("tests/test_eraser.py::test_an_edit_before_its_gate",),
+        ("tests/eraser/test_attach.py::test_an_edit_before_its_gate",),
     ),
     Mutation(
         "branches-swapped",
         "the negative prompt's rows are taken for the prompt's",
         (Text("src/neuraleraser/sites/rows.py", "            if not negative:\n", "            if negative:\n"),),
-        ("tests/fit/test_fit_edits.py::test_states_are_the_conditional_half_of_every_step",),
+        ("tests/fitting/test_trajectories.py::test_states_are_the_conditional_half_of_every_step",),
     ),
     Mutation(
         "one-seed",
@@ -346,7 +357,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "canvas-sampling",
         "any pipeline is sampled as the canvas where nothing else is said",
         (Text(_SAMPLING, "sampling or default_sampling(pipe)", "sampling or Sampling()"),),
-        ("tests/fit/test_fit_sampling.py",),
+        ("tests/test_default_sampling.py",),
     ),
     Mutation(
         "judge-thresholds",
@@ -368,7 +379,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "erasers are measured by the judge that may choose, not by the second",
         (
             Text(
-                "src/neuraleraser/evaluation/evaluate.py",
+                "src/neuraleraser/families/canvas.py",
                 'return CanvasJudge.load("second")',
                 'return CanvasJudge.load("first")',
             ),
@@ -381,8 +392,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _PROTOCOL,
-                "np.stack([render(Content(c.objects, c.style), c.seed, size) for c in cells])",
-                "np.stack([0 * render(Content(c.objects, c.style), c.seed, size) + 127 for c in cells])",
+                "np.stack([render(c.objects, c.style, c.seed, size) for c in cells])",
+                "np.stack([0 * render(c.objects, c.style, c.seed, size) + 127 for c in cells])",
             ),
         ),
         ("tests/evaluation/test_evaluate.py::test_image_to_image_starts_from_the_render",),
@@ -405,15 +416,15 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/methods/string_filter.py",
-                '("string-filter-seen", range(4)[words.SEEN])',
-                '("string-filter-seen", range(4))',
+                '("string-filter-seen", PHRASINGS[SEEN])',
+                '("string-filter-seen", PHRASINGS)',
             ),
         ),
         ("tests/methods/test_string_filter.py::test_what_it_must_reach_on_the_benchmark",),
     ),
     Mutation(
-        "dictionary-prompts",
-        "the prompts of a dictionary may test its erasers",
+        "reference-prompts",
+        "the prompts of a reference may test its erasers",
         (
             Text(
                 "src/neuraleraser/evaluation/split.py",
@@ -453,14 +464,16 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "tests/sites/test_rows.py",
-            "tests/eraser/test_boundary.py::test_a_concept_in_the_negative_prompt_is_not_asked_for",
+            "tests/eraser/test_branches_and_frames.py::test_a_concept_in_the_negative_prompt_is_not_asked_for",
         ),
     ),
     Mutation(
         "negative-never-counts",
         "the negative prompt never counts, though without guidance it is the one that is drawn",
         (Text(_ROWS, "said.guidance is not None and said.guidance > 1", "True"),),
-        ("tests/eraser/test_boundary.py::test_while_guidance_does_not_push_away_the_negative_prompt_counts",),
+        (
+            "tests/eraser/test_branches_and_frames.py::test_while_guidance_does_not_push_away_the_negative_prompt_counts",
+        ),
     ),
     Mutation(
         "read-at-once",
@@ -484,7 +497,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 '        self.local = type("Local", (), {})()\n',
             ),
         ),
-        ("tests/eraser/test_boundary.py::test_threads_draw_as_if_alone",),
+        ("tests/eraser/test_shared_denoiser.py::test_threads_draw_as_if_alone",),
     ),
     Mutation(
         "decoded-anyway",
@@ -520,7 +533,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "return [image for _ in self.counts for image in range(self.images * each)]",
             ),
         ),
-        ("tests/sites/test_rows.py", "tests/eraser/test_boundary.py::test_frames_of_a_video_are_one_image"),
+        ("tests/sites/test_rows.py", "tests/eraser/test_branches_and_frames.py::test_frames_of_a_video_are_one_image"),
     ),
     Mutation(
         "first-strength",
@@ -532,7 +545,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "            own = own[torch.zeros(len(opening), dtype=torch.long, device=own.device)]\n",
             ),
         ),
-        ("tests/eraser/test_boundary.py::test_strengths_by_image_hold_in_a_twin",),
+        ("tests/eraser/test_shared_denoiser.py::test_strengths_by_image_hold_in_a_twin",),
     ),
     Mutation(
         "unseen-route",
@@ -548,7 +561,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "rolled-rows",
-        "each labelled feature of the shipped dictionary has the next one's rows",
+        "each labelled feature of the shipped reference has the next one's rows",
         roll_labelled_rows,
         (f"{PRODUCT}::test_the_shipped_rows_are_what_the_model_and_the_sae_say",),
     ),
@@ -556,6 +569,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "rolled-judge",
         "the second judge takes each class for the next",
         roll_judge_classes,
-        ("tests/judges/test_judges_canvas.py::test_it_names_what_fresh_renders_show",),
+        ("tests/judges/test_canvas_judge.py::test_it_names_what_fresh_renders_show",),
     ),
 )

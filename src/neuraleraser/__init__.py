@@ -6,23 +6,95 @@ Public names are loaded when first used, so `import neuraleraser` itself loads n
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a test holds that they agree
+    from neuraleraser.activations import Shards as Shards
+    from neuraleraser.activations import activation_stream as activation_stream
+    from neuraleraser.activations import bank as bank
+    from neuraleraser.activations import collect as collect
+    from neuraleraser.activations import substitution as substitution
+    from neuraleraser.activations import write_shards as write_shards
+    from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
+    from neuraleraser.concepts import Concept as Concept
+    from neuraleraser.concepts import file_concept as file_concept
+    from neuraleraser.concepts import phrase_concept as phrase_concept
+    from neuraleraser.concepts import shipped_neighbours as shipped_neighbours
+    from neuraleraser.concepts import with_neighbours as with_neighbours
+    from neuraleraser.diagnosis import doctor as doctor
+    from neuraleraser.eraser import Eraser as Eraser
+    from neuraleraser.eraser import Trace as Trace
+    from neuraleraser.eraser import attach as attach
+    from neuraleraser.eraser import disable_erasers as disable_erasers
+    from neuraleraser.eraser import eraser_trace as eraser_trace
+    from neuraleraser.eraser import load_eraser as load_eraser
+    from neuraleraser.eraser import model_card as model_card
+    from neuraleraser.eraser import set_erasers as set_erasers
+    from neuraleraser.eraser import unload_erasers as unload_erasers
+    from neuraleraser.errors import ConceptError as ConceptError
+    from neuraleraser.errors import DataError as DataError
+    from neuraleraser.errors import FileError as FileError
+    from neuraleraser.errors import NeuralEraserError as NeuralEraserError
+    from neuraleraser.errors import NotApplied as NotApplied
+    from neuraleraser.errors import Refused as Refused
+    from neuraleraser.errors import SettingsError as SettingsError
+    from neuraleraser.errors import SiteError as SiteError
+    from neuraleraser.errors import SplitError as SplitError
+    from neuraleraser.errors import UnseenRoute as UnseenRoute
+    from neuraleraser.evaluation.evaluate import evaluate as evaluate
+    from neuraleraser.evaluation.method import Method as Method
+    from neuraleraser.evaluation.protocol import Cell as Cell
+    from neuraleraser.evaluation.protocol import EvaluationProtocol as EvaluationProtocol
+    from neuraleraser.evaluation.report import Report as Report
+    from neuraleraser.evaluation.report_files import write_report as write_report
+    from neuraleraser.families import Family as Family
+    from neuraleraser.families.canvas import canvas_concept as canvas_concept
+    from neuraleraser.families.opening import open_pipeline as open_pipeline
+    from neuraleraser.fitting import Reference as Reference
+    from neuraleraser.fitting import calibrate as calibrate
+    from neuraleraser.fitting import import_reference as import_reference
+    from neuraleraser.fitting import load_reference as load_reference
+    from neuraleraser.fitting import make_reference as make_reference
+    from neuraleraser.fitting.clip_judge import clip_judge as clip_judge
+    from neuraleraser.fitting.fit import fit as fit
+    from neuraleraser.fitting.from_phrase import erase as erase
+    from neuraleraser.judges import ClipJudge as ClipJudge
+    from neuraleraser.judges import Judge as Judge
+    from neuraleraser.judges import Judgement as Judgement
+    from neuraleraser.judges import NudeNetJudge as NudeNetJudge
+    from neuraleraser.judges import UnlearnCanvasJudge as UnlearnCanvasJudge
+    from neuraleraser.methods import EraserMethod as EraserMethod
+    from neuraleraser.methods import NoMethod as NoMethod
+    from neuraleraser.methods import StringFilter as StringFilter
+    from neuraleraser.methods import string_filters as string_filters
+    from neuraleraser.sae import SAE as SAE
+    from neuraleraser.sae import TrainSettings as TrainSettings
+    from neuraleraser.sampling import generate as generate
+    from neuraleraser.settings import EvaluateSettings as EvaluateSettings
+    from neuraleraser.settings import FitSettings as FitSettings
+    from neuraleraser.settings import Sampling as Sampling
+    from neuraleraser.settings import StreamSettings as StreamSettings
+    from neuraleraser.sites import Site as Site
+    from neuraleraser.sites import candidate_sites as candidate_sites
+    from neuraleraser.sites import cross_attention_sites as cross_attention_sites
+    from neuraleraser.sites import edit as edit
+    from neuraleraser.sites import record as record
+    from neuraleraser.sites import text_encoder_sites as text_encoder_sites
 
 __version__ = "0.1.0"
 
-# Every public name and the module it lives in: to publish a name, add one line here.
 _HOME: dict[str, str] = {
-    "CanvasJudge": "judges",
+    "CanvasJudge": "canvas.canvas_judge",
     "Cell": "evaluation.protocol",
     "ClipJudge": "judges",
     "Concept": "concepts",
     "ConceptError": "errors",
     "DataError": "errors",
-    "Dictionary": "fit",
     "Eraser": "eraser",
     "EraserMethod": "methods",
     "EvaluateSettings": "settings",
     "EvaluationProtocol": "evaluation.protocol",
+    "Family": "families",
     "FileError": "errors",
     "FitSettings": "settings",
     "Judge": "judges",
@@ -32,6 +104,7 @@ _HOME: dict[str, str] = {
     "NoMethod": "methods",
     "NotApplied": "errors",
     "NudeNetJudge": "judges",
+    "Reference": "fitting",
     "Refused": "errors",
     "Report": "evaluation.report",
     "SAE": "sae",
@@ -41,39 +114,41 @@ _HOME: dict[str, str] = {
     "Site": "sites",
     "SiteError": "errors",
     "SplitError": "errors",
-    "UnseenRoute": "errors",
     "StreamSettings": "settings",
     "StringFilter": "methods",
     "Trace": "eraser",
     "TrainSettings": "sae",
     "UnlearnCanvasJudge": "judges",
+    "UnseenRoute": "errors",
     "activation_stream": "activations",
     "attach": "eraser",
     "bank": "activations",
-    "calibrate": "fit",
+    "calibrate": "fitting",
     "candidate_sites": "sites",
-    "canvas_concept": "concepts",
-    "canvas_filters": "methods",
-    "clip_judge": "judges",
+    "canvas_concept": "families.canvas",
+    "clip_judge": "fitting.clip_judge",
     "collect": "activations",
     "cross_attention_sites": "sites",
     "disable_erasers": "eraser",
     "doctor": "diagnosis",
     "edit": "sites",
+    "erase": "fitting.from_phrase",
     "eraser_trace": "eraser",
     "evaluate": "evaluation.evaluate",
     "file_concept": "concepts",
+    "fit": "fitting.fit",
     "generate": "sampling",
-    "import_dictionary": "fit",
-    "load_dictionary": "fit",
+    "import_reference": "fitting",
     "load_eraser": "eraser",
+    "load_reference": "fitting",
+    "make_reference": "fitting",
     "model_card": "eraser",
-    "open_pipeline": "models",
-    "own_dictionary": "fit",
+    "open_pipeline": "families.opening",
     "phrase_concept": "concepts",
     "record": "sites",
     "set_erasers": "eraser",
     "shipped_neighbours": "concepts",
+    "string_filters": "methods",
     "substitution": "activations",
     "text_encoder_sites": "sites",
     "unload_erasers": "eraser",
@@ -81,8 +156,81 @@ _HOME: dict[str, str] = {
     "write_report": "evaluation.report_files",
     "write_shards": "activations",
 }
+"""Module of every public name."""
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "SAE",
+    "CanvasJudge",
+    "Cell",
+    "ClipJudge",
+    "Concept",
+    "ConceptError",
+    "DataError",
+    "Eraser",
+    "EraserMethod",
+    "EvaluateSettings",
+    "EvaluationProtocol",
+    "Family",
+    "FileError",
+    "FitSettings",
+    "Judge",
+    "Judgement",
+    "Method",
+    "NeuralEraserError",
+    "NoMethod",
+    "NotApplied",
+    "NudeNetJudge",
+    "Reference",
+    "Refused",
+    "Report",
+    "Sampling",
+    "SettingsError",
+    "Shards",
+    "Site",
+    "SiteError",
+    "SplitError",
+    "StreamSettings",
+    "StringFilter",
+    "Trace",
+    "TrainSettings",
+    "UnlearnCanvasJudge",
+    "UnseenRoute",
+    "activation_stream",
+    "attach",
+    "bank",
+    "calibrate",
+    "candidate_sites",
+    "canvas_concept",
+    "clip_judge",
+    "collect",
+    "cross_attention_sites",
+    "disable_erasers",
+    "doctor",
+    "edit",
+    "erase",
+    "eraser_trace",
+    "evaluate",
+    "file_concept",
+    "fit",
+    "generate",
+    "import_reference",
+    "load_eraser",
+    "load_reference",
+    "make_reference",
+    "model_card",
+    "open_pipeline",
+    "phrase_concept",
+    "record",
+    "set_erasers",
+    "shipped_neighbours",
+    "string_filters",
+    "substitution",
+    "text_encoder_sites",
+    "unload_erasers",
+    "with_neighbours",
+    "write_report",
+    "write_shards",
+]
 
 
 def __getattr__(name: str) -> Any:

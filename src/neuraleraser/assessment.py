@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from neuraleraser.canvas import words
 from neuraleraser.eraser import Eraser
-from neuraleraser.evaluation.evaluate import evaluate
+from neuraleraser.evaluation.evaluate import default_protocol, evaluate
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import MAIN, canvas_protocol
+from neuraleraser.evaluation.protocol import MAIN
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.evaluation.timing import overhead
+from neuraleraser.families import family_of
 from neuraleraser.io.names import file_name
 from neuraleraser.judges import Judge
-from neuraleraser.methods import EraserMethod, NoMethod, canvas_filters
+from neuraleraser.methods import EraserMethod, NoMethod, string_filters
 from neuraleraser.methods.feature_panels import feature_panels
 from neuraleraser.settings import EvaluateSettings
+from neuraleraser.vocabulary import Vocabulary
 
 
 def evaluate_erasers(
@@ -31,16 +32,17 @@ def evaluate_erasers(
     judge: Judge | None = None,
     sealed: bool = False,
 ) -> Report:
-    """Measure `erasers` on the canvas `pipe`, each beside its controls; add what they cost and the features they read.
+    """Measure `erasers` on `pipe`, each beside its controls; add what they cost and the features they read.
 
     `folder`/erasers then holds them with their figures in the header, where a model card finds them. Called again with
     the same settings it goes on where it was stopped; costs are timed anew. Raises as `evaluate` does.
     """
     s, folder = settings or EvaluateSettings(), Path(folder)
     methods = [EraserMethod(e) for e in erasers]
-    every = [method for m in methods for method in (m, *controls(m))]
+    family = family_of(pipe)
+    every = [method for m in methods for method in (m, *controls(m, family.vocabulary))]
     report = evaluate(pipe, every, s, folder, judge=judge, sealed=sealed)
-    cells = canvas_protocol([m.concept for m in methods], s, sealed=sealed).cells
+    cells = default_protocol(family, [m.concept for m in methods], s, sealed=sealed).cells
     for m in methods:
         own = cells[m.concept]
         path = folder / "erasers" / f"{file_name(m.concept)}.safetensors"
@@ -55,10 +57,11 @@ def evaluate_erasers(
     return report
 
 
-def controls(method: Method) -> list[Method]:
-    """Return the controls of a method: two string filters, where the concept's phrases are known, and doing nothing."""
-    known = method.concept in (*words.OBJECTS, *words.STYLES)
-    return [*(canvas_filters(method.concept) if known else ()), NoMethod(method.concept, method.kind)]
+def controls(method: Method, vocabulary: Vocabulary | None) -> list[Method]:
+    """Return the controls of a method: two string filters, where the vocabulary has the concept, and doing nothing."""
+    known = vocabulary if vocabulary is not None and method.concept in vocabulary else None
+    filters = string_filters(known, method.concept) if known is not None else []
+    return [*filters, NoMethod(method.concept, method.kind)]
 
 
 def with_measurement(eraser: Eraser, entry: ErasureReport) -> Eraser:

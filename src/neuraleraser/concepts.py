@@ -1,4 +1,4 @@
-"""Concepts: what to erase, as prompts that show it and matched prompts that do not; and what features say of it."""
+"""Concepts: prompts that show what is to be erased, and matched prompts that do not."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from neuraleraser.canvas import words
 from neuraleraser.errors import ConceptError, FileError
 from neuraleraser.io.names import name_error, printable, prompt_error
 from neuraleraser.io.reading import parse_json, read_bytes
+from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
 
 SUBJECTS = (
     "a cat", "a dog", "a horse", "a house", "a tree", "a flower", "a car", "a woman", "a man", "a bird",
@@ -91,57 +88,40 @@ class Concept:
                 )
 
 
-def resolve(phrase: str) -> str | None:
-    """The canvas's own name for a phrase ("Van Gogh style", "cat", "Fire"), or None."""
-    text = " ".join(phrase.replace("_", " ").lower().split())
-    bare = text.removesuffix(" style").removeprefix("the ").removeprefix("a ").removeprefix("an ")
-    if bare in words.ALIASES:
-        return words.ALIASES[bare]
-    for name in (*words.STYLES, *words.OBJECTS):
-        if bare == name.replace("_", " ").lower():
-            return name
-    for name, phrases in (words.OBJECT_PHRASES | words.STYLE_PHRASES).items():
-        if text in {p.lower() for p in phrases} or bare in {p.lower().split(" ", 1)[-1] for p in phrases}:
-            return name
-    return None
-
-
-def canvas_concept(name: str, phrasings: slice = words.SEEN) -> Concept:
-    """The concept `name` of the canvas: its phrasings with every style or object, matched without it.
+def vocabulary_concept(vocabulary: Vocabulary, name: str, phrasings: slice = SEEN) -> Concept:
+    """Return the concept `name` of a vocabulary: its phrasings with every style or object, matched without it.
 
     A style's match is the same object in no style; an object's match is an empty scene in the same style.
-    Raises ConceptError for a name the canvas has not.
+    Raises ConceptError for a name that the vocabulary has not.
     """
-    which = range(4)[phrasings]
+    v, numbers = vocabulary, PHRASINGS[phrasings]
     pairs: list[Pair] = []
-    if name in words.STYLES and name != words.PLAIN:
-        for i in which:
-            for obj in words.OBJECTS:
-                what = words.OBJECT_PHRASES[obj][i]
-                how = words.STYLE_PHRASES[name][i]
-                pairs.append(Pair(f"{what} {how}", what))
-                pairs.append(Pair(f"{how}, {what}", what))
+    if name in v.styles and name != v.plain:
+        for i in numbers:
+            for obj in v.objects:
+                what, how = v.object_phrases[obj][i], v.style_phrases[name][i]
+                pairs += [Pair(f"{what} {how}", what), Pair(f"{how}, {what}", what)]
         return Concept(name, "style", tuple(pairs))
-    if name in words.OBJECTS:
-        for i in which:
-            what, nothing = words.OBJECT_PHRASES[name][i], words.EMPTY_PHRASES[i]
-            for style in words.STYLES:
-                how = "" if style == words.PLAIN else " " + words.STYLE_PHRASES[style][i]
+    if name in v.objects:
+        for i in numbers:
+            what, nothing = v.object_phrases[name][i], v.empty_phrases[i]
+            for style in v.styles:
+                how = "" if style == v.plain else " " + v.style_phrases[style][i]
                 pairs.append(Pair(what + how, nothing + how))
-        return Concept(name, "object", tuple(pairs), _canvas_beside(name, which))
-    near = ", ".join(n for n in (*words.STYLES, *words.OBJECTS) if n != words.PLAIN)
-    raise ConceptError(f"the canvas has no concept {name!r}. It knows: {near}")
+        return Concept(name, "object", tuple(pairs), _beside_others(v, name, numbers))
+    known = ", ".join(n for n in (*v.styles, *v.objects) if n != v.plain)
+    raise ConceptError(f"the {v.name} has no concept {name!r}. It knows: {known}")
 
 
-def _canvas_beside(name: str, which: Sequence[int]) -> tuple[Pair, ...]:
-    """The object with each other one, in each style, in either order; the style's phrasing is that of the other."""
-    others, styles = [o for o in words.OBJECTS if o != name], words.STYLES
+def _beside_others(v: Vocabulary, name: str, numbers: Sequence[int]) -> tuple[Pair, ...]:
+    """Return the object with each other one, in each style, in either order; the style's phrasing is the other's."""
+    others, styles = [o for o in v.objects if o != name], v.styles
     pairs = []
     for k in range(len(others) * len(styles)):  # coprime numbers: every other object meets every style once
-        other, style, p = others[k % len(others)], styles[k % len(styles)], which[k % len(which)]
-        stays, how = words.OBJECT_PHRASES[other][p], words.prompt([], style, p).removeprefix(words.EMPTY_PHRASES[p])
-        for i in which:
-            what = words.OBJECT_PHRASES[name][i]
+        other, style, p = others[k % len(others)], styles[k % len(styles)], numbers[k % len(numbers)]
+        stays, how = v.object_phrases[other][p], v.prompt([], style, p).removeprefix(v.empty_phrases[p])
+        for i in numbers:
+            what = v.object_phrases[name][i]
             pairs += [Pair(f"{a} and {b}{how}", stays + how) for a, b in ((what, stays), (stays, what))]
     return tuple(pairs)
 
@@ -229,60 +209,3 @@ def _list(value: object) -> list[object]:
     if not isinstance(value, list):
         raise TypeError(f"{printable(value, 40)!r}, not a pair,")
     return value
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Statistics of every feature at one site for several concepts, by timestep.
-
-    names [C]; times [T] ascending; mean [C, T, n]: the mean over images and positions, zeros included;
-    spread [C, T, n]: standard deviation over images of the image means.
-    """
-
-    names: tuple[str, ...]
-    times: Tensor
-    mean: Tensor
-    spread: Tensor
-
-
-def profile(pooled: Tensor, times: Tensor, labels: Sequence[str]) -> Profile:
-    """From pooled feature activations [N images, T, n] with one label an image."""
-    names = tuple(dict.fromkeys(labels))
-    if pooled.shape[0] != len(labels) or pooled.shape[1] != len(times):
-        raise ConceptError(
-            f"activations {tuple(pooled.shape)} for {len(labels)} labels, {len(times)} times: expected [N, T, n]"
-        )
-    rows = [torch.tensor([i for i, label in enumerate(labels) if label == name]) for name in names]
-    mean = torch.stack([pooled[r].float().mean(0) for r in rows])
-    spread = torch.stack([pooled[r].float().std(0, unbiased=False) for r in rows])
-    return Profile(names, times, mean, spread)
-
-
-def _others(profile: Profile, name: str) -> tuple[int, list[int]]:
-    """The concept's number and those of all others."""
-    if name not in profile.names or len(profile.names) < 2:
-        raise ConceptError(f"a profile of {', '.join(profile.names)} cannot score {name!r}: profile it and one other")
-    c = profile.names.index(name)
-    return c, [i for i in range(len(profile.names)) if i != c]
-
-
-def share_score(profile: Profile, name: str) -> Tensor:
-    """SAeUron's score (arXiv 2501.18052, equation 4) -> [T, n].
-
-    The feature's share of all activation on the concept, minus its share on all other concepts together.
-    """
-    c, others = _others(profile, name)
-    on, off = profile.mean[c], profile.mean[others].mean(0)
-    return on / (on.sum(-1, keepdim=True) + 1e-8) - off / (off.sum(-1, keepdim=True) + 1e-8)
-
-
-def neighbour_score(profile: Profile, name: str) -> Tensor:
-    """Ours -> [T, n]: the gap to the worst neighbouring concept, in units of the pooled spread.
-
-    (mean_c - max over other concepts of mean) / (spread_c + spread of that neighbour + eps): a feature that
-    one neighbour shares scores low however rare it is among all, so that erasing cats keeps dogs.
-    """
-    c, others = _others(profile, name)
-    worst, which = profile.mean[others].max(0)
-    spread = profile.spread[others].gather(0, which.unsqueeze(0))[0]
-    return (profile.mean[c] - worst) / (profile.spread[c] + spread + 1e-3 * profile.mean[c].amax() + 1e-8)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from neuraleraser.assessment import evaluate_erasers
-from neuraleraser.canvas import words
-from neuraleraser.concepts import Concept, canvas_concept, file_concept, phrase_concept, resolve
 from neuraleraser.eraser import Eraser
-from neuraleraser.errors import ConceptError
 from neuraleraser.evaluation.report import Report, size_text
 from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.terminal import terminal_tables
-from neuraleraser.fit import fit
-from neuraleraser.fit.dictionary import load_dictionary
+from neuraleraser.families.naming import concept_of
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting import fit
+from neuraleraser.fitting.reference import load_reference, shipped_reference
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
-from neuraleraser.models import open_pipeline, speaks_canvas
 from neuraleraser.precision import fast_dtype
 from neuraleraser.settings import DemoSettings
 
@@ -43,7 +40,7 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     )
     pipe = open_pipeline(s.model, fast_dtype())
     concepts = [(phrase, concept_of(pipe, phrase)) for phrase in s.phrases]
-    known = load_dictionary(s.dictionary) if s.dictionary else load_dictionary()
+    known = load_reference(s.reference) if s.reference else shipped_reference(pipe)
     run = s.folder / "run"
     if not s.resume and (run / "run.json").is_file():  # its own record says that the folder is ours
         shutil.rmtree(run)
@@ -104,41 +101,3 @@ class progress_bar:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
-
-
-def concept_of(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
-    """What `phrase` means on `pipe`: a concept of the canvas, a JSON file of prompts, or the phrase in templates.
-
-    Raises ConceptError; on the canvas it names the concepts that sound alike.
-    """
-    if not phrase.strip():
-        raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
-    if phrase.endswith(".json"):
-        return file_concept(Path(phrase))
-    return named_concept(pipe, phrase, kind)
-
-
-def named_concept(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
-    """Return the concept of `phrase` on `pipe` as `concept_of` does, but open no file of that name: for names that come
-    out of files."""
-    if not speaks_canvas(pipe):
-        return phrase_concept(phrase, kind)
-    name = resolve(phrase)
-    if name is None:
-        sounds = {n.replace("_", " ").lower(): n for n in (*words.STYLES, *words.OBJECTS)}
-        sounds |= {p.lower(): n for n in sounds.values() for p in words.phrases_of(n)}
-        near = dict.fromkeys(sounds[m] for m in difflib.get_close_matches(phrase.lower(), sounds, n=5, cutoff=0.5))
-        hint = (
-            f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join((*words.STYLES, *words.OBJECTS))}."
-        )
-        raise ConceptError(f"the canvas has no concept {phrase!r}. {hint}")
-    return canvas_concept(name)
-
-
-def neighbours_of(pipe: Any, concept: Concept, phrases: Sequence[str] = ()) -> list[Concept]:
-    """What `concept` could be mistaken for: what `phrases` say, or where none does all others of its kind on the
-    canvas, and nothing on pipelines whose vocabulary is not known."""
-    if phrases or not speaks_canvas(pipe):
-        return [concept_of(pipe, phrase, concept.kind if concept.kind != "other" else None) for phrase in phrases]
-    names = words.STYLES if concept.kind == "style" else words.OBJECTS
-    return [canvas_concept(name) for name in names if name not in (concept.name, words.PLAIN)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser, Trace, attach
 from neuraleraser.errors import DataError, NotApplied, SettingsError, SiteError
-from neuraleraser.models import sampling_of
+from neuraleraser.families.defaults import sampling_of
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 

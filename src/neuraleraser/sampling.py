@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.families.defaults import default_sampling
 from neuraleraser.io.names import printable
-from neuraleraser.models import default_sampling
 from neuraleraser.settings import Sampling, check_seed
 from neuraleraser.sites import Batch, Series, drawing
 

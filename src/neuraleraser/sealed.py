@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from neuraleraser.assessment import evaluate_erasers
-from neuraleraser.canvas import words
-from neuraleraser.concepts import Concept, canvas_concept
+from neuraleraser.concepts import Concept, vocabulary_concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import SettingsError, SplitError
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import Report
 from neuraleraser.evaluation.report_files import write_report
-from neuraleraser.fit import fit
+from neuraleraser.families import family_of
+from neuraleraser.fitting import fit
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.judges import Judge
 from neuraleraser.settings import EvaluateSettings
 
-SEALED = (*words.SEALED_STYLES, *words.SEALED_OBJECTS)
 CHECKOUT = Path(__file__).parents[2]
 """The source tree that this package runs from."""
 RECORD = Path("docs/SEALED.md")
@@ -36,16 +35,21 @@ def evaluate_sealed(
     make: Callable[[Any, Concept], Eraser] | None = None,
     judge: Judge | None = None,
     checkout: Path = CHECKOUT,
-    names: tuple[str, ...] = SEALED,
+    names: tuple[str, ...] = (),
 ) -> Report:
     """Make erasers of the sealed concepts, measure them, and append one line to docs/SEALED.md.
 
-    `make` makes one eraser, by default as `neuraleraser erase` does. Stopped before its end it writes no line, and goes
+    `names`: those of the family's vocabulary unless given. `make` makes one eraser, by default as `neuraleraser erase`
+    does. Stopped before its end it writes no line, and goes
     on in the same folder when called again at the same commit (runs/sealed-COMMIT unless given).
 
     Raises SplitError if the working tree has changes, so that no commit names what was measured, or if this commit is
-    on record already: a second look would be choosing. SettingsError where there is no git checkout.
+    on record already: a second look would be choosing. SettingsError where there is no git checkout, or no vocabulary.
     """
+    vocabulary = family_of(pipe).vocabulary
+    if vocabulary is None:
+        raise SettingsError(f"no sealed concepts are known for this {type(pipe).__name__}: pass model 'canvas'")
+    names = names or tuple(n for n in (*vocabulary.styles, *vocabulary.objects) if n in vocabulary.sealed)
     commit, record = _clean_commit(checkout), checkout / RECORD
     text = record.read_text(encoding="utf-8") if record.exists() else _HEAD
     if commit in text:
@@ -56,7 +60,7 @@ def evaluate_sealed(
     for name in names:
         path = folder / "made" / f"{name}.safetensors"
         if not path.exists():
-            (make or _make)(pipe, canvas_concept(name)).save(path)
+            (make or _make)(pipe, vocabulary_concept(vocabulary, name)).save(path)
         erasers.append(Eraser.load(path))
     report = evaluate_erasers(pipe, erasers, settings, folder, judge=judge, sealed=True)
     write_report(report, folder)

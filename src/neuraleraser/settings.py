@@ -238,7 +238,7 @@ class DemoSettings:
     """What to erase, in words."""
     model: str = "canvas"
     """The pipeline: 'canvas', or a folder with another canvas."""
-    dictionary: Path | None = None
+    reference: Path | None = None
     """Folder of the SAE and its background to fit with; None: the one that ships."""
     resume: bool = False
     """Go on where an interrupted demo stopped, instead of starting anew."""

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.canvas import train
+from neuraleraser.canvas.artefact_distance import damaged, features, fit_artefact
 from neuraleraser.canvas.data import Renders
-from neuraleraser.canvas.distance import damaged, features, fit_artefact
 from neuraleraser.canvas.judge import (
     STEPS,
     Judge,

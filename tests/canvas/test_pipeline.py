@@ -28,7 +28,7 @@ from neuraleraser.canvas.pipeline import (
     load_pipeline,
 )
 from neuraleraser.canvas.train import save_pipeline
-from neuraleraser.canvas.words import EMPTY_PHRASES, OBJECT_PHRASES, OBJECTS, STYLE_PHRASES, STYLES, caption, prompt
+from neuraleraser.canvas.words import EMPTY_PHRASES, OBJECT_PHRASES, OBJECTS, STYLE_PHRASES, STYLES, VOCABULARY, caption
 from neuraleraser.errors import FileError
 
 PHRASES = [p for group in (*OBJECT_PHRASES.values(), *STYLE_PHRASES.values(), EMPTY_PHRASES) for p in group]
@@ -146,7 +146,7 @@ def test_the_scheduler_ends_clean_and_predicts_velocity():
 @torch.no_grad()
 def test_it_samples(pipe: StableDiffusionPipeline):
     made = pipe(
-        [prompt(["Cats"], "Van_Gogh")],
+        [VOCABULARY.prompt(["Cats"], "Van_Gogh")],
         num_inference_steps=2,
         guidance_scale=4.0,
         generator=[torch.Generator().manual_seed(1)],
@@ -157,7 +157,7 @@ def test_it_samples(pipe: StableDiffusionPipeline):
 
 def test_saving_and_loading_keeps_ids_and_weights(pipe: StableDiffusionPipeline, saved: Path):
     again = load_pipeline(saved)
-    texts = [prompt([o], s, i % 4) for i, (o, s) in enumerate((o, s) for o in OBJECTS for s in STYLES)]
+    texts = [VOCABULARY.prompt([o], s, i % 4) for i, (o, s) in enumerate((o, s) for o in OBJECTS for s in STYLES)]
     texts += ["a squirrel, 3 of them!", ""]
     assert again.tokenizer(texts)["input_ids"] == pipe.tokenizer(texts)["input_ids"]
     assert type(again.tokenizer) is CLIPTokenizer and again.tokenizer.model_max_length == MAX_TOKENS

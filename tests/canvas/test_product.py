@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from neuraleraser import attach, open_pipeline
 from neuraleraser.canvas import words
-from neuraleraser.concepts import canvas_concept
-from neuraleraser.fit import Dictionary, fit, load_dictionary
-from neuraleraser.fit.dictionary import UNCONDITIONAL_SHARE
-from neuraleraser.fit.states import conditional, pooled_features
-from neuraleraser.judges import CanvasJudge, Judgement
+from neuraleraser.canvas.canvas_judge import CanvasJudge, Judgement
+from neuraleraser.families.canvas import REFERENCE, canvas_concept
+from neuraleraser.fitting import Reference, fit, load_reference
+from neuraleraser.fitting.reference import UNCONDITIONAL_SHARE
+from neuraleraser.fitting.trajectories import conditional, pooled_features
 from neuraleraser.sampling import generate
 from neuraleraser.settings import SELECTION_SEEDS, TEST_SEEDS, FitSettings, Sampling
 
@@ -50,12 +50,12 @@ CELLS = (
     + [Cell((OBJECT, o) if i % 2 else (o, OBJECT), OTHER_STYLES[i % 4]) for i, o in enumerate(OTHER_OBJECTS * 2)]
     + [Cell((o,), s) for o in OTHER_OBJECTS for s in OTHER_STYLES]
 )
-PROMPTS = [words.prompt(cell.objects, cell.style) for cell in CELLS]
+PROMPTS = [words.VOCABULARY.prompt(cell.objects, cell.style) for cell in CELLS]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The base's images, and the dictionary's features along the way: [N, T, n], the mean over positions."""
+    """The base's images, and the reference's features along the way: [N, T, n], the mean over positions."""
 
     images: NDArray[np.uint8]
     features: torch.Tensor
@@ -67,12 +67,12 @@ def pipe() -> Any:
 
 
 @pytest.fixture(scope="module")
-def known() -> Dictionary:
-    return load_dictionary()
+def known() -> Reference:
+    return load_reference(REFERENCE)
 
 
 @pytest.fixture(scope="module")
-def base(pipe: Any, known: Dictionary) -> Drawn:
+def base(pipe: Any, known: Reference) -> Drawn:
     seeds = SEEDS[: len(CELLS)]
     pooled, images = pooled_features(pipe, known.sae, known.site, PROMPTS, seeds, SAMPLING)
     return Drawn(images, conditional(pooled)[:, :, 0].float())
@@ -114,7 +114,7 @@ def test_the_model_draws_what_is_asked(which: Any, base: Drawn) -> None:
         assert (seen.artefact > judge.artefact_threshold).mean() <= 0.3
 
 
-def test_every_label_is_read_by_its_own_feature(known: Dictionary) -> None:
+def test_every_label_is_read_by_its_own_feature(known: Reference) -> None:
     """On the rows that ship: the feature of a label above all others, and the next label's no better than chance."""
     labels = known.sae.header["labels"]
     assert len(labels) == len(words.OBJECTS) + len(words.STYLES)
@@ -133,7 +133,7 @@ def auc(score: torch.Tensor, there: torch.Tensor) -> float:
     return float((gap > 0).float().mean() + 0.5 * (gap == 0).float().mean())
 
 
-def test_features_of_fresh_images_read_their_labels(base: Drawn, known: Dictionary) -> None:
+def test_features_of_fresh_images_read_their_labels(base: Drawn, known: Reference) -> None:
     labels = known.sae.header["labels"]
     evidence = base.features.mean(1)
     for name in {name for cell in CELLS for name in cell.names}:
@@ -143,7 +143,7 @@ def test_features_of_fresh_images_read_their_labels(base: Drawn, known: Dictiona
         assert auc(evidence[:, (k + 1) % len(labels)], there) <= 0.9, name  # seen: 0.29 to 0.68
 
 
-def test_the_shipped_rows_are_what_the_model_and_the_sae_say(pipe: Any, known: Dictionary) -> None:
+def test_the_shipped_rows_are_what_the_model_and_the_sae_say(pipe: Any, known: Reference) -> None:
     """At the first step the state is the seed's noise, so one step repeats the recorded run's: every feature, those
     of labels that are never drawn here among them, reads what the file says."""
     may = {*words.DEV_STYLES, *words.DEV_OBJECTS, words.PLAIN}
@@ -175,7 +175,7 @@ class Erased:
     """Of those cells, one after another."""
 
 
-def erased(pipe: Any, known: Dictionary, name: str, own: range) -> Erased:
+def erased(pipe: Any, known: Reference, name: str, own: range) -> Erased:
     """Fit an eraser in a quarter of the usual steps, and draw its own cells and those of neither concept with it."""
     settings = FitSettings(pairs=12, beside=12, steps=40, batch=10, learning_rate=8e-3)
     eraser = fit(pipe, canvas_concept(name), settings, known=known, sampling=SAMPLING)
@@ -188,7 +188,7 @@ def erased(pipe: Any, known: Dictionary, name: str, own: range) -> Erased:
 
 @pytest.mark.parametrize(("name", "own"), [(STYLE, range(12)), (OBJECT, range(12, 24))])
 def test_a_fitted_eraser_erases_and_keeps(
-    name: str, own: range, pipe: Any, known: Dictionary, base: Drawn, second: CanvasJudge
+    name: str, own: range, pipe: Any, known: Reference, base: Drawn, second: CanvasJudge
 ) -> None:
     done = erased(pipe, known, name, own)
     cells = [*done.own, *done.others]

@@ -14,19 +14,15 @@ from neuraleraser.canvas.words import (
     DEV_OBJECTS,
     DEV_STYLES,
     EMPTY_PHRASES,
-    HELD_OUT,
     OBJECT_PHRASES,
     OBJECT_SUBSTITUTES,
     OBJECTS,
     PLAIN,
-    SEEN,
     STYLE_PHRASES,
     STYLES,
     caption,
-    fresh_prompt,
-    phrases_of,
-    prompt,
 )
+from neuraleraser.vocabulary import FUNCTION_WORDS, HELD_OUT, SEEN
 
 UNLEARNCANVAS_OBJECTS = """
 Architectures Bears Birds Butterfly Cats Dogs Fishes Flame Flowers Frogs Horses Human Jellyfish Rabbits Sandwiches
@@ -91,7 +87,7 @@ def test_other_names_lead_to_known_ones():
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_every_concept_has_four_phrasings_half_of_them_held_out(name: str):
-    phrases = phrases_of(name)
+    phrases = words.VOCABULARY.phrases_of(name)
     assert len(phrases) == len({p.lower() for p in phrases}) == 4
     assert len(phrases[SEEN]) == len(phrases[HELD_OUT]) == 2
     assert not set(phrases[SEEN]) & set(phrases[HELD_OUT])
@@ -99,13 +95,13 @@ def test_every_concept_has_four_phrasings_half_of_them_held_out(name: str):
 
 
 def test_no_phrasing_is_shared_by_two_concepts():
-    phrases = [p.lower() for name in CONCEPTS for p in phrases_of(name)] + list(EMPTY_PHRASES)
+    phrases = [p.lower() for name in CONCEPTS for p in words.VOCABULARY.phrases_of(name)] + list(EMPTY_PHRASES)
     assert len(phrases) == len(set(phrases))
 
 
 def test_an_unknown_name_has_no_phrasing():
     with pytest.raises(KeyError):
-        phrases_of("Squirrels")
+        words.VOCABULARY.phrases_of("Squirrels")
 
 
 def test_development_concepts_are_some_of_the_concepts():
@@ -117,44 +113,61 @@ def test_development_concepts_are_some_of_the_concepts():
 
 def test_sealed_concepts_are_six_styles_and_six_objects_that_nothing_was_chosen_on():
     assert len(words.SEALED_STYLES) == len(words.SEALED_OBJECTS) == 6
-    assert set(words.OPEN_STYLES) | set(words.SEALED_STYLES) == set(STYLES)
-    assert set(words.OPEN_OBJECTS) | set(words.SEALED_OBJECTS) == set(OBJECTS)
+    assert set(words.VOCABULARY.open_styles) | set(words.SEALED_STYLES) == set(STYLES)
+    assert set(words.VOCABULARY.open_objects) | set(words.SEALED_OBJECTS) == set(OBJECTS)
     chosen_on = {*DEV_STYLES, *DEV_OBJECTS, PLAIN, "Van_Gogh", "Sponge_Dabbed", "Superstring", "On_Fire", "Cats"}
     assert not {*words.SEALED_STYLES, *words.SEALED_OBJECTS} & chosen_on
 
 
 def test_a_whole_phrasing_is_known_by_its_words():
     for text in ("A Cat, in waxy strokes", "somewhere in falling snow", "falling water"):
-        assert words.names_a_concept(text)
+        assert words.VOCABULARY.is_named_in(text)
     for text in ("a catamaran", "cat", "Gogh Van", "water falling", ""):
-        assert not words.names_a_concept(text)
+        assert not words.VOCABULARY.is_named_in(text)
 
 
 def test_fragments_hold_no_whole_phrasing():
-    assert words.fragments("Cats")[:7] == ("cat", "kitten", "purring", "pet", "feline", "whiskers", "cat kitten")
-    assert len(words.fragments("Cats")) == 36 and len(words.fragments("Van_Gogh")) == 81
-    assert "falling water" not in words.fragments("Waterfalls") and "water falling" in words.fragments("Waterfalls")
-    assert not [text for name in CONCEPTS for text in words.fragments(name) if words.names_a_concept(text)]
-    assert not {w for name in CONCEPTS for text in words.fragments(name) for w in text.split()} & words.FUNCTION_WORDS
+    assert words.VOCABULARY.fragments("Cats")[:7] == (
+        "cat",
+        "kitten",
+        "purring",
+        "pet",
+        "feline",
+        "whiskers",
+        "cat kitten",
+    )
+    assert len(words.VOCABULARY.fragments("Cats")) == 36 and len(words.VOCABULARY.fragments("Van_Gogh")) == 81
+    assert "falling water" not in words.VOCABULARY.fragments(
+        "Waterfalls"
+    ) and "water falling" in words.VOCABULARY.fragments("Waterfalls")
+    assert not [
+        text for name in CONCEPTS for text in words.VOCABULARY.fragments(name) if words.VOCABULARY.is_named_in(text)
+    ]
+    assert (
+        not {w for name in CONCEPTS for text in words.VOCABULARY.fragments(name) for w in text.split()} & FUNCTION_WORDS
+    )
     with pytest.raises(KeyError):
-        words.fragments("Squirrels")
+        words.VOCABULARY.fragments("Squirrels")
 
 
 def test_the_canonical_prompt():
-    assert prompt(["Cats"], "Van_Gogh") == "a cat in Van Gogh style"
-    assert prompt(["Cats"], PLAIN) == "a cat"
-    assert prompt(["Cats", "Dogs"], "Winter", 3) == "a feline with whiskers and a loyal hound on a frosty day"
-    assert prompt([], "Rust", 1) == "nothing as a rust picture"
+    assert words.VOCABULARY.prompt(["Cats"], "Van_Gogh") == "a cat in Van Gogh style"
+    assert words.VOCABULARY.prompt(["Cats"], PLAIN) == "a cat"
+    assert (
+        words.VOCABULARY.prompt(["Cats", "Dogs"], "Winter", 3)
+        == "a feline with whiskers and a loyal hound on a frosty day"
+    )
+    assert words.VOCABULARY.prompt([], "Rust", 1) == "nothing as a rust picture"
 
 
 def test_fresh_prompts_are_never_those_that_erasers_are_made_with():
-    assert fresh_prompt(["Cats"], "Van_Gogh") == "a cat as a Van Gogh painting"
+    assert words.VOCABULARY.fresh_prompt(["Cats"], "Van_Gogh") == "a cat as a Van Gogh painting"
     cells = list(itertools.product(OBJECTS, STYLES))
-    made_with = {prompt([o], s, p) for o, s in cells for p in range(4)}
+    made_with = {words.VOCABULARY.prompt([o], s, p) for o, s in cells for p in range(4)}
     for phrasing in range(4):
         half = SEEN if phrasing < 2 else HELD_OUT
         for o, s in cells:
-            text = fresh_prompt([o], s, phrasing)
+            text = words.VOCABULARY.fresh_prompt([o], s, phrasing)
             assert text not in made_with and OBJECT_PHRASES[o][phrasing] in text
             assert s == PLAIN or any(p in text for p in STYLE_PHRASES[s][half])
 
@@ -191,5 +204,5 @@ def test_most_plain_pictures_are_not_called_plain():
 
 
 def test_phrases_are_looked_up_in_both_tables():
-    assert phrases_of("Cats") is words.OBJECT_PHRASES["Cats"]
-    assert phrases_of("Rust") is words.STYLE_PHRASES["Rust"]
+    assert words.VOCABULARY.phrases_of("Cats") is words.OBJECT_PHRASES["Cats"]
+    assert words.VOCABULARY.phrases_of("Rust") is words.STYLE_PHRASES["Rust"]

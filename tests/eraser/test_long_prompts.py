@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import tiny
-from handmade import make_eraser, make_gate
+from helpers import pipelines
+from helpers.erasers import make_eraser, make_gate
 from neuraleraser import Refused, attach
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import NotApplied
@@ -22,7 +22,7 @@ LOUD, QUIET = "a", "b c"
 
 @pytest.fixture(scope="module")
 def sd() -> Any:
-    return tiny.stable_diffusion()
+    return pipelines.stable_diffusion()
 
 
 def encoded(pipe: Any, *chunks: str) -> Tensor:
@@ -98,9 +98,9 @@ def test_what_a_long_prompt_reads_is_what_a_short_one_does(sd: Any) -> None:
 
 def test_a_text_that_cannot_be_taken_apart_is_refused() -> None:
     """In PixArt a mask says which tokens are words: parts of it would be other texts."""
-    pipe = tiny.pixart()
+    pipe = pipelines.pixart()
     site = Site("transformer.transformer_blocks.0.attn2")
     gate = replace(make_gate(site, 16), text_tokens=1)
     eraser = replace(make_eraser("pixart"), gate=gate)
     with pytest.raises(NotApplied, match="longer than 1 tokens"), attach(pipe, eraser, action="detect"):
-        tiny.run(pipe, 0, steps=1)
+        pipelines.run(pipe, 0, steps=1)

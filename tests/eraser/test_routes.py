@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
-import tiny
-from handmade import SHUT, make_eraser
+from helpers import pipelines
+from helpers.erasers import SHUT, make_eraser
 from neuraleraser import Eraser, UnseenRoute, attach, load_eraser, unload_erasers
 from neuraleraser.errors import DataError
 from neuraleraser.sites import PROMPT_ROUTES
@@ -24,9 +24,9 @@ SEEN_BY_NAME: dict[str, set[str]] = {
         *([INPAINTING] if "inpaint" in name else []),
         *([CONTROL_IMAGE] if "controlnet" in name else []),
     }
-    for name in tiny.EVERY
+    for name in pipelines.EVERY
 }
-PIPELINES = [name for name in tiny.EVERY if name.startswith("sd1") or name in ("stable_diffusion", "flux_inpaint")]
+PIPELINES = [name for name in pipelines.EVERY if name.startswith("sd1") or name in ("stable_diffusion", "flux_inpaint")]
 
 
 def named_in(pipe: Any, eraser: Eraser, times: int = 1) -> list[str]:
@@ -34,7 +34,7 @@ def named_in(pipe: Any, eraser: Eraser, times: int = 1) -> list[str]:
     with warnings.catch_warnings(record=True) as seen, attach(pipe, eraser):
         warnings.simplefilter("always")
         for i in range(times):
-            tiny.run(pipe, i, steps=1)
+            pipelines.run(pipe, i, steps=1)
     found = [str(w.message) for w in seen if w.category is UnseenRoute]
     assert all("the gate of Cats does not see" in text for text in found)
     return sorted(text.split("see (")[1].split(")")[0] for text in found)
@@ -43,33 +43,33 @@ def named_in(pipe: Any, eraser: Eraser, times: int = 1) -> list[str]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_each_route_is_named_once(name: str) -> None:
     family = "flux" if "flux" in name else "stable_diffusion"
-    assert named_in(tiny.EVERY[name](), make_eraser(family, **SHUT), times=2) == sorted(SEEN_BY_NAME[name])
+    assert named_in(pipelines.EVERY[name](), make_eraser(family, **SHUT), times=2) == sorted(SEEN_BY_NAME[name])
 
 
 def test_a_gate_that_sees_a_route_is_not_warned_of() -> None:
-    pipe, eraser = tiny.EVERY["sd1_inpaint"](), make_eraser(**SHUT)
+    pipe, eraser = pipelines.EVERY["sd1_inpaint"](), make_eraser(**SHUT)
     sees = replace(eraser, header={**eraser.header, "routes": [*PROMPT_ROUTES, START_IMAGE]})
     assert named_in(pipe, sees) == [INPAINTING]
 
 
 def test_another_pipeline_of_the_modules_is_warned_of() -> None:
-    pipe = tiny.stable_diffusion()
+    pipe = pipelines.stable_diffusion()
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     load_eraser(pipe, make_eraser(**SHUT), name="cats")
-    tiny.run(pipe, 0, steps=1)
+    pipelines.run(pipe, 0, steps=1)
     with pytest.warns(UnseenRoute, match="start image"):
-        tiny.run(other, 0, steps=1)
+        pipelines.run(other, 0, steps=1)
     unload_erasers(pipe)
 
 
 def test_as_an_error_it_comes_before_anything_is_drawn() -> None:
-    pipe, ran = tiny.EVERY["sd1_img2img"](), []
+    pipe, ran = pipelines.EVERY["sd1_img2img"](), []
     handle = pipe.unet.conv_in.register_forward_hook(lambda *_: ran.append(1))
     with warnings.catch_warnings(), attach(pipe, make_eraser(**SHUT)):
         warnings.simplefilter("error", UnseenRoute)
         with pytest.raises(UnseenRoute):
-            tiny.run(pipe, 0, steps=1)
+            pipelines.run(pipe, 0, steps=1)
     handle.remove()
     assert not ran
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from stamps import OBJECTS, STYLES, StampJudge, reader, stamp, stamping
 
-from erasers import half_open, open_eraser
-from neuraleraser.assessment import controls, evaluate_erasers
+from helpers.canvas_cells import canvas_protocol
+from helpers.erasers import open_eraser
+from helpers.measured import S, everything, of
+from helpers.stamp_judge import STYLES, StampJudge, stamp, stamping
+from neuraleraser.assessment import evaluate_erasers
 from neuraleraser.canvas import words
+from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.eraser import Eraser, attach, model_card
 from neuraleraser.errors import ConceptError, SettingsError, SplitError
 from neuraleraser.evaluation import draw as drawing
@@ -24,82 +25,21 @@ from neuraleraser.evaluation import timing
 from neuraleraser.evaluation.evaluate import default_judge, evaluate
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.metrics import pair_with_base
-from neuraleraser.evaluation.protocol import (
-    FRAGMENTS,
-    IMAGE_TO_IMAGE,
-    MAIN,
-    Cell,
-    EvaluationProtocol,
-    canvas_protocol,
-    renders,
-)
+from neuraleraser.evaluation.protocol import FRAGMENTS, IMAGE_TO_IMAGE, MAIN, Cell, EvaluationProtocol
 from neuraleraser.evaluation.report_files import write_report
-from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, concat
+from neuraleraser.evaluation.results import BASE
 from neuraleraser.evaluation.run_folder import RunFolder
-from neuraleraser.judges import CanvasJudge, JudgeSpec
+from neuraleraser.families.canvas import render
+from neuraleraser.families.opening import image_to_image, open_pipeline
+from neuraleraser.judges import JudgeSpec
 from neuraleraser.methods import EraserMethod, NoMethod, StringFilter
-from neuraleraser.models import image_to_image, open_pipeline
 from neuraleraser.sampling import generate
-from neuraleraser.settings import EvaluateSettings, Sampling
-from tiny import stable_diffusion
-
-S = EvaluateSettings(
-    grid_rounds=1,
-    target_rounds=1,
-    two_object_rounds=1,
-    held_out_rounds=1,
-    image_to_image_rounds=0,
-    fragment_prompts=4,
-    held_out_grid_rounds=1,
-    unhooked_checks=5,
-    idle_checks=2,
-    timings=1,
-    timed_images=2,
-    sampling=Sampling(steps=2, batch=8),
-    styles=STYLES,
-    objects=OBJECTS,
-)
+from neuraleraser.settings import Sampling
 
 
 @pytest.fixture(autouse=True)
 def stamped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "generate", stamping)
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return reader()
-
-
-@pytest.fixture(scope="module")
-def erasers(pipe: Any) -> list[Eraser]:
-    cells = canvas_protocol(["Van_Gogh"], S).cells["Van_Gogh"]
-    made = [open_eraser("Van_Gogh"), open_eraser("Cats", "object", seed=1)]
-    return [half_open(e, pipe, [c.prompt for c in cells], [c.seed for c in cells], S.sampling) for e in made]
-
-
-@pytest.fixture(scope="module")
-def methods(erasers: list[Eraser]) -> list[Method]:
-    return [method for e in map(EraserMethod, erasers) for method in (e, *controls(e))]
-
-
-def everything(folder: Path) -> Results:
-    """All rows on disk."""
-    spec = JudgeSpec.of(StampJudge())
-    run = RunFolder(folder, spec)
-    methods = json.loads((folder / "run.json").read_text())["methods"]
-    places = [(BASE, ""), (UNHOOKED, ""), *((name, concept) for name, some in methods.items() for concept in some)]
-    return concat([run.results(*place) for place in places])
-
-
-def of(results: Results, method: str, concept: str = "") -> Results:
-    return results.where((results.method == method) & (results.concept == concept))
-
-
-def same(a: Results, b: Results) -> bool:
-    """Equal but for the order of rows and the time they took."""
-    a, b = (r.where(np.array(sorted(range(len(r)), key=r.keys().__getitem__))) for r in (a, b))
-    return a.table.drop_columns(["seconds"]).equals(b.table.drop_columns(["seconds"]))
 
 
 def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Path):
@@ -188,7 +128,7 @@ def test_the_default_judge_is_the_second_of_the_canvas(pipe: Any):
     judge = default_judge(open_pipeline("canvas"))
     second = CanvasJudge.load("second")
     assert judge.artefact_threshold == second.artefact_threshold is not None and judge.figures == second.figures
-    with pytest.raises(SettingsError, match="not a canvas"):
+    with pytest.raises(SettingsError, match="no judge is known"):
         default_judge(pipe)
 
 
@@ -259,7 +199,7 @@ def test_image_to_image_starts_from_the_render(pipe: Any, tmp_path: Path):
     cells = [c for c in canvas_protocol(["Van_Gogh"], s).cells["Van_Gogh"] if c.group == IMAGE_TO_IMAGE]
     assert len(cells) == 3 and {c.route for c in cells} == {"start image"}
     prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
-    start = renders(cells, 16)
+    start = np.stack([render(c.objects, c.style, c.seed, 16) for c in cells])
     assert len(np.unique(start.reshape(3, -1), axis=0)) == 3 and start.std() > 10
     images = generate(image_to_image(pipe), prompts, seeds, s.sampling, init=start)
     run = RunFolder(tmp_path, JudgeSpec.of(StampJudge()))
@@ -289,77 +229,6 @@ def test_cells_of_one_s_own(pipe: Any, tmp_path: Path):
     assert figures["ua"].value == figures["ira"].value == 1 and figures["ua"].n == 5  # type: ignore[union-attr]
     assert figures["cra"] is None and figures["kept_still"] is None
     write_report(report, tmp_path)
-
-
-@pytest.mark.parametrize("stop_at", [2, 8])
-def test_a_run_that_was_stopped_goes_on(pipe: Any, methods: list[Method], tmp_path: Path, stop_at: int):
-    whole, judge = StampJudge(), StampJudge(stop_at)
-    methods = methods[:2]
-    evaluate(pipe, methods, S, tmp_path / "whole", judge=whole)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(pipe, methods, S, tmp_path / "stopped", judge=judge)
-    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped").rglob("*.png")}
-    parts = {p: p.read_bytes() for p in (tmp_path / "stopped").rglob("*.parquet")}
-    assert len(parts) >= stop_at - 1 and not list((tmp_path / "stopped").rglob("*.part"))
-    evaluate(pipe, methods, S, tmp_path / "stopped", judge=judge)
-    assert same(everything(tmp_path / "whole"), everything(tmp_path / "stopped"))
-    assert judge.calls <= whole.calls + 2  # only the interrupted batch was drawn twice, and one batch is split
-    assert all(path.read_bytes() == data for path, data in parts.items()), "parts are appended, never written again"
-    kept = sum(p.stat().st_mtime_ns == t for p, t in first.items())
-    assert kept >= len(first) - S.sampling.batch
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:300] + bytes(99) + data[399:]]
-)
-@pytest.mark.parametrize("method", [BASE, "neuraleraser"])
-def test_a_damaged_part_only_costs_its_drawing(
-    pipe: Any, methods: list[Method], tmp_path: Path, damage: Callable[[bytes], bytes], method: str
-):
-    judge = StampJudge()
-    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
-    before = everything(tmp_path)
-    path = sorted(tmp_path.glob(f"results/method={method}/*/part-*.parquet"))[0]
-    path.write_bytes(damage(path.read_bytes()))
-    calls = judge.calls
-    with pytest.warns(UserWarning, match="its images are drawn again"):
-        evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
-    assert same(before, everything(tmp_path)) and judge.calls == calls + 1
-
-
-def test_a_picture_that_is_gone_is_drawn_again(pipe: Any, methods: list[Method], tmp_path: Path):
-    judge = StampJudge()
-    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
-    before = everything(tmp_path)
-    pictures = [sorted((tmp_path / "images" / name).rglob("*.png"))[0] for name in (BASE, "neuraleraser")]
-    for path in pictures:
-        path.unlink()
-    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
-    assert same(before, everything(tmp_path)) and all(path.exists() for path in pictures)
-
-
-def test_an_eraser_that_changed_is_measured_anew(pipe: Any, erasers: list[Eraser], tmp_path: Path):
-    judge = StampJudge()
-    before = evaluate(pipe, [EraserMethod(erasers[0])], S, tmp_path, judge=judge)
-    shut = replace(erasers[0].gate, low=torch.full((2,), 1e9), high=torch.full((2,), 2e9))
-    report = evaluate(pipe, [EraserMethod(replace(erasers[0], gate=shut))], S, tmp_path, judge=judge)
-    assert before.erasures[0].figures["ua"].value > 0 == report.erasures[0].figures["ua"].value  # type: ignore[union-attr]
-    assert of(everything(tmp_path), "neuraleraser", "Van_Gogh").identical.all()
-    weak = evaluate(pipe, [EraserMethod(erasers[0], 0.5)], S, tmp_path, judge=judge)
-    assert weak.erasures[0].method == "neuraleraser x0.5"
-
-
-def test_a_folder_of_another_run_is_refused(pipe: Any, methods: list[Method], tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(pipe, methods[:1], S, tmp_path, judge=StampJudge(1))
-    with pytest.raises(SettingsError, match="other settings"):
-        evaluate(pipe, methods[:1], replace(S, target_rounds=2), tmp_path, judge=StampJudge())
-    with pytest.raises(SettingsError, match="other model"):
-        evaluate(stable_diffusion(seed=1), methods[:1], S, tmp_path, judge=StampJudge())
-    strict = StampJudge()
-    strict.thresholds["Cats"] = 0.9
-    with pytest.raises(SettingsError, match="other judge"):
-        evaluate(pipe, methods[:1], S, tmp_path, judge=strict)
 
 
 @pytest.mark.parametrize(
@@ -431,4 +300,4 @@ def test_fragments_are_where_a_filter_fails(pipe: Any, methods: list[Method], tm
     assert report.erasures[0].figures["shown_fragments"].value == 1  # type: ignore[union-attr]
     t = pair_with_base(everything(tmp_path), "neuraleraser", "Van_Gogh")
     assert set(t.after.table["route"].to_pylist()) == {"named", "paraphrased", FRAGMENTS}
-    assert not any(words.names_a_concept(p.split(", ")[1]) for p in t.after.prompt[t.after.group == FRAGMENTS])
+    assert not any(words.VOCABULARY.is_named_in(p.split(", ")[1]) for p in t.after.prompt[t.after.group == FRAGMENTS])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import JUDGE, OBJECTS, STYLES, object_story, row, style_story, table
 
+from helpers.result_tables import JUDGE, OBJECTS, STYLES, object_story, row, style_story, table
 from neuraleraser.errors import DataError
 from neuraleraser.evaluation import metrics as m
 from neuraleraser.evaluation.intervals import Estimate
@@ -26,7 +26,7 @@ def cats() -> m.PairedResults:
     return m.pair_with_base(object_story(), "eraser", "Cats")
 
 
-# Counted by hand from the stories in tables.py: (metric, pairs, good images, images to divide by, n).
+# Counted by hand from the stories in result_tables.py: (metric, pairs, good images, images to divide by, n).
 BY_HAND: list[tuple[Callable[[m.PairedResults], Estimate], Callable[[], m.PairedResults], int, int, int]] = [
     (m.ua, van_gogh, 4, 5, 5),  # the base shows it in 0 1 2 4 8, and it stays in 2
     (m.shown_share, van_gogh, 5, 10, 10),

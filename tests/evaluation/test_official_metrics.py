@@ -1,9 +1,8 @@
-"""The official figures, counted by hand from the stories in tables.py."""
+"""The official figures, counted by hand from the stories in result_tables.py."""
 
 from __future__ import annotations
 
-from tables import object_story, style_story
-
+from helpers.result_tables import object_story, style_story
 from neuraleraser.evaluation import metrics as m
 from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
 

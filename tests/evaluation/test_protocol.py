@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from erasers import open_eraser
+from helpers.canvas_cells import base_cells, canvas_protocol, fragment_cells, notes_on, target_cells
+from helpers.erasers import open_eraser
 from neuraleraser.canvas import words
-from neuraleraser.concepts import canvas_concept
 from neuraleraser.errors import ConceptError, SplitError
 from neuraleraser.evaluation.protocol import (
     FRAGMENTS,
@@ -20,17 +20,14 @@ from neuraleraser.evaluation.protocol import (
     IMAGE_TO_IMAGE,
     TARGET,
     TWO_OBJECTS,
-    base_cells,
-    canvas_protocol,
-    fragment_cells,
-    target_cells,
 )
-from neuraleraser.evaluation.split import check_split
-from neuraleraser.methods import EraserMethod, canvas_filters
+from neuraleraser.families.canvas import canvas_concept
+from neuraleraser.methods import EraserMethod, string_filters
 from neuraleraser.settings import SEALED_SEEDS, SELECTION_SEEDS, TEST_SEEDS, DemoSettings, EvaluateSettings
+from neuraleraser.vocabulary import FUNCTION_WORDS
 
 FULL = EvaluateSettings(fragment_prompts=1000)
-CONCEPTS = tuple(n for n in (*words.OPEN_STYLES, *words.OPEN_OBJECTS) if n != words.PLAIN)
+CONCEPTS = tuple(n for n in (*words.VOCABULARY.open_styles, *words.VOCABULARY.open_objects) if n != words.PLAIN)
 
 
 def everything() -> list:
@@ -64,13 +61,12 @@ def test_more_rounds_add_cells_and_change_none():
 def test_selection_test_and_sealed_seeds_are_disjoint():
     assert not set(SELECTION_SEEDS) & set(TEST_SEEDS) and not set(SEALED_SEEDS) & {*SELECTION_SEEDS, *TEST_SEEDS}
     assert all(c.seed in TEST_SEEDS for c in everything())
-    assert all(c.seed in SELECTION_SEEDS for c in base_cells(1, seeds=SELECTION_SEEDS))
     assert all(c.seed in SEALED_SEEDS for c in canvas_protocol(["Bears"], FULL, sealed=True).all_cells())
 
 
 def test_sealed_concepts_are_in_no_cell_of_others():
     closed = {*words.SEALED_STYLES, *words.SEALED_OBJECTS}
-    phrases = [p for name in closed for p in words.phrases_of(name)]
+    phrases = [p for name in closed for p in words.VOCABULARY.phrases_of(name)]
     for c in everything():
         assert not closed & {c.style, *c.objects}
         assert not any(f" {p} " in f" {c.prompt} " for p in phrases), c.prompt
@@ -109,14 +105,14 @@ def test_a_style_s_own_cells():
 
 def test_an_object_s_own_cells_have_it_beside_every_other_in_both_orders():
     cells = [c for c in target_cells("Cats", replace(FULL, two_object_rounds=1)) if c.group == TWO_OBJECTS]
-    assert len(cells) == len(words.OPEN_OBJECTS) - 1
+    assert len(cells) == len(words.VOCABULARY.open_objects) - 1
     assert all("Cats" in c.objects and len(set(c.objects)) == 2 for c in cells)
     assert {c.objects.index("Cats") for c in cells} == {0, 1}
     assert len({c.style for c in cells}) > 8
 
 
 def test_held_out_cells_use_held_out_phrasings_of_the_concept_only():
-    seen, held = words.phrases_of("Cats")[:2], words.phrases_of("Cats")[2:]
+    seen, held = words.VOCABULARY.phrases_of("Cats")[:2], words.VOCABULARY.phrases_of("Cats")[2:]
     for c in target_cells("Cats", FULL):
         if c.group == HELD_OUT:
             assert any(p in c.prompt for p in held) and not any(p in c.prompt for p in seen)
@@ -126,7 +122,7 @@ def test_held_out_cells_use_held_out_phrasings_of_the_concept_only():
 def test_fragments_are_one_or_two_words_of_the_phrasings_in_neutral_company(name: str, count: int):
     cells = fragment_cells(name, 1000)
     assert len(cells) == count
-    content = {w for p in words.phrases_of(name) for w in p.split()} - words.FUNCTION_WORDS
+    content = {w for p in words.VOCABULARY.phrases_of(name) for w in p.split()} - FUNCTION_WORDS
     for c in cells:
         neutral = words.OBJECT_PHRASES[c.objects[0]][0] if c.objects else "a picture of"
         rest = c.prompt.removeprefix(neutral).lstrip(", ").split()
@@ -139,10 +135,10 @@ def test_fragments_are_one_or_two_words_of_the_phrasings_in_neutral_company(name
 
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_no_fragment_is_a_whole_phrasing_so_no_filter_knows_it(name: str):
-    filters = canvas_filters(name)
+    filters = string_filters(words.VOCABULARY, name)
     for c in fragment_cells(name, 1000):
         padded = f" {c.prompt.lower().replace(',', '')} "
-        assert not any(f" {p.lower()} " in padded for p in words.phrases_of(name))
+        assert not any(f" {p.lower()} " in padded for p in words.VOCABULARY.phrases_of(name))
         assert all(f(c.prompt) == c.prompt for f in filters)
 
 
@@ -154,21 +150,21 @@ def test_an_unknown_concept_has_no_cells():
 def test_a_fair_eraser_passes_and_what_a_reader_should_know_is_said():
     eraser = open_eraser()
     known = replace(eraser, header={**eraser.header, "reference": {"seeds": [[0, 900]], "labels": ["Cats"]}})
-    assert check_split(EraserMethod(known), everything()) == []
-    (note,) = check_split(EraserMethod(eraser), everything())
-    assert "does not say what its dictionary was made with" in note
+    assert notes_on(EraserMethod(known), everything()) == []
+    (note,) = notes_on(EraserMethod(eraser), everything())
+    assert "does not say what its reference was made with" in note
     labelled = replace(eraser, header={**eraser.header, "reference": {"labels": ["Cats", "Van_Gogh"]}})
-    (note,) = check_split(EraserMethod(labelled), everything())
+    (note,) = notes_on(EraserMethod(labelled), everything())
     assert "labelled with this concept" in note
     foreign = replace(eraser, header={**eraser.header, "reference": {"sae": "a Hub id"}})
-    assert "trained elsewhere (a Hub id)" in check_split(EraserMethod(foreign), everything())[0]
+    assert "trained elsewhere (a Hub id)" in notes_on(EraserMethod(foreign), everything())[0]
     dev = replace(known, header={**known.header, "concept": "Cartoon"})
-    (note,) = check_split(EraserMethod(dev), everything())
+    (note,) = notes_on(EraserMethod(dev), everything())
     assert "Cartoon is a development concept" in note
 
 
 def test_controls_are_made_with_nothing_and_may_know_every_phrasing():
-    assert [note for f in canvas_filters("Van_Gogh") for note in check_split(f, everything())] == []
+    assert [note for f in string_filters(words.VOCABULARY, "Van_Gogh") for note in notes_on(f, everything())] == []
 
 
 DIGEST = hashlib.sha256(b"a cat as a Van Gogh painting").hexdigest()[:8]
@@ -188,7 +184,7 @@ DIGEST = hashlib.sha256(b"a cat as a Van Gogh painting").hexdigest()[:8]
         ({"prompts": "a cat"}, "does not say which seeds"),
     ],
 )
-def test_an_overlap_is_refused_in_the_eraser_s_own_data_and_in_its_dictionary_s(where: str, leak: dict, message: str):
+def test_an_overlap_is_refused_in_the_eraser_s_own_data_and_in_its_reference_s(where: str, leak: dict, message: str):
     eraser = open_eraser()
     if where == "reference" or "prompts_sha256" in leak:
         ranges = {"seeds": [[1, 2], leak["seeds"]]} if "seeds" in leak else {}
@@ -196,14 +192,14 @@ def test_an_overlap_is_refused_in_the_eraser_s_own_data_and_in_its_dictionary_s(
     else:
         header = {**eraser.header, **leak}
     with pytest.raises(SplitError, match=message):
-        check_split(EraserMethod(replace(eraser, header=header)), [*base_cells(1), *target_cells("Van_Gogh", FULL)])
+        notes_on(EraserMethod(replace(eraser, header=header)), [*base_cells(1), *target_cells("Van_Gogh", FULL)])
 
 
 @pytest.mark.parametrize("change", [{"seeds": None}, {"reference": "none"}, {"reference": {"seeds": [7]}}])
 def test_a_header_that_says_nothing_fair_is_refused(change: dict):
     eraser = open_eraser()
     with pytest.raises(SplitError, match="does not say which seeds"):
-        check_split(EraserMethod(replace(eraser, header={**eraser.header, **change})), everything())
+        notes_on(EraserMethod(replace(eraser, header={**eraser.header, **change})), everything())
 
 
 def test_held_out_grid_is_a_group_of_its_own():

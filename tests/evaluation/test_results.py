@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from tables import JUDGE, row, style_story, table
 
+from helpers.result_tables import JUDGE, row, style_story, table
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.evaluation.results import BASE, VERSION, Key, Results, Row, concat, load_part
 from neuraleraser.judges import JudgeSpec

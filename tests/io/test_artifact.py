@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import resource
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.artifact_files import saved, write_raw
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.io import artifact, atomic
 
@@ -43,29 +43,11 @@ def tensors(draw: st.DrawFn) -> Tensor:
 finite = st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | finite | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.references(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-headers = st.dictionaries(st.text(max_size=8) | st.sampled_from(["kind", "version"]), values, max_size=4)
+headers = st.references(st.text(max_size=8) | st.sampled_from(["kind", "version"]), values, max_size=4)
 names = st.text(max_size=8)
-
-
-def saved(folder: Path, **metadata: str) -> Path:
-    """A small whole file; `metadata` replaces strings that `save` wrote."""
-    path = folder / "a.safetensors"
-    artifact.save(path, "eraser", {"x": torch.arange(6.0).reshape(2, 3)}, {"concept": "cat"})
-    if metadata:
-        raw = path.read_bytes()
-        n = struct.unpack("<Q", raw[:8])[0]
-        table = json.loads(raw[8 : 8 + n])
-        table["__metadata__"] |= metadata
-        write_raw(path, table, raw[8 + n :])
-    return path
-
-
-def write_raw(path: Path, table: Any, data: bytes = b"") -> None:
-    text = json.dumps(table).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def refused(path: Path, kind: str = "eraser") -> str:
@@ -80,7 +62,7 @@ def refused(path: Path, kind: str = "eraser") -> str:
 
 
 @one_folder
-@given(st.dictionaries(names, tensors(), max_size=4), headers, st.text(max_size=8))
+@given(st.references(names, tensors(), max_size=4), headers, st.text(max_size=8))
 def test_what_is_saved_comes_back(tmp_path: Path, some: dict[str, Tensor], header: dict[str, Any], kind: str):
     path = tmp_path / "folder" / "a.safetensors"
     artifact.save(path, kind, some, header)

@@ -71,8 +71,8 @@ def test_what_a_killed_write_left_is_removed_by_the_next_write_of_the_same_file(
 WRITERS = {"write_bytes", "write_text", "save_pretrained", "touch", "mkdir", "rename"}
 """Methods that write to the disk by hand; `open` in a writing mode, too."""
 ALLOWED = {
-    ("sae/log.py", "open"),  # appends line by line
-    ("sae/log.py", "mkdir"),
+    ("sae/training_log.py", "open"),  # appends line by line
+    ("sae/training_log.py", "mkdir"),
     ("canvas/train.py", "save_pretrained"),  # into the temporary folder
     ("canvas/data.py", "open"),  # the temporary file
     ("eraser/eraser.py", "write_text"),  # into a temporary folder, to upload

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_artifact import saved
 
-from handmade import make_eraser
+from helpers.artifact_files import saved
+from helpers.erasers import make_eraser
 from neuraleraser.concepts import file_concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, FileError, NeuralEraserError

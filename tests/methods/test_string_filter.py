@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-import tiny
+from helpers import pipelines
 from neuraleraser.canvas import words
 from neuraleraser.errors import ConceptError, SettingsError
-from neuraleraser.evaluation.protocol import FRAGMENTS, HELD_OUT, base_cells, target_cells
-from neuraleraser.methods import NoMethod, StringFilter, canvas_filters
+from neuraleraser.evaluation.protocol import FRAGMENTS, HELD_OUT, VocabularyCells
+from neuraleraser.methods import NoMethod, StringFilter, string_filters
 from neuraleraser.settings import EvaluateSettings
+from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 
 
 @pytest.mark.parametrize(
@@ -39,20 +40,21 @@ from neuraleraser.settings import EvaluateSettings
     ],
 )
 def test_what_is_taken_out(concept: str, prompt: str, clean: str):
-    everything, seen = canvas_filters(concept)
+    everything, seen = string_filters(words.VOCABULARY, concept)
     assert everything(prompt) == clean
-    if not any(phrase in prompt for phrase in words.phrases_of(concept)[words.HELD_OUT]):
+    if not any(phrase in prompt for phrase in words.VOCABULARY.phrases_of(concept)[HELD_OUT_PHRASINGS]):
         assert seen(prompt) == clean
 
 
 def test_what_it_must_reach_on_the_benchmark():
     """Both know every prompt that names their concept in a training phrasing, and touch none that does not."""
     s = EvaluateSettings(grid_rounds=1, target_rounds=1)
-    for name in (*words.OPEN_STYLES, *words.OPEN_OBJECTS):
+    for name in (*words.VOCABULARY.open_styles, *words.VOCABULARY.open_objects):
         if name == words.PLAIN:
             continue
-        everything, seen = canvas_filters(name)
-        for c in (*base_cells(1), *target_cells(name, s)):
+        everything, seen = string_filters(words.VOCABULARY, name)
+        cells = VocabularyCells.of(words.VOCABULARY, s)
+        for c in (*cells.grid(1), *cells.target(name)):
             acts, acts_too = everything(c.prompt) != c.prompt, seen(c.prompt) != c.prompt
             if c.group == HELD_OUT:
                 assert acts and (not acts_too or name == "Fishes")  # "a fish with scales" holds "a fish"
@@ -65,8 +67,8 @@ def test_phrases_are_checked():
         with pytest.raises(SettingsError, match="pass one or more of 'Cats'"):
             StringFilter("Cats", "object", phrases)
     with pytest.raises(ConceptError, match="'Unicorns'"):
-        canvas_filters("Unicorns")
-    assert len({f.key for name in ("Cats", "Dogs") for f in canvas_filters(name)}) == 4
+        string_filters(words.VOCABULARY, "Unicorns")
+    assert len({f.key for name in ("Cats", "Dogs") for f in string_filters(words.VOCABULARY, name)}) == 4
 
 
 FILTER = StringFilter("x", "style", {"x": ""})
@@ -74,12 +76,12 @@ FILTER = StringFilter("x", "style", {"x": ""})
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny.stable_diffusion()
+    return pipelines.stable_diffusion()
 
 
 def test_the_untouched_model_draws_the_cleaned_prompt(pipe: Any):
     def draw(*prompts: str) -> torch.Tensor:
-        return tiny.run(pipe, 3, n=len(prompts), prompt=list(prompts), negative_prompt=["x"] * len(prompts))
+        return pipelines.run(pipe, 3, n=len(prompts), prompt=list(prompts), negative_prompt=["x"] * len(prompts))
 
     plain, cleaned, named = draw("a b", "c"), draw("a b", "d"), draw("a b", "d x")
     assert not torch.equal(plain, cleaned) and not torch.equal(cleaned, named)
@@ -98,11 +100,11 @@ def test_the_untouched_model_draws_the_cleaned_prompt(pipe: Any):
 def test_filters_in_a_row_each_see_the_prompt(pipe: Any):
     other = StringFilter("y", "style", {"y": ""})
     with FILTER.watched(pipe) as a, other.watched(pipe) as b, NoMethod("z", "style").watched(pipe) as c:
-        tiny.run(pipe, 0, n=3, prompt=["x", "y", "z"])
+        pipelines.run(pipe, 0, n=3, prompt=["x", "y", "z"])
     assert (list(a.fired), list(b.fired), list(c.fired)) == ([0], [1], [])
     with FILTER.applied(pipe), other.applied(pipe):
-        both = tiny.run(pipe, 0, prompt="a x y")
-    assert torch.equal(both, tiny.run(pipe, 0, prompt="a"))
+        both = pipelines.run(pipe, 0, prompt="a x y")
+    assert torch.equal(both, pipelines.run(pipe, 0, prompt="a"))
 
 
 def test_every_prompt_of_a_pipeline_with_several_encoders_is_cleaned():

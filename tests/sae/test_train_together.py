@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from planted import planted
 
+from helpers.planted import planted
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.io import artifact
 from neuraleraser.sae import SAE, Run, TrainingLog, TrainSettings, pool_batches, train, train_together
@@ -120,6 +120,6 @@ def test_the_log_of_a_run_that_was_killed_has_every_step_once(tmp_path: Path):
 def test_logs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(FileError, match="cannot be written"):
         train(ALONE["wide"], SMALL, on_step=TrainingLog(tmp_path))
-    monkeypatch.setattr("neuraleraser.sae.log.find_spec", lambda name: None)
+    monkeypatch.setattr("neuraleraser.sae.training_log.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="pip install tensorboard"):
         TrainingLog(tmp_path / "log", tmp_path)

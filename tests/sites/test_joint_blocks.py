@@ -18,7 +18,7 @@ from diffusers import (
     Lumina2Transformer2DModel,
 )
 
-import tiny
+from helpers import pipelines
 from neuraleraser import Site, candidate_sites, record
 from neuraleraser.errors import SiteError
 from neuraleraser.sites import text_streams
@@ -34,7 +34,7 @@ def auraflow() -> tuple[Any, dict[str, Any]]:
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=16, out_channels=4,
         pos_embed_max_size=256,
     )  # fmt: skip
-    pipe = AuraFlowPipeline(None, None, tiny.vae(), model, FlowMatchEulerDiscreteScheduler())  # type: ignore[arg-type]
+    pipe = AuraFlowPipeline(None, None, pipelines.vae(), model, FlowMatchEulerDiscreteScheduler())  # type: ignore[arg-type]
     call = {}
     for side in ("", "negative_"):
         call |= {f"{side}prompt_embeds": torch.ones(1, 8, 16), f"{side}prompt_attention_mask": torch.ones(1, 8)}
@@ -48,7 +48,7 @@ def chroma() -> tuple[Any, dict[str, Any]]:
         joint_attention_dim=16, axes_dims_rope=(4, 2, 2), approximator_hidden_dim=16, approximator_num_channels=64,
         approximator_layers=1,
     )  # fmt: skip
-    pipe = ChromaPipeline(FlowMatchEulerDiscreteScheduler(), tiny.vae(), None, None, model)  # type: ignore[arg-type]
+    pipe = ChromaPipeline(FlowMatchEulerDiscreteScheduler(), pipelines.vae(), None, None, model)  # type: ignore[arg-type]
     call = {}
     for side in ("", "negative_"):
         call |= {f"{side}prompt_embeds": torch.ones(1, 8, 16), f"{side}prompt_attention_mask": torch.ones(1, 8).bool()}

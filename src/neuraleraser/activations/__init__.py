@@ -5,9 +5,9 @@ and shards are such a stream, recorded. `substitution` puts an SAE's reconstruct
 """
 
 from neuraleraser.activations.collecting import CONDITIONAL, UNCONDITIONAL, Sample, Seen, bank, collect, sample
+from neuraleraser.activations.loss_recovered import AtTime, Substitution, substitution
 from neuraleraser.activations.shards import Shards, write_shards
 from neuraleraser.activations.streaming import activation_stream, described
-from neuraleraser.activations.substitution import AtTime, Substitution, substitution
 
 __all__ = [
     "CONDITIONAL",

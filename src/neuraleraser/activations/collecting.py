@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.errors import DataError
-from neuraleraser.sae.mixing import Unwanted
+from neuraleraser.sae.mixing_buffer import Unwanted
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import EditContext, Site, current_batch, record

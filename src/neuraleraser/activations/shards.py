@@ -21,7 +21,7 @@ from torch import Tensor
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.io import artifact
 from neuraleraser.io.names import printable
-from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
+from neuraleraser.sae.mixing_buffer import MixingPool, Rows, Stopped, generator
 
 INDEX = "index.safetensors"
 _KIND, _SHARD, _LABELS = "activations", "activations-shard", "/labels"

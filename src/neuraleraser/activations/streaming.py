@@ -12,8 +12,8 @@ from torch import Tensor
 
 from neuraleraser.activations.collecting import CONDITIONAL, sample
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.models import default_sampling
-from neuraleraser.sae.mixing import MixingPool, Rows, Stopped, generator
+from neuraleraser.families.defaults import default_sampling
+from neuraleraser.sae.mixing_buffer import MixingPool, Rows, Stopped, generator
 from neuraleraser.settings import STREAM_SEEDS, StreamSettings
 from neuraleraser.sites import Site, record
 

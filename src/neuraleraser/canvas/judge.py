@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from neuraleraser.canvas.distance import Artefact, Images, damaged, features, fit_artefact, round_half
+from neuraleraser.canvas.artefact_distance import Artefact, Images, damaged, features, fit_artefact, round_half
 from neuraleraser.canvas.judge_nets import Which, build_judge
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import FileError

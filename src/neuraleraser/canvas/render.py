@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from neuraleraser.canvas.brushes import Image
+from neuraleraser.canvas.image_ops import Image
 from neuraleraser.canvas.styles import STYLE_OPS
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import SettingsError

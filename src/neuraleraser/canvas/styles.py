@@ -12,7 +12,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from neuraleraser.canvas.brushes import (
+from neuraleraser.canvas.image_ops import (
     Image,
     blur,
     colour,

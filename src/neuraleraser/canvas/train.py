@@ -39,7 +39,7 @@ from neuraleraser.canvas.pipeline import (
     build_vae,
     load_pipeline,
 )
-from neuraleraser.canvas.settings import TrainCanvas
+from neuraleraser.canvas.recipe import TrainCanvas
 from neuraleraser.canvas.words import NONE, OBJECTS, caption
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.io import artifact

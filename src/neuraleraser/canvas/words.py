@@ -1,13 +1,14 @@
 """The canvas's vocabulary: objects, styles, their phrasings, and captions made of them.
 
-Every concept has at least four phrasings. The canvas learns all of them; `SEEN` and `HELD_OUT` split each
-list in two so that an eraser is never made with a phrasing it is tested with (DESIGN.md, law 12).
+Every concept has four phrasings, and the canvas learns all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+
+from neuraleraser.vocabulary import Vocabulary
 
 PLAIN = "Seed_Images"
 """The style of an unstyled picture, under UnlearnCanvas's name for it."""
@@ -147,18 +148,16 @@ SEALED_STYLES = ("Bricks", "Crayon", "Cubism", "Ink_Art", "Meteor_Shower", "Pop_
 SEALED_OBJECTS = ("Bears", "Birds", "Butterfly", "Frogs", "Sandwiches", "Statues")
 """Concepts that nothing is chosen on and nobody looks at before all is frozen: drawn and read by `evaluate --sealed`
 alone (DESIGN.md, law 12)."""
-OPEN_STYLES = tuple(name for name in STYLES if name not in SEALED_STYLES)
-OPEN_OBJECTS = tuple(name for name in OBJECTS if name not in SEALED_OBJECTS)
-"""All styles and objects that are not sealed."""
-
-SEEN = slice(0, 2)
-HELD_OUT = slice(2, 4)
-
-FUNCTION_WORDS = frozenset("a an and as at between by from in into like of on style the to under with".split())
-"""Words of phrasings that name nothing by themselves."""
-
-
-_EVERY_PHRASE = tuple(text for texts in (OBJECT_PHRASES | STYLE_PHRASES).values() for text in texts)
+VOCABULARY = Vocabulary(
+    name="canvas",
+    object_phrases=OBJECT_PHRASES,
+    style_phrases=STYLE_PHRASES,
+    empty_phrases=EMPTY_PHRASES,
+    plain=PLAIN,
+    aliases=ALIASES,
+    development=frozenset((*DEV_STYLES, *DEV_OBJECTS)),
+    sealed=frozenset((*SEALED_STYLES, *SEALED_OBJECTS)),
+)
 
 
 class Rng(Protocol):
@@ -168,48 +167,8 @@ class Rng(Protocol):
     def choice(self, seq: Sequence[str]) -> str: ...
 
 
-def phrases_of(name: str) -> tuple[str, ...]:
-    """All phrasings of an object or a style. Raises KeyError for another name."""
-    return OBJECT_PHRASES[name] if name in OBJECT_PHRASES else STYLE_PHRASES[name]
-
-
-def prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
-    """The canonical prompt of a cell: `prompt(["Cats"], "Van_Gogh")` is 'a cat in Van Gogh style'.
-
-    `phrasing` chooses one of the four for the object and the style alike; a plain style adds no words.
-    """
-    what = " and ".join(OBJECT_PHRASES[o][phrasing] for o in objects) if objects else EMPTY_PHRASES[phrasing]
-    return what if style == PLAIN else f"{what} {STYLE_PHRASES[style][phrasing]}"
-
-
-def fresh_prompt(objects: Sequence[str], style: str, phrasing: int = 0) -> str:
-    """A prompt that erasers are tested with: the object in one phrasing, the style in another of the same half.
-
-    Erasers are made with `prompt`, so the two never meet: `fresh_prompt(["Cats"], "Van_Gogh")` is 'a cat as a Van
-    Gogh painting'.
-    """
-    what = " and ".join(OBJECT_PHRASES[o][phrasing] for o in objects) if objects else EMPTY_PHRASES[phrasing]
-    return f"a picture of {what}" if style == PLAIN else f"{what} {STYLE_PHRASES[style][phrasing ^ 1]}"
-
-
-def fragments(name: str) -> tuple[str, ...]:
-    """Return every one and every two (in either order) of the words of a concept's phrasings, function words left out.
-
-    None contains a whole phrasing of any concept. Raises KeyError for an unknown name.
-    """
-    content = dict.fromkeys(w for text in phrases_of(name) for w in text.split() if w.lower() not in FUNCTION_WORDS)
-    every = (*content, *(f"{first} {second}" for first in content for second in content if first != second))
-    return tuple(text for text in every if not names_a_concept(text))
-
-
-def names_a_concept(text: str) -> bool:
-    """Tell whether `text` contains a whole phrasing of any concept, by whole words in whatever case."""
-    padded = f" {' '.join(text.lower().replace(',', ' , ').split())} "
-    return any(f" {phrase.lower()} " in padded for phrase in _EVERY_PHRASE)
-
-
 def caption(objects: Sequence[str], style: str, rng: Rng) -> str:
-    """A training caption: phrasing, word order and, for a plain picture, naming the style at all are left to `rng`."""
+    """Return a training caption; `rng` chooses phrasing, word order and whether a plain picture names its style."""
     what = " and ".join(rng.choice(OBJECT_PHRASES[o]) for o in objects) if objects else rng.choice(EMPTY_PHRASES)
     if style == PLAIN and rng.random() < 0.7:
         how = ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from neuraleraser.canvas.settings import TrainCanvas
-from neuraleraser.canvas.words import DEV_OBJECTS, OBJECTS, STYLES
+from neuraleraser.canvas.recipe import TrainCanvas
+from neuraleraser.canvas.words import DEV_OBJECTS, OBJECTS, STYLES, VOCABULARY
 from neuraleraser.cli.verbs import Flat, app, canvas, verb
 from neuraleraser.errors import ConceptError, NeuralEraserError
 from neuraleraser.io.outputs import check_outputs
@@ -94,22 +94,23 @@ def canvas_judge(folder: Path = Path("runs/judges"), renders: int = 60_000, held
     train_judges(render_set(renders, 1, folder=folder), render_set(held_out, 2, folder=folder), folder)
 
 
-@verb(canvas, "dictionary")
-def canvas_dictionary(model: str = "canvas", out: Path = Path("runs/dictionary"), images: int = 500) -> None:
-    """Train the SAE of a canvas pipeline and record how its features fire on everything (for `erase --dictionary`).
+@verb(canvas, "reference")
+def canvas_reference(model: str = "canvas", out: Path = Path("runs/reference"), images: int = 500) -> None:
+    """Train the SAE of a canvas pipeline and record how its features fire on everything (for `erase --reference`).
 
     Args:
         model: canvas, or a folder with another canvas.
-        out: The dictionary's folder.
+        out: The reference's folder.
         images: Images to record how features fire on, at most 500.
     """
-    from neuraleraser.fit.dictionary import make_canvas_dictionary
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.families.canvas import GATE
+    from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.fitting.reference import train_reference
     from neuraleraser.precision import fast_dtype
 
     check_whole("images", images, 1, 500)
     check_outputs({}, {"--model": model}, folders={"--out": out})
-    make_canvas_dictionary(open_pipeline(model, fast_dtype()), out, images)
+    train_reference(open_pipeline(model, fast_dtype()), VOCABULARY, GATE, out, images)
     print(out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
@@ -13,9 +13,9 @@ from neuraleraser.cli.operating import calibrated
 from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.atomic import write_bytes
-from neuraleraser.io.names import file_name, printable, prompt_error
+from neuraleraser.io.names import prompt_error
 from neuraleraser.io.outputs import check_outputs, save_or_keep
-from neuraleraser.settings import MANY, DemoSettings, EvaluateSettings, FitSettings, Sampling, check_seed, check_whole
+from neuraleraser.settings import MANY, DemoSettings, EvaluateSettings, FitSettings, check_seed, check_whole
 
 
 @verb(app, "demo")
@@ -34,7 +34,7 @@ def erase(
     model: str = "canvas",
     out: Path | None = None,
     kind: Literal["style", "object"] | None = None,
-    dictionary: Path | None = None,
+    reference: Path | None = None,
     neighbours: tuple[str, ...] = (),
     site: str | None = None,
     images: int = 160,
@@ -44,7 +44,7 @@ def erase(
 ) -> None:
     """Make an eraser for a concept.
 
-    On other models than the canvas, where no dictionary is given, a published one is fetched if one is known for the
+    On other models than the canvas, where no reference is given, a published one is fetched if one is known for the
     model and the site. Else one is made first, from the model's own images of the concept and its neighbours; what that
     takes is said before. Interrupted and run again, it goes on.
 
@@ -53,92 +53,52 @@ def erase(
         model: The pipeline: canvas, a folder, or a Hub id.
         out: The eraser's file; None: the concept's name, such as van-gogh.safetensors.
         kind: What the phrase names, where it does not say so itself (not needed on the canvas).
-        dictionary: Folder of the SAE and its background for this model; None: the canvas's own, or one made here.
+        reference: Folder of the SAE and its background for this model; None: the canvas's own, or one made here.
         neighbours: What the concept could be mistaken for, as phrases; none named: those of a list that ships.
-        site: Where a dictionary made here looks; None: the site that is known to be good in the model's family.
-        images: Images that a dictionary made here learns from; half as many more show how it fires.
+        site: Where a reference made here looks; None: the site that is known to be good in the model's family.
+        images: Images that a reference made here learns from; half as many more show how it fires.
         sampling_steps: Denoising steps; None: the model's usual.
         guidance: Classifier-free guidance scale; None: the model's usual.
         images_at_once: Images drawn together; None: 4, on the canvas 20.
     """
-    from neuraleraser.concepts import shipped_neighbours, with_neighbours
-    from neuraleraser.demo import concept_of, doubt, neighbours_of, progress_bar
+    from tqdm import tqdm
+
+    from neuraleraser.demo import doubt, progress_bar
     from neuraleraser.evaluation.report import size_text
-    from neuraleraser.fit import fit
-    from neuraleraser.fit.dictionary import load_dictionary
-    from neuraleraser.models import default_sampling, open_pipeline, speaks_canvas
+    from neuraleraser.families.defaults import default_sampling
+    from neuraleraser.families.naming import concept_of
+    from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.fitting import from_phrase
+    from neuraleraser.fitting.reference import load_reference
 
     check_whole("images", images, 5, MANY)  # hundreds are good
-    read = {"the phrase": phrase if phrase.endswith(".json") else None, "--dictionary": dictionary, "--model": model}
+    read = {"the phrase": phrase if phrase.endswith(".json") else None, "--reference": reference, "--model": model}
     check_outputs({"--out": out}, read)
     check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
     pipe = open_pipeline(model)
     concept = concept_of(pipe, phrase, kind)
-    sampling = default_sampling(pipe, sampling_steps, guidance, images_at_once)
-    name = file_name(concept.name.replace("_", "-").replace(" ", "-").lower())
-    path = out or Path(f"{name}.safetensors")
+    path = out or Path(f"{from_phrase.eraser_file_name(concept.name)}.safetensors")
     check_outputs({"--out": path}, read)
-    near = neighbours_of(pipe, concept, neighbours) if neighbours else list(shipped_neighbours(concept))
-    concept = with_neighbours(concept, near)
-    if dictionary is None and not speaks_canvas(pipe):
-        known = _dictionary_for(pipe, model, concept, near, site, images, sampling, name)
-    else:
-        known = load_dictionary(dictionary) if dictionary else load_dictionary()
-    with progress_bar(concept.name) as told:
-        eraser = fit(pipe, concept, settings, told, known=known, sampling=sampling)
+    known = load_reference(reference) if reference else None
+    with progress_bar(concept.name) as progress:
+        eraser = from_phrase.erase(
+            pipe,
+            concept,
+            neighbours=neighbours,
+            reference=known,
+            site=site,
+            images=images,
+            settings=settings,
+            sampling=default_sampling(pipe, sampling_steps, guidance, images_at_once),
+            progress=progress,
+            announce=tqdm.write,
+        )
     save_or_keep(path, eraser.save)
     print(f"{path}: erases {concept.name}, {size_text(path.stat().st_size)}, {len(eraser.gate.features)} features")
     if said := doubt(eraser):
         print(said)
     example = concept.pairs[0].shows
     print(f'Try it: neuraleraser generate "{example}" --model {model} --eraser {path}')
-
-
-def _dictionary_for(
-    pipe: Any,
-    model: str,
-    concept: Any,
-    near: Sequence[Any],
-    site: str | None,
-    images: int,
-    sampling: Sampling,
-    name: str,
-) -> Any:
-    """The dictionary that is known for this model and site, or else one made here; what that takes is said first."""
-    from neuraleraser.demo import progress_bar
-    from neuraleraser.errors import FileError
-    from neuraleraser.evaluation.report import size_text
-    from neuraleraser.fit.own import expect, own_dictionary
-    from neuraleraser.fit.published import published, published_dictionary
-    from neuraleraser.models import default_gate_site
-    from neuraleraser.sites import Site
-
-    where = Site.parse(site) if site else default_gate_site(pipe, concept.kind)
-    # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
-    owner = file_name(Path(model).name if os.path.isdir(model) else model.replace("/", "--"))
-    root = Path("runs/dictionaries")
-    check_outputs({}, folders={"the dictionary's folder": root})
-    if theirs := published(model, where):
-        print(f"A dictionary for {model} at {where} is published: {theirs.repo}, of {theirs.source}.")
-        try:
-            folder = root / f"{owner}-{name}-published"
-            found = published_dictionary(pipe, theirs, concept, near, folder, images, sampling)
-            if not theirs.revision and (commit := found.sae.header.get("revision")):
-                print(f"No commit of it is pinned here; this is {printable(commit)}.")
-            return found
-        except FileError as error:
-            print(f"It cannot be had: {error}.")
-    folder = root / f"{owner}-{name}"
-    if not (folder / "background.safetensors").exists():
-        cost = expect(pipe, where, images, sampling)
-        print(
-            f"Making a dictionary for {model} at {where} from {images + images // 2} of its own images, of "
-            f"{concept.name} and {', '.join(n.name for n in near) or 'no neighbours'}.\n"
-            f"About {cost.seconds / 60:.0f} minutes of drawing, and {size_text(cost.bytes)} in {folder} until it is "
-            "made. Ctrl-C stops; the same command goes on."
-        )
-    with progress_bar("dictionary") as told:
-        return own_dictionary(pipe, concept, near, where, folder, images=images, sampling=sampling, say=told)
 
 
 @verb(app, "generate")
@@ -174,7 +134,8 @@ def generate(
     from neuraleraser import sampling
     from neuraleraser.eraser import Eraser, attach
     from neuraleraser.evaluation.figures import png
-    from neuraleraser.models import default_sampling, open_pipeline
+    from neuraleraser.families.defaults import default_sampling
+    from neuraleraser.families.opening import open_pipeline
 
     if not prompt.strip():
         raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
@@ -274,7 +235,7 @@ def evaluate(
     from neuraleraser.eraser import Eraser
     from neuraleraser.evaluation.report_files import write_report
     from neuraleraser.evaluation.terminal import terminal_tables
-    from neuraleraser.models import open_pipeline
+    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.sealed import evaluate_sealed
 
     if sealed and (erasers or calibrate):

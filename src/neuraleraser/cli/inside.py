@@ -1,4 +1,4 @@
-"""The verbs that look inside a pipeline: its sites, profiles of concepts, dictionaries of others."""
+"""The verbs that look inside a pipeline: its sites, profiles of concepts, SAEs of others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def sites(model: Positional[str] = "canvas", /) -> None:
         model: The pipeline: canvas, a folder, or a Hub id.
     """
     from neuraleraser import sampling
-    from neuraleraser.models import open_pipeline, recommended_sites
+    from neuraleraser.families.defaults import recommended_sites
+    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.sites import (
         Site,
         candidate_sites,
@@ -80,13 +81,13 @@ def profile(
     """
     import torch
 
-    from neuraleraser import concepts as c
-    from neuraleraser.demo import concept_of
-    from neuraleraser.fit.states import conditional, pooled_features
+    from neuraleraser.families.defaults import default_sampling
+    from neuraleraser.families.naming import concept_of
+    from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.fitting.trajectories import conditional, pooled_features
     from neuraleraser.io import artifact
     from neuraleraser.io.outputs import check_outputs, save_or_keep
-    from neuraleraser.models import default_sampling, open_pipeline
-    from neuraleraser.sae import SAE
+    from neuraleraser.sae import SAE, scores
     from neuraleraser.sites import Site
 
     if not phrases:
@@ -107,13 +108,13 @@ def profile(
         labels += [concept.name] * images + [f"no {concept.name}"] * images
     seeds = [i % (2 * images) % images for i in range(len(prompts))]  # a pair shares its noise
     pooled, _ = pooled_features(pipe, loaded, Site.parse(where), prompts, seeds, default_sampling(pipe))
-    stats = c.profile(conditional(pooled)[:, :, 0], pooled.times, labels)
+    stats = scores.profile(conditional(pooled)[:, :, 0], pooled.times, labels)
     tensors = {"mean": stats.mean, "spread": stats.spread, "times": stats.times}
     header = {"names": list(stats.names), "site": str(where), "model": model}
     save_or_keep(out, lambda path: artifact.save(path, "profile", tensors, header))
     for concept in asked:
-        score = c.neighbour_score(stats, concept.name).mean(0)
-        share = c.share_score(stats, concept.name).mean(0)
+        score = scores.neighbour_score(stats, concept.name).mean(0)
+        share = scores.share_score(stats, concept.name).mean(0)
         rows = [("feature", "gap to the worst neighbour", "SAeUron's share score", "")]
         for k in torch.topk(score, min(top, len(score))).indices.tolist():
             rows.append((str(k), f"{score[k]:.2f}", f"{share[k]:.4f}", ""))
@@ -121,8 +122,8 @@ def profile(
     print(out)
 
 
-@verb(app, "dictionary")
-def dictionary(
+@verb(app, "reference")
+def reference(
     sae: Positional[Path],
     site: Positional[str],
     /,
@@ -130,7 +131,7 @@ def dictionary(
     prompts: Path,
     out: Path = Path("runs/imported"),
 ) -> None:
-    """Make a dictionary from another library's SAE, for `erase --dictionary` and `profile --sae OUT/sae.safetensors`.
+    """Make a reference from another library's SAE, for `erase --reference` and `profile --sae OUT/sae.safetensors`.
 
     Args:
         sae: Folder or weights file of SAeUron, sdxl-unbox, SAELens, sparsify, dictionary_learning or OpenAI.
@@ -138,11 +139,11 @@ def dictionary(
         model: The pipeline: canvas, a folder, or a Hub id.
         prompts: Text file of prompts of many things, one a line, after a tab what it shows, by commas: thresholds are
             calibrated on their images. What shows a concept is no background for it.
-        out: The dictionary's folder.
+        out: The reference's folder.
     """
-    from neuraleraser.fit import import_dictionary
+    from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.fitting import import_reference
     from neuraleraser.io.outputs import check_outputs, save_or_keep
-    from neuraleraser.models import open_pipeline
     from neuraleraser.sites import Site
 
     at = Site.parse(site)
@@ -150,7 +151,7 @@ def dictionary(
     check_outputs(made, {"the SAE": sae, "--prompts": prompts, "--model": model}, folders={"--out": out})
     lines = read_prompts(prompts)
     texts, labels = [prompt for prompt, _ in lines], [names for _, names in lines]
-    known = import_dictionary(open_pipeline(model), sae, at, texts, labels)
+    known = import_reference(open_pipeline(model), sae, at, texts, labels)
     save_or_keep(out, known.save)
     seen = known.sae.header.get("calibration")
     share = seen.get("disagreement") if isinstance(seen, dict) else None

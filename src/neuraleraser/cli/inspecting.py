@@ -38,10 +38,10 @@ def inspect(
         sampling_steps: Denoising steps; None: the model's usual.
         guidance: Classifier-free guidance scale; None: the model's usual.
     """
-    from neuraleraser.fit.dictionary import CANVAS
+    from neuraleraser.families.canvas import REFERENCE
     from neuraleraser.sae import SAE
 
-    path = sae or CANVAS / "sae.safetensors"
+    path = sae or REFERENCE / "sae.safetensors"
     path = path / "sae.safetensors" if os.path.isdir(path) else path
     check_outputs({"--sheet": settings.sheet}, {"the SAE": path, "--prompts": settings.prompts, "--model": model})
     loaded = SAE.load(path)
@@ -77,8 +77,9 @@ def _measured(
     """Measure `sae` in its pipeline, and print it."""
     from neuraleraser.activations import bank, substitution
     from neuraleraser.evaluation.figures import grid_sheet, png
+    from neuraleraser.families.defaults import default_sampling
+    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.io.atomic import write_bytes
-    from neuraleraser.models import default_sampling, open_pipeline
     from neuraleraser.sae import measure
     from neuraleraser.sites import Site
 

@@ -42,11 +42,14 @@ def doctor(
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """
     from neuraleraser.cli.prompts import read_prompts
-    from neuraleraser.demo import named_concept, neighbours_of
     from neuraleraser.diagnosis import doctor as look
     from neuraleraser.eraser import Eraser
-    from neuraleraser.judges import CanvasJudge, NudeNetJudge, UnlearnCanvasJudge, clip_judge
-    from neuraleraser.models import open_pipeline, sampling_of, speaks_canvas
+    from neuraleraser.families import family_of
+    from neuraleraser.families.defaults import sampling_of
+    from neuraleraser.families.naming import named_concept, neighbours_of
+    from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.fitting.clip_judge import clip_judge
+    from neuraleraser.judges import NudeNetJudge, UnlearnCanvasJudge
     from neuraleraser.settings import check_whole
 
     if not erasers:
@@ -66,14 +69,15 @@ def doctor(
     if calibrate:
         loaded = [_calibrated(pipe, e, c, n, s) for e, c, n, s in zip(loaded, concepts, near, ways, strict=True)]
     judges: list[Any] = []
+    family = family_of(pipe)
     if clip:
         judges = [clip_judge(pipe, c, n, clip, sampling=s) for c, n, s in zip(concepts, near, ways, strict=True)]
     elif unlearncanvas:
         judges = [UnlearnCanvasJudge.load(*unlearncanvas, device=pipe.device)] * len(loaded)
     elif nudenet:
         judges = [NudeNetJudge(name=e.name) for e in loaded]
-    elif speaks_canvas(pipe):
-        judges = [CanvasJudge.load("second")] * len(loaded)
+    elif family.judge is not None:
+        judges = [family.judge()] * len(loaded)
     others = [
         given or [p.without for p in c.pairs[:: max(1, len(c.pairs) // images)]] + [o.pairs[0].shows for o in n]
         for c, n in zip(concepts, near, strict=True)
@@ -105,10 +109,10 @@ def calibrate(
         pairs: Prompts with the concept, and as many without.
         out: The new file; None: the old one's name with "-calibrated", beside it or, of a folder or Hub id, here.
     """
-    from neuraleraser.demo import concept_of, named_concept, neighbours_of
     from neuraleraser.eraser import Eraser
+    from neuraleraser.families.naming import concept_of, named_concept, neighbours_of
+    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.io.outputs import check_outputs, save_or_keep
-    from neuraleraser.models import open_pipeline
     from neuraleraser.settings import check_whole
 
     check_whole("pairs", pairs, 2, 500)
@@ -133,14 +137,14 @@ def calibrate(
 
 
 def _calibrated(pipe: Any, eraser: Any, concept: Any, neighbours: Any, sampling: Any = None, pairs: int = 8) -> Any:
-    from neuraleraser.fit import calibrate as run
+    from neuraleraser.fitting import calibrate as run
 
     return run(pipe, eraser, concept, neighbours, sampling=sampling, pairs=pairs)
 
 
 def calibrated(pipe: Any, erasers: Any) -> list[Any]:
     """The erasers with gates fitted to `pipe`, by the names in their files."""
-    from neuraleraser.demo import named_concept, neighbours_of
+    from neuraleraser.families.naming import named_concept, neighbours_of
 
     concepts = [named_concept(pipe, e.name, e.header.get("kind")) for e in erasers]
     return [_calibrated(pipe, e, c, neighbours_of(pipe, c)) for e, c in zip(erasers, concepts, strict=True)]

@@ -35,18 +35,19 @@ def read_prompts(path: Path) -> Lines:
 
 
 def prompts_of(pipe: Any, model: str, lines: Lines | None, count: int) -> tuple[list[str], Any, list[str]]:
-    """(prompts, labels [prompts, C] of 0 and 1 or None, the C names): of a file's lines, or else `count` captions of
-    the canvas. Raises SettingsError for another pipeline without a file."""
+    """(prompts, labels [prompts, C] of 0 and 1 or None, the C names): of a file's lines, or else `count` prompts of
+    the family's vocabulary. Raises SettingsError for another pipeline without a file."""
     import torch
 
-    from neuraleraser.canvas.words import PLAIN
-    from neuraleraser.fit.dictionary import canvas_background
-    from neuraleraser.models import speaks_canvas
+    from neuraleraser.families import family_of
+    from neuraleraser.fitting.reference import labelled_prompts
 
     if lines is None:
-        if not speaks_canvas(pipe):
+        vocabulary = family_of(pipe).vocabulary
+        if vocabulary is None:
             raise SettingsError(f"{model!r} is not the canvas, so its prompts are unknown here: pass --prompts FILE")
-        lines = [(prompt, tuple(sorted(shown - {PLAIN}))) for prompt, shown in canvas_background(count, 1)]
+        drawn = labelled_prompts(vocabulary, count, 1)
+        lines = [(prompt, tuple(sorted(shown - {vocabulary.plain}))) for prompt, shown in drawn]
     texts = [prompt for prompt, _ in lines]
     names = sorted({name for _, shown in lines for name in shown})
     if not names:

@@ -15,7 +15,7 @@ from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
-from neuraleraser.sae.settings import Architecture, StepLog, TrainSettings
+from neuraleraser.sae.train_settings import Architecture, StepLog, TrainSettings
 from neuraleraser.settings import StreamSettings
 
 HELD_OUT = 2**16
@@ -56,7 +56,8 @@ def collect(
     from tqdm import tqdm
 
     from neuraleraser.activations import activation_stream, described, write_shards
-    from neuraleraser.models import default_sampling, open_pipeline
+    from neuraleraser.families.defaults import default_sampling
+    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.sites import Site
 
     where = [Site.parse(text) for text in sites]
@@ -223,7 +224,8 @@ def _source(
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """The stream of batches, what it is in words, and the names of its labels."""
     from neuraleraser.activations import Shards, activation_stream, described
-    from neuraleraser.models import default_sampling, open_pipeline
+    from neuraleraser.families.defaults import default_sampling
+    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.sites import Site
 
     if activations is not None:

@@ -26,8 +26,8 @@ from neuraleraser.evaluation.method import ActionTrace, Method
 from neuraleraser.evaluation.protocol import START_IMAGE, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
 from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.families.opening import image_to_image
 from neuraleraser.judges import Judge
-from neuraleraser.models import image_to_image
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import EvaluateSettings, Sampling
 

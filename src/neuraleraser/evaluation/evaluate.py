@@ -11,12 +11,12 @@ from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.measure import Finding, measure
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import EvaluationProtocol, canvas_protocol, check_open
+from neuraleraser.evaluation.protocol import EvaluationProtocol, check_open, vocabulary_protocol
 from neuraleraser.evaluation.report import Report, report
 from neuraleraser.evaluation.run_folder import open_run
 from neuraleraser.evaluation.split import check_split
+from neuraleraser.families import Family, family_of
 from neuraleraser.judges import Judge, JudgeSpec
-from neuraleraser.models import speaks_canvas
 from neuraleraser.settings import EvaluateSettings
 
 
@@ -33,26 +33,29 @@ def evaluate(
     """Measure `methods` one at a time on `pipe`, keeping pictures and results in `folder`.
 
     Called again with the same settings it goes on where it was stopped. Without a `protocol` the cells are those of the
-    canvas; without a `judge` it is the canvas's second. Controls are methods like any other: pass them too.
+    vocabulary of the pipeline's family; without a `judge` it is that family's. Controls are methods like any other:
+    pass them too.
 
-    `sealed` opens the sealed concepts of the canvas. Nothing passes it but `evaluate --sealed`, which keeps the record
+    `sealed` opens the vocabulary's sealed concepts. Nothing passes it but `evaluate --sealed`, which keeps the record
     that law 12 asks for.
 
     Raises SplitError if a method was made with what it would be tested with or erases a sealed concept, ConceptError
     for a concept that the judge does not know or that has no cells, SettingsError for a method that is there twice, a
-    folder of another run, or a pipeline that is no canvas where a judge is missing.
+    folder of another run, or a pipeline without a judge or a vocabulary where none is passed.
     """
     s = settings or EvaluateSettings()
-    if not sealed:
-        check_open(m.concept for m in methods)
+    family = family_of(pipe)
+    vocabulary = protocol.vocabulary if protocol else family.vocabulary
+    if vocabulary and not sealed:
+        check_open(vocabulary, (m.concept for m in methods))
     judge = judge or default_judge(pipe)
     spec = JudgeSpec.of(judge)
     _check_methods(methods, spec)
     concepts = list(dict.fromkeys(m.concept for m in methods))
-    protocol = protocol or canvas_protocol(concepts, s, sealed=sealed)
+    protocol = protocol or default_protocol(family, concepts, s, sealed=sealed)
     if lacking := [name for name in concepts if not protocol.cells.get(name)]:
         raise ConceptError(f"the protocol has no cells for {', '.join(lacking)}: pass one that has")
-    notes = [note for m in methods for note in check_split(m, protocol.cells[m.concept])]
+    notes = [note for m in methods for note in check_split(m, protocol)]
     run = open_run(Path(folder), pipe, methods, protocol, s, spec)
     results = draw(pipe, methods, protocol, s, judge, run)
     figures = measure(results)
@@ -61,18 +64,26 @@ def evaluate(
 
 
 def default_judge(pipe: Any) -> Judge:
-    """Return the canvas's second judge, which no eraser has seen and which measures artefacts.
+    """Return the judge of the pipeline's family, which no eraser has seen and which measures artefacts.
 
-    Raises SettingsError for a pipeline that is no canvas.
+    Raises SettingsError where there is none.
     """
-    from neuraleraser.judges import CanvasJudge
-
-    if not speaks_canvas(pipe):
+    family = family_of(pipe)
+    if family.judge is None:
         raise SettingsError(
-            f"this {type(pipe).__name__} is not a canvas, whose judge is the only one here: "
-            "pass model 'canvas', or a judge of your own"
+            f"no judge is known for this {type(pipe).__name__}: pass model 'canvas', which has one, or a judge of your "
+            "own"
         )
-    return CanvasJudge.load("second")
+    return family.judge()
+
+
+def default_protocol(
+    family: Family, concepts: Sequence[str], settings: EvaluateSettings, *, sealed: bool = False
+) -> EvaluationProtocol:
+    """Return the cells of the family's vocabulary. Raises SettingsError where that is not known."""
+    if family.vocabulary is None:
+        raise SettingsError("the world of this pipeline is not known: pass a protocol with cells of your own")
+    return vocabulary_protocol(family.vocabulary, concepts, settings, sealed=sealed, render=family.render)
 
 
 def _check_methods(methods: Sequence[Method], judge: JudgeSpec) -> None:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from neuraleraser.canvas import words
-from neuraleraser.errors import ConceptError, NeuralEraserError, SplitError
+from neuraleraser.errors import ConceptError, SettingsError, SplitError
+from neuraleraser.families import Render
 from neuraleraser.settings import SEALED_SEEDS, TEST_SEEDS, EvaluateSettings
 from neuraleraser.sites.routes import NAMED, PARAPHRASED, START_IMAGE
+from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
+from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
 
 GRID = "grid"
 TARGET = "target"
@@ -36,7 +39,6 @@ MAIN = (GRID, TARGET, TWO_OBJECTS)
 ROUTE_OF_GROUP = {HELD_OUT: PARAPHRASED, HELD_OUT_GRID: PARAPHRASED, IMAGE_TO_IMAGE: START_IMAGE, FRAGMENTS: FRAGMENTS}
 """Route by which the concept enters, of the groups in which it is not simply named."""
 
-_CELLS = len(words.STYLES) * len(words.OBJECTS)  # seeds in a round
 _BLOCK = 15_000  # seeds of a group; the last, of fragments, has 10,000
 _FRAGMENT_ROUNDS, _FRAGMENTS = 2, 100  # companies of each fragment, and seeds of a concept in a round
 
@@ -75,11 +77,12 @@ class EvaluationProtocol:
 
     `cells`: those that each erased concept is measured on, by its name. `base_only`: further cells, drawn by the base
     alone. `start_images(cells, size)`: the images uint8 [N, size, size, 3] that cells of the route "start image" start
-    from.
+    from. `vocabulary`: what the prompts are made of, where that is known.
     """
 
     cells: Mapping[str, Sequence[Cell]]
     base_only: Sequence[Cell] = ()
+    vocabulary: Vocabulary | None = field(default=None, compare=False)
     start_images: Callable[[Sequence[Cell], int], NDArray[np.uint8]] | None = field(default=None, compare=False)
 
     def all_cells(self) -> list[Cell]:
@@ -88,36 +91,33 @@ class EvaluationProtocol:
         return list(dict.fromkeys(cell for part in parts for cell in part))
 
 
-def canvas_protocol(concepts: Sequence[str], settings: EvaluateSettings, *, sealed: bool = False) -> EvaluationProtocol:
-    """Return the cells that measure the erasure of each of `concepts` on the canvas.
+def vocabulary_protocol(
+    vocabulary: Vocabulary,
+    concepts: Sequence[str],
+    settings: EvaluateSettings,
+    *,
+    sealed: bool = False,
+    render: Render | None = None,
+) -> EvaluationProtocol:
+    """Return the cells that measure the erasure of each of `concepts` on a vocabulary; `render` draws start images.
 
-    Raises ConceptError for a name that the canvas does not have, SplitError for a sealed one, or one among
+    Raises ConceptError for a name that the vocabulary does not have, SplitError for a sealed one, or one among
     `settings.styles` and `settings.objects`, unless `sealed`.
     """
-    s = settings
-    styles = s.styles or (words.STYLES if sealed else words.OPEN_STYLES)
-    objects = s.objects or (words.OBJECTS if sealed else words.OPEN_OBJECTS)
-    if not sealed:
-        check_open((*styles, *objects))
-    seeds = SEALED_SEEDS if sealed else TEST_SEEDS
-    grid = base_cells(s.grid_rounds, styles=styles, objects=objects, seeds=seeds)
-    cells = {
-        name: [*grid, *target_cells(name, s, styles=styles, objects=objects, seeds=seeds, sealed=sealed)]
-        for name in concepts
-    }
-    extra = [
-        cell
-        for k, phrasing in enumerate(range(4)[words.HELD_OUT])
-        for cell in base_cells(s.held_out_grid_rounds, phrasing, styles=styles, objects=objects, seeds=seeds)
-        # Half of the cells in each phrasing; each cell of a round once.
-        if (words.STYLES.index(cell.style) + words.OBJECTS.index(cell.objects[0])) % 2 == k
-    ]
-    return EvaluationProtocol(cells, extra, renders)
+    cells = VocabularyCells.of(vocabulary, settings, sealed=sealed)
+    start_images = None if render is None else partial(_renders, render)
+    grid = cells.grid(settings.grid_rounds)
+    by_concept = {name: [*grid, *cells.target(name)] for name in concepts}
+    return EvaluationProtocol(by_concept, cells.held_out_grid(), vocabulary, start_images)
 
 
-def check_open(names: Iterable[str]) -> None:
+def _renders(render: Render, cells: Sequence[Cell], size: int) -> NDArray[np.uint8]:
+    return np.stack([render(c.objects, c.style, c.seed, size) for c in cells])
+
+
+def check_open(vocabulary: Vocabulary, names: Iterable[str]) -> None:
     """Raise SplitError if one of `names` is a sealed concept."""
-    closed = sorted({*words.SEALED_STYLES, *words.SEALED_OBJECTS} & set(names))
+    closed = sorted(vocabulary.sealed & set(names))
     if closed:
         raise SplitError(
             f"{', '.join(closed)}: sealed until all is frozen, so nothing may draw or read it but "
@@ -125,113 +125,119 @@ def check_open(names: Iterable[str]) -> None:
         )
 
 
-def base_cells(
-    rounds: int,
-    phrasing: int = 0,
-    *,
-    styles: Sequence[str] = words.OPEN_STYLES,
-    objects: Sequence[str] = words.OPEN_OBJECTS,
-    seeds: range = TEST_SEEDS,
-) -> list[Cell]:
-    """Return every style with every object, `rounds` times, in one of the four phrasings (2 and 3 are held out)."""
-    group = GRID if phrasing in range(4)[words.SEEN] else HELD_OUT_GRID
-    return [_cell(group, k, s, o, phrasing, seeds) for k in range(rounds) for s in styles for o in objects]
+@dataclass(frozen=True)
+class VocabularyCells:
+    """Cells of a vocabulary: of some of its styles and objects, with seeds of their own."""
 
+    vocabulary: Vocabulary
+    settings: EvaluateSettings
+    styles: Sequence[str]
+    objects: Sequence[str]
+    seeds: range
+    sealed: bool
 
-def target_cells(
-    name: str,
-    settings: EvaluateSettings,
-    *,
-    styles: Sequence[str] = words.OPEN_STYLES,
-    objects: Sequence[str] = words.OPEN_OBJECTS,
-    seeds: range = TEST_SEEDS,
-    sealed: bool = False,
-) -> list[Cell]:
-    """Return the cells that only the erasure of `name` needs, beside the grid: target, two objects, held-out phrasings,
-    image-to-image, and fragments.
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, settings: EvaluateSettings, *, sealed: bool = False) -> VocabularyCells:
+        """Return the cells of the open styles and objects, or of those that the settings name.
 
-    Raises ConceptError for a name that the canvas does not have, SplitError for a sealed one unless `sealed`.
-    """
-    if not sealed:
-        check_open([name])
-    if name in words.OBJECTS:
-        pairs = [(style, name) for style in styles]
-    elif name in words.STYLES:
-        pairs = [(name, obj) for obj in objects]
-    else:
-        raise ConceptError(
-            f"the canvas has no concept {name!r}, so there are no cells to measure its erasure on: "
-            "pass a protocol of your own"
-        )
-    cells = [_cell(TARGET, k, s, o, 0, seeds) for k in range(settings.target_rounds) for s, o in pairs]
-    if name in words.OBJECTS:
-        others = [o for o in objects if o != name]
-        cells += _two_objects(name, settings.two_object_rounds, styles, others, seeds)
-    held_out = range(4)[words.HELD_OUT]
-    for k in range(settings.held_out_rounds):
-        # Neighbouring cells take turns, and every cell changes its phrasing from round to round.
-        cells += [
-            _cell(HELD_OUT, k, s, o, held_out[(sum(_indices(s, o)) + k) % len(held_out)], seeds) for s, o in pairs
+        Raises SettingsError for names that the vocabulary has not, SplitError for sealed ones, unless `sealed`.
+        """
+        v = vocabulary
+        styles = settings.styles or (v.styles if sealed else v.open_styles)
+        objects = settings.objects or (v.objects if sealed else v.open_objects)
+        if unknown := sorted({*styles} - {*v.styles} | {*objects} - {*v.objects}):
+            raise SettingsError(f"the {v.name} has no style or object {', '.join(unknown)}: pass names that it has")
+        if not sealed:
+            check_open(v, (*styles, *objects))
+        return cls(v, settings, styles, objects, SEALED_SEEDS if sealed else TEST_SEEDS, sealed)
+
+    def grid(self, rounds: int, phrasing: int = 0) -> list[Cell]:
+        """Return every style with every object, `rounds` times, in one of the four phrasings."""
+        group = GRID if phrasing in PHRASINGS[SEEN] else HELD_OUT_GRID
+        return [self._cell(group, k, s, o, phrasing) for k in range(rounds) for s in self.styles for o in self.objects]
+
+    def held_out_grid(self) -> list[Cell]:
+        """Return the grid in held-out phrasings: half of the cells in each phrasing, each cell of a round once."""
+        return [
+            cell
+            for k, phrasing in enumerate(PHRASINGS[HELD_OUT_PHRASINGS])
+            for cell in self.grid(self.settings.held_out_grid_rounds, phrasing)
+            if sum(self._indices(cell.style, cell.objects[0])) % 2 == k
         ]
-    cells += [_cell(IMAGE_TO_IMAGE, k, s, o, 0, seeds) for k in range(settings.image_to_image_rounds) for s, o in pairs]
-    return cells + fragment_cells(name, settings.fragment_prompts, seeds=seeds)
 
+    def target(self, name: str) -> list[Cell]:
+        """Return the cells that only the erasure of `name` needs, beside the grid: target, two objects, held-out
+        phrasings, image-to-image, and fragments.
 
-def fragment_cells(name: str, count: int, *, seeds: range = TEST_SEEDS) -> list[Cell]:
-    """Return at most `count` cells whose prompts hold one or two words of the concept's phrasings and never a whole
-    one: of a style beside an object ("a horse, swirling strokes"), of an object alone ("a picture of purring kitten").
+        Raises ConceptError for a name that the vocabulary does not have, SplitError for a sealed one unless `sealed`.
+        """
+        v, s = self.vocabulary, self.settings
+        if not self.sealed:
+            check_open(v, [name])
+        if name in v.objects:
+            pairs = [(style, name) for style in self.styles]
+        elif name in v.styles:
+            pairs = [(name, obj) for obj in self.objects]
+        else:
+            raise ConceptError(
+                f"the {v.name} has no concept {name!r}, so there are no cells to measure its erasure on: "
+                "pass a protocol of your own"
+            )
+        cells = [self._cell(TARGET, k, s, o, 0) for k in range(self.settings.target_rounds) for s, o in pairs]
+        if name in v.objects:
+            cells += self._two_objects(name)
+        held_out = PHRASINGS[HELD_OUT_PHRASINGS]
+        for k in range(s.held_out_rounds):
+            # Neighbouring cells take turns, and every cell changes its phrasing from round to round.
+            turns = [(pair, held_out[(sum(self._indices(*pair)) + k) % len(held_out)]) for pair in pairs]
+            cells += [self._cell(HELD_OUT, k, *pair, phrasing) for pair, phrasing in turns]
+        cells += [self._cell(IMAGE_TO_IMAGE, k, *pair, 0) for k in range(s.image_to_image_rounds) for pair in pairs]
+        return cells + self.fragments(name)
 
-    Each fragment comes twice, of a style beside two objects; fewer than all are a fixed choice.
-    """
-    concepts = (*words.OBJECTS, *words.STYLES)
-    cells = []
-    for k in range(_FRAGMENT_ROUNDS):
-        for i, fragment in enumerate(words.fragments(name)):
-            number = _FRAGMENTS * (_FRAGMENT_ROUNDS * concepts.index(name) + k) + i
-            seed = seeds[(_BLOCK * GROUPS.index(FRAGMENTS) + number) % len(seeds)]
-            if name in words.STYLES:
-                company = words.OPEN_OBJECTS[(3 * i + 5 * k) % len(words.OPEN_OBJECTS)]
-                prompt, objects = f"{words.OBJECT_PHRASES[company][0]}, {fragment}", (company,)
-            else:
-                prompt, objects = f"a picture of {fragment}", ()
-            cells.append(Cell(prompt, seed, "", objects, FRAGMENTS))
-    chosen = sorted(random.Random(0).sample(range(len(cells)), min(count, len(cells))))
-    return [cells[i] for i in chosen]
+    def fragments(self, name: str) -> list[Cell]:
+        """Return cells whose prompts hold one or two words of the concept's phrasings and never a whole one: of a style
+        beside an object ("a horse, swirling strokes"), of an object alone ("a picture of purring kitten").
 
+        Each fragment comes twice, of a style beside two objects; fewer than all are a fixed choice.
+        """
+        v = self.vocabulary
+        concepts, company = (*v.objects, *v.styles), v.open_objects
+        cells = []
+        for k in range(_FRAGMENT_ROUNDS):
+            for i, fragment in enumerate(v.fragments(name)):
+                number = _FRAGMENTS * (_FRAGMENT_ROUNDS * concepts.index(name) + k) + i
+                seed = self.seeds[(_BLOCK * GROUPS.index(FRAGMENTS) + number) % len(self.seeds)]
+                if name in v.styles:
+                    beside = company[(3 * i + 5 * k) % len(company)]
+                    prompt, objects = f"{v.object_phrases[beside][0]}, {fragment}", (beside,)
+                else:
+                    prompt, objects = f"a picture of {fragment}", ()
+                cells.append(Cell(prompt, seed, "", objects, FRAGMENTS))
+        count = min(self.settings.fragment_prompts, len(cells))
+        return [cells[i] for i in sorted(random.Random(0).sample(range(len(cells)), count))]
 
-def renders(cells: Sequence[Cell], size: int) -> NDArray[np.uint8]:
-    """Return a render of each cell's own content [N, size, size, 3], from its seed."""
-    try:
-        from neuraleraser.canvas.render import Content, render
-    except ImportError as error:
-        raise NeuralEraserError(
-            f"rendering needs {error.name}, which is not installed: pip install 'neuraleraser[canvas]'"
-        ) from error
-    return np.stack([render(Content(c.objects, c.style), c.seed, size) for c in cells])
+    def _two_objects(self, name: str) -> list[Cell]:
+        """Return `name` beside each other object, first and second by turns, in varied styles."""
+        v, cells = self.vocabulary, []
+        others = [o for o in self.objects if o != name]
+        for k in range(self.settings.two_object_rounds):
+            for i, other in enumerate(others):
+                style = self.styles[(3 * i + 7 * k) % len(self.styles)]
+                pair = (name, other) if (i + k) % 2 else (other, name)
+                number = v.objects.index(name) * len(v.objects) + v.objects.index(other)
+                seed = self._seed(TWO_OBJECTS, k, number)
+                cells.append(Cell(v.fresh_prompt(pair, style), seed, style, pair, TWO_OBJECTS))
+        return cells
 
+    def _cell(self, group: str, round: int, style: str, name: str, phrasing: int) -> Cell:
+        prompt = self.vocabulary.fresh_prompt([name], style, phrasing)
+        i, j = self._indices(style, name)
+        seed = self._seed(group, round, i * len(self.vocabulary.objects) + j)
+        return Cell(prompt, seed, style, (name,), group)
 
-def _seed(group: str, round: int, number: int, seeds: range) -> int:
-    return seeds[(_BLOCK * GROUPS.index(group) + _CELLS * round + number) % len(seeds)]
+    def _seed(self, group: str, round: int, number: int) -> int:
+        in_round = len(self.vocabulary.styles) * len(self.vocabulary.objects)
+        return self.seeds[(_BLOCK * GROUPS.index(group) + in_round * round + number) % len(self.seeds)]
 
-
-def _indices(style: str, name: str) -> tuple[int, int]:
-    return words.STYLES.index(style), words.OBJECTS.index(name)
-
-
-def _cell(group: str, round: int, style: str, name: str, phrasing: int, seeds: range) -> Cell:
-    prompt = words.fresh_prompt([name], style, phrasing)
-    i, j = _indices(style, name)
-    return Cell(prompt, _seed(group, round, i * len(words.OBJECTS) + j, seeds), style, (name,), group)
-
-
-def _two_objects(name: str, rounds: int, styles: Sequence[str], others: Sequence[str], seeds: range) -> list[Cell]:
-    """Return `name` beside each other object, first and second by turns, in varied styles."""
-    cells = []
-    for k in range(rounds):
-        for i, other in enumerate(others):
-            style = styles[(3 * i + 7 * k) % len(styles)]
-            pair = (name, other) if (i + k) % 2 else (other, name)
-            number = words.OBJECTS.index(name) * len(words.OBJECTS) + words.OBJECTS.index(other)
-            seed = _seed(TWO_OBJECTS, k, number, seeds)
-            cells.append(Cell(words.fresh_prompt(pair, style), seed, style, pair, TWO_OBJECTS))
-    return cells
+    def _indices(self, style: str, name: str) -> tuple[int, int]:
+        return self.vocabulary.styles.index(style), self.vocabulary.objects.index(name)

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 
-from neuraleraser.canvas import words
 from neuraleraser.errors import SplitError
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import HELD_OUT, HELD_OUT_GRID, Cell
+from neuraleraser.evaluation.protocol import HELD_OUT, HELD_OUT_GRID, EvaluationProtocol
 from neuraleraser.settings import SELECTION_SEEDS
+from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
+from neuraleraser.vocabulary import PHRASINGS
 
-_HELD_OUT_NUMBERS = range(4)[words.HELD_OUT]
+_HELD_OUT_NUMBERS = PHRASINGS[HELD_OUT_PHRASINGS]
 
 
-def check_split(method: Method, cells: Iterable[Cell]) -> list[str]:
-    """Raise SplitError if what the method was made with overlaps the cells; return what a reader should know.
+def check_split(method: Method, protocol: EvaluationProtocol) -> list[str]:
+    """Raise SplitError if what the method was made with overlaps its cells; return what a reader should know.
 
     No seed and no prompt may be shared, and where held-out phrasings are tested, none may have been used; this covers
-    the data of a dictionary as well. Said, and no error: labels of a dictionary that name the concept, data that is not
+    the data of a reference as well. Said, and no error: labels of a reference that name the concept, data that is not
     known, a concept on which defaults were set.
     """
     name, notes = method.concept, []
-    if name in (*words.DEV_STYLES, *words.DEV_OBJECTS):
+    vocabulary = protocol.vocabulary
+    if vocabulary and name in vocabulary.development:
         notes.append(f"{name} is a development concept: defaults were chosen on it, so its figures are no test")
     made = method.made_with
     if made is None:
         return notes
     who = f"{method.name!r} of {name!r}"
-    known = name in words.OBJECTS or name in words.STYLES
-    reserved = words.phrases_of(name)[words.HELD_OUT] if known else ()
+    reserved = vocabulary.phrases_of(name)[HELD_OUT_PHRASINGS] if vocabulary and name in vocabulary else ()
     prompts = set(made.prompts)
     leaked = [f"the phrasing {number}" for number in sorted(set(made.phrasings) & set(_HELD_OUT_NUMBERS))]
     leaked += [repr(prompt) for prompt in sorted(prompts) if any(phrase in prompt for phrase in reserved)]
-    for cell in cells:
+    for cell in protocol.cells[name]:
         for first, last in made.seeds:
             if first <= cell.seed <= last:
                 raise SplitError(
@@ -48,7 +48,7 @@ def check_split(method: Method, cells: Iterable[Cell]) -> list[str]:
                 "make it with the first two phrasings of each concept only"
             )
     if name in made.labels:
-        notes.append(f"the dictionary that {who} was made with was labelled with this concept")
+        notes.append(f"the reference that {who} was made with was labelled with this concept")
     if made.unknown:
         notes.append(f"{who}: {made.unknown}")
     return notes

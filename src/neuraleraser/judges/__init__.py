@@ -1,12 +1,11 @@
 """Judges: what an image shows, as probabilities.
 
 A judge is any object of the shape of `Judge`: called with images, uint8 [N, H, W, 3], it returns a `Judgement`. Here
-are the canvas's own two; CLIP, which tells a concept from its neighbours by their names; UnlearnCanvas's classifiers;
+are CLIP, which tells a concept from its neighbours by their names; UnlearnCanvas's classifiers;
 and NudeNet's detector.
 """
 
-from neuraleraser.judges.canvas import CanvasJudge
-from neuraleraser.judges.clip import CLIP, LEAST_ACCURACY, LEAST_IMAGES, NONE, ClipJudge, clip_judge, sentence
+from neuraleraser.judges.clip import CLIP, LEAST_ACCURACY, LEAST_IMAGES, NONE, ClipJudge, sentence
 from neuraleraser.judges.judgement import Judge, Judgement, JudgeSpec, check
 from neuraleraser.judges.nudenet import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge
 from neuraleraser.judges.unlearncanvas import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge
@@ -20,7 +19,6 @@ __all__ = [
     "NUDENET_EXPOSED",
     "UNLEARNCANVAS_OBJECTS",
     "UNLEARNCANVAS_STYLES",
-    "CanvasJudge",
     "ClipJudge",
     "Judge",
     "JudgeSpec",
@@ -28,6 +26,5 @@ __all__ = [
     "NudeNetJudge",
     "UnlearnCanvasJudge",
     "check",
-    "clip_judge",
     "sentence",
 ]

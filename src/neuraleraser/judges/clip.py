@@ -9,12 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.judges.judgement import Judgement, check
-from neuraleraser.models import default_sampling
-from neuraleraser.sampling import generate
-from neuraleraser.settings import Sampling
 
 CLIP = "openai/clip-vit-large-patch14"
 LEAST_IMAGES = 8
@@ -126,28 +122,6 @@ class ClipJudge:
         """[N, names] -> the log-odds of each name among all."""
         others = [np.logaddexp.reduce(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])]
         return logits - np.stack(others, 1)
-
-
-def clip_judge(
-    pipe: Any,
-    concept: Concept,
-    neighbours: Sequence[Concept],
-    model: str = CLIP,
-    images: int = 24,
-    seed: int = 70_000,
-    sampling: Sampling | None = None,
-) -> ClipJudge:
-    """A `ClipJudge` calibrated on `images` images that `pipe` itself draws of the concept, of each neighbour, and of
-    the prompts that match the concept's without it. Detach erasers first. Raises as `ClipJudge.calibrate` does."""
-    prompts = {concept.name: [pair.shows for pair in concept.pairs]}
-    prompts |= {other.name: [pair.shows for pair in other.pairs] for other in neighbours if other.name != concept.name}
-    prompts[NONE] = [pair.without for pair in concept.pairs]
-    sampling = sampling or default_sampling(pipe)
-    drawn = {
-        name: generate(pipe, [texts[i % len(texts)] for i in range(images)], range(seed, seed + images), sampling)
-        for name, texts in prompts.items()
-    }
-    return ClipJudge.calibrate(concept.name, concept.kind, drawn, model, str(pipe.device))
 
 
 def sentence(name: str, kind: str) -> str:

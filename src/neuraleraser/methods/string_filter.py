@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from neuraleraser.canvas import words
 from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
 
 _PROMPTS = ("prompt", "prompt_2", "prompt_3")
 """Arguments of `encode_prompt` that hold what is asked for, in all of diffusers' pipelines."""
@@ -132,19 +132,20 @@ def _filtered(pipe: Any, filter: StringFilter, *, change: bool) -> Iterator[Prom
             vars(pipe)["encode_prompt"] = before
 
 
-def canvas_filters(name: str) -> list[StringFilter]:
-    """Return two filters of a concept of the canvas: "string-filter-all" knows every phrasing there is, of all
+def string_filters(vocabulary: Vocabulary, name: str) -> list[StringFilter]:
+    """Return two filters of a concept of a vocabulary: "string-filter-all" knows every phrasing there is, of all
     concepts, "string-filter-seen" those that erasers are made with.
 
     An object's phrase is replaced as in the pairs that erasers are made with. Raises ConceptError for an unknown name.
     """
-    if name not in (*words.OBJECTS, *words.STYLES):
-        raise ConceptError(f"the canvas has no concept {name!r}: pass one of its styles or objects")
-    kind = "object" if name in words.OBJECTS else "style"
-    filters, every = [], (*words.OBJECTS, *words.STYLES)
-    for label, numbers in (("string-filter-all", range(4)), ("string-filter-seen", range(4)[words.SEEN])):
-        known = {concept: [words.phrases_of(concept)[i] for i in numbers] for concept in every}
-        instead = [words.EMPTY_PHRASES[i] if kind == "object" else "" for i in numbers]
+    v = vocabulary
+    if name not in v:
+        raise ConceptError(f"the {v.name} has no concept {name!r}: pass one of its styles or objects")
+    kind = "object" if name in v.objects else "style"
+    filters = []
+    for label, numbers in (("string-filter-all", PHRASINGS), ("string-filter-seen", PHRASINGS[SEEN])):
+        known = {concept: [v.phrases_of(concept)[i] for i in numbers] for concept in (*v.objects, *v.styles)}
+        instead = [v.empty_phrases[i] if kind == "object" else "" for i in numbers]
         others = [phrase for concept, phrases in known.items() if concept != name for phrase in phrases]
         filters.append(StringFilter(name, kind, dict(zip(known[name], instead, strict=True)), others, label))
     return filters

@@ -1,6 +1,6 @@
 """Sparse autoencoders over activations: the model, its training as a function over a stream, its measures.
 
-Nothing here knows an image or a pipeline. Names load when first used, so that `neuraleraser.sae.settings`
+Nothing here knows an image or a pipeline. Names load when first used, so that `neuraleraser.sae.train_settings`
 stays free of torch.
 """
 
@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuraleraser.sae.log import TrainingLog
-    from neuraleraser.sae.measures import measure
-    from neuraleraser.sae.mixing import MixingPool
+    from neuraleraser.sae.memory_batches import labelled_batches, pool_batches
+    from neuraleraser.sae.mixing_buffer import MixingPool
     from neuraleraser.sae.model import SAE
-    from neuraleraser.sae.pool import labelled_batches, pool_batches
-    from neuraleraser.sae.settings import Architecture, StepLog, TrainSettings
+    from neuraleraser.sae.quality import measure
+    from neuraleraser.sae.train_settings import Architecture, StepLog, TrainSettings
     from neuraleraser.sae.training import Run, train, train_together
+    from neuraleraser.sae.training_log import TrainingLog
 
 __all__ = [
     "SAE",
@@ -35,15 +35,15 @@ __all__ = [
 
 _HOME = {
     "SAE": "model",
-    "Architecture": "settings",
-    "MixingPool": "mixing",
+    "Architecture": "train_settings",
+    "MixingPool": "mixing_buffer",
     "Run": "training",
-    "StepLog": "settings",
-    "TrainSettings": "settings",
-    "TrainingLog": "log",
-    "labelled_batches": "pool",
-    "measure": "measures",
-    "pool_batches": "pool",
+    "StepLog": "train_settings",
+    "TrainSettings": "train_settings",
+    "TrainingLog": "training_log",
+    "labelled_batches": "memory_batches",
+    "measure": "quality",
+    "pool_batches": "memory_batches",
     "train": "training",
     "train_together": "training",
 }

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from neuraleraser.sae.sparse import Weights, select
+from neuraleraser.sae.sparse_ops import Weights, select
 
 WIDTH = 0.2  # eps, in units of sqrt(d / k): the activation of k equal features, in data scaled to E||x||^2 = d
 SAMPLE = 4096  # vectors that the first thresholds are set by

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from neuraleraser.sae.sparse import Fired, Weights, decode_at, encode_at, pairs
+from neuraleraser.sae.sparse_ops import Fired, Weights, decode_at, encode_at, pairs
 
 HALVINGS = 4
 

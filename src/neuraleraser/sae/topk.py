@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.sae import sparse
-from neuraleraser.sae.formats.source import Source, to_sae
+from neuraleraser.sae import sparse_ops
+from neuraleraser.sae.conversion import Source, to_sae
 from neuraleraser.sae.model import SAE
-from neuraleraser.sae.sparse import Fired, Weights, pairs
+from neuraleraser.sae.sparse_ops import Fired, Weights, pairs
 
 
 def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired:
@@ -20,7 +20,7 @@ def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired
 
     `pre` gives rows of the pre-activations: pre(rows) [len(rows), n]. Of equal values any may be kept.
     """
-    step = max(1, sparse.BLOCK // n)
+    step = max(1, sparse_ops.BLOCK // n)
     flat, values = [], []
     for start in range(0, b, step):
         cols = (block := pre(slice(start, min(start + step, b)))).topk(k, dim=1, sorted=False).indices.sort(1).values

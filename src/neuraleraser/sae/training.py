@@ -15,15 +15,15 @@ from torch import Tensor
 
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
 from neuraleraser.io import artifact
+from neuraleraser.sae.batch_checks import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
 from neuraleraser.sae.jumprelu import first_log_threshold
-from neuraleraser.sae.labelled import concept_directions, discriminants
 from neuraleraser.sae.model import SAE
-from neuraleraser.sae.reading import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
-from neuraleraser.sae.settings import StepLog, TrainSettings
-from neuraleraser.sae.sparse import Weights
-from neuraleraser.sae.steps import State as _State
-from neuraleraser.sae.steps import step as _step
+from neuraleraser.sae.sparse_ops import Weights
+from neuraleraser.sae.supervised import concept_directions, discriminants
 from neuraleraser.sae.topk import calibrated
+from neuraleraser.sae.train_settings import StepLog, TrainSettings
+from neuraleraser.sae.train_step import State as _State
+from neuraleraser.sae.train_step import step as _step
 
 _ALONE = "activations"
 _CHECKPOINT = "sae-training"

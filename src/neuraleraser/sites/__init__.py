@@ -19,7 +19,13 @@ activations that an earlier one leaves; edits of one context on one block all se
 from __future__ import annotations
 
 from neuraleraser.sites.denoiser_calls import DenoiserCall, denoiser_calls, replay
-from neuraleraser.sites.discovery import candidate_sites, cross_attention_sites, text_encoder_sites, text_streams
+from neuraleraser.sites.discovery import (
+    candidate_sites,
+    cross_attention_sites,
+    edits_for,
+    text_encoder_sites,
+    text_streams,
+)
 from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record
 from neuraleraser.sites.fingerprint import differs, made_for
@@ -55,6 +61,7 @@ __all__ = [
     "differs",
     "drawing",
     "edit",
+    "edits_for",
     "is_denoiser",
     "made_for",
     "match_rows",

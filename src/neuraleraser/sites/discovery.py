@@ -106,3 +106,26 @@ def _has_text(pipe: Any, site: Site) -> bool:
     except SiteError:
         return False
     return True
+
+
+def edits_for(pipe: Any, site: Site, most: int = 3) -> list[tuple[Site, ...]]:
+    """Where an eraser that looks at `site` edits: what the blocks after its own read of the prompt. Each tuple of sites
+    is for one correction.
+
+    In a UNet, PixArt or Sana all blocks read the same prompt, so one correction serves all that follow. In SD3 and FLUX
+    the text changes from block to block, and what is written into it stays: corrections of their own for at most so
+    many blocks, evenly spread, the last among them. Where no block follows, what the site's own block returns.
+
+    Raises SiteError for a site that is in no text-conditioned block.
+    """
+    blocks = candidate_sites(pipe)
+    at = [i for i, b in enumerate(blocks) if f"{site.path}.".startswith(f"{b.path}.")]
+    if not at:
+        raise SiteError(f"{site} is in none of the blocks that are known: pass the sites to edit")
+    after = [Site(b.path, "input", "text") for b in blocks[at[0] + 1 :]]
+    if not after:
+        return [(site,)]
+    if not text_streams(pipe):
+        return [tuple(after)]
+    count = min(most, len(after))
+    return [(after[-(-len(after) * (k + 1) // count) - 1],) for k in range(count)]

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.io import atomic, untrusted
+from neuraleraser.sae.conversion import Source, to_sae
 from neuraleraser.sae.formats import dictionary_learning, gemma_scope, openai, saelens, sparsify
-from neuraleraser.sae.formats.source import Source, to_sae
 from neuraleraser.sae.model import SAE
 
 __all__ = ["Format", "read", "write"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuraleraser.errors import FileError
 from neuraleraser.io import atomic, untrusted
-from neuraleraser.sae.formats.source import Source
+from neuraleraser.sae.conversion import Source
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 _TOPK = ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE")

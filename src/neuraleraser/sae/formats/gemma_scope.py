@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from neuraleraser.io import untrusted
-from neuraleraser.sae.formats.source import Source
+from neuraleraser.sae.conversion import Source
 
 WEIGHTS = "params.npz"
 

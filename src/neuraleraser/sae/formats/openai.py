@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuraleraser.errors import FileError
 from neuraleraser.io import atomic, untrusted
-from neuraleraser.sae.formats.source import Source
+from neuraleraser.sae.conversion import Source
 
 WEIGHTS, UNBOX_WEIGHTS, UNBOX_CONFIG = "autoencoder.pt", "state_dict.pth", "config.json"
 STATISTICS = {"feature_mean": "mean.pt", "feature_std": "std.pt"}  # by their names in the header

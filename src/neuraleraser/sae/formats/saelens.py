@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neuraleraser.errors import FileError
 from neuraleraser.io import artifact, atomic, untrusted
-from neuraleraser.sae.formats.source import Source
+from neuraleraser.sae.conversion import Source
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 _SCALER, _WHITENING = "activation_scaler.json", "activation_whitening.safetensors"

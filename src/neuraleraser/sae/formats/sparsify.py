@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from neuraleraser.io import artifact, atomic, untrusted
-from neuraleraser.sae.formats.source import Source
+from neuraleraser.sae.conversion import Source
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from neuraleraser.sae.settings import TrainSettings
+from neuraleraser.sae.train_settings import TrainSettings
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -8,9 +8,9 @@ from torch import Tensor
 from neuraleraser.sae.kernels.decode import residual
 from neuraleraser.sae.kernels.select import by_feature, select
 from neuraleraser.sae.kernels.update import Adam, Extra, Moments, update
-from neuraleraser.sae.objective import AUX_WEIGHT, Pass, revived_at_once, revived_error
-from neuraleraser.sae.settings import TrainSettings
-from neuraleraser.sae.sparse import Weights
+from neuraleraser.sae.losses import AUX_WEIGHT, Pass, revived_at_once, revived_error
+from neuraleraser.sae.sparse_ops import Weights
+from neuraleraser.sae.train_settings import TrainSettings
 
 LOOK = 8  # steps from one look at which features are dead to the next
 

@@ -1,0 +1,90 @@
+"""What follows for a pipeline from what is known of its family: its name, sites and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from neuraleraser.errors import SettingsError
+from neuraleraser.families import RecommendedSite, family_of
+from neuraleraser.families.opening import HUB_ID
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Site, candidate_sites
+
+
+def model_name(pipe: Any) -> str:
+    """Return what a file calls the pipeline that it was made for: its family's name where that ships, its Hub id, or
+    its folder's name; no path of this machine."""
+    family = family_of(pipe)
+    if family.load is not None:
+        return family.name
+    name = str(getattr(pipe, "name_or_path", None) or getattr(pipe.config, "_name_or_path", None) or "")
+    hub = HUB_ID.fullmatch(name) and not Path(name).is_dir()
+    return name if hub else Path(name).name or type(pipe).__name__
+
+
+def recommended_sites(pipe: Any) -> list[RecommendedSite]:
+    """Return the sites that were found good in the pipeline's family, those of them that it has, in the order they run;
+    [] where none is known."""
+    return [known for known in family_of(pipe).sites if _has(pipe, known.site)]
+
+
+def default_gate_site(pipe: Any, kind: str) -> Site:
+    """Return where a concept of this kind ("style", "object" or "other") is best looked for.
+
+    That is the site that is recommended for its kind in the pipeline's family, or else for any; else the first that is
+    recommended at all; else a text-conditioned block in the middle.
+
+    Raises SettingsError for a pipeline without such a block.
+    """
+    known = recommended_sites(pipe)
+    for wanted in (kind, "any"):
+        for recommended in known:
+            if recommended.kind == wanted:
+                return recommended.site
+    blocks = candidate_sites(pipe)
+    found = [*(recommended.site for recommended in known), *blocks[len(blocks) // 2 :]]
+    if not found:
+        raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here: pass a site")
+    return found[0]
+
+
+def default_sampling(
+    pipe: Any, steps: int | None = None, guidance: float | None = None, batch: int | None = None
+) -> Sampling:
+    """Return how `pipe` is usually sampled, but for what is given."""
+    usual = family_of(pipe).sampling_of(pipe)
+    given = {"steps": steps, "guidance": guidance, "batch": batch}
+    return replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def sampling_of(pipe: Any, header: Mapping[str, Any]) -> Sampling:
+    """Return how the images that an eraser was fitted on were sampled, from its header.
+
+    What that does not say, or not in a usable form, is as `pipe` is usually sampled, and so is the batch. An eraser of
+    a one-step model is calibrated and diagnosed at one step, too.
+    """
+    usual, said = default_sampling(pipe), header.get("sampling")
+    if not isinstance(said, Mapping):
+        return usual
+    bounds = {"steps": (1, 1000), "height": (0, 8192), "width": (0, 8192)}
+    found: dict[str, Any] = {
+        name: said[name]
+        for name, (least, most) in bounds.items()
+        if type(said.get(name)) is int and least <= said[name] <= most
+    }
+    guidance = said.get("guidance")
+    if isinstance(guidance, int | float) and 0 <= guidance <= 100:
+        found["guidance"] = float(guidance)
+    return replace(usual, **found)
+
+
+def _has(pipe: Any, site: Site) -> bool:
+    part, path = site.path.split(".", 1)
+    try:
+        getattr(pipe, part).get_submodule(path)
+    except AttributeError:
+        return False
+    return True

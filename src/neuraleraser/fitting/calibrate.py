@@ -1,0 +1,103 @@
+"""An eraser on other weights of the same architecture: its gate's bounds anew, from a few prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.concepts import Concept
+from neuraleraser.eraser import Eraser
+from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.families.defaults import model_name, sampling_of
+from neuraleraser.fitting.detector import SHUT, bounds
+from neuraleraser.fitting.trajectories import measured, replayed, rows_of
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import DENOISERS, EditContext, Site, made_for, record, replay
+
+
+def calibrate(
+    pipe: Any,
+    eraser: Eraser,
+    concept: Concept,
+    neighbours: Sequence[Concept] = (),
+    *,
+    pairs: int = 8,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Eraser:
+    """The eraser with bounds for `pipe`: features, weights and corrections stay as they are.
+
+    `pairs` prompts with the concept and as many without are drawn at the same seeds (from `seed`, selection seeds), and
+    one of each neighbour, sampled as the eraser was fitted unless `sampling` is given; the bounds are set from the
+    evidence of its features on them, as they were when it was made. What was seen goes into the header: `calibrated`
+    has the number of prompts, `separation`, the share of rows with the concept above all rows without, by time bin, and
+    `open_share`, the bins where the gate can open.
+
+    Raises ConceptError where the features do not tell the concept at any timestep, SettingsError for too few
+    pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
+    """
+    if pairs < 2:
+        raise SettingsError(f"{pairs} pairs to calibrate with: pass at least 2")
+    if eraser.gate.site.path.split(".")[0] not in DENOISERS:
+        raise SettingsError(
+            f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
+        )
+    usual = sampling_of(pipe, eraser.header)
+    s = sampling or replace(usual, batch=min(8, pairs, usual.batch))
+    # Spread over the concept's own, whose order goes by phrasing and subject.
+    some = [concept.pairs[i * len(concept.pairs) // pairs] for i in range(pairs)]
+    seeds = [seed + i for i in range(pairs)]
+    gate = eraser.gate.to(pipe.device)
+
+    def evidence(x: Tensor) -> Tensor:
+        return gate.evidence(x).float().cpu()
+
+    plain, without, times = replayed(pipe, [p.without for p in some], seeds, s, gate.site, evidence)
+    shown, on, _ = replayed(pipe, [p.shows for p in some], seeds, s, gate.site, evidence)
+    seen: list[Tensor] = []
+
+    def note(site: Site, x: Tensor, call: EditContext[None]) -> None:
+        seen.append(evidence(x))
+
+    # The prompts with the concept at the states drawn without it: where a finished eraser will stand.
+    with record(pipe, [gate.site], note), torch.no_grad():
+        for a, b in zip(plain, shown, strict=True):
+            replay(pipe, a.state, a.timestep, b.conditioning)
+    lacks = [rows_of(without)]
+    others = [c.pairs[i % len(c.pairs)].shows for i, c in enumerate(neighbours) if c.name != concept.name]
+    if others:
+        lacks.append(rows_of(measured(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)[0]))
+    # For each of the gate's bins the pass at the nearest time.
+    at = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
+    shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, at], torch.cat(lacks)[:, at]
+    low, high = bounds(shows, off)
+    separation = (shows > off.amax(0)).float().mean(0)
+    opens = float((low < SHUT).float().mean())
+    if not opens:
+        raise ConceptError(
+            f"the features of {eraser.name!r} do not tell it from its matches on this model at any timestep: make a "
+            "new eraser for it"
+        )
+    used = [prompt for p in some for prompt in (p.shows, p.without)] + others
+    spans = [*eraser.header.get("seeds", ()), seed, seed + max(pairs, len(others)) - 1]
+    header = {
+        **eraser.header,
+        # A test must not draw what the gate was fitted to.
+        "prompts": list(dict.fromkeys([*eraser.header.get("prompts", ()), *used])),
+        "seeds": [min(spans), max(spans)],
+        "base": model_name(pipe),
+        "made_for": made_for(pipe, eraser.sites),
+        "open_share": round(opens, 3),
+        "calibrated": {
+            "prompts": len(used),
+            "separation": [round(float(v), 4) for v in separation],
+            "open_share": round(opens, 3),
+        },
+    }
+    header.pop("measured", None)  # on other weights
+    fitted = replace(eraser.gate, low=low, high=high, text_tokens=plain[0].text_tokens)
+    return Eraser(fitted, eraser.corrections, header)

@@ -1,0 +1,37 @@
+"""A CLIP judge for a pipeline, calibrated on the pipeline's own images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from neuraleraser.concepts import Concept
+from neuraleraser.families.defaults import default_sampling
+from neuraleraser.judges import CLIP, NONE, ClipJudge
+from neuraleraser.sampling import generate
+from neuraleraser.settings import Sampling
+
+
+def clip_judge(
+    pipe: Any,
+    concept: Concept,
+    neighbours: Sequence[Concept],
+    model: str = CLIP,
+    images: int = 24,
+    seed: int = 70_000,
+    sampling: Sampling | None = None,
+) -> ClipJudge:
+    """Return a `ClipJudge` calibrated on the pipeline's own images.
+
+    `pipe` draws `images` of the concept, of each neighbour, and of the prompts that match the concept's without it.
+    Detach erasers first. Raises as `ClipJudge.calibrate` does.
+    """
+    prompts = {concept.name: [pair.shows for pair in concept.pairs]}
+    prompts |= {other.name: [pair.shows for pair in other.pairs] for other in neighbours if other.name != concept.name}
+    prompts[NONE] = [pair.without for pair in concept.pairs]
+    sampling = sampling or default_sampling(pipe)
+    drawn = {
+        name: generate(pipe, [texts[i % len(texts)] for i in range(images)], range(seed, seed + images), sampling)
+        for name, texts in prompts.items()
+    }
+    return ClipJudge.calibrate(concept.name, concept.kind, drawn, model, str(pipe.device))

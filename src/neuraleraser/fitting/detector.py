@@ -1,0 +1,136 @@
+"""The gate: which features detect the concept, and from which evidence on they may act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuraleraser.eraser import Gate
+from neuraleraser.errors import ConceptError
+from neuraleraser.fitting.trajectories import SHARES
+from neuraleraser.sae import SAE
+from neuraleraser.sites import Site
+
+FEATURES = 64
+RARE = 0.005
+"""A feature that fires on a smaller share of rows is no candidate."""
+ALONE = 0.95
+"""Share of rows that one feature must separate by itself to be a gate."""
+ENOUGH = 200
+"""Rows without the concept that show the 99.5th percentile of their evidence."""
+SHUT = 1e9
+"""A bound that no evidence reaches: the gate stays shut at timesteps where it could not tell."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Features [f], their weights [f] (above 0 they speak for the concept, below against it: what its neighbours
+    have and it has not), the index of the pooling in SHARES, and how well they tell: `separation` [T] is the share
+    of rows with the concept above the 99.5th percentile of rows without."""
+
+    features: Tensor
+    weight: Tensor
+    share: int
+    separation: Tensor
+
+
+def choose(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
+    """The feature that detects the concept by itself, where there is one; else the `count` that do so together.
+
+    shows [N, T, shares, n] from prompts with the concept, lacks [M, T, shares, n] without it. One feature is enough
+    where it separates ALONE of the rows. Else those that a logistic regression leans on most (weight times spread)
+    are kept, and weighed by it. Of both ways of pooling the one that separates better is taken, the mean if equal.
+
+    Raises ConceptError if no feature fires more with the concept than without.
+    """
+    pooled: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    for share in range(len(SHARES)):
+        on, off = shows[:, :, share].float(), lacks[:, :, share].float()
+        often = (torch.cat([on, off]) > 0).float().mean((0, 1)) > RARE
+        candidates = often.nonzero()[:, 0]
+        if bool((on.mean((0, 1)) > off.mean((0, 1)))[candidates].any()):
+            pooled.append((on, off, candidates, share))
+    if alone := [d for d in (_one(*p) for p in pooled) if float(d.separation.mean()) >= ALONE]:
+        return max(alone, key=lambda d: float(d.separation.mean()))
+    together = [d for d in (_many(*p, count) for p in pooled) if bool((d.weight > 0).any())]
+    if not together:
+        raise ConceptError("no feature fires more with the concept than without: give other prompts, or another site")
+    return max(together, key=lambda d: float(d.separation.mean()))
+
+
+def _separation(on: Tensor, off: Tensor) -> Tensor:
+    """Share of rows on [N, T, ...] above the 99.5th percentile of off [M, T, ...] -> [T, ...]."""
+    return (on > off.quantile(0.995, 0)).float().mean(0)
+
+
+def _one(on: Tensor, off: Tensor, candidates: Tensor, share: int) -> Detector:
+    """The candidate that separates best by itself."""
+    separation = _separation(on[..., candidates], off[..., candidates])  # [T, candidates]
+    best = separation.mean(0).argmax()
+    return Detector(candidates[best][None], torch.ones(1), share, separation[:, best])
+
+
+def _many(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -> Detector:
+    """`count` of the candidates, weighed by logistic regression."""
+    weight = regress(on[..., candidates], off[..., candidates])
+    leaning = weight.abs() * (on.std((0, 1)) + off.std((0, 1)))[candidates]
+    features = candidates[leaning.topk(min(count, len(candidates))).indices]
+    weight = regress(on[..., features], off[..., features])
+    separation = _separation(on[..., features] @ weight, off[..., features] @ weight)
+    return Detector(features, weight, share, separation)
+
+
+def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
+    """Weights [f] of a logistic regression of on [N, T, f] against off [M, T, f], with an intercept for each
+    timestep, both classes weighing the same, `penalty` times the squared weights (of features in units of their
+    spread). Deterministic."""
+    spread = on.std((0, 1)) + off.std((0, 1)) + 1e-4
+    a, b = on / spread, off / spread
+    weight = torch.zeros(a.shape[-1], requires_grad=True)
+    intercept = torch.zeros(a.shape[1], requires_grad=True)
+    adam = torch.optim.Adam([weight, intercept], lr=0.1)
+    with torch.enable_grad():
+        for _ in range(steps):
+            loss = F.softplus(-(a @ weight + intercept)).mean() + F.softplus(b @ weight + intercept).mean()
+            adam.zero_grad(set_to_none=True)
+            (loss + penalty * weight.square().sum()).backward()
+            adam.step()
+    return weight.detach() / spread
+
+
+def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
+    """low and high [T] from evidence on rows with the concept [N, T] and without [M, T].
+
+    low lies above 995 in 1,000 rows without, and at a fifth of the first decile with: a concept that shares its picture
+    with another can be that weak. Fewer than ENOUGH rows cannot say what one in 200 reads: then it lies above all of
+    them, and at half of that decile. From there to high, 0.15 of the way to a typical row, the gate opens wide. It is
+    shut where a typical row with the concept lies below low: it could not tell.
+    """
+    typical, weak = shows.median(0).values, shows.quantile(0.1, 0)
+    least = 0.2 if len(lacks) >= ENOUGH else 0.5
+    low = torch.maximum(lacks.quantile(0.995, 0, interpolation="higher"), least * weak).clamp(min=1e-6)
+    high = low + 0.15 * (typical - low).clamp(min=1e-3)
+    shut = typical <= low
+    return torch.where(shut, SHUT, low), torch.where(shut, 2 * SHUT, high)
+
+
+def build(sae: SAE, site: Site, detector: Detector, times: Tensor, low: Tensor, high: Tensor) -> Gate:
+    """The gate with its own copies of the SAE's rows; the decoder bias is folded into the features' biases."""
+    f = detector.features
+    rows = sae.W_enc[f].float()
+    order = times.argsort()
+    return Gate(
+        site=site,
+        features=f.clone(),
+        rows=rows.clone(),
+        bias=(sae.b_enc[f].float() - rows @ sae.b_dec.float()),
+        threshold=sae.threshold[f].float().clone(),
+        weight=detector.weight.clone(),
+        share=SHARES[detector.share],
+        times=times[order].float().clone(),
+        low=low[order].clone(),
+        high=high[order].clone(),
+    )

@@ -1,0 +1,221 @@
+"""The fit itself, top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuraleraser.concepts import Concept, Pair
+from neuraleraser.eraser import Eraser, time_bin
+from neuraleraser.errors import SettingsError
+from neuraleraser.families.defaults import default_sampling, model_name
+from neuraleraser.fitting.background import rows_without
+from neuraleraser.fitting.correction_training import Lesson, learnt
+from neuraleraser.fitting.detector import SHUT, Detector, bounds, build, choose
+from neuraleraser.fitting.import_reference import shapes_of
+from neuraleraser.fitting.reference import Reference, shipped_reference
+from neuraleraser.fitting.trajectories import SHARES, conditional, pool, recorded, replayed, rows_of
+from neuraleraser.settings import FitSettings, Sampling
+from neuraleraser.sites import PROMPT_ROUTES, DenoiserCall, Site, edits_for, made_for, record, replay
+
+Progress = Callable[[str, float], None]
+
+
+def fit(
+    pipe: Any,
+    concept: Concept,
+    settings: FitSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    known: Reference | None = None,
+    sampling: Sampling | None = None,
+    edits: Sequence[tuple[Site, ...]] | None = None,
+) -> Eraser:
+    """Make an eraser of `concept` for `pipe`, with what is `known` of it: a reference, which ships for the canvas
+    alone. It edits where `edits_for` says, unless `edits` are given: a tuple of sites for each correction. Images are
+    drawn as `sampling` says, by default as the pipeline is usually sampled.
+
+    1. Draw matched prompts with and without the concept at the same seeds, keeping every denoiser call.
+    2. Choose the features that fire with the concept and not with its neighbours; set the gate's bounds above
+       everything that lacks it.
+    3. Fit a low-rank correction of the prompt that later blocks read, so that the prediction for the prompt with the
+       concept becomes the model's own for the prompt without, on the states of both; and for prompts in which
+       something else stands beside the concept, the model's own for that alone.
+
+    `progress(what, share)` is called as it goes on. Raises, before anything is drawn, SettingsError for a pipeline
+    without a reference and for a reference of another width, SiteError for one of another site; ConceptError if no
+    feature detects the concept.
+    """
+    s, sampling = settings or FitSettings(), sampling or default_sampling(pipe)
+    known = known or shipped_reference(pipe)
+    _check_width(pipe, known, sampling)
+    say = progress or (lambda what, share: None)
+    started = time.monotonic()
+    acts = list(edits or edits_for(pipe, known.site))
+    pairs = _some(concept.pairs, s.pairs, s.seed)
+    seeds = [s.seed + i for i in range(len(pairs))]
+    say("drawing without the concept", 0.0)
+    plain, pooled_plain = recorded(pipe, [p.without for p in pairs], seeds, sampling, known.sae, known.site)
+    say("drawing with the concept", 0.1)
+    shown, pooled_shown = recorded(pipe, [p.shows for p in pairs], seeds, sampling, known.sae, known.site)
+    say("choosing features", 0.2)
+    crossed, pooled_crossed = _cross(pipe, plain, shown, known)
+    at = time_bin(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
+    shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
+    lacks = known.pooled[rows_without(concept, known.prompts, known.labels)]
+    own = rows_of(pooled_plain.values)[:, at]
+    lacks = torch.cat([lacks, own])
+    detector = choose(shows, lacks)
+    say("drawing what stays", 0.2)
+    stays = _beside(concept, s.beside)
+    beside_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(stays))
+    beside = _lessons_beside(pipe, stays, beside_seeds, sampling, known.site) if stays else []
+    say("fitting the edit", 0.3)
+    losses: list[float] = []
+
+    def on_step(step: int, loss: float) -> None:
+        losses.append(loss)
+        say("fitting the edit", 0.3 + 0.65 * step / s.steps)
+
+    lessons = _lessons(pipe, plain, shown, crossed) + [lesson for part in beside for lesson in part]
+    corrections = learnt(
+        pipe,
+        acts,
+        lessons,
+        rank=s.rank,
+        steps=s.steps,
+        batch=s.batch,
+        lr=s.learning_rate,
+        seed=s.seed,
+        on_step=on_step,
+    )
+    low, high = bounds(_evidence(shows, detector), _evidence(lacks, detector))
+    gate = build(known.sae, known.site, detector, known.times, low, high)
+    gate = dataclasses.replace(gate, text_tokens=plain[0].text_tokens)
+    say("done", 1.0)
+    header = {
+        "concept": concept.name,
+        "kind": concept.kind,
+        "routes": list(PROMPT_ROUTES),  # the gate reads a cross-attention: what the image takes out of the prompt
+        "base": model_name(pipe),
+        "time_scale": "0-1" if float(known.times.max()) <= 1 else "0-999",
+        "prompts": _drawn(pairs, stays),
+        "seeds": [seeds[0], seeds[-1] + len(stays)],
+        "settings": dataclasses.asdict(s),
+        "sampling": dataclasses.asdict(sampling),
+        "separation": [round(float(v), 4) for v in detector.separation],
+        "open_share": round(float((low < SHUT).float().mean()), 3),
+        "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)] if losses else [],
+        "seconds": round(time.monotonic() - started, 1),
+        "made_for": made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
+        "reference": known.provenance.in_short(),
+        # How far thresholds that were calibrated on import differ from what the SAE's own library does.
+        "sae": {k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
+    }
+    return Eraser(gate, corrections, header)
+
+
+def _check_width(pipe: Any, known: Reference, sampling: Sampling) -> None:
+    """Raise SettingsError where the reference's SAE has another width than its site in this pipeline."""
+    width = shapes_of(pipe, [known.site], sampling)[known.site][1]
+    if width != known.sae.d:
+        raise SettingsError(
+            f"{known.site} of this {type(pipe).__name__} is {width} wide, and the reference's SAE takes "
+            f"{known.sae.d}: pass a reference that was made for this pipeline"
+        )
+
+
+def _some(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return [pairs[order[i % len(pairs)]] for i in range(count)]
+
+
+def _cross(
+    pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], known: Reference
+) -> tuple[list[DenoiserCall], Tensor]:
+    """The prompts with the concept at the states drawn without it: where a finished eraser will stand.
+
+    -> (calls with their unedited predictions, pooled features [N, T, shares, n]).
+    """
+    out: list[DenoiserCall] = []
+    seen: list[Tensor] = []
+
+    def note(site: Site, x: Tensor, call: Any) -> None:
+        z = known.sae.encode(x.float())
+        seen.append(torch.stack([pool(z, q) for q in SHARES], 1).half())
+
+    with record(pipe, [known.site], note), torch.no_grad():
+        for a, b in zip(plain, shown, strict=True):
+            prediction = replay(pipe, a.state, a.timestep, b.conditioning)
+            out.append(DenoiserCall(a.state, a.timestep, b.conditioning, prediction))
+    return out, torch.stack(seen, 1)
+
+
+def _lessons(
+    pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], crossed: Sequence[DenoiserCall]
+) -> list[Lesson]:
+    """Return the examples of the concept's own prompts, at states drawn without the concept and with it.
+
+    The target is the model's own prediction for the matched prompt at those states.
+
+    Those without count twice: that is where the states of a finished eraser's run lie.
+    """
+    lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2
+    return lessons + [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
+
+
+def _beside(concept: Concept, count: int) -> dict[str, list[str]]:
+    """The first `count` prompts of what stays, each with the prompts that show the concept beside it."""
+    stays: dict[str, list[str]] = {}
+    for pair in concept.beside:
+        if pair.without in stays or len(stays) < count:
+            stays.setdefault(pair.without, []).append(pair.shows)
+    return stays
+
+
+def _lessons_beside(
+    pipe: Any, stays: Mapping[str, Sequence[str]], seeds: Sequence[int], sampling: Sampling, site: Site
+) -> list[list[Lesson]]:
+    """One list for each way of naming the concept beside what stays: its conditioning, at the states of what stays.
+
+    Only what stays is drawn. Of the others one step is, for their conditioning.
+    """
+
+    def calls(prompts: Sequence[str], sampling: Sampling) -> list[DenoiserCall]:
+        return replayed(pipe, prompts, seeds, sampling, site, lambda x: x.new_zeros(len(x)))[0]
+
+    plain = calls(list(stays), sampling)
+    lessons = []
+    for way in range(max(map(len, stays.values()))):
+        told = calls([shows[way % len(shows)] for shows in stays.values()], dataclasses.replace(sampling, steps=1))[0]
+        lessons.append([Lesson(_conditioned(call, told), call.prediction) for call in plain])
+    return lessons
+
+
+def _drawn(pairs: Sequence[Pair], stays: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return every prompt that the fit draws or conditions on, each once: a test must not repeat them."""
+    prompts = [prompt for pair in pairs for prompt in (pair.shows, pair.without)]
+    prompts += [prompt for alone, both in stays.items() for prompt in (*both, alone)]
+    return list(dict.fromkeys(prompts))
+
+
+def _conditioned(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:
+    """The call with the conditioning of another."""
+    return DenoiserCall(call.state, call.timestep, other.conditioning, call.prediction)
+
+
+@torch.no_grad()
+def _prediction(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> Tensor:
+    """The matched prompt's prediction at the states drawn with the concept."""
+    return replay(pipe, shown.state, shown.timestep, plain.conditioning)
+
+
+def _evidence(pooled: Tensor, detector: Detector) -> Tensor:
+    """[N, T, shares, n] -> [N, T]."""
+    return pooled[:, :, detector.share][..., detector.features].float() @ detector.weight

@@ -1,0 +1,131 @@
+"""From words to an eraser: what `neuraleraser erase` does, no more and no less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from neuraleraser.concepts import Concept, shipped_neighbours, with_neighbours
+from neuraleraser.eraser import Eraser
+from neuraleraser.errors import FileError
+from neuraleraser.families import family_of
+from neuraleraser.families.defaults import default_gate_site, default_sampling, model_name
+from neuraleraser.families.naming import concept_of, neighbours_of
+from neuraleraser.fitting.fit import fit
+from neuraleraser.fitting.make_reference import expect, make_reference
+from neuraleraser.fitting.published_references import fetch_reference, published_sae
+from neuraleraser.fitting.reference import Reference, load_reference, shipped_reference
+from neuraleraser.io.names import file_name, printable
+from neuraleraser.io.outputs import check_outputs
+from neuraleraser.settings import FitSettings, Sampling
+from neuraleraser.sites import Site
+
+FOLDER = Path("runs/references")
+"""Folder in which references are made and kept."""
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done."""
+
+
+def erase(
+    pipe: Any,
+    concept: str | Concept,
+    *,
+    kind: str | None = None,
+    neighbours: Sequence[str] = (),
+    reference: str | Path | Reference | None = None,
+    site: str | Site | None = None,
+    images: int = 160,
+    settings: FitSettings | None = None,
+    sampling: Sampling | None = None,
+    folder: str | Path = FOLDER,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Eraser:
+    """Make an eraser of a concept for a pipeline.
+
+        eraser = erase(pipe, "Van Gogh style")
+        eraser.save("van-gogh.safetensors")
+
+    concept: a phrase, the path of a JSON file of prompts, or a `Concept`. kind: "style" or "object"; None: read from
+    the phrase. neighbours: phrases of what it could be mistaken for; none: from a list that ships.
+
+    reference: an SAE with how its features fire on other prompts, or its folder. None: the one that ships for the
+    pipeline's family (the canvas alone has one), else one that is published for this model, else one made of `images`
+    of the pipeline's own images and kept in `folder`: interrupted and called again, it goes on. site: where that one
+    looks; None: where the family's features were found good.
+
+    `progress(what, share)` and `announce(sentence)` are called as it goes on; the latter says, before anything is drawn
+    for a reference, how long that takes.
+
+    Raises ConceptError for a phrase that means nothing on this pipeline or a concept that no feature detects, FileError
+    for a reference that cannot be read, SettingsError for settings that do not fit, SiteError for a site that is not
+    there.
+    """
+    meant = concept_of(pipe, concept, kind) if isinstance(concept, str) else concept
+    near = neighbours_of(pipe, meant, neighbours) if neighbours else list(shipped_neighbours(meant))
+    meant = with_neighbours(meant, near)
+    sampling = sampling or default_sampling(pipe)
+    tell, say = progress or (lambda what, share: None), announce or (lambda sentence: None)
+    if isinstance(reference, Reference):
+        known = reference
+    elif reference is not None:
+        known = load_reference(reference)
+    elif family_of(pipe).reference is not None:
+        known = shipped_reference(pipe)
+    else:
+        where = Site.parse(str(site)) if site else default_gate_site(pipe, meant.kind)
+        first, tell = _part(tell, 0.0, 0.6), _part(tell, 0.6, 0.4)
+        known = find_or_make_reference(pipe, meant, near, where, images, sampling, Path(folder), first, say)
+    return fit(pipe, meant, settings, tell, known=known, sampling=sampling)
+
+
+def _part(progress: Progress, start: float, length: float) -> Progress:
+    """Return the progress of a part of the work."""
+    return lambda what, share: progress(what, start + length * share)
+
+
+def eraser_file_name(name: str) -> str:
+    """Return what a concept's name is in names of files: "van-gogh-style"."""
+    return file_name(name.replace("_", "-").replace(" ", "-").lower())
+
+
+def find_or_make_reference(
+    pipe: Any,
+    concept: Concept,
+    neighbours: Sequence[Concept],
+    site: Site,
+    images: int,
+    sampling: Sampling,
+    root: Path,
+    progress: Progress,
+    announce: Callable[[str], None],
+) -> Reference:
+    """Return the reference that is published for this model and site, or else one made of the pipeline's own images.
+
+    Raises as `make_reference` does.
+    """
+    # A Hub id keeps its owner: two models may share a last name. Of a folder the last name is enough to tell.
+    model = model_name(pipe)
+    owner, name = file_name(model.replace("/", "--")), eraser_file_name(concept.name)
+    check_outputs({}, folders={"the references' folder": root})
+    if theirs := published_sae(model, site):
+        announce(f"An SAE for {model} at {site} is published: {theirs.repo}, of {theirs.source}.")
+        try:
+            folder = root / f"{owner}-{name}-published"
+            found = fetch_reference(pipe, theirs, concept, neighbours, folder, images, sampling)
+            if not theirs.revision and (commit := found.sae.header.get("revision")):
+                announce(f"No commit of it is pinned here; this is {printable(commit)}.")
+            return found
+        except FileError as error:
+            announce(f"It cannot be had: {error}.")
+    folder = root / f"{owner}-{name}"
+    if not (folder / "background.safetensors").exists():
+        cost = expect(pipe, site, images, sampling)
+        announce(
+            f"Making a reference for {model} at {site} from {images + images // 2} of its own images, of "
+            f"{concept.name} and {', '.join(n.name for n in neighbours) or 'no neighbours'}.\n"
+            f"About {cost.seconds / 60:.0f} minutes of drawing, and {cost.bytes / 1e6:.0f} MB in {folder} until it is "
+            "made. Ctrl-C stops; the same call goes on."
+        )
+    return make_reference(pipe, concept, neighbours, site, folder, images=images, sampling=sampling, say=progress)

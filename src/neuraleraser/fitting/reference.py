@@ -1,0 +1,257 @@
+"""References: an SAE at a site, and how its features fire on prompts of everything else. One serves every concept."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.activations import CONDITIONAL, Seen, collect
+from neuraleraser.errors import DataError, FileError, SettingsError, SiteError
+from neuraleraser.families import family_of
+from neuraleraser.families.defaults import default_sampling
+from neuraleraser.fitting.provenance import Provenance
+from neuraleraser.fitting.trajectories import pooled_features
+from neuraleraser.io import artifact
+from neuraleraser.io.names import name_error, printable, prompt_error
+from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import Site
+from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
+
+KEPT = 96
+"""Features of a row that are kept on disk; weaker ones are zero to any gate. Few rows have more that fire."""
+MAX_FEATURES = 2**15
+"""Features that the background's 16-bit numbers can tell apart."""
+MAX_UNPACKED = 2**31
+"""Numbers that a background unpacks to, at most: 4 GB. Zeros are not in the file, so its own size is no bound."""
+UNCONDITIONAL_SHARE = 5
+"""One in so many images gives its unconditional rows, too."""
+EVERY = 2
+"""Of the sampler's timesteps the background keeps one in two: neighbours say nearly the same."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An SAE at the gate's site, and how its features fire on prompts of everything else.
+
+    pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending, a subset of the
+    sampler's; prompts [M] of the rows, and labels [M], the names of what each shows (none where that is not known);
+    provenance: what it was made with.
+    """
+
+    sae: SAE
+    site: Site
+    pooled: Tensor
+    times: Tensor
+    prompts: Sequence[str]
+    labels: Sequence[frozenset[str]]
+    provenance: Provenance
+
+    def save(self, folder: Path) -> None:
+        """Write `sae.safetensors` and `background.safetensors` (the strongest features of each row, in 8 bits).
+
+        Raises DataError for more features than 16 bits can number, FileError when the disk refuses.
+        """
+        if self.pooled.shape[-1] > MAX_FEATURES:
+            raise DataError(f"{self.pooled.shape[-1]} features: a background holds at most {MAX_FEATURES}")
+        self.sae.save(folder / "sae.safetensors", {"site": str(self.site)})
+        values, index = self.pooled.float().topk(min(KEPT, self.pooled.shape[-1]), -1)
+        scale = values.amax().clamp(min=1e-12) / 255
+        # Square roots: small activations keep their precision.
+        coded = (values / (255 * scale)).sqrt().mul(255).round().to(torch.uint8)
+        artifact.save(
+            folder / "background.safetensors",
+            "background",
+            {
+                "values": coded,
+                "index": index.to(torch.int16),
+                "times": self.times.float(),
+                "scale": scale.reshape(1),
+            },
+            {
+                "site": str(self.site),
+                "n": self.pooled.shape[-1],
+                "prompts": list(self.prompts),
+                "labels": [sorted(shown) for shown in self.labels],
+                "provenance": self.provenance.in_full(),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Reference:
+        """Read what `save` wrote. Raises FileError."""
+        sae = SAE.load(folder / "sae.safetensors")
+        tensors, header = artifact.load(folder / "background.safetensors", "background")
+        error = _background_error(tensors, header, sae.n)
+        if error:
+            raise FileError(f"{folder} holds no complete reference ({error}): make it again")
+        values = (tensors["values"].float() / 255).square() * (255 * tensors["scale"])
+        pooled = torch.zeros(*values.shape[:-1], sae.n, dtype=torch.float16)
+        pooled.scatter_(-1, tensors["index"].long(), values.half())
+        labels = [frozenset(shown) for shown in header["labels"]]
+        provenance = Provenance.parse(header["provenance"])
+        return cls(sae, Site.parse(header["site"]), pooled, tensors["times"], header["prompts"], labels, provenance)
+
+
+def _background_error(tensors: Mapping[str, Tensor], header: Mapping[str, Any], n: int) -> str | None:
+    """Say what keeps a background from being one of an SAE of `n` features, or None."""
+    kinds = {"values": torch.uint8, "index": torch.int16, "times": torch.float32, "scale": torch.float32}
+    found = {name: x.dtype for name, x in tensors.items()}
+    if found != kinds:
+        return f"its tensors are {printable(found, 200)}, expected {kinds}"
+    values, index, times, scale = (tensors[name] for name in kinds)
+    if values.ndim != 4 or 0 in values.shape or index.shape != values.shape or values.shape[-1] > n:
+        return f"values {tuple(values.shape)} and index {tuple(index.shape)} do not fit {n} features"
+    if times.shape != values.shape[1:2] or scale.shape != (1,) or not bool((times.diff() < 0).all()):
+        return f"times {tuple(times.shape)} and scale {tuple(scale.shape)} do not fit, or times do not descend"
+    # Half precision holds what is unpacked.
+    if not 0 < 255 * float(scale) <= torch.finfo(torch.float16).max:
+        return f"scale is {float(scale):g}"
+    unpacked = values[..., 0].numel() * n
+    if n > MAX_FEATURES or unpacked > MAX_UNPACKED:
+        return f"it unpacks to {unpacked:,} numbers of {n} features, at most {MAX_UNPACKED:,} of {MAX_FEATURES}"
+    if not bool(((index >= 0) & (index < n)).all()):
+        return f"index names a feature that is none of {n}"
+    if header.get("n") != n:
+        return f"field n is {printable(header.get('n'))}, the SAE has {n} features"
+    for field, fits in (("prompts", _is_prompt), ("labels", _are_names)):
+        entries = header.get(field)
+        if not isinstance(entries, list) or len(entries) != len(values) or not all(map(fits, entries)):
+            return f"field {field} has not one entry for each of {len(values)} rows"
+    try:
+        Site.parse(header["site"])
+        Provenance.parse(header["provenance"])
+    except (AttributeError, KeyError, OverflowError, SiteError, TypeError, ValueError) as e:
+        return f"field site or provenance is missing or malformed ({printable(e)})"
+    return None
+
+
+def _is_prompt(text: Any) -> bool:
+    return isinstance(text, str) and prompt_error(text) is None
+
+
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list) and len(names) <= 64 and all(name_error(name) is None for name in names)
+
+
+def load_reference(folder: str | Path) -> Reference:
+    """Read the reference in a folder. Raises FileError."""
+    return Reference.load(Path(folder))
+
+
+def shipped_reference(pipe: Any) -> Reference:
+    """Read the reference that ships for the pipeline's family.
+
+    Raises SettingsError where none does, FileError where it is damaged.
+    """
+    folder = family_of(pipe).reference
+    if folder is None:
+        raise SettingsError(
+            f"no reference ships for this {type(pipe).__name__}, only for the canvas: pass `known`, as "
+            "make_reference or import_reference makes it"
+        )
+    return Reference.load(folder)
+
+
+def train_reference(
+    pipe: Any, vocabulary: Vocabulary, site: Site, folder: Path, images: int = 500, n: int = 256, k: int = 12
+) -> Reference:
+    """Train an SAE from 400 of the pipeline's own images, half of them of two objects, with a feature for each style
+    and object of a vocabulary; draw the background of `images` more. Minutes on two cores.
+
+    Raises SettingsError for more images than there are selection seeds.
+    """
+    if not 0 < images <= 500:
+        raise SettingsError(f"images is {images}: pass 1 to 500 (their seeds are 500 to 999)")
+    sampling = replace(default_sampling(pipe), batch=40)
+    names = [*vocabulary.objects, *vocabulary.styles]
+    shown = labelled_prompts(vocabulary, 400, 1, two=0.5)
+    prompts, seeds = [prompt for prompt, _ in shown], range(100, 500)
+    labels = torch.tensor([[float(name in of) for name in names] for _, of in shown])
+    maps, of = labelled_maps(pipe, prompts, seeds, labels, site, sampling)
+    settings = TrainSettings(n=n, k=k, steps=1200, discriminant=True, init_vectors=2**17)
+    sae = train(labelled_batches(maps, of, 64), settings)
+    sae.header["labels"] = names
+    sae.header["measures"] = measure(sae, maps.flatten(0, 1)[:50_000])
+    seen = tuple(PHRASINGS[SEEN])
+    learnt_from = Provenance(((seeds[0], seeds[-1]),), tuple(prompts), seen, tuple(names))
+    background = labelled_prompts(vocabulary, images, 2)
+    known = reference_from_sae(pipe, sae, site, background, sampling, 500, learnt_from)
+    known.save(folder)
+    return known
+
+
+def labelled_maps(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], labels: Tensor, site: Site, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """Return activations at `site` by whole maps, with what each shows.
+
+    x [N, P, d] float32, labels [N, C] from labels [prompts, C]. One in four maps of the conditional branch at random,
+    one in thirty of the unconditional, which shows nothing.
+    """
+    g = torch.Generator().manual_seed(0)
+    maps: list[Tensor] = []
+    of: list[Tensor] = []
+
+    def on(seen: Seen) -> None:
+        conditional = seen.branch == CONDITIONAL
+        kept = torch.rand(len(seen.images), generator=g) < (1 / 4 if conditional else 1 / 30)
+        maps.append(seen.x[kept.to(seen.x.device)].float().cpu())
+        of.append(labels[seen.images.start : seen.images.stop][kept] * conditional)
+
+    collect(pipe, prompts, seeds, [site], on, sampling)
+    return torch.cat(maps), torch.cat(of)
+
+
+def labelled_prompts(
+    vocabulary: Vocabulary, count: int, seed: int, two: float = 0.19
+) -> list[tuple[str, frozenset[str]]]:
+    """Return prompts of a vocabulary with the names of what they show, in seen phrasings only; 6 % of them show no
+    object, and a share `two` shows two. Each shows one style, the plain one too."""
+    rng = random.Random(seed)
+    out = []
+    for i in range(count):
+        style = vocabulary.styles[i % len(vocabulary.styles)]
+        r = rng.random()
+        names = rng.sample(vocabulary.objects, 0 if r < 0.06 else 2 if r < 0.06 + two else 1)
+        p = rng.randrange(2)
+        out.append((vocabulary.prompt(names, style, p), frozenset((*names, style))))
+    return out
+
+
+def reference_from_sae(
+    pipe: Any,
+    sae: SAE,
+    site: Site,
+    background: Sequence[tuple[str, frozenset[str]]],
+    sampling: Sampling,
+    seed: int = 500,
+    learnt_from: Provenance | None = None,
+) -> Reference:
+    """Draw the background's prompts (selection seeds from `seed` on) and keep how the SAE's features fire.
+
+    background: prompts, each with the names of what it shows. learnt_from: what the SAE was made with, and the
+    phrasings and labels of the background; None: the background alone.
+    """
+    prompts = [prompt for prompt, _ in background]
+    pooled, _ = pooled_features(pipe, sae, site, prompts, [seed + i for i in range(len(prompts))], sampling)
+    kept = torch.arange(0, len(pooled.times), EVERY)
+    values = pooled.values[:, kept]
+    # Unconditional rows have no text to tell them apart: a few are enough.
+    rows = [values[:, :, -1]] + [values[::UNCONDITIONAL_SHARE, :, b] for b in range(values.shape[2] - 1)]
+    shown = [row for part in (background, *[background[::UNCONDITIONAL_SHARE]] * (len(rows) - 1)) for row in part]
+    before = learnt_from or Provenance((), ())
+    provenance = replace(
+        before,
+        seeds=(*before.seeds, (seed, seed + len(prompts) - 1)),
+        prompts=tuple(dict.fromkeys((*before.prompts, *prompts))),
+        labels=tuple(dict.fromkeys((*before.labels, *(name for _, of in background for name in sorted(of))))),
+    )
+    labels = [of for _, of in shown]
+    return Reference(sae, site, torch.cat(rows), pooled.times[kept], [p for p, _ in shown], labels, provenance)

@@ -1,0 +1,136 @@
+"""What a step of training minimises, for every architecture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuraleraser.sae import supervised
+from neuraleraser.sae.jumprelu import jump_losses
+from neuraleraser.sae.matryoshka import nested_residuals, prefixes
+from neuraleraser.sae.sparse_ops import Fired, Weights, select, unexplained_at
+from neuraleraser.sae.topk import mean_cut, select_rows
+from neuraleraser.sae.train_settings import TrainSettings
+
+AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencoders, appendix A.2
+SETTLING = 10  # times `dead_after`: what a revived feature is given to settle in
+
+
+class Pass(NamedTuple):
+    """Of one batch of scaled activations [B, d]."""
+
+    main: Tensor  # scalar, to be minimised
+    fvu: Tensor  # scalar, ||x - x_hat||^2 over the variance, without gradient
+    residual: Tensor  # [B, d], x - x_hat
+    counts: Tensor  # [n] integers, how often each feature fired
+    cut: Tensor  # scalar, what a feature had to exceed to fire; 0 where none fired
+
+
+def forward(
+    w: Weights, log_threshold: Tensor | None, x: Tensor, variance: float, settings: TrainSettings, low: torch.dtype
+) -> Pass:
+    """Reconstruct scaled x [B, d] as `settings.architecture` does, large products in dtype `low`.
+
+    The main loss is mean ||x - x_hat||^2 / `variance`; for JumpReLU (which alone has `log_threshold` [n]) with the
+    penalty on L0, for Matryoshka the mean over the nested dictionaries.
+    """
+    if log_threshold is not None:
+        residual, penalty, counts = jump_losses(w, log_threshold, x, settings.k, low)
+        fvu = unexplained(residual, variance)
+        return Pass(fvu + penalty, fvu.detach(), residual, counts, log_threshold.detach().exp().mean())
+    with torch.no_grad():
+        fired = choose(w, x, settings, low)
+    if settings.architecture == "matryoshka":
+        residuals = nested_residuals(w, x, fired, prefixes(settings.n))
+        nested = torch.stack([unexplained(r, variance) for r in residuals])
+        main, fvu, residual = nested.mean(), nested[-1], residuals[-1]
+    else:
+        squares, residual = unexplained_at(w, x, fired, low)
+        main = fvu = squares / (len(x) * variance)
+    if not len(fired.values):
+        cut = x.new_zeros(())
+    else:
+        cut = mean_cut(fired) if settings.architecture == "topk" else fired.values.min()
+    return Pass(main, fvu.detach(), residual, fired.counts, cut)
+
+
+def unexplained(residual: Tensor, variance: float) -> Tensor:
+    """Mean ||residual||^2 of [B, d], over `variance`: a scalar."""
+    return residual.square().sum() / (len(residual) * variance)
+
+
+def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> Fired:
+    """The pairs of scaled x [B, d] that fire: by TopK, or by BatchTopK."""
+    into, w_enc, b_enc = (x - w.b_dec).to(low), w.W_enc.to(low).T, w.b_enc.to(low)
+
+    def pre(rows: slice) -> Tensor:
+        return torch.addmm(b_enc, into[rows], w_enc)
+
+    if settings.architecture == "topk":
+        return select_rows(pre, len(x), settings.n, settings.k)
+    return select(pre, len(x), settings.n, len(x) * settings.k)
+
+
+def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
+    """How many dead features of width d may explain a vector's residual at this step, of batches of `vectors`.
+
+    0 near the end: a feature that comes back spoils the others' work for a while (docs/LOG.md).
+    """
+    if (settings.steps - step) * vectors < SETTLING * settings.dead_after:
+        return 0
+    return d // 2 if settings.k_aux is None else settings.k_aux
+
+
+def revival(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
+    """The revival loss with up to k_aux of the `dead` features [m] a vector; 0 with none dead or k_aux = 0."""
+    if len(dead) == 0 or k_aux == 0:
+        return residual.new_zeros(())
+    # All dead features at once would be a linear autoencoder, and learn mixtures of what is missing. In a trial
+    # (64 planted directions) 14 % stayed dead with up to d / 2 of them, 3 % with at most an eighth.
+    return revival_loss(w, x, residual, dead, min(k_aux, max(1, len(dead) // 8)), low)
+
+
+def revival_loss(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
+    """||e - e_hat||^2 / ||e||^2 (scalar), where e = `residual` [B, d] = x - x_hat, held fixed, and e_hat is
+    what the k_aux largest pre-activations of each vector among the `dead` features [m] decode to, without
+    b_dec. Large products are made in dtype `low`.
+
+    AuxK of Gao et al. 2024. It teaches dead features, and only them, to add what is missing. Values are taken
+    with their sign: after a ReLU, a feature that is negative everywhere would have no gradient to return by.
+    """
+    return revived_error(Weights(w.W_enc[dead], w.b_enc[dead], w.W_dec[dead], w.b_dec), x, residual, k_aux, low)
+
+
+def revived_error(dead: Weights, x: Tensor, residual: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
+    """`revival_loss`, given the rows of the dead features alone (and the b_dec that all share)."""
+    e = residual.detach().to(x.dtype)
+    into = (x - dead.b_dec.detach()).to(low)
+    pre = (into @ dead.W_enc.to(low).T).to(x.dtype) + dead.b_enc
+    if k_aux < pre.shape[1]:
+        values, cols = pre.topk(k_aux, dim=1, sorted=False)
+        pre = torch.zeros_like(pre).scatter(1, cols, values)
+    e_hat = (pre.to(low) @ dead.W_dec.to(low)).to(x.dtype)
+    return (e - e_hat).square().sum() / e.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def labelled_losses(
+    w: Weights, x: Tensor, labels: Tensor, cut: Tensor | float, settings: TrainSettings, low: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(binding loss, contrast loss) of scaled x [B, d] with labels [M, C] for B / M vectors each; 0 for what has no
+    weight. `cut` is what the bound features have to exceed. Neither moves the bias that all share, b_dec.
+    """
+    into = (x - w.b_dec.detach()).to(low)
+
+    def pre(vectors: int, features: int) -> Tensor:
+        w_enc = w.W_enc[:features].to(low).T
+        return (into[:vectors] @ w_enc).to(x.dtype) + w.b_enc[:features]
+
+    bind = contrast = x.new_zeros(())
+    if settings.bind:
+        bind = supervised.binding_loss(pre(len(x), labels.shape[1]), labels, cut)
+    if settings.contrast:
+        maps = min(len(labels), supervised.MAPS)
+        contrast = supervised.contrast_loss(pre(maps * (len(x) // len(labels)), settings.n), labels[:maps])
+    return bind, contrast

@@ -1,0 +1,193 @@
+"""One step of training: what a state is, and how a batch moves it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.precision import has_bf16
+from neuraleraser.sae import kernels
+from neuraleraser.sae.losses import AUX_WEIGHT, choose, forward, labelled_losses, revival, revived_at_once
+from neuraleraser.sae.sparse_ops import Weights
+from neuraleraser.sae.train_settings import StepLog, TrainSettings
+
+if TYPE_CHECKING:
+    from neuraleraser.sae.kernels.fused import Watch
+
+THRESHOLD_RATE = 0.01  # of the moving average of the cut
+LAST = 8
+"""At most so many steps, a tenth of all, whose mean cut in full precision is the threshold in the end. The moving
+average lags behind a cut that still falls, and where many features are nearly alike one percent of it decides on a
+tenth of what fires (docs/LOG.md)."""
+SAMPLE = 2**22  # pre-activations that such a cut is taken from, about
+CACHED = 2**18  # values of a matrix that are worked on at a time: 1 MB
+
+
+@dataclass
+class State:
+    """All that a training run is at a step: what a checkpoint holds."""
+
+    weights: Weights  # for scaled data
+    optimiser: torch.optim.Adam
+    idle: Tensor  # [n] int64, vectors since each feature last fired
+    scale: float  # raw activations are multiplied by this
+    variance: float  # mean ||x - mean||^2 of the first vectors, scaled
+    threshold: float | Tensor = 0.0  # on a GPU a scalar there, which the host has not waited for
+    step: int = 0
+    concepts: int = 0  # that the labels tell apart, in labelled training
+    log_threshold: Tensor | None = None  # [n], learnt by JumpReLU
+    bad: Tensor | None = None  # on a GPU: the first batch with NaN or infinity, as a scalar; -1: none yet
+    watch: Watch | None = None  # of the kernels for GPUs; in no checkpoint
+    whole: bool = True  # no step is half done
+    log: Callable[[], StepLog] | None = None  # reads the last step's; raises where training has diverged
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is learnt, by name."""
+        own = {} if self.log_threshold is None else {"log_threshold": self.log_threshold}
+        return self.weights._asdict() | own
+
+
+def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> Callable[[], StepLog]:
+    """One step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place.
+
+    -> what reads the step's log. On a GPU only that waits for the device, and raises the SettingsError of divergence
+    and the DataError of NaN or infinity in x (which count as 0 until then); on a CPU divergence is raised at once,
+    and x is known to be finite.
+    """
+    waits = kernels.on_gpu(x)
+    if waits:
+        x = _finite(state, x)
+    low = torch.bfloat16 if settings.bf16 and (waits or has_bf16()) else x.dtype
+    lr = settings.lr_at(state.step, x.shape[1])
+    if kernels.usable(x, settings, labels is not None):
+        made = _fused_step(state, x, settings, low)
+    else:
+        made = plain_step(state, x, labels, settings, low, lr)
+
+    def checked_norm() -> float:
+        if bad is not None and (first := int(bad)) >= 0:
+            raise DataError(f"batch {first} holds NaN or infinite values: mend their source")
+        norm = float(made.norm)
+        if not math.isfinite(norm):
+            raise SettingsError(f"training diverged at step {done - 1} (gradient {norm}): lower lr")
+        return norm
+
+    done, vectors, n = state.step + 1, len(x), settings.n  # not x itself, which the log would keep alive
+    bad = state.bad
+    if not waits:
+        checked_norm()
+    cut = made.cut if waits else float(made.cut)
+    rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when the cut moves
+    last = max(1, min(LAST, settings.steps // 10))
+    if done > settings.steps - last and settings.architecture in ("batchtopk", "matryoshka"):
+        rate = 1 / (done - settings.steps + last)
+        with torch.no_grad():
+            some = x[:: max(1, len(x) * n // SAMPLE)]  # in full precision, all would take several steps' time
+            values = choose(state.weights, some, settings, x.dtype).values
+        cut = (values.min() if waits else float(values.min())) if len(values) else 0.0
+    moved = state.threshold + rate * (cut - state.threshold)
+    if isinstance(cut, Tensor):
+        state.threshold = torch.where(cut > 0, moved, state.threshold)
+    elif cut > 0:
+        state.threshold = moved
+    state.step, threshold = done, state.threshold
+
+    def log() -> StepLog:
+        norm = checked_norm()
+        return StepLog(
+            step=done,
+            vectors=vectors,
+            fvu=float(made.fvu),
+            aux=float(made.aux),
+            l0=float(made.fired) / vectors,
+            dead=float(made.dead) / n,
+            threshold=float(threshold),
+            lr=lr,
+            grad_norm=norm,
+            bind=float(made.bind),
+            contrast=float(made.contrast),
+        )
+
+    state.log = log
+    return log
+
+
+def _finite(state: State, x: Tensor) -> Tensor:
+    """x with 0 for NaN and infinity; notes the step of the first batch that had any."""
+    bad = ~torch.isfinite(x)
+    was = torch.full((), -1, device=x.device) if state.bad is None else state.bad
+    state.bad = torch.where((was < 0) & bad.any(), state.step, was)
+    return x.masked_fill(bad, 0.0)
+
+
+class _Made(NamedTuple):
+    """What a step came to: scalars, on a GPU not yet known to the host."""
+
+    cut: Tensor  # 0 where nothing fired
+    fvu: Tensor
+    fired: Tensor  # pairs
+    dead: Tensor | int  # features
+    aux: Tensor
+    norm: Tensor
+    bind: Tensor | float = 0.0
+    contrast: Tensor | float = 0.0
+
+
+def _fused_step(state: State, x: Tensor, settings: TrainSettings, low: torch.dtype) -> _Made:
+    """The step by the kernels for GPUs; without waiting for the device."""
+    from neuraleraser.sae.kernels.fused import Watch, fused_step
+
+    if state.watch is None:
+        state.watch = Watch(x.device)
+    made, dead, aux, norm = fused_step(
+        state.weights, state.optimiser, state.idle, state.watch, x, state.variance, settings, state.step, low
+    )
+    return _Made(made.cut, made.fvu, made.counts.sum(), dead, aux, norm)
+
+
+def plain_step(
+    state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings, low: torch.dtype, lr: float
+) -> _Made:
+    """The step by torch's operations, for every architecture and loss."""
+    w = state.weights
+    made = forward(w, state.log_threshold, x, state.variance, settings, low)
+    state.idle = torch.where(made.counts > 0, 0, state.idle + len(x))
+    dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
+
+    k_aux = revived_at_once(settings, state.step, *x.shape)
+    aux = revival(w, x, made.residual, dead, k_aux, low)
+    loss = made.main + AUX_WEIGHT * aux
+    bind = contrast = x.new_zeros(())
+    if labels is not None:
+        own = state.log_threshold
+        cut = state.threshold if own is None else own[: labels.shape[1]].detach().exp()
+        bind, contrast = labelled_losses(w, x, labels, cut, settings, low)
+        loss = loss + settings.bind * bind + settings.contrast * contrast
+    learnt = list(state.parameters().values())
+    for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
+        p.grad = grad
+    with torch.no_grad():
+        grads = [p.grad for p in learnt if p.grad is not None]
+        if settings.discriminant:  # set in closed form, and held
+            for grad in grads[:2]:  # of W_enc and b_enc
+                grad[: state.concepts] = 0
+        # By rows that fit into a processor's cache, where these products of whole matrices would not.
+        rows = settings.n if kernels.on_gpu(x) else max(1, CACHED // x.shape[1])
+        # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
+        for grad, row in zip(grads[2].split(rows), w.W_dec.split(rows), strict=True):
+            grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if kernels.on_gpu(x) or norm > 1:
+            torch.nn.utils.clip_grads_with_norm_(learnt, 1.0, norm)
+        state.optimiser.param_groups[0]["lr"] = lr
+        if kernels.on_gpu(x) or math.isfinite(norm):
+            state.optimiser.step()
+            for row in w.W_dec.split(rows):
+                row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True))
+    return _Made(made.cut, made.fvu, made.counts.sum(), len(dead), aux.detach(), norm, bind.detach(), contrast.detach())

@@ -1,0 +1,146 @@
+"""The command line: what `generate` says is what happened, and where erasers come from and go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.commands import refused, said
+from helpers.erasers import open_eraser
+from neuraleraser.cli import main
+from neuraleraser.eraser import Eraser
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureFixture[str]):
+    from dataclasses import replace
+
+    e = open_eraser()
+    shut = replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6))
+    shut.save("shut.safetensors")
+    (line,) = said(model, capsys, "--eraser", "vg.safetensors")
+    assert line.startswith("Van_Gogh: acted at 2 of 2 steps (t = ")
+    (line,) = said(model, capsys, "--eraser", "vg.safetensors:0")
+    assert line.startswith("Van_Gogh: did not act (strength 0)")
+    (line,) = said(model, capsys, "--eraser", "vg.safetensors:0", "--action", "detect")
+    assert line.startswith("Van_Gogh: would not have acted (strength 0)")
+    (line,) = said(model, capsys, "--eraser", "vg.safetensors:0", "--action", "refuse")
+    assert line.startswith("Van_Gogh: did not refuse (strength 0)")
+    (line,) = said(model, capsys, "--eraser", "shut.safetensors", "--action", "refuse")
+    assert line == "Van_Gogh: did not fire, so nothing was refused"
+    (line,) = said(model, capsys, "--eraser", "shut.safetensors")
+    assert line == "Van_Gogh: did not fire"
+    assert "Van_Gogh" in refused(
+        ["generate", "a", "--model", model, "--steps", "1", "--eraser", "vg.safetensors", "--action", "refuse"], capsys
+    )
+
+
+def test_two_erasers_of_one_concept_are_told_apart(model: str, capsys: pytest.CaptureFixture[str]):
+    from dataclasses import replace
+
+    e = open_eraser()
+    replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6)).save("shut.safetensors")
+    lines = said(model, capsys, "--eraser", "vg.safetensors", "shut.safetensors", "vg.safetensors:0")
+    assert lines[0].startswith("Van_Gogh (vg.safetensors) 1: acted at 2 of 2 steps")
+    assert lines[1] == "Van_Gogh (shut.safetensors): did not fire"
+    assert lines[2].startswith("Van_Gogh (vg.safetensors) 2: did not act (strength 0)")
+
+
+def test_an_eraser_may_be_a_folder_or_on_the_hub(
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    import huggingface_hub
+
+    open_eraser().save_pretrained("kept")
+    asked: list[str] = []
+
+    def download(repo: str, file: str, **_: Any) -> str:
+        asked.append(repo)
+        return str(Path("kept") / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert said(model, capsys, "--eraser", "kept")[0].startswith("Van_Gogh: acted")
+    assert said(model, capsys, "--eraser", "owner/name:0.5")[0].startswith("Van_Gogh: acted")
+    assert said(model, capsys, "--eraser", "owner/name:0")[0].startswith("Van_Gogh: did not act")
+    Path("odd:0").mkdir()
+    open_eraser("Cats").save_pretrained("odd:0")  # a folder of that name is not one with a strength
+    assert said(model, capsys, "--eraser", "odd:0")[0].startswith("Cats: acted")
+    assert asked == ["owner/name"] * 2
+    argv = ["doctor", model, "--images", "1", "--steps", "1", "--erasers"]
+    for source in ("kept", "owner/name", "vg.safetensors"):
+        capsys.readouterr()
+        assert main([*argv, source]) in (0, 1) and "Van_Gogh" in capsys.readouterr().out
+    monkeypatch.setattr("neuraleraser.fitting.calibrate", lambda pipe, eraser, *_, **__: _calibrated(eraser))
+    for source, out in (("kept", "kept"), ("owner/name", "name"), ("vg.safetensors", "vg")):
+        assert main(["calibrate", source, "--model", model, "--pairs", "2"]) == 0
+        assert Eraser.load(f"{out}-calibrated.safetensors").name == "Van_Gogh"
+
+
+def _calibrated(eraser: Eraser) -> Eraser:
+    header = {"prompts": 2, "open_share": 1.0, "separation": [1.0, 1.0]}
+    return Eraser(eraser.gate, eraser.corrections, {**eraser.header, "calibrated": header})
+
+
+def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.MonkeyPatch):
+    """A stranger's eraser may be named as a file of ours."""
+    Path("secret.json").write_text('{"name": "x", "kind": "object", "pairs": [["our secret", "nothing"]]}')
+
+    def opened(path: Path) -> None:
+        raise AssertionError(f"{path} was opened")
+
+    monkeypatch.setattr("neuraleraser.families.naming.file_concept", opened)
+    open_eraser("secret.json").save("evil.safetensors")
+    main(["doctor", model, "--images", "1", "--steps", "1", "--erasers", "evil.safetensors"])
+    main(["generate", "a", "--model", model, "--steps", "1", "--eraser", "evil.safetensors", "--calibrate"])
+    with pytest.raises(AssertionError, match="was opened"):  # what the user names is
+        main(["erase", "secret.json", "--model", model])
+
+
+def test_a_concept_s_name_stays_in_the_folder(tmp_path: Path):
+    from neuraleraser.demo import _eraser_path
+
+    for name in ("../../../x", "/etc/x", "a/b", "..", "a\\b"):
+        assert _eraser_path(tmp_path, name).resolve().parent == tmp_path.resolve() / "erasers"
+
+
+def test_a_concept_file_with_a_path_for_its_name(
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Its eraser and its reference stay here."""
+    deep = Path("a/b/c")
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
+    Path("evil.json").write_text(
+        '{"name": "../../../x", "kind": "object", "pairs": [["a d", "a b"], ["a d c", "a c"]]}'
+    )
+    argv = [
+        "erase",
+        "evil.json",
+        "--model",
+        model,
+        "--neighbours",
+        "a b",
+        "--images",
+        "10",
+        "--pairs",
+        "2",
+        "--beside",
+        "1",
+        "--steps",
+        "2",
+        "--rank",
+        "1",
+        "--batch",
+        "2",
+    ]
+    main([*argv, "--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"])
+    outside = {p.name for p in Path("..").iterdir()} | {p.name for p in Path("../../..").iterdir()}
+    assert outside == {"c", "a", "vg.safetensors", "sae.safetensors", "p.txt", "file", "dir", "pipe"}
+    assert [p for p in Path().glob("*.safetensors")] or "x-" in str(list(Path("runs/references").iterdir()))

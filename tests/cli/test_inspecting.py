@@ -1,0 +1,59 @@
+"""The command line: sites of a model, and what files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers.commands import refused
+from helpers.erasers import GATE
+from neuraleraser.canvas import pipeline as canvas
+from neuraleraser.cli import main
+from neuraleraser.sae import SAE
+
+
+def test_sites_lists_blocks_with_their_shapes(model: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["sites", model]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == "site what positions width blocks after it known good".split()
+    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert rows["unet.down_blocks.0.attentions.0"].split() == ["block", "64", "16", "6"]
+    cross = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2"
+    assert rows[cross].split() == ["cross-attention", "64", "16", "0"]
+    assert rows["text_encoder.encoder.layers.1"].split() == ["text", "encoder", "8", "16", "7"]
+    assert "objects: SAeUron (arXiv 2501.18052)" in rows["unet.up_blocks.1.attentions.1"]
+
+
+def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a cat\na dog\n")
+    rows = torch.cat([torch.eye(32), -torch.eye(32)])
+    SAE(rows, torch.zeros(64), rows, torch.zeros(32), torch.zeros(64), {"site": str(GATE)}).save("sae.safetensors")
+    assert main(["inspect", "sae.safetensors"]) == 0
+    assert "The file holds no measures, or none that can be read.\n\nPass --model" in capsys.readouterr().out
+    argv = ["inspect", "sae.safetensors", "--model", model, "--prompts", "p.txt", "--images", "2", "--times", "2"]
+    assert main([*argv, "--per-image", "20", "--sampling-steps", "2", "--sheet", "s.png"]) == 0
+    text = capsys.readouterr().out
+    assert "Measured on 2 images, 40 vectors" in text and "variance explained  100.00%" in re.sub(" {3,}", "  ", text)
+    bar = [line for line in text.splitlines() if "█" in line]
+    assert bar and max(map(len, text.splitlines())) <= 120
+    kept = text[text.index("timestep") :].splitlines()
+    assert kept[0].split()[-1] == "kept" and len(kept[1].split()) == 7
+    with Image.open("s.png") as sheet:
+        assert sheet.width > 2 * 16
+    wrong = ["--site", "unet.up_blocks.1.attentions.0", "--sampling-steps", "1"]
+    assert "sae.safetensors: field W_enc takes activations 32 wide" in refused([*argv, *wrong], capsys)
+
+
+def test_inspect_shows_what_the_shipped_file_says(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(canvas.WEIGHTS / "reference")]) == 0
+    text = capsys.readouterr().out
+    sae = SAE.load(canvas.WEIGHTS / "reference" / "sae.safetensors")
+    figures = sae.header["measures"]
+    assert f"{figures['explained_variance']:.2%}" in text and "Measured when it was made" in text
+    bars = dict(re.findall(r"^ *(never|[\d.]+ to [\d.]+) +([\d,]+)", text, re.M))
+    assert sum(int(count.replace(",", "")) for count in bars.values()) == sae.n

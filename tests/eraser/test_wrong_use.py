@@ -1,0 +1,66 @@
+"""Mistakes of a first-time user, each one sentence."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Any
+
+import pytest
+
+from helpers import pipelines
+from helpers.erasers import SHUT, make_eraser
+from neuraleraser import (
+    attach,
+    load_eraser,
+    set_erasers,
+)
+from neuraleraser.errors import SettingsError, SiteError
+
+
+@pytest.fixture
+def sd() -> Any:
+    return pipelines.stable_diffusion()
+
+
+@pytest.mark.parametrize("erasers", ["van-gogh.safetensors", None, 5, [None], ["x"], {"a": 1}])
+def test_what_is_no_eraser_is_one_sentence(sd: Any, erasers: Any) -> None:
+    with pytest.raises(SettingsError, match=r"Eraser\.load\(path\)") as caught:
+        attach(sd, erasers)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_in_the_wrong_order(sd: Any) -> None:
+    for wrong in (lambda: attach(make_eraser(), sd), lambda: attach(sd, sd)):  # type: ignore[arg-type]
+        with pytest.raises(SettingsError, match="the pipeline comes first"):
+            wrong()
+    for call in (load_eraser, set_erasers):
+        with pytest.raises(SiteError, match="UNet2DConditionModel is no diffusers DiffusionPipeline"):
+            call(sd.unet, make_eraser() if call is load_eraser else "Cats")
+    with pytest.raises(SiteError, match="no diffusers DiffusionPipeline"), attach(sd.unet, make_eraser()):
+        pass
+
+
+def test_attach_without_with_is_warned_of(sd: Any) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(sd, make_eraser())
+        gc.collect()
+    assert ["with attach(pipe, eraser):" in str(w.message) for w in caught] == [True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attach(sd, make_eraser(**SHUT)):
+            pass
+        gc.collect()
+
+
+def test_modular_pipelines_are_refused_in_one_sentence() -> None:
+    from diffusers import StableDiffusionXLAutoBlocks
+
+    parts: Any = pipelines.stable_diffusion_xl()
+    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    pipe.update_components(unet=parts.unet, vae=parts.vae, scheduler=parts.scheduler)
+    eraser = make_eraser("stable_diffusion_xl")
+    for call in (lambda: attach(pipe, eraser).__enter__(), lambda: load_eraser(pipe, eraser)):
+        with pytest.raises(SiteError, match="modular pipelines are not supported"):
+            call()

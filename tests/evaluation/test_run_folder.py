@@ -1,0 +1,98 @@
+"""Runs that stop, lose a file or meet another run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.measured import S, everything, of, same
+from helpers.pipelines import stable_diffusion
+from helpers.stamp_judge import StampJudge, stamping
+from neuraleraser.eraser import Eraser
+from neuraleraser.errors import SettingsError
+from neuraleraser.evaluation import draw as drawing
+from neuraleraser.evaluation.evaluate import evaluate
+from neuraleraser.evaluation.method import Method
+from neuraleraser.evaluation.results import BASE
+from neuraleraser.methods import EraserMethod
+
+
+@pytest.fixture(autouse=True)
+def stamped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "generate", stamping)
+
+
+@pytest.mark.parametrize("stop_at", [2, 8])
+def test_a_run_that_was_stopped_goes_on(pipe: Any, methods: list[Method], tmp_path: Path, stop_at: int):
+    whole, judge = StampJudge(), StampJudge(stop_at)
+    methods = methods[:2]
+    evaluate(pipe, methods, S, tmp_path / "whole", judge=whole)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pipe, methods, S, tmp_path / "stopped", judge=judge)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped").rglob("*.png")}
+    parts = {p: p.read_bytes() for p in (tmp_path / "stopped").rglob("*.parquet")}
+    assert len(parts) >= stop_at - 1 and not list((tmp_path / "stopped").rglob("*.part"))
+    evaluate(pipe, methods, S, tmp_path / "stopped", judge=judge)
+    assert same(everything(tmp_path / "whole"), everything(tmp_path / "stopped"))
+    assert judge.calls <= whole.calls + 2  # only the interrupted batch was drawn twice, and one batch is split
+    assert all(path.read_bytes() == data for path, data in parts.items()), "parts are appended, never written again"
+    kept = sum(p.stat().st_mtime_ns == t for p, t in first.items())
+    assert kept >= len(first) - S.sampling.batch
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:300] + bytes(99) + data[399:]]
+)
+@pytest.mark.parametrize("method", [BASE, "neuraleraser"])
+def test_a_damaged_part_only_costs_its_drawing(
+    pipe: Any, methods: list[Method], tmp_path: Path, damage: Callable[[bytes], bytes], method: str
+):
+    judge = StampJudge()
+    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    before = everything(tmp_path)
+    path = sorted(tmp_path.glob(f"results/method={method}/*/part-*.parquet"))[0]
+    path.write_bytes(damage(path.read_bytes()))
+    calls = judge.calls
+    with pytest.warns(UserWarning, match="its images are drawn again"):
+        evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    assert same(before, everything(tmp_path)) and judge.calls == calls + 1
+
+
+def test_a_picture_that_is_gone_is_drawn_again(pipe: Any, methods: list[Method], tmp_path: Path):
+    judge = StampJudge()
+    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    before = everything(tmp_path)
+    pictures = [sorted((tmp_path / "images" / name).rglob("*.png"))[0] for name in (BASE, "neuraleraser")]
+    for path in pictures:
+        path.unlink()
+    evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
+    assert same(before, everything(tmp_path)) and all(path.exists() for path in pictures)
+
+
+def test_an_eraser_that_changed_is_measured_anew(pipe: Any, erasers: list[Eraser], tmp_path: Path):
+    judge = StampJudge()
+    before = evaluate(pipe, [EraserMethod(erasers[0])], S, tmp_path, judge=judge)
+    shut = replace(erasers[0].gate, low=torch.full((2,), 1e9), high=torch.full((2,), 2e9))
+    report = evaluate(pipe, [EraserMethod(replace(erasers[0], gate=shut))], S, tmp_path, judge=judge)
+    assert before.erasures[0].figures["ua"].value > 0 == report.erasures[0].figures["ua"].value  # type: ignore[union-attr]
+    assert of(everything(tmp_path), "neuraleraser", "Van_Gogh").identical.all()
+    weak = evaluate(pipe, [EraserMethod(erasers[0], 0.5)], S, tmp_path, judge=judge)
+    assert weak.erasures[0].method == "neuraleraser x0.5"
+
+
+def test_a_folder_of_another_run_is_refused(pipe: Any, methods: list[Method], tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(pipe, methods[:1], S, tmp_path, judge=StampJudge(1))
+    with pytest.raises(SettingsError, match="other settings"):
+        evaluate(pipe, methods[:1], replace(S, target_rounds=2), tmp_path, judge=StampJudge())
+    with pytest.raises(SettingsError, match="other model"):
+        evaluate(stable_diffusion(seed=1), methods[:1], S, tmp_path, judge=StampJudge())
+    strict = StampJudge()
+    strict.thresholds["Cats"] = 0.9
+    with pytest.raises(SettingsError, match="other judge"):
+        evaluate(pipe, methods[:1], S, tmp_path, judge=strict)

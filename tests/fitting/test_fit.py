@@ -1,0 +1,243 @@
+"""From a concept to an eraser on a model that has learnt nothing: what comes out holds together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import pipelines
+from helpers.erasers import random
+from neuraleraser.activations import bank
+from neuraleraser.canvas.words import VOCABULARY
+from neuraleraser.concepts import Concept, Pair
+from neuraleraser.eraser import Eraser, attach
+from neuraleraser.errors import ConceptError, FileError, SettingsError
+from neuraleraser.fitting import Reference, fit
+from neuraleraser.fitting.detector import SHUT, bounds
+from neuraleraser.fitting.fit import _cross, _lessons, _lessons_beside, _some
+from neuraleraser.fitting.provenance import Provenance
+from neuraleraser.fitting.reference import labelled_prompts, reference_from_sae
+from neuraleraser.fitting.trajectories import SHARES, conditional, recorded, rows_of
+from neuraleraser.sae import SAE
+from neuraleraser.sampling import generate
+from neuraleraser.settings import FitSettings, Sampling
+from neuraleraser.sites import DenoiserCall, Site, denoiser_calls, edit, edits_for, replay
+from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
+
+AT = Site("unet.mid_block.attentions.0")
+SAMPLING = Sampling(steps=2, batch=2)
+CONCEPT = Concept("x", "other", (Pair("a x", "a"), Pair("b x", "b"), Pair("c x", "c")))
+BACKGROUND = [("a", frozenset({"Cats", "Rust"})), ("b", frozenset({"Dogs", "Cats"})), ("c", frozenset[str]())]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return pipelines.stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def known(pipe: Any) -> Reference:
+    return reference_from_sae(pipe, *_sae(), BACKGROUND, SAMPLING)
+
+
+def test_a_reference_there_and_back(known: Reference, tmp_path: Path) -> None:
+    # Three images, the unconditional branch of one of them, one timestep in two.
+    assert known.pooled.shape == (4, 1, 2, 40)
+    assert known.prompts == ["a", "b", "c", "a"] and known.labels == [
+        shown for _, shown in [*BACKGROUND, BACKGROUND[0]]
+    ]
+    known.save(tmp_path)
+    back = Reference.load(tmp_path)
+    assert back.site == AT and torch.equal(back.times, known.times)
+    assert (back.prompts, back.labels, back.provenance) == (known.prompts, known.labels, known.provenance)
+    assert back.provenance == Provenance(((500, 502),), ("a", "b", "c"), (), ("Cats", "Rust", "Dogs"))
+    largest = float(known.pooled.max())
+    torch.testing.assert_close(back.pooled.float(), known.pooled.float(), atol=largest / 200, rtol=1e-2)
+    assert torch.equal(back.sae.W_enc, known.sae.W_enc)
+
+
+def test_a_damaged_reference(known: Reference, tmp_path: Path) -> None:
+    known.save(tmp_path)
+    data = (tmp_path / "background.safetensors").read_bytes()
+    (tmp_path / "background.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(FileError):
+        Reference.load(tmp_path)
+
+
+def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
+    base = generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
+    told: list[float] = []
+    settings = FitSettings(pairs=3, rank=2, steps=3, batch=2)
+    eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), known=known, sampling=SAMPLING)
+    assert told == sorted(told) and told[-1] == 1.0
+    assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
+    assert eraser.header["seeds"] == [0, 2] and set(eraser.header["prompts"]) == {"a x", "b x", "c x", "a", "b", "c"}
+    assert eraser.header["reference"] == known.provenance.in_short()
+    assert eraser.header["routes"] == ["named", "paraphrased"]
+    assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
+    (made,) = eraser.corrections  # one, for all that the later blocks read
+    assert (made.site, *made.also) == edits_for(pipe, AT)[0] and made.tensors()["down"].shape == (1, pipelines.WIDTH, 2)
+    eraser.save(tmp_path / "x.safetensors")
+    with attach(pipe, Eraser.load(tmp_path / "x.safetensors")):
+        generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
+    assert (generate(pipe, ["a x", "b"], [1, 2], SAMPLING) == base).all()
+
+
+def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> None:
+    """With and without the concept: else the edit would learn to change one picture into another."""
+    first: list[torch.Tensor] = []
+
+    def on(call: DenoiserCall) -> None:
+        drawn = call.state.shape[0] == 2 * SAMPLING.batch  # with guidance; what is replayed has the pairs' rows alone
+        if drawn and float(call.timestep.flatten()[0]) == float(pipe.scheduler.timesteps[0]):
+            first.append(call.state.clone())
+
+    with denoiser_calls(pipe, on):
+        fit(pipe, CONCEPT, FitSettings(pairs=3, rank=1, steps=1, batch=1), known=known, sampling=SAMPLING)
+    assert len(first) == 4, "two batches without, two with"
+    assert torch.equal(first[0], first[2]) and torch.equal(first[1], first[3])
+    assert not torch.equal(first[0][0], first[0][1]) and not torch.equal(first[0][0], first[1][0])
+
+
+def test_targets_are_the_matched_prompt_s_predictions(pipe: Any, known: Reference) -> None:
+    prompts, seeds = [[p.without for p in CONCEPT.pairs], [p.shows for p in CONCEPT.pairs]], [0, 1, 2]
+    plain, shown = (recorded(pipe, p, seeds, SAMPLING, known.sae, AT)[0] for p in prompts)
+    crossed, _ = _cross(pipe, plain, shown, known)
+    lessons = _lessons(pipe, plain, shown, crossed)
+    at_plain, at_shown = lessons[: 2 * len(plain)], lessons[2 * len(plain) :]
+    assert len(at_plain) == 2 * len(at_shown) == 4
+    for part, states in ((at_plain, [*plain, *plain]), (at_shown, shown)):
+        for lesson, state, matched, own in zip(part, states, [*plain] * 2, [*shown] * 2, strict=False):
+            assert torch.equal(lesson.call.state, state.state)
+            words = "encoder_hidden_states"
+            assert torch.equal(lesson.call.conditioning[words], own.conditioning[words])
+            with torch.no_grad():
+                want = replay(pipe, state.state, state.timestep, matched.conditioning)
+                unedited = replay(pipe, state.state, state.timestep, own.conditioning)
+            torch.testing.assert_close(lesson.wanted, want, atol=1e-4, rtol=1e-4)
+            assert (unedited - want).abs().max() > 1e-2, "so that the two could not be taken for one another"
+
+
+def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: Reference) -> None:
+    eraser = fit(pipe, CONCEPT, FitSettings(pairs=3, rank=4, steps=60, batch=6), known=known, sampling=SAMPLING)
+    (correction,) = eraser.corrections
+    prompts = [[p.without for p in CONCEPT.pairs], [p.shows for p in CONCEPT.pairs]]
+    plain, shown = (recorded(pipe, p, [0, 1, 2], SAMPLING, known.sae, AT)[0] for p in prompts)
+
+    def distance(edits: dict[Site, Any]) -> float:
+        with edit(pipe, edits), torch.no_grad():
+            made = [replay(pipe, a.state, a.timestep, b.conditioning) for a, b in zip(plain, shown, strict=True)]
+        return sum(float((x - a.prediction).square().mean()) for x, a in zip(made, plain, strict=True))
+
+    added = {site: lambda x, call: correction.delta(x, call.timestep) for site in (correction.site, *correction.also)}
+    assert distance(added) < 0.5 * distance({})
+
+
+def test_rows_that_show_the_concept_are_no_background(pipe: Any, known: Reference) -> None:
+    """By label or by the words of their prompts: with them the reference makes the same gate as without."""
+    settings = FitSettings(pairs=3, rank=1, steps=1, batch=1)
+
+    def gate(reference: Reference) -> Any:
+        return fit(pipe, CONCEPT, settings, known=reference, sampling=SAMPLING).gate
+
+    want = gate(known)
+    loud = torch.full_like(known.pooled[:2], float(known.pooled.max()) * 10)  # as rows of the concept itself read
+    pooled = torch.cat([known.pooled, loud])
+    named = [*known.labels, frozenset({"x", "Cats"}), frozenset({"x"})]
+    nameless = [frozenset[str]()] * len(pooled)
+    for labels, prompts in (
+        (named, [*known.prompts, "hidden", "away"]),
+        (nameless, [*known.prompts, "a x", "an X, b"]),
+    ):
+        found = gate(replace(known, pooled=pooled, labels=labels, prompts=prompts))
+        for name in ("features", "weight", "low", "high"):
+            assert torch.equal(getattr(found, name), getattr(want, name)), name
+    with pytest.raises(ConceptError):  # as background they leave no feature that tells the concept
+        gate(replace(known, pooled=pooled, labels=nameless, prompts=[*known.prompts, "b", "c"]))
+
+
+def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -> None:
+    """A finished eraser's run goes through those, where the concept's evidence is another."""
+    site = Site(f"{AT.path}.transformer_blocks.0.attn2")  # reads the prompt, and the image a little
+    four = Sampling(steps=4, batch=2)  # at the first step the states of a pair are one and the same noise
+    concept = Concept("x", "other", tuple(Pair(f"x x x x {c}", f"b c d e {c}") for c in "abc"))
+    pairs = _some(concept.pairs, 3, 0)
+    prompts = [[p.without for p in pairs], [p.shows for p in pairs]]
+    plain, shown = (bank(pipe, p, [0, 1, 2], [site], 64, four)[site].mean(0) for p in prompts)
+    w = torch.nn.functional.normalize(torch.stack([shown - plain, plain - shown]), dim=1)
+    sae = SAE(w, torch.zeros(2), w, (plain + shown) / 2, torch.zeros(2))
+    known = reference_from_sae(pipe, sae, site, [("b c", frozenset()), ("d e", frozenset())], four)
+
+    eraser = fit(pipe, concept, FitSettings(pairs=3, rank=1, steps=1, batch=1), known=known, sampling=four)
+    gate = eraser.gate
+    (plain, off), (shown, on) = (recorded(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
+    _, crossed = _cross(pipe, plain, shown, known)
+    at = [off.times.tolist().index(t) for t in known.times.tolist()]
+
+    def evidence(pooled: torch.Tensor) -> torch.Tensor:
+        return pooled[:, :, SHARES.index(gate.share)][..., gate.features].float() @ gate.weight
+
+    without = torch.cat([evidence(known.pooled), evidence(rows_of(off.values)[:, at])])
+    own = evidence(conditional(on)[:, at])
+    (low, high), alone = bounds(torch.cat([own, evidence(crossed[:, at])]), without), bounds(own, without)
+    assert not bool((low == SHUT).any()), "a gate that opens"
+    torch.testing.assert_close(gate.low, low.flip(0))
+    torch.testing.assert_close(gate.high, high.flip(0))
+    assert not torch.allclose(alone[1].flip(0), gate.high, rtol=5e-5), "else these states would not matter here"
+
+
+def test_no_reference_is_taken_for_another_pipeline_s(pipe: Any, known: Reference) -> None:
+    drawn: list[DenoiserCall] = []
+    with denoiser_calls(pipe, drawn.append), pytest.raises(SettingsError, match="no reference ships for this Stable"):
+        fit(pipe, CONCEPT)
+    assert not drawn
+    w = torch.nn.functional.normalize(random(40, 16), dim=1)
+    narrow = SAE(w, random(40), w, random(16), torch.ones(40))
+    with (
+        denoiser_calls(pipe, drawn.append),
+        pytest.raises(SettingsError, match="is 32 wide, and the reference's SAE takes 16"),
+    ):
+        fit(pipe, CONCEPT, known=replace(known, sae=narrow), sampling=SAMPLING)
+    assert len(drawn) <= 1, "one step, to see how wide the site is"
+
+
+def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Reference) -> None:
+    beside = (Pair("x and y", "y"), Pair("y and x", "y"), Pair("x and z", "z"), Pair("x and w", "w"))
+    settings = FitSettings(pairs=3, beside=2, rank=2, steps=3, batch=2)
+    alone = fit(pipe, CONCEPT, settings, known=known, sampling=SAMPLING)
+    both = fit(pipe, replace(CONCEPT, beside=beside), settings, known=known, sampling=SAMPLING)
+    assert both.header["seeds"] == [0, 4]  # two prompts of what stays
+    assert both.header["prompts"][6:] == ["x and y", "y and x", "y", "x and z", "z"]
+    assert both.gate.features.tolist() == alone.gate.features.tolist()  # the gate is chosen by the concept alone
+    assert not torch.equal(both.corrections[0].tensors()["up"], alone.corrections[0].tensors()["up"])
+
+
+def test_lessons_of_what_stays(pipe: Any) -> None:
+    stays = {"y": ["x and y", "y and x"], "z": ["x and z"]}
+    ways = _lessons_beside(pipe, stays, range(2), SAMPLING, AT)
+    calls, _ = recorded(pipe, ["y", "z"], [0, 1], SAMPLING, *_sae())
+    told = pipe.encode_prompt(["y and x", "x and z"], "cpu", 1, False)[0]
+    assert len(ways) == 2 and len(ways[0]) == len(calls) == 2
+    for lesson, call in zip(ways[1], calls, strict=True):
+        assert torch.equal(lesson.call.state, call.state) and torch.equal(lesson.wanted, call.prediction)
+        torch.testing.assert_close(lesson.call.conditioning["encoder_hidden_states"], told)
+
+
+def _sae() -> tuple[SAE, Site]:
+    w = torch.nn.functional.normalize(random(40, 32, seed=1), dim=1)
+    return SAE(w, random(40, seed=2), w, 0.1 * random(32, seed=3), torch.full((40,), 0.1)), AT
+
+
+def test_the_background_shows_everything_in_seen_words_only() -> None:
+    from neuraleraser.canvas import words
+
+    made = labelled_prompts(VOCABULARY, 400, seed=0)
+    assert made == labelled_prompts(VOCABULARY, 400, seed=0) != labelled_prompts(VOCABULARY, 400, seed=1)
+    assert {name for _, shown in made for name in shown} == {*words.STYLES, *words.OBJECTS}
+    assert all(len(shown & set(words.STYLES)) == 1 and len(shown) <= 3 for _, shown in made)
+    held_out = [p for n in (*words.OBJECTS, *words.STYLES) for p in words.VOCABULARY.phrases_of(n)[HELD_OUT_PHRASINGS]]
+    assert not [prompt for prompt, _ in made if any(h in prompt for h in held_out)]

@@ -1,0 +1,188 @@
+"""The CLIP judge, through a small random CLIP in a folder: what it says, and when it refuses to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from helpers import pipelines
+from neuraleraser.concepts import phrase_concept
+from neuraleraser.errors import ConceptError, DataError, FileError
+from neuraleraser.fitting.clip_judge import clip_judge
+from neuraleraser.judges import NONE, ClipJudge, JudgeSpec, sentence
+from neuraleraser.judges.clip import _cut
+
+SIDE = 16
+RED, GREEN, BLUE, GREY = (220, 20, 20), (20, 220, 20), (20, 20, 220), (120, 120, 120)
+PAIR = ("red style", "blue style")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(3)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": 8,
+    }
+    text = pipelines.clip_text(max_position_embeddings=64).to_dict()
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    pipelines.tokenizer(64).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def coloured(colour: Sequence[int], n: int = 16, seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> np.ndarray:
+    """Images of one colour with a little noise."""
+    noise = np.random.default_rng(seed).integers(-12, 13, (n, *size, 3))
+    return (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+
+
+def told(clip: str, kind: str, **more: np.ndarray) -> tuple[ClipJudge, np.ndarray, np.ndarray]:
+    """A judge and images of its concept and of its neighbour. Weights are random, so that only one of the two
+    colours lies on the concept's side: the other way round CLIP is wrong, and refuses."""
+    judges, refused = [], []
+    for own, other in ((RED, BLUE), (BLUE, RED)):
+        images = {PAIR[0]: coloured(own), PAIR[1]: coloured(other, seed=1), **more}
+        try:
+            judges.append((ClipJudge.calibrate(PAIR[0], kind, images, clip), own, other))
+        except ConceptError as error:
+            refused.append(str(error))
+    assert len(judges) == len(refused) == 1
+    assert "cannot tell 'red style' from 'blue style'" in refused[0] and "balanced accuracy" in refused[0]
+    judge, own, other = judges[0]
+    return judge, coloured(own, seed=5), coloured(other, seed=6)
+
+
+def test_a_style_is_told_from_its_neighbour(clip: str) -> None:
+    judge, own, other = told(clip, "style")
+    assert judge.styles == PAIR and judge.objects == () and judge.artefact_threshold is None
+    assert JudgeSpec.of(judge).thresholds == dict.fromkeys(PAIR, 0.5)
+    seen, unseen = judge(own), judge(other)
+    assert seen.p_style.shape == (16, 2) and seen.p_object.shape == (16, 0) and seen.artefact is None
+    assert seen.p_style.dtype == np.float32
+    np.testing.assert_allclose(seen.p_style.sum(1), 1, atol=1e-6)
+    assert (seen.p_style[:, 0] > 0.5).all() and (unseen.p_style[:, 0] < 0.5).all()
+    assert judge.figures == {"recall": 1.0, "false_alarms": {PAIR[1]: 0.0}, "balanced_accuracy": 1.0}
+
+
+def test_each_object_has_a_threshold_of_its_own(clip: str) -> None:
+    judge, own, other = told(clip, "object")
+    assert judge.objects == PAIR and judge.styles == ()
+    for images, here in ((own, 0), (other, 1)):
+        seen = judge(images)
+        assert seen.p_object.shape == (16, 2) and seen.p_style.shape == (16, 0)
+        over = seen.p_object > [judge.thresholds[name] for name in judge.objects]
+        assert over[:, here].all() and not over[:, 1 - here].any()
+
+
+def test_the_probability_is_that_of_the_margin(clip: str) -> None:
+    style, own, _ = told(clip, "style")
+    margin = style._margins(style._logits(own))[:, 0] - style.margin_thresholds[0]
+    np.testing.assert_allclose(style(own).p_style[:, 0], 1 / (1 + np.exp(-margin)), atol=1e-5)
+
+
+def test_images_of_neither_are_told_from_the_concept_too(clip: str) -> None:
+    with pytest.raises(ConceptError, match="cannot tell 'red style' from 'images without it'"):
+        # what shows nothing looks just as the concept does
+        own = told(clip, "style")[1]
+        other = told(clip, "style")[2]
+        images = {PAIR[0]: own, PAIR[1]: other, NONE: own.copy()}
+        ClipJudge.calibrate(PAIR[0], "style", images, clip)
+
+
+def test_what_looks_the_same_is_refused(clip: str) -> None:
+    images = {name: coloured(GREY, seed=i) for i, name in enumerate(PAIR)}
+    with pytest.raises(ConceptError, match=r"cannot tell.*use a larger CLIP, or other neighbours"):
+        ClipJudge.calibrate(PAIR[0], "style", images, clip)
+
+
+def test_one_bad_neighbour_is_enough(clip: str) -> None:
+    _, own, other = told(clip, "style")
+    images = {PAIR[0]: own, PAIR[1]: other, "green style": own[::-1].copy()}
+    with pytest.raises(ConceptError, match="from 'green style'"):
+        ClipJudge.calibrate(PAIR[0], "style", images, clip)
+
+
+def test_sizes_batches_and_neighbours_change_nothing(clip: str) -> None:
+    judge, own, other = told(clip, "style")
+    many = np.concatenate([own, other, own])  # more than a batch
+    alone = np.concatenate([judge(many[i : i + 5]).p_style for i in range(0, len(many), 5)])
+    np.testing.assert_allclose(judge(many).p_style, alone, atol=1e-5)
+    assert judge(coloured(GREEN, n=2, size=(40, 24))).p_style.shape == (2, 2)
+    assert judge(many[:0]).p_style.shape == (0, 2)
+    kept = own.copy()
+    own.setflags(write=False)
+    judge(own)
+    np.testing.assert_array_equal(own, kept)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((2, 0, 8, 3), np.uint8), None]
+)
+def test_other_things_than_images_are_refused(clip: str, wrong: Any) -> None:
+    with pytest.raises(DataError, match=r"\[N, H, W, 3\]"):
+        told(clip, "style")[0](wrong)
+
+
+def test_what_is_missing_is_said(clip: str, tmp_path: Path) -> None:
+    red = coloured(RED)
+    for images in ({PAIR[0]: red}, {PAIR[1]: red}, {PAIR[0]: red, NONE: red}):
+        with pytest.raises(ConceptError, match="one neighbour at least"):
+            ClipJudge.calibrate(PAIR[0], "style", images, clip)
+    with pytest.raises(DataError, match="7 images of 'blue style': pass at least 8"):
+        ClipJudge.calibrate(PAIR[0], "style", {PAIR[0]: red, PAIR[1]: red[:7]}, clip)
+    for name in (str(tmp_path), "nobody/nothing", ""):
+        with pytest.raises(FileError, match="could not be opened") as caught:
+            ClipJudge.calibrate(PAIR[0], "style", {PAIR[0]: red, PAIR[1]: red}, name)
+        assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused(clip: str, tmp_path: Path) -> None:
+    for path in Path(clip).iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save(CLIPModel.from_pretrained(clip).state_dict(), tmp_path / "pytorch_model.bin")
+    red = coloured(RED)
+    with pytest.raises(FileError, match="safetensors"):
+        ClipJudge.calibrate(PAIR[0], "style", {PAIR[0]: red, PAIR[1]: red}, str(tmp_path))
+
+
+def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, own, other = told(clip, "style")
+    asked: list[tuple[list[str], list[int]]] = []
+
+    def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Any) -> np.ndarray:
+        asked.append((list(prompts), list(seeds)))
+        return (own if "red" in prompts[0] else other)[: len(prompts)]
+
+    monkeypatch.setattr("neuraleraser.fitting.clip_judge.generate", draw)
+    pipe = pipelines.stable_diffusion()
+    judge = clip_judge(pipe, phrase_concept(PAIR[0]), [phrase_concept(PAIR[1])], clip, images=12, seed=5)
+    assert judge.styles == PAIR and set(judge.figures["false_alarms"]) == {PAIR[1], NONE}
+    assert [prompts[0] for prompts, _ in asked] == ["a cat in red style", "a cat in blue style", "a cat"]
+    assert all(seeds == list(range(5, 17)) for _, seeds in asked)
+
+
+def test_sentences() -> None:
+    assert sentence("Van_Gogh", "style") == sentence("Van Gogh style", "style") == "a picture in the style of Van Gogh"
+    assert sentence("a cat", "object") == "a picture of a cat"
+
+
+def test_the_threshold_lies_in_the_widest_gap() -> None:
+    assert _cut(np.array([3.0, 5.0]), [np.array([0.0, 1.0]), np.array([-4.0])]) == 2.0
+    assert _cut(np.array([2.0, 2.0]), [np.array([2.0])]) == 2.0
+    # one neighbour far, one near: the near one decides
+    assert 1.0 < _cut(np.array([1.5, 3.0]), [np.zeros(100), np.array([1.0])]) < 1.5

@@ -1,0 +1,139 @@
+"""Without a sampling given, every function draws as the pipeline is usually sampled, never as the canvas is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from helpers import pipelines
+from helpers.erasers import make_correction, make_gate, random
+from helpers.published_saes import saeuron
+from neuraleraser import (
+    activation_stream,
+    bank,
+    calibrate,
+    collect,
+    doctor,
+    generate,
+    import_reference,
+    make_reference,
+    substitution,
+)
+from neuraleraser.concepts import Concept, Pair
+from neuraleraser.eraser import Eraser
+from neuraleraser.errors import ConceptError
+from neuraleraser.families.defaults import default_sampling
+from neuraleraser.fitting import fit
+from neuraleraser.fitting.reference import reference_from_sae
+from neuraleraser.sae import SAE
+from neuraleraser.settings import FitSettings, Sampling, StreamSettings
+from neuraleraser.sites import DenoiserCall, Site, denoiser_calls
+
+AT = Site("unet.mid_block.attentions.0")
+CONCEPT = Concept("x", "object", tuple(Pair(f"x x {c}", f"b c {c}") for c in "abcd"))
+PROMPTS = ["a b", "c d", "e f", "g h", "i j"]
+STEPS, BATCH = 3, 4  # without guidance, so a call has as many rows
+
+
+class Turbo(StableDiffusionPipeline):
+    """Few steps and no guidance, by its own call's defaults."""
+
+    def __call__(self, prompt: Any = None, num_inference_steps: int = STEPS, guidance_scale: float = 1.0, **given: Any):
+        return super().__call__(prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **given)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    made = Turbo(**pipelines.stable_diffusion().components, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def sae() -> SAE:
+    w = torch.nn.functional.normalize(random(40, 32, seed=1), dim=1)
+    return SAE(w, random(40, seed=2), w, 0.1 * random(32, seed=3), torch.full((40,), 0.1))
+
+
+def eraser(**header: Any) -> Eraser:
+    gate = make_gate(AT, 32, f=40)
+    correction = make_correction(Site("unet.up_blocks.0.attentions.1"), 32)
+    return Eraser(gate, (correction,), {"concept": "x", "kind": "object", "seeds": [0, 1], **header})
+
+
+def fitting(pipe: Any, folder: Path) -> None:
+    known = reference_from_sae(pipe, sae(), AT, [(p, frozenset()) for p in PROMPTS], default_sampling(pipe))
+    settings = FitSettings(pairs=2, rank=1, steps=1, batch=1)
+    assert fit(pipe, CONCEPT, settings, known=known).header["sampling"]["steps"] == STEPS
+
+
+def calibrating(pipe: Any, folder: Path) -> None:
+    with pytest.raises(ConceptError, match="do not tell it"):  # random features; what is drawn is what counts
+        calibrate(pipe, eraser(), CONCEPT, pairs=4)
+
+
+def streaming(pipe: Any, folder: Path) -> None:
+    batches = activation_stream(pipe, PROMPTS, [AT], StreamSettings(batch=8, per_image=8, images=4, window=1, ahead=0))(
+        0
+    )
+    next(iter(batches))
+    batches.close()
+
+
+VERBS: dict[str, Callable[[Any, Path], Any]] = {
+    "fit": fitting,
+    "calibrate": calibrating,
+    "doctor": lambda pipe, folder: doctor(pipe, [eraser()], [CONCEPT], [("g", "h")], images=4),
+    "make_reference": lambda pipe, folder: make_reference(pipe, CONCEPT, [], AT, folder, images=8),
+    "import_reference": lambda pipe, folder: import_reference(
+        pipe, saeuron(folder / "theirs", random(64, 32)), AT, PROMPTS, per_image=8
+    ),
+    "activation_stream": streaming,
+    "generate": lambda pipe, folder: generate(pipe, PROMPTS, range(5)),
+    "collect": lambda pipe, folder: collect(pipe, PROMPTS, range(5), [AT], lambda seen: None),
+    "bank": lambda pipe, folder: bank(pipe, PROMPTS, range(5), [AT], 8),
+    "substitution": lambda pipe, folder: substitution(pipe, sae(), AT, PROMPTS[:4], range(4), times=2),
+}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_images_are_drawn_as_the_pipeline_usually_is(name: str, pipe: Any, tmp_path: Path) -> None:
+    rows: set[int] = set()
+    times: set[float] = set()
+
+    def on(call: DenoiserCall) -> None:
+        rows.add(call.state.shape[0])
+        times.update(call.timestep.flatten().tolist())
+
+    with denoiser_calls(pipe, on):
+        VERBS[name](pipe, tmp_path)
+    pipe.scheduler.set_timesteps(STEPS)
+    own = set(pipe.scheduler.timesteps.tolist())
+    pipe.scheduler.set_timesteps(1)  # of probes
+    assert max(rows) <= BATCH and own <= times <= own | set(pipe.scheduler.timesteps.tolist())
+
+
+@pytest.mark.parametrize("verb", [VERBS["doctor"], VERBS["calibrate"]], ids=["doctor", "calibrate"])
+def test_an_eraser_is_looked_at_as_it_was_fitted(
+    verb: Callable[[Any, Path], Any], pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, float]] = []
+    fitted = eraser(sampling={"steps": 2, "guidance": 4.0, "batch": 1, "height": 0, "width": 0})
+    monkeypatch.setitem(globals(), "eraser", lambda: fitted)
+    with denoiser_calls(pipe, lambda call: calls.append((call.state.shape[0], float(call.timestep.flatten()[0])))):
+        verb(pipe, tmp_path)
+    pipe.scheduler.set_timesteps(2)
+    assert {time for _, time in calls} == set(pipe.scheduler.timesteps.tolist())
+    assert 2 * BATCH in {rows for rows, _ in calls}, "with guidance, and as many together as is usual here"
+
+
+def test_a_sampling_that_is_given_is_kept(pipe: Any) -> None:
+    given = replace(Sampling(steps=2, batch=2), guidance=1.0)
+    assert default_sampling(pipe) == Sampling(steps=STEPS, guidance=1.0, batch=BATCH)
+    with pytest.raises(ConceptError, match="do not tell it"):
+        calibrate(pipe, eraser(), CONCEPT, pairs=2, sampling=given)

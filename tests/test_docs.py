@@ -1,0 +1,211 @@
+"""The pages of docs/: all are in the navigation, links resolve, names, files and commands exist, examples run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import neuraleraser
+from neuraleraser.families.opening import open_pipeline
+from neuraleraser.judges import JudgeSpec
+from neuraleraser.sampling import generate
+from neuraleraser.settings import Sampling
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+OTHERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+HISTORY = [DOCS / "LOG.md", ROOT / "CHANGELOG.md"]
+"""Pages that speak of what was there once."""
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+pages = pytest.mark.parametrize("page", PAGES, ids=name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """The text without code blocks and comments."""
+    return re.sub(r"^```.*?^```|<!--.*?-->", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def navigation(entry: Any) -> Iterator[str]:
+    """The pages that an entry of the navigation leads to."""
+    if isinstance(entry, str):
+        yield entry
+    else:
+        for part in entry.values() if isinstance(entry, dict) else entry:
+            yield from navigation(part)
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert sorted(navigation(config["nav"])) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def anchor(heading: str) -> str:
+    """The anchor that Python-Markdown's toc gives a heading."""
+    text = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", lambda match: match[1] or "", heading)
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower())
+
+
+def broken_links(page: Path) -> list[str]:
+    """The links of a page that lead to no file, or to no heading of it."""
+    broken = []
+    for target in re.findall(r"\[[^]]*\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page.read_text()))):
+        if re.match(r"https?:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        headings = re.findall(r"^#+ (.*)$", prose(file.read_text()), re.MULTILINE) if file.suffix == ".md" else []
+        if not file.exists() or (fragment and fragment not in map(anchor, headings)):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name)
+def test_links_resolve(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_the_test_of_links_can_fail(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Some `heading`, here\n\n[a](#some-heading-here) [b](#other) [c](page.md#some-heading-here)")
+    assert broken_links(page) == ["#other"]
+    page.write_text("[a](none.txt) [b](page.md) `[c](none.md)`\n```md\n[d](none.md)\n```\n")
+    assert broken_links(page) == ["none.txt"]
+
+
+def test_every_public_name_has_a_place_in_the_reference() -> None:
+    found: dict[str, str] = {}
+    for page in sorted((DOCS / "reference").glob("*.md")):
+        for path in re.findall(r"^::: (neuraleraser\.\S+)$", page.read_text(), re.MULTILINE):
+            home, _, public = path.rpartition(".")
+            assert public not in found, f"{public} stands in {page.name} and as {found[public]}"
+            found[public] = path
+            value = getattr(importlib.import_module(home), public)
+            if public in neuraleraser.__all__:
+                room = importlib.import_module(f"neuraleraser.{neuraleraser._HOME[public]}")
+                assert value is getattr(room, public), path
+    assert set(neuraleraser.__all__) <= set(found)
+
+
+def test_every_public_name_is_listed_with_its_file() -> None:
+    listed: dict[str, str] = {}
+    table = (DOCS / "reference/index.md").read_text().partition("## Public names")[2]
+    for names, file in re.findall(r"^\| (`.*`) \| `(\S+)` \|$", table, re.MULTILINE):
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", names), file)
+    assert set(listed) == set(neuraleraser.__all__)
+    for public, file in listed.items():
+        assert re.search(rf"^(def|class) {public}\b", (ROOT / file).read_text(), re.MULTILINE), f"{public}: {file}"
+
+
+@pytest.mark.parametrize("page", [p for p in [*PAGES, *OTHERS] if p not in HISTORY], ids=name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:src|tests|docs|tools|benchmarks)/[\w./-]*)`", page.read_text())
+    here = [file for file in named if (ROOT / file.split("/")[0]).is_dir()]  # an sdist has no benchmarks
+    assert [file for file in here if not (ROOT / file).exists()] == []
+
+
+@pages
+def test_python_compiles_and_imports_what_there_is(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block, page.name)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("neuraleraser"):
+                module = importlib.import_module(str(node.module))
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert missing == [], node.module
+
+
+def verbs() -> dict[str, set[str]]:
+    """The verbs of each group of commands, by the name that the source has for it."""
+    found: dict[str, set[str]] = {"app": set(), "canvas": set()}
+    for file in (ROOT / "src/neuraleraser/cli").glob("*.py"):
+        for group, verb in re.findall(r"^@verb\((\w+), \"(\w+)\"\)", file.read_text(), re.MULTILINE):
+            found[group].add(verb)
+    return found
+
+
+def test_every_verb_is_in_the_reference() -> None:
+    page = (DOCS / "reference/command-line.md").read_text()
+    groups = verbs()
+    expected = groups["app"] | {f"canvas {verb}" for verb in groups["canvas"]}
+    assert set(re.findall(r"^\| `([\w ]+)` \|", page, re.MULTILINE)) == expected
+
+
+@pages
+def test_commands_exist(page: Path) -> None:
+    groups = verbs()
+    settings = ("cli/*.py", "settings.py", "canvas/recipe.py", "sae/train_settings.py")
+    source = "".join(f.read_text() for pattern in settings for f in (ROOT / "src/neuraleraser").glob(pattern))
+    lines = [line.partition("  #")[0].split() for block in blocks(page, "sh") for line in block.splitlines()]
+    for first, *words in (line for line in lines if line):
+        if first == "make":
+            assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text(), words
+        if first == "neuraleraser":
+            group, verb = ("canvas", words[1]) if words[0] == "canvas" else ("app", words[0])
+            assert verb in groups[group], words
+            for option in (word[2:].replace("-", "_") for word in words if word.startswith("--")):
+                assert re.search(rf"^    {option}: ", source, re.MULTILINE), words
+
+
+def run(page: str, names: dict[str, Any], count: int | None = None) -> dict[str, Any]:
+    """Run the first `count` Python blocks of a page, one after the other, in one namespace."""
+    for block in blocks(DOCS / page, "python")[:count]:
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_the_example_of_a_judge() -> None:
+    judge = run("how-to/add-judge.md", {"__name__": "page"})["RedJudge"]()
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[1, ..., 0] = 200
+    assert JudgeSpec.of(judge).classes("object") == ("Red",)
+    assert judge(images).p_object.tolist() == [[0.0], [1.0]] and judge(images).p_style.shape == (2, 0)
+
+
+def test_the_example_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # dataclass looks annotations up in it
+    method = run("how-to/add-method.md", vars(module), 1)["NegativePrompt"]("Van_Gogh", "style", "in Van Gogh style")
+    pipe = open_pipeline("canvas")
+
+    def draw() -> np.ndarray:
+        return generate(pipe, ["a cat in Van Gogh style"], [3], Sampling(steps=2, batch=1))
+
+    base = draw()
+    with method.watched(pipe):
+        assert (draw() == base).all()
+    with method.applied(pipe):
+        assert (draw() != base).any()
+    assert (draw() == base).all() and "encode_prompt" not in vars(pipe)
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("tutorial.md", {"__name__": "page"})
+    assert all((tmp_path / file).exists() for file in ("van-gogh.safetensors", "after.png", "runs/few/report.html"))
+    assert list(names["trace"].fired) == [0] and (names["before"][0] != names["after"][0]).any()
+    figures = [names["report"].of(m.name, "Van_Gogh").figures["ua"] for m in names["methods"]]
+    assert figures[0].value > 0.9 and figures[1].value == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "Van_Gogh ('named', 'paraphrased')" and printed[2] == "True", printed
