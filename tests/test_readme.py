@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -13,7 +15,8 @@ from helpers.erasers import open_eraser
 from neuraleraser import cli
 from neuraleraser.eraser import Eraser
 from neuraleraser.families.canvas import REFERENCE
-from neuraleraser.fitting import load_reference
+from neuraleraser.fitting import fit, from_phrase, load_reference
+from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -29,7 +32,14 @@ def commands() -> list[list[str]]:
     return [words[1:] for words in lines if words and words[0] == "neuraleraser"]
 
 
+def small_fit(pipe: Any, concept: Any, settings: Any, progress: Any, *, known: Any, sampling: Sampling) -> Eraser:
+    """A fit of seconds: as the real one, of fewer pictures and steps."""
+    few = FitSettings(pairs=6, beside=0, steps=20, batch=8)
+    return fit(pipe, concept, few, progress, known=known, sampling=replace(sampling, steps=6))
+
+
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(from_phrase, "fit", small_fit)
     make_eraser().save(tmp_path / "van-gogh.safetensors")
     make_eraser("Cats", seed=1).save(tmp_path / "cats.safetensors")
     monkeypatch.chdir(tmp_path)

@@ -43,10 +43,10 @@ def tensors(draw: st.DrawFn) -> Tensor:
 finite = st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | finite | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.references(st.text(max_size=5), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-headers = st.references(st.text(max_size=8) | st.sampled_from(["kind", "version"]), values, max_size=4)
+headers = st.dictionaries(st.text(max_size=8) | st.sampled_from(["kind", "version"]), values, max_size=4)
 names = st.text(max_size=8)
 
 
@@ -62,7 +62,7 @@ def refused(path: Path, kind: str = "eraser") -> str:
 
 
 @one_folder
-@given(st.references(names, tensors(), max_size=4), headers, st.text(max_size=8))
+@given(st.dictionaries(names, tensors(), max_size=4), headers, st.text(max_size=8))
 def test_what_is_saved_comes_back(tmp_path: Path, some: dict[str, Tensor], header: dict[str, Any], kind: str):
     path = tmp_path / "folder" / "a.safetensors"
     artifact.save(path, kind, some, header)
