@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Collection
 from pathlib import Path
 
@@ -108,3 +109,24 @@ def test_a_house_in_disorder_is_seen(tmp_path: Path) -> None:
         "models is in sites, top level",
         "rows is in eraser, sites",
     ]
+
+
+RIDDLES = ("What", "Whether", "How", "Which", "Where", "Of")
+
+
+def riddles(root: Path) -> list[str]:
+    """Docstrings that open with a question word, by file and name."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                words = (ast.get_docstring(node) or "-").split()
+                if words[0] in RIDDLES:
+                    found.append(f"{path.name}: {getattr(node, 'name', 'module')}")
+    return found
+
+
+def test_docstrings_open_with_a_verb_or_a_noun(tmp_path: Path) -> None:
+    assert riddles(Path(__file__).parents[1] / "src") == []
+    (tmp_path / "x.py").write_text('"""Whether it is."""\n\n\ndef f():\n    """Return it."""\n')
+    assert riddles(tmp_path) == ["x.py: module"]

@@ -160,8 +160,11 @@ def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> C
 
 
 def shipped_neighbours(concept: Concept) -> tuple[Concept, ...]:
-    """What a style or an object of any pipeline is likely to be mistaken for: other styles; the rest of a group that
-    the object's words are in, or else one or two of every group. () for concepts of other kinds."""
+    """Return what a style or an object of any pipeline is likely to be mistaken for.
+
+    Of a style other styles; of an object the rest of the groups that its words are in, or else one or two of every
+    group; () for concepts of other kinds.
+    """
     own = set(concept.name.lower().split()) - {"a", "an", "the", "of", "in", "person", "style"}
     if concept.kind == "style":
         phrases = [p for p in _STYLES if own.isdisjoint(p.lower().split())]

@@ -75,7 +75,7 @@ def _eraser_path(folder: Path, name: str) -> Path:
 
 
 def doubt(eraser: Eraser) -> str:
-    """What to tell the user of an eraser whose features could not tell the concept apart; "" if they could."""
+    """Return what to say of an eraser whose features could not tell the concept apart; "" if they could."""
     share = float(eraser.header.get("open_share", 1))
     if share >= 0.5:
         return ""

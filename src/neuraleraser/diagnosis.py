@@ -52,7 +52,7 @@ class Diagnosis:
 
     @property
     def well(self) -> bool:
-        """Whether nothing is wrong; what cannot be told is not counted as wrong."""
+        """True if nothing is wrong; what cannot be told is not counted as wrong."""
         return all(c.well is not False for c in self.checks)
 
     @property
@@ -180,7 +180,7 @@ def _draw(pipe: Any, prompts: Sequence[str], s: Sampling, eraser: Eraser | None 
 
 
 def _shows(judge: Any, images: Images, name: str) -> NDArray[np.bool_] | None:
-    """Whether the judge sees the concept in each image, None where it does not know it."""
+    """Tell whether the judge sees the concept in each image, None where it does not know it."""
     if judge is None or name not in (*judge.styles, *judge.objects):
         return None
     seen = judge(images)

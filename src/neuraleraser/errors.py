@@ -38,7 +38,7 @@ class ConceptError(NeuralEraserError):
 
 
 class SplitError(NeuralEraserError):
-    """What was used for selection would also be used for testing."""
+    """Data of selection would also be used for testing."""
 
 
 class NotApplied(NeuralEraserError):

@@ -84,7 +84,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How activations are drawn for training, mixed, and cut into batches.
+    """Settings of a stream: drawing activations for training, mixing them, cutting them into batches.
 
     Raises SettingsError for a value out of range.
     """

@@ -62,7 +62,7 @@ def collect(
 
 @dataclass(frozen=True)
 class Sample:
-    """What was kept of one site: x [N, P, d], maps of P vectors each; the image [N] and the guidance branch [N] that
+    """Activations kept of one site: x [N, P, d], maps of P vectors each; the image [N] and the guidance branch [N] that
     each comes from. As many of every image, images in a row."""
 
     x: Tensor

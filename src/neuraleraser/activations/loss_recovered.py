@@ -1,4 +1,4 @@
-"""What a pipeline loses when an SAE's reconstructions stand in for its activations."""
+"""Loss of a pipeline whose activations are replaced by an SAE's reconstructions."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class AtTime:
 
     @property
     def recovered(self) -> float:
-        """How much of the loss that the activations are worth is kept: 1 as good as the model, 0 as the mean."""
+        """Share of the loss that the activations are worth which is kept: 1 as good as the model, 0 as the mean."""
         worth = self.mean - self.loss
         return 1 - (self.replaced - self.loss) / worth if worth > 0 else float("nan")
 
 
 @dataclass(frozen=True)
 class Substitution:
-    """What `substitution` found: figures by timestep, and the images before and after."""
+    """Findings of `substitution`: figures by timestep, and the images before and after."""
 
     times: tuple[AtTime, ...]
     before: Images
@@ -129,7 +129,7 @@ def substitution(
 
 
 class _Sums:
-    """Of one timestep: what explained variance and L0 are made of."""
+    """Sums of one timestep that explained variance and L0 are made of."""
 
     def __init__(self) -> None:
         self.n, self.fired, self.error, self.square = 0, 0, 0.0, 0.0

@@ -181,7 +181,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and values. Not of the file, in which safetensors puts the header's fields in any order."""
+    """Digest of names, shapes and values, not of the file, whose header has its fields in any order."""
     found = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())

@@ -107,6 +107,6 @@ def described(model: str, prompts: Sequence[str], settings: StreamSettings) -> d
 
 
 def _prompt(image: int, prompts: int, seed: int) -> int:
-    """Which prompt an image shows: all of them in random order, then all in another."""
+    """Number of the prompt that an image shows: all of them in random order, then all in another."""
     epoch, at = divmod(image, prompts)
     return int(torch.randperm(prompts, generator=generator(seed, "prompts", epoch))[at])

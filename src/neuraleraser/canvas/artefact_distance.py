@@ -1,4 +1,4 @@
-"""How far a picture lies from every kind of real render: the distance that tells artefacts."""
+"""Distance of a picture from every kind of real render, which tells artefacts."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Renders:
     objects: NDArray[np.int16]
 
     def content(self, i: int) -> Content:
-        """What render `i` shows."""
+        """Return the content of render `i`."""
         return Content(tuple(OBJECTS[o] for o in self.objects[i] if o >= 0), STYLES[self.style[i]])
 
 

@@ -1,4 +1,4 @@
-"""What the styles are painted with: arithmetic on pictures.
+"""Arithmetic on pictures, with which the styles are painted.
 
 A picture is [S, S, 3] in 0..1, a field (grey, mask, noise) [S, S] in 0..1.
 """

@@ -42,7 +42,7 @@ def pixels(images: Images) -> Tensor:
 
 
 def augment(x: Tensor, generator: torch.Generator, noise: float = 0.03) -> Tensor:
-    """What an autoencoder may do to a picture [B, 3, S, S] without changing what it shows.
+    """Return pictures [B, 3, S, S] changed as an autoencoder may change them: they show the same.
 
     Shifts up to 3 px, blur of sigma 0-0.8 px, brightness and contrast by 5 %, noise of sigma 0-`noise` of 0..1.
     """
@@ -292,7 +292,7 @@ def flagged(judge: Judge, images: Images) -> float:
 
 
 def judge_path(which: Which) -> Path:
-    """Where the shipped judge lies."""
+    """Return the path of the shipped judge."""
     return WEIGHTS / f"judge-{which}.safetensors"
 
 

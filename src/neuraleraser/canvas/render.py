@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Content:
-    """What a picture shows: no, one or two objects, and a style."""
+    """Content of a picture: no, one or two objects, and a style."""
 
     objects: tuple[str, ...]
     style: str

@@ -138,7 +138,7 @@ class Trainee:
 
 
 def _is_inner(name: str, p: Tensor) -> bool:
-    """Whether a weight maps features to features, and so is Muon's; ends, embeddings, norms and biases are Adam's."""
+    """True if a weight maps features to features, and so is Muon's; ends, embeddings, norms and biases are Adam's."""
     return p.ndim >= 2 and not any(word in name for word in ("conv_in", "conv_out", "embeddings.", "quant_conv"))
 
 
@@ -168,7 +168,7 @@ def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
-    """How well `x` [B, 3, S, S] survives the autoencoder, `noise` [B, 8, S/4, S/4] being the posterior's draw.
+    """Loss of `x` [B, 3, S, S] in the autoencoder, `noise` [B, 8, S/4, S/4] being the posterior's draw.
 
     Absolute and squared error of pixels, absolute error of their slopes, and a weak pull of the latents towards
     a unit normal.
@@ -238,7 +238,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, size: int = 100) -> Tensor:
 
 
 def time_weights() -> Tensor:
-    """How often each timestep is trained on, float64 [1000], sums to 1.
+    """Frequency with which each timestep is trained on, float64 [1000], sums to 1.
 
     Velocity loss weighs the error of the clean image by snr + 1; capping that at 6 keeps nearly clean
     steps from taking the budget (after min-SNR weighting, Hang et al. 2023), by drawing them less often.

@@ -198,7 +198,7 @@ def train(
 
 
 def _paths(wanted: Sequence[tuple[str, int]], out: Path | None) -> list[Path]:
-    """Where the SAEs go: into a folder, or to a file if there is one of them."""
+    """Return the paths of the SAEs: in a folder, or to a file if there is one of them."""
     out = out or Path("sae.safetensors" if len(wanted) == 1 else "saes")
     if out.suffix == ".safetensors":
         if len(wanted) > 1:

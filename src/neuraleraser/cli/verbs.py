@@ -1,4 +1,4 @@
-"""How a function becomes a subcommand."""
+"""Making of a subcommand from a function."""
 
 from __future__ import annotations
 

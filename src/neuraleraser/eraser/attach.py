@@ -177,7 +177,7 @@ class Attachment:
 
     @property
     def is_open(self) -> bool:
-        """Whether its hooks are there."""
+        """True while its hooks are there."""
         return bool(self.edits.handles)
 
     def check(self) -> None:

@@ -33,7 +33,7 @@ class CorrectionGroup:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What is done at one site.
+    """Work at one site.
 
     gates: those that look here, with the eraser of each column in `gate_erasers`. gate_tokens: lengths of text that
     gates were made for, each with its columns, bool [erasers]. rivals: columns whose gates read the

@@ -14,7 +14,7 @@ class Traces(Protocol):
 
     @property
     def heat(self) -> bool:
-        """Whether evidence is wanted by position."""
+        """True if evidence is wanted by position."""
         ...
 
     def of(self, pipeline: Any) -> Trace:
@@ -30,7 +30,7 @@ class OneTrace:
 
     @property
     def heat(self) -> bool:
-        """Whether evidence is wanted by position."""
+        """True if evidence is wanted by position."""
         return self.trace.heat
 
     def of(self, pipeline: Any) -> Trace:
@@ -50,7 +50,7 @@ class TraceByPipeline:
 
     @property
     def heat(self) -> bool:
-        """Whether evidence is wanted by position, by anyone."""
+        """True if anyone wants evidence by position."""
         return any(trace.heat for _, trace in self.traces)
 
     def of(self, pipeline: Any) -> Trace:

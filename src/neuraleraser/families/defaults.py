@@ -1,4 +1,4 @@
-"""What follows for a pipeline from what is known of its family: its name, sites and sampling."""
+"""Facts of a pipeline that follow from its family: its name, sites and sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a model family, as one object a family."""
+"""Knowledge of a model family, as one object a family."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Render = Callable[[Sequence[str], str, int, int], NDArray[np.uint8]]
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """What is known of one model family.
+    """Knowledge of one model family.
 
     matches: tells whether a pipeline is of it. sites: those found good, in the order they run. published: SAEs that
     others have published. sampling: how it is usually sampled; None: by the defaults of the pipeline's own call.

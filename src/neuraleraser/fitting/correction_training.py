@@ -19,9 +19,11 @@ from neuraleraser.sites import DenoiserCall, EditContext, Site, denoiser, edit, 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a correction learns from: one sampling step of some images, as a call whose conditioning shows the concept,
-    and the prediction [B, ...] that is wanted instead: the frozen model's own for the matched prompt at the same
-    states."""
+    """Example that a correction learns from.
+
+    One sampling step of some images, as a call whose conditioning shows the concept, and the prediction [B, ...] that is
+    wanted instead: the frozen model's own for the matched prompt at the same states.
+    """
 
     call: DenoiserCall
     wanted: Tensor

@@ -41,14 +41,14 @@ ACTIVE = 16
 
 @dataclass(frozen=True)
 class Cost:
-    """What a reference takes: seconds of drawing, and bytes of activations on disk until it is made."""
+    """Cost of a reference: seconds of drawing, and bytes of activations on disk until it is made."""
 
     seconds: float
     bytes: int
 
 
 def expect(pipe: Any, site: Site, images: int, sampling: Sampling) -> Cost:
-    """What `make_reference` will take, from a few steps that are drawn and timed."""
+    """Return what `make_reference` will take, from a few steps that are drawn and timed."""
     shape = shapes_of(pipe, [site], sampling)[site]  # warms up, too
     took = []
     for steps in (1, 3):
@@ -63,7 +63,7 @@ def expect(pipe: Any, site: Site, images: int, sampling: Sampling) -> Cost:
 
 
 def _kept(shape: tuple[int, int], sampling: Sampling) -> tuple[int, int]:
-    """How many vectors of an image are kept, and how many stay together, at a site of (positions, width)."""
+    """Return how many vectors of an image are kept, and how many stay together, at a site of (positions, width)."""
     together = min(PER_MAP, shape[0])
     return min(PER_IMAGE // together, shape[0] // together * sampling.steps) * together, together
 

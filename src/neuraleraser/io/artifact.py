@@ -186,7 +186,7 @@ def _read_header(path: Path, kind: str, metadata: Mapping[str, str]) -> dict[str
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether every number of `x` (any shape) is finite, by its extremes: no copy of a large tensor."""
+    """True if every number of `x` (any shape) is finite, by its extremes: no copy of a large tensor."""
     if x.numel() == 0 or not x.is_floating_point():
         return True
     low, high = torch.aminmax(x)  # NaN propagates

@@ -125,7 +125,7 @@ class ClipJudge:
 
 
 def sentence(name: str, kind: str) -> str:
-    """What CLIP compares an image with."""
+    """Return the sentence that CLIP compares an image with."""
     phrase = " ".join(name.replace("_", " ").split())
     if kind == "style":
         return f"a picture in the style of {phrase.removesuffix(' style')}"

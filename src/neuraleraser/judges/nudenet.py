@@ -36,7 +36,7 @@ LEAST = 0.25
 
 
 class NudeNetJudge:
-    """What NudeNet detects: `p_object` is each class's highest score in the image, 0 where it was not found.
+    """NudeNet's detector as a judge: `p_object` is each class's highest score in the image, 0 where it was not found.
 
     Images are handed over in the order of colours in which the package reads files, so that scores are those of the
     same image in a file, and of tables made so. Version 3.4.2 swaps red and blue on the way to its network (issue 203
@@ -109,7 +109,7 @@ class NudeNetJudge:
         return counts
 
     def _detect(self, images: NDArray[np.uint8]) -> list[list[tuple[int, float]]]:
-        """Of each image the (column, score) of every detection of a class that counts."""
+        """Return for each image the (column, score) of every detection of a class that counts."""
         check(images)
         column = {name: k for k, name in enumerate(self.classes)}
         every = [self._detector.detect(np.ascontiguousarray(image[..., ::-1])) for image in images]

@@ -1,4 +1,4 @@
-"""What a file of another library describes, and how it becomes an SAE whose features stand alone."""
+"""Conversion of another library's SAE into one whose features stand alone."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _calibrated(source: Source, path: Path, x: Tensor, header: dict[str, Any]) -
 
 
 def _difference(source: Source, sae: SAE, x: Tensor) -> dict[str, float]:
-    """How a source and its SAE differ on x [M, d] that neither was made from."""
+    """Return how a source and its SAE differ on x [M, d] that neither was made from."""
     both = either = theirs = ours = 0
     error = error_theirs = total = 0.0
     mean = x.double().mean(0)

@@ -1,4 +1,4 @@
-"""What a step of training minimises, for every architecture."""
+"""Losses that a step of training minimises, for every architecture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTLING = 10  # times `dead_after`: what a revived feature is given to settle i
 
 
 class Pass(NamedTuple):
-    """Of one batch of scaled activations [B, d]."""
+    """Pass of one batch of scaled activations [B, d]."""
 
     main: Tensor  # scalar, to be minimised
     fvu: Tensor  # scalar, ||x - x_hat||^2 over the variance, without gradient
@@ -74,7 +74,7 @@ def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> 
 
 
 def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
-    """How many dead features of width d may explain a vector's residual at this step, of batches of `vectors`.
+    """Return how many dead features of width d may explain a vector's residual at this step, of batches of `vectors`.
 
     0 near the end: a feature that comes back spoils the others' work for a while (docs/LOG.md).
     """

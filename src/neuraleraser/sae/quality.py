@@ -1,4 +1,4 @@
-"""How good an SAE is on activations it has not seen."""
+"""Quality of an SAE on activations it has not seen."""
 
 from __future__ import annotations
 

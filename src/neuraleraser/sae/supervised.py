@@ -24,7 +24,7 @@ MAPS = 512  # maps that are contrasted at a time: the work grows with their squa
 
 
 def binding_loss(pre: Tensor, labels: Tensor, cut: Tensor | float) -> Tensor:
-    """How far feature c is from firing just where concept c is (scalar), from pre [B, C] of the first C features,
+    """Distance of feature c from firing just where concept c is (scalar), from pre [B, C] of the first C features,
     labels [M, C], and the threshold `cut` (a number or [C]), held fixed:
 
         v    = max over the map's vectors of pre_c - cut
@@ -46,7 +46,7 @@ def binding_loss(pre: Tensor, labels: Tensor, cut: Tensor | float) -> Tensor:
 
 
 def contrast_loss(pre: Tensor, labels: Tensor) -> Tensor:
-    """How alike maps of other labels are against maps of the same (scalar), from pre [B, n] and labels [M, C]:
+    """Likeness of maps of other labels against maps of the same (scalar), from pre [B, n] and labels [M, C]:
 
         r    = mean over the map's vectors of ReLU(pre), divided by its norm
         loss = -mean over i and over p in P(i) of log( exp(r_i r_p / t) / sum over a != i of w_ia exp(r_i r_a / t) )

@@ -32,8 +32,8 @@ def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired
 
 
 def mean_cut(fired: Fired) -> Tensor:
-    """What a feature had to exceed to be kept: the smallest kept value of a vector, on average over vectors that
-    have any."""
+    """Return what a feature had to exceed to be kept: the smallest kept value of a vector, on average over vectors
+    that have any."""
     least = fired.values.new_full((len(fired.row_start),), torch.inf)
     least = least.scatter_reduce(0, fired.rows, fired.values, "amin")
     return least[least < torch.inf].float().mean()

@@ -78,7 +78,7 @@ class TrainSettings:
 
     @property
     def labelled(self) -> bool:
-        """Whether the stream has to yield labels."""
+        """True if the stream has to yield labels."""
         return self.discriminant or self.bind > 0 or self.contrast > 0
 
     def lr_at(self, step: int, d: int) -> float:
@@ -99,7 +99,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepLog:
-    """What `on_step` is told: plain numbers of one training step, in units of the scaled data."""
+    """Numbers that `on_step` is given: plain numbers of one training step, in units of the scaled data."""
 
     step: int
     """Steps done, so the last one is `settings.steps`."""

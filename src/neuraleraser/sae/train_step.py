@@ -48,7 +48,7 @@ class State:
     log: Callable[[], StepLog] | None = None  # reads the last step's; raises where training has diverged
 
     def parameters(self) -> dict[str, Tensor]:
-        """What is learnt, by name."""
+        """Parameters that are learnt, by name."""
         own = {} if self.log_threshold is None else {"log_threshold": self.log_threshold}
         return self.weights._asdict() | own
 
@@ -127,7 +127,7 @@ def _finite(state: State, x: Tensor) -> Tensor:
 
 
 class _Made(NamedTuple):
-    """What a step came to: scalars, on a GPU not yet known to the host."""
+    """Outcome of a step: scalars, on a GPU not yet known to the host."""
 
     cut: Tensor  # 0 where nothing fired
     fvu: Tensor

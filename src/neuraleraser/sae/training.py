@@ -216,7 +216,7 @@ def _unscaled(state: _State) -> Weights:
 
 
 def _header(state: _State, run: Run) -> dict[str, Any]:
-    """What a trained SAE says about itself."""
+    """Return the header of a trained SAE."""
     header = {"settings": asdict(run.settings), "data_scale": state.scale, "steps": state.step}
     header |= {"concepts": state.concepts} if run.settings.bind or run.settings.discriminant else {}
     return header | ({"data": dict(run.data)} if run.data else {})

@@ -1,4 +1,4 @@
-"""What a training run writes down while it runs: lines of JSON, and TensorBoard's files where it is installed."""
+"""Log of a training run: lines of JSON, and TensorBoard's files where it is installed."""
 
 from __future__ import annotations
 

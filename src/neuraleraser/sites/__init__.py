@@ -1,4 +1,4 @@
-"""Where activations are read and edited: the only code that knows diffusers' insides.
+"""Reading and editing of activations: the only code that knows diffusers' insides.
 
     with record(pipe, [Site("unet.mid_block.attentions.0")], on=lambda site, x, context: print(site, x.shape)):
         pipe("a cat")

@@ -109,8 +109,9 @@ def _has_text(pipe: Any, site: Site) -> bool:
 
 
 def edits_for(pipe: Any, site: Site, most: int = 3) -> list[tuple[Site, ...]]:
-    """Where an eraser that looks at `site` edits: what the blocks after its own read of the prompt. Each tuple of sites
-    is for one correction.
+    """Return where an eraser that looks at `site` edits: what the blocks after its own read of the prompt.
+
+    Each tuple of sites is for one correction.
 
     In a UNet, PixArt or Sana all blocks read the same prompt, so one correction serves all that follow. In SD3 and FLUX
     the text changes from block to block, and what is written into it stays: corrections of their own for at most so

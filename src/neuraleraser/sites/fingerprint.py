@@ -1,4 +1,4 @@
-"""Which model an eraser was made for: told by class, by the shapes at its sites, and by some of its weights."""
+"""Fingerprint of the model that an eraser was made for: its class, the shapes at its sites, some of its weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ _LEAST = 8  # tensors that can be compared at all (quantised and offloaded ones 
 
 
 def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
-    """What a file says of the model that it was made for, as JSON: the class of the component that `sites` lie in,
-    a digest of the shapes of their weights, and 256 of the component's weights."""
+    """Return a fingerprint of the model that a file is made for, as JSON.
+
+    It has the class of the component that `sites` lie in, a digest of the shapes of their weights, and 256 of the
+    component's weights.
+    """
     name = sites[0].path.split(".")[0]
     component = resolve(pipe, Site(name))
     known = {_key(path): p for path, p in _weights(component)}
@@ -28,7 +31,9 @@ def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[str, str]:
-    """How the pipeline differs from what `made_for` wrote -> ("architecture", what), ("weights", what) or ("", "").
+    """Return how the pipeline differs from what `made_for` wrote.
+
+    ("architecture", what), ("weights", what) or ("", "").
 
     Two sets of weights are the same where 98 in 100 of the values looked at agree to 1 %, as they do between
     float32 and bfloat16. LoRAs that are not fused count as nothing; weights that cannot be read (quantised, or

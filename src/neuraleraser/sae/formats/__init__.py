@@ -143,7 +143,7 @@ def _read(name: str, weights: Path) -> Source:
 
 
 def _k(sae: SAE) -> int:
-    """How many features fire for a vector, as the header has it."""
+    """Return how many features fire for a vector, as the header has it."""
     settings = sae.header.get("settings")
     k = sae.header.get("k", settings.get("k") if isinstance(settings, dict) else None)
     if type(k) is not int or not 1 <= k <= sae.n:

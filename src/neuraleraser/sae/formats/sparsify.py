@@ -46,7 +46,7 @@ def read(path: Path) -> Source:
 
 
 def is_saeuron(path: Path) -> bool:
-    """Whether the weights at `path` are SAeUron's, by the switches that it added."""
+    """Tell whether the weights at `path` are SAeUron's, by the switches that it added."""
     return "batch_topk" in untrusted.read_json(path.with_name(CONFIG))
 
 

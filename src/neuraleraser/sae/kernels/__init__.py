@@ -16,12 +16,12 @@ from neuraleraser.sae.train_settings import TrainSettings
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether reading a number made from x makes the host wait for a device."""
+    """True if reading a number made from x makes the host wait for a device."""
     return x.is_cuda
 
 
 def usable(x: Tensor, settings: TrainSettings, labelled: bool) -> bool:
-    """Whether these kernels train on x: BatchTopK or TopK without labels, on a GPU that has bfloat16 (Ampere, 2020, or
+    """True if these kernels train on x: BatchTopK or TopK without labels, on a GPU that has bfloat16 (Ampere, 2020, or
     later), where Triton is installed. All else runs on torch's own operations."""
     return (
         on_gpu(x)

@@ -16,8 +16,11 @@ LOOK = 8  # steps from one look at which features are dead to the next
 
 
 class Watch:
-    """What a run on a GPU keeps between steps and may forget: the norm of the last gradient, and which features were
-    dead LOOK to 2 * LOOK steps ago, which the host thus knows without waiting."""
+    """State that a run on a GPU keeps between steps and may forget.
+
+    The norm of the last gradient, and which features were dead LOOK to 2 * LOOK steps ago, which the host thus knows
+    without waiting.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.norm = torch.zeros((), device=device)

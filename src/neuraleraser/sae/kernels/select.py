@@ -1,4 +1,4 @@
-"""Which pre-activations fire, exactly, without asking the host: the selection that follows the encoder product.
+"""Selection of the pre-activations that fire, exactly and without asking the host, after the encoder product.
 
 Positive floats are ordered as their bits are, so the k-th largest is found bit by bit. For BatchTopK its bits are
 narrowed down eight at a time by histograms of all B * n values (two for bfloat16, four for float32); for TopK one by
@@ -40,7 +40,7 @@ class Pairs:
 
     @property
     def total(self) -> Tensor:
-        """How many pairs there are, on the device."""
+        """Number of pairs, on the device."""
         return self.row_start[-1]
 
 

@@ -55,7 +55,7 @@ class Extra(NamedTuple):
 
 @triton.jit
 def _dot(head: Any, other: Any, tail: Any, other_tail: Any) -> Any:
-    """Of two rows held as two tiles each."""
+    """Return the dot product of two rows held as two tiles each."""
     return tl.sum(head * other, 0) + tl.sum(tail * other_tail, 0)
 
 
