@@ -21,8 +21,8 @@ from neuraleraser.sites import DenoiserCall, EditContext, Site, denoiser, edit, 
 class Lesson:
     """Example that a correction learns from.
 
-    One sampling step of some images, as a call whose conditioning shows the concept, and the prediction [B, ...] that is
-    wanted instead: the frozen model's own for the matched prompt at the same states.
+    One sampling step of some images, as a call whose conditioning shows the concept, and the prediction [B, ...] that
+    is wanted instead: the frozen model's own for the matched prompt at the same states.
     """
 
     call: DenoiserCall
