@@ -22,7 +22,7 @@ import tyro
 from machine import facts
 from torch import Tensor
 
-from neuraleraser.activations import bank
+from neuraleraser.activations import activation_matrix
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.words import VOCABULARY
@@ -70,7 +70,7 @@ def stronger(eraser: Eraser, factor: float) -> Eraser:
 
 
 def main(s: Settings) -> None:
-    pipe, judge, sampling = open_pipeline(s.pipeline), CanvasJudge.load("second"), Sampling(batch=40)
+    pipe, judge, sampling = open_pipeline(s.pipeline), CanvasJudge.load("second"), Sampling(batch_size=40)
     cells = [(words.OBJECTS[(7 * i) % 20], words.STYLES[i % 25]) for i in range(s.images)]
     prompts, seeds = (
         [words.VOCABULARY.prompt([o], st, i % 2) for i, (o, st) in enumerate(cells)],
@@ -85,11 +85,13 @@ def main(s: Settings) -> None:
 
     tell("base", generate(pipe, prompts, seeds, sampling))
     sites = candidate_sites(pipe)
-    vectors = bank(pipe, [p for p, _ in labelled_prompts(VOCABULARY, 60, 1)], range(700, 760), sites, 1600, sampling)
+    vectors = activation_matrix(
+        pipe, [p for p, _ in labelled_prompts(VOCABULARY, 60, 1)], range(700, 760), sites, 1600, sampling
+    )
     for steps in (20, 100, 400):
         saes: dict[Site, SAE] = {}
         for site, x in vectors.items():
-            saes[site] = train(pool_batches(x, 4096), TrainSettings(n=512, k=12, steps=steps))
+            saes[site] = train(pool_batches(x, 4096), TrainSettings(n_features=512, k=12, steps=steps))
         explained = [measure(sae, vectors[site][:20_000])["explained_variance"] for site, sae in saes.items()]
         with edit(pipe, {site: flipped(sae) for site, sae in saes.items()}):
             images = generate(pipe, prompts, seeds, sampling)

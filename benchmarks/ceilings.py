@@ -38,11 +38,11 @@ def transplant(
         return {"latents": latents}
 
     out = []
-    half = sampling.batch // 2
+    half = sampling.batch_size // 2
     for start in range(0, n, half):
         part = [*range(start, min(start + half, n))]
         part += [part[-1]] * (half - len(part))
-        prompts = [pairs[i].shows for i in part] + [pairs[i].without for i in part]
+        prompts = [pairs[i].positive for i in part] + [pairs[i].negative for i in part]
         both = [seeds[i] for i in part] * 2
         with edit(pipe, dict.fromkeys(sites, swap)):
             images = generate(pipe, prompts, both, sampling, callback=follow)

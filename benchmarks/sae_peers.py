@@ -52,7 +52,7 @@ def neuraleraser(job: Job, best: bool) -> Codes:
     """Ours: bfloat16 products are the default, so "best" is the default and the other mode is float32."""
     from neuraleraser.sae import TrainSettings, train
 
-    sae = train(job.stream, TrainSettings(n=job.n, k=job.k, steps=job.steps, bf16=best))
+    sae = train(job.stream, TrainSettings(n_features=job.n, k=job.k, steps=job.steps, bf16=best))
 
     def codes(x: Tensor) -> tuple[Tensor, Tensor]:
         pre = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc, sae.b_enc).relu()

@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 from machine import facts
 
-from neuraleraser.activations import activation_stream, bank, substitution
+from neuraleraser.activations import activation_matrix, activation_stream, measure_loss_recovered
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.families.canvas import GATE
 from neuraleraser.families.defaults import default_sampling
@@ -49,7 +49,7 @@ class Settings:
     """Images of the substitution test."""
     json: bool = False
     """Print one JSON object, and nothing else."""
-    stream: StreamSettings = field(default_factory=lambda: StreamSettings(sampling=Sampling(batch=40)))
+    stream: StreamSettings = field(default_factory=lambda: StreamSettings(sampling=Sampling(batch_size=40)))
     """How activations are drawn and mixed."""
 
 
@@ -63,7 +63,7 @@ def main(s: Settings) -> None:
 
     def chunk(number: int, stopped: Any) -> Any:
         nonlocal drawn
-        drawn += sampling.batch
+        drawn += sampling.batch_size
         return draw(number, stopped)
 
     def on_step(name: str, log: StepLog) -> None:
@@ -71,21 +71,21 @@ def main(s: Settings) -> None:
         first = first or time.monotonic()
 
     pool.chunk = chunk
-    runs = {str(n): Run(TrainSettings(n=n, k=s.k, steps=s.steps, log_every=1), s.site) for n in s.n}
+    runs = {str(n): Run(TrainSettings(n_features=n, k=s.k, steps=s.steps, log_every=1), s.site) for n in s.n}
     started = time.monotonic()
     saes = train_together(pool, runs, on_step)
     seconds, images = time.monotonic() - started, drawn
     count = -(-s.vectors // HELD)
     held = [p for p, _ in labelled_prompts(VOCABULARY, count, 2)]
-    x = bank(pipe, held, range(300_000, 300_000 + count), [site], HELD, sampling)[site][: s.vectors]
+    x = activation_matrix(pipe, held, range(300_000, 300_000 + count), [site], HELD, sampling)[site][: s.vectors]
     found = []
     for sae in saes.values():
         texts = [p for p, _ in labelled_prompts(VOCABULARY, s.images, 3)]
-        lost = substitution(pipe, sae, site, texts, range(200_000, 200_000 + s.images))
+        lost = measure_loss_recovered(pipe, sae, site, texts, range(200_000, 200_000 + s.images))
         figures = measure(sae, x)
         found.append(
             {
-                "n": sae.n,
+                "n": sae.n_features,
                 **{key: figures[key] for key in ("explained_variance", "l0", "dead_share", "vectors")},
                 "kept": {t.time: t.recovered if t.mean > t.loss else None for t in lost.times},
                 "image_difference": lost.difference,

@@ -28,7 +28,7 @@ from machine import facts
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from neuraleraser.activations import CONDITIONAL, Seen, collect
+from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.families.canvas import GATE, canvas_concept
@@ -67,7 +67,7 @@ class Settings:
     """A training each."""
     json: bool = False
     """Print a list of objects, one a training, and nothing else."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(batch=40))
+    sampling: Sampling = field(default_factory=lambda: Sampling(batch_size=40))
     """How images are drawn."""
 
 
@@ -158,7 +158,7 @@ def drawn(pipe, site: Site, prompts: list[str], seeds: range, sampling: Sampling
     """(x [images, T, P, d], times [T]) of the conditional branch, and of the unconditional [images, T, P, d]."""
     seen: dict[tuple[int, float], list[Tensor]] = {}
 
-    def on(one: Seen) -> None:
+    def on(one: ActivationBatch) -> None:
         seen.setdefault((one.branch, one.timestep), []).append(one.x.float().cpu())
 
     collect(pipe, prompts, seeds, [site], on, sampling)
@@ -223,7 +223,7 @@ def main(s: Settings) -> None:
     for name in (*words.DEV_STYLES, *words.DEV_OBJECTS):
         some = canvas_concept(name).pairs
         some = [some[i * len(some) // s.pairs] for i in range(s.pairs)]
-        texts = [p.shows for p in some] + [p.without for p in some]
+        texts = [p.positive for p in some] + [p.negative for p in some]
         seen, _, _ = drawn(pipe, site, texts, range(len(texts)), s.sampling)
         pairs[name] = seen.chunk(2)
     rows = []

@@ -102,7 +102,7 @@ def canvas(vectors: int, path: Path | None) -> Tensor:
         if len(kept) < vectors:
             raise SystemExit(f"{path} holds {len(kept)} vectors, {vectors} are wanted: delete it, or ask for fewer")
         return kept[:vectors]
-    from neuraleraser.activations import bank
+    from neuraleraser.activations import activation_matrix
     from neuraleraser.canvas.words import VOCABULARY
     from neuraleraser.families.canvas import GATE
     from neuraleraser.families.opening import open_pipeline
@@ -111,9 +111,9 @@ def canvas(vectors: int, path: Path | None) -> Tensor:
 
     per_image = 1600
     prompts = [p for p, _ in labelled_prompts(VOCABULARY, -(-vectors // per_image), 1)]
-    sampling = Sampling(batch=min(40, len(prompts)))
+    sampling = Sampling(batch_size=min(40, len(prompts)))
     seeds = range(300, 300 + len(prompts))
-    x = bank(open_pipeline("canvas"), prompts, seeds, [GATE], per_image, sampling)
+    x = activation_matrix(open_pipeline("canvas"), prompts, seeds, [GATE], per_image, sampling)
     x = x[GATE][:vectors].contiguous()
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ class Settings:
 def main(s: Settings) -> None:
     pipe, judge = open_pipeline("canvas", torch.bfloat16), CanvasJudge.load("second")
     own_scheduler = pipe.scheduler
-    erasers = {name: fit(pipe, canvas_concept(name), sampling=Sampling(steps=50)) for name in s.concepts}
+    erasers = {name: fit(pipe, canvas_concept(name), sampling=Sampling(num_inference_steps=50)) for name in s.concepts}
     rows: list[dict[str, Any]] = []
     only_target = EvaluateSettings(
         target_rounds=3, two_object_rounds=0, held_out_rounds=0, image_to_image_rounds=0, fragment_prompts=0
@@ -61,7 +61,7 @@ def main(s: Settings) -> None:
         prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
         for kind, steps in SETTINGS:
             pipe.scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(own_scheduler.config)
-            sampling = Sampling(steps=steps, batch=40)
+            sampling = Sampling(num_inference_steps=steps, batch_size=40)
             base = read(judge, cells, generate(pipe, prompts, seeds, sampling))
             with attach(pipe, eraser):
                 images = generate(pipe, prompts, seeds, sampling)

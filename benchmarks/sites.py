@@ -24,7 +24,7 @@ import torch
 import tyro
 from ceilings import transplant
 
-from neuraleraser.activations import Seen, bank, collect
+from neuraleraser.activations import ActivationBatch, activation_matrix, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.words import VOCABULARY
@@ -60,7 +60,7 @@ def pooled(pipe, saes: dict[Site, SAE], prompts: list[str], seed: int, sampling:
     """{site: [N, T, branches, shares, n]}"""
     seen: dict[tuple[Site, float, int], list[torch.Tensor]] = {}
 
-    def on(s: Seen) -> None:
+    def on(s: ActivationBatch) -> None:
         z = saes[s.site].encode(s.x.float())
         seen.setdefault((s.site, s.timestep, s.branch), []).append(torch.stack([pool(z, q) for q in SHARES], 1).half())
 
@@ -80,7 +80,7 @@ def ceilings(pipe, kinds: list[list[Site]], rows: dict[str, dict], images: int) 
         pairs = [pairs[i] for i in np.random.default_rng(1).permutation(len(pairs))[:images]]
 
         def shows(which: list[Site], name: str = name, pairs: list[Pair] = pairs) -> np.ndarray:
-            v = judge(transplant(pipe, pairs, range(200, 200 + images), which, Sampling(batch=2 * images)))
+            v = judge(transplant(pipe, pairs, range(200, 200 + images), which, Sampling(batch_size=2 * images)))
             style = name in judge.styles
             return (v.p_style[:, judge.styles.index(name)] if style else v.p_object[:, judge.objects.index(name)]) > 0.5
 
@@ -97,22 +97,22 @@ def ceilings(pipe, kinds: list[list[Site]], rows: dict[str, dict], images: int) 
 def main(s: Settings) -> None:
     started = time.time()
     pipe = open_pipeline(s.pipeline)
-    sampling = Sampling(batch=40)
+    sampling = Sampling(batch_size=40)
     kinds = [candidate_sites(pipe), cross_attention_sites(pipe)]
     sites = [site for kind in kinds for site in kind]
     background = labelled_prompts(VOCABULARY, 120, 1)
     prompts = [p for p, _ in background]
-    vectors = bank(pipe, prompts[:80], range(600, 680), sites, 1600, sampling)
-    saes = {x: train(pool_batches(v, 4096), TrainSettings(n=s.n, k=12, steps=500)) for x, v in vectors.items()}
+    vectors = activation_matrix(pipe, prompts[:80], range(600, 680), sites, 1600, sampling)
+    saes = {x: train(pool_batches(v, 4096), TrainSettings(n_features=s.n, k=12, steps=500)) for x, v in vectors.items()}
     print(f"SAEs trained, {time.time() - started:.0f} s", flush=True)
     off = pooled(pipe, saes, prompts, 800, sampling)
     concepts = [*words.DEV_STYLES, *words.DEV_OBJECTS]
     own, held = [], []
     for name in concepts:
         pairs = canvas_concept(name).pairs
-        own += [pairs[i].shows for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
+        own += [pairs[i].positive for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
         pairs = canvas_concept(name, HELD_OUT_PHRASINGS).pairs
-        held += [pairs[i].shows for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
+        held += [pairs[i].positive for i in np.random.default_rng(0).permutation(len(pairs))[:10]]
     on, on_held = pooled(pipe, saes, own, 0, sampling), pooled(pipe, saes, held, 100, sampling)
     rows = []
     following = {site: len(kind) - 1 - i for kind in kinds for i, site in enumerate(kind)}

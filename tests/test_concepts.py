@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.canvas import words
-from neuraleraser.concepts import MAX_FILE, Concept, Pair, file_concept, phrase_concept, with_neighbours
+from neuraleraser.concepts import MAX_FILE, Concept, Pair, add_context_pairs, file_concept, phrase_concept
 from neuraleraser.errors import ConceptError
 from neuraleraser.evaluation.protocol import VocabularyCells
 from neuraleraser.families.canvas import canvas_concept
-from neuraleraser.sae.scores import Profile, neighbour_score, profile, share_score
+from neuraleraser.sae.scores import Profile, margin_score, profile, saeuron_score
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 from neuraleraser.vocabulary import SEEN
@@ -53,17 +53,19 @@ def test_a_match_lacks_the_concept_and_nothing_else(name: str) -> None:
     mine = [p for p in words.VOCABULARY.phrases_of(name)[SEEN]]
     assert concept.name == name and concept.kind == ("style" if name in words.STYLES else "object")
     for pair in concept.pairs:
-        assert any(p in pair.shows for p in mine) and not any(p in pair.without.split(" and ") for p in mine)
+        assert any(p in pair.positive for p in mine) and not any(p in pair.negative.split(" and ") for p in mine)
         if concept.kind == "style":
-            assert pair.without in pair.shows
+            assert pair.negative in pair.positive
         else:
             style = next(
-                (p for s in words.STYLES for p in words.VOCABULARY.phrases_of(s) if pair.shows.endswith(p)), ""
+                (p for s in words.STYLES for p in words.VOCABULARY.phrases_of(s) if pair.positive.endswith(p)), ""
             )
-            assert pair.without.endswith(style)
+            assert pair.negative.endswith(style)
     held_out = words.VOCABULARY.phrases_of(name)[HELD_OUT_PHRASINGS]
-    assert not [p for p in concept.pairs if any(h in p.shows for h in held_out)]
-    assert {p.shows for p in canvas_concept(name, HELD_OUT_PHRASINGS).pairs}.isdisjoint(p.shows for p in concept.pairs)
+    assert not [p for p in concept.pairs if any(h in p.positive for h in held_out)]
+    assert {p.positive for p in canvas_concept(name, HELD_OUT_PHRASINGS).pairs}.isdisjoint(
+        p.positive for p in concept.pairs
+    )
 
 
 @pytest.mark.parametrize("name", ["Picasso", words.PLAIN, ""])
@@ -94,7 +96,7 @@ def test_the_kind_of_a_phrase(phrase: str, kind: str) -> None:
 @pytest.mark.parametrize("name", words.OBJECTS)
 def test_what_stands_beside_an_object_stays(name: str) -> None:
     beside, held_out = (
-        canvas_concept(name).beside,
+        canvas_concept(name).context_pairs,
         [p for o in words.OBJECTS for p in words.VOCABULARY.phrases_of(o)[HELD_OUT_PHRASINGS]],
     )
     tests = {
@@ -103,16 +105,16 @@ def test_what_stands_beside_an_object_stays(name: str) -> None:
     }
     mine, seen = words.OBJECT_PHRASES[name][SEEN], set[tuple[str, str]]()
     for pair in beside:
-        (what,) = [p for p in mine if f"{p} and " in pair.shows or f" and {p}" in pair.shows]
-        assert pair.shows.replace(f"{what} and ", "").replace(f" and {what}", "") == pair.without
-        assert not any(h in pair.shows for h in held_out) and pair.shows not in tests
-    for without in list(dict.fromkeys(pair.without for pair in beside))[:36]:  # as many as a fit draws
+        (what,) = [p for p in mine if f"{p} and " in pair.positive or f" and {p}" in pair.positive]
+        assert pair.positive.replace(f"{what} and ", "").replace(f" and {what}", "") == pair.negative
+        assert not any(h in pair.positive for h in held_out) and pair.positive not in tests
+    for without in list(dict.fromkeys(pair.negative for pair in beside))[:36]:  # as many as a fit draws
         seen |= {("object", o) for o in words.OBJECTS if without.startswith(words.OBJECT_PHRASES[o][:2])}
         seen |= {("style", s) for s in words.STYLES if without.endswith(words.STYLE_PHRASES[s][:2])}
     assert (
         len([o for kind, o in seen if kind == "object"]) == 19 and len([s for kind, s in seen if kind == "style"]) >= 23
     )
-    assert not canvas_concept("Van_Gogh").beside
+    assert not canvas_concept("Van_Gogh").context_pairs
 
 
 def test_neighbours_stand_beside_a_phrase() -> None:
@@ -120,23 +122,25 @@ def test_neighbours_stand_beside_a_phrase() -> None:
         phrase_concept("a cat"),
         [phrase_concept("a dog"), phrase_concept("a red fox"), phrase_concept("Monet style")],
     )
-    beside = with_neighbours(cat, near).beside
+    beside = add_context_pairs(cat, near).context_pairs
     assert Pair("a cat and a dog in a forest", "a dog in a forest") in beside
     assert Pair("a red fox and a cat", "a red fox") in beside
-    assert {p.without.split(" in ")[0] for p in beside} >= {"a dog", "a red fox"} and len(set(beside)) == len(beside)
-    assert {p.without for p in beside[:4]} >= {"a dog"} and not any("Monet" in p.shows for p in beside)
+    assert {p.negative.split(" in ")[0] for p in beside} >= {"a dog", "a red fox"} and len(set(beside)) == len(beside)
+    assert {p.negative for p in beside[:4]} >= {"a dog"} and not any("Monet" in p.positive for p in beside)
     for concept in (phrase_concept("Van Gogh style"), canvas_concept("Cats"), Concept("cats", "object", cat.pairs)):
-        assert with_neighbours(concept, near) == concept  # no object, already has some, or not named in its prompts
-    assert with_neighbours(cat, near[2:]) == cat
+        assert add_context_pairs(concept, near) == concept  # no object, already has some, or not named in its prompts
+    assert add_context_pairs(cat, near[2:]) == cat
 
 
 def test_pairs_of_a_phrase() -> None:
     cat = phrase_concept("  a   cat ", instead="a dog")
     assert (
-        cat.name == "a cat" and Pair("a cat at night", "a dog at night") in cat.pairs and cat.pairs[0].shows == "a cat"
+        cat.name == "a cat"
+        and Pair("a cat at night", "a dog at night") in cat.pairs
+        and cat.pairs[0].positive == "a cat"
     )
     style = phrase_concept("Van Gogh style")
-    assert all(p.shows != p.without and p.without in p.shows for p in style.pairs)
+    assert all(p.positive != p.negative and p.negative in p.positive for p in style.pairs)
     with pytest.raises(ConceptError, match="empty phrase"):
         phrase_concept("  ")
     with pytest.raises(ConceptError, match="its own match"):
@@ -167,7 +171,9 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
     assert file_concept(written(tmp_path, GOOD)) == Concept(
         "logo", "object", (Pair("a logo", "a wall"), Pair("my logo", "my wall"))
     )
-    beside = file_concept(written(tmp_path, {**GOOD, "beside": [["a logo and a clock", "a clock"]]})).beside
+    beside = file_concept(
+        written(tmp_path, {**GOOD, "context_pairs": [["a logo and a clock", "a clock"]]})
+    ).context_pairs
     assert beside == (Pair("a logo and a clock", "a clock"),)
     umlaut = {**GOOD, "name": "Bücher", "pairs": [["ein Märchen", "nichts"]]}
     assert file_concept(written(tmp_path, json.dumps(umlaut, ensure_ascii=False).encode())).name == "Bücher"
@@ -200,8 +206,8 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
         {**GOOD, "pairs": [["a", None]]},
         {**GOOD, "pairs": [["a", {"b": 1}]]},
         {**GOOD, "pairs": [["a", "a"]]},
-        {**GOOD, "beside": 5},
-        {**GOOD, "beside": [["a and b", "a and b"]]},
+        {**GOOD, "context_pairs": 5},
+        {**GOOD, "context_pairs": [["a and b", "a and b"]]},
     ],
     ids=range(25),
 )
@@ -237,7 +243,7 @@ def test_a_profile_counts() -> None:
 def scores_of(mean: list[list[float]], spread: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     m = torch.tensor(mean).unsqueeze(1)  # concepts, one time, features
     p = Profile(tuple("abc"[: len(mean)]), torch.tensor([0.0]), m, torch.full_like(m, spread))
-    return share_score(p, "a")[0], neighbour_score(p, "a")[0]
+    return saeuron_score(p, "a")[0], margin_score(p, "a")[0]
 
 
 def test_a_neighbour_that_shares_a_feature_sinks_its_score() -> None:
@@ -265,7 +271,7 @@ def test_features_that_never_fire_score_zero() -> None:
     assert not shared.any() and not gap.any()
 
 
-@pytest.mark.parametrize("score", [share_score, neighbour_score])
+@pytest.mark.parametrize("score", [saeuron_score, margin_score])
 def test_scores_need_the_concept_and_another(score: Any) -> None:
     p = profile(torch.rand(2, 1, 3), torch.tensor([0.0]), ["a", "b"])
     with pytest.raises(ConceptError, match="cannot score 'c'"):

@@ -15,15 +15,15 @@ from helpers import pipelines
 from helpers.erasers import make_correction, make_gate, random
 from helpers.published_saes import saeuron
 from neuraleraser import (
+    activation_matrix,
     activation_stream,
-    bank,
     calibrate,
     collect,
     doctor,
     generate,
     import_reference,
     make_reference,
-    substitution,
+    measure_loss_recovered,
 )
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser
@@ -68,19 +68,22 @@ def eraser(**header: Any) -> Eraser:
 
 def fitting(pipe: Any, folder: Path) -> None:
     known = reference_from_sae(pipe, sae(), AT, [(p, frozenset()) for p in PROMPTS], default_sampling(pipe))
-    settings = FitSettings(pairs=2, rank=1, steps=1, batch=1)
-    assert fit(pipe, CONCEPT, settings, known=known).header["sampling"]["steps"] == STEPS
+    settings = FitSettings(num_pairs=2, rank=1, steps=1, train_batch_size=1)
+    assert fit(pipe, CONCEPT, settings, known=known).header["sampling"]["num_inference_steps"] == STEPS
 
 
 def calibrating(pipe: Any, folder: Path) -> None:
     with pytest.raises(ConceptError, match="do not tell it"):  # random features; what is drawn is what counts
-        calibrate(pipe, eraser(), CONCEPT, pairs=4)
+        calibrate(pipe, eraser(), CONCEPT, num_pairs=4)
 
 
 def streaming(pipe: Any, folder: Path) -> None:
-    batches = activation_stream(pipe, PROMPTS, [AT], StreamSettings(batch=8, per_image=8, images=4, window=1, ahead=0))(
-        0
-    )
+    batches = activation_stream(
+        pipe,
+        PROMPTS,
+        [AT],
+        StreamSettings(train_batch_size=8, vectors_per_image=8, num_images=4, buffer_chunks=1, prefetch=0),
+    )(0)
     next(iter(batches))
     batches.close()
 
@@ -88,16 +91,18 @@ def streaming(pipe: Any, folder: Path) -> None:
 VERBS: dict[str, Callable[[Any, Path], Any]] = {
     "fit": fitting,
     "calibrate": calibrating,
-    "doctor": lambda pipe, folder: doctor(pipe, [eraser()], [CONCEPT], [("g", "h")], images=4),
-    "make_reference": lambda pipe, folder: make_reference(pipe, CONCEPT, [], AT, folder, images=8),
+    "doctor": lambda pipe, folder: doctor(pipe, [eraser()], [CONCEPT], [("g", "h")], num_images=4),
+    "make_reference": lambda pipe, folder: make_reference(pipe, CONCEPT, [], AT, folder, num_images=8),
     "import_reference": lambda pipe, folder: import_reference(
-        pipe, saeuron(folder / "theirs", random(64, 32)), AT, PROMPTS, per_image=8
+        pipe, saeuron(folder / "theirs", random(64, 32)), AT, PROMPTS, vectors_per_image=8
     ),
     "activation_stream": streaming,
     "generate": lambda pipe, folder: generate(pipe, PROMPTS, range(5)),
     "collect": lambda pipe, folder: collect(pipe, PROMPTS, range(5), [AT], lambda seen: None),
-    "bank": lambda pipe, folder: bank(pipe, PROMPTS, range(5), [AT], 8),
-    "substitution": lambda pipe, folder: substitution(pipe, sae(), AT, PROMPTS[:4], range(4), times=2),
+    "activation_matrix": lambda pipe, folder: activation_matrix(pipe, PROMPTS, range(5), [AT], 8),
+    "measure_loss_recovered": lambda pipe, folder: measure_loss_recovered(
+        pipe, sae(), AT, PROMPTS[:4], range(4), times=2
+    ),
 }
 
 
@@ -123,7 +128,9 @@ def test_an_eraser_is_looked_at_as_it_was_fitted(
     verb: Callable[[Any, Path], Any], pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, float]] = []
-    fitted = eraser(sampling={"steps": 2, "guidance": 4.0, "batch": 1, "height": 0, "width": 0})
+    fitted = eraser(
+        sampling={"num_inference_steps": 2, "guidance_scale": 4.0, "batch_size": 1, "height": 0, "width": 0}
+    )
     monkeypatch.setitem(globals(), "eraser", lambda: fitted)
     with denoiser_calls(pipe, lambda call: calls.append((call.state.shape[0], float(call.timestep.flatten()[0])))):
         verb(pipe, tmp_path)
@@ -133,7 +140,7 @@ def test_an_eraser_is_looked_at_as_it_was_fitted(
 
 
 def test_a_sampling_that_is_given_is_kept(pipe: Any) -> None:
-    given = replace(Sampling(steps=2, batch=2), guidance=1.0)
-    assert default_sampling(pipe) == Sampling(steps=STEPS, guidance=1.0, batch=BATCH)
+    given = replace(Sampling(num_inference_steps=2, batch_size=2), guidance_scale=1.0)
+    assert default_sampling(pipe) == Sampling(num_inference_steps=STEPS, guidance_scale=1.0, batch_size=BATCH)
     with pytest.raises(ConceptError, match="do not tell it"):
-        calibrate(pipe, eraser(), CONCEPT, pairs=2, sampling=given)
+        calibrate(pipe, eraser(), CONCEPT, num_pairs=2, sampling=given)

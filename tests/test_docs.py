@@ -189,7 +189,7 @@ def test_the_example_of_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = open_pipeline("canvas")
 
     def draw() -> np.ndarray:
-        return generate(pipe, ["a cat in Van Gogh style"], [3], Sampling(steps=2, batch=1))
+        return generate(pipe, ["a cat in Van Gogh style"], [3], Sampling(num_inference_steps=2, batch_size=1))
 
     base = draw()
     with method.watched(pipe):

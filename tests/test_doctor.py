@@ -22,7 +22,7 @@ from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import made_for
 
-S = Sampling(steps=2, batch=2)
+S = Sampling(num_inference_steps=2, batch_size=2)
 CATS = Concept("Cats", "object", (Pair("a b", "c"), Pair("d e", "f")))
 
 
@@ -38,7 +38,7 @@ class Judge:
     thresholds = {"Cats": 0.5}  # noqa: RUF012
 
     def __init__(self, pipe: Any, always: bool = False) -> None:
-        base = generate(pipe, [p.shows for p in CATS.pairs], range(110_000, 110_002), S)
+        base = generate(pipe, [p.positive for p in CATS.pairs], range(110_000, 110_002), S)
         self.known, self.always = base, always
 
     def __call__(self, images: Any) -> Judgement:
@@ -47,7 +47,7 @@ class Judge:
 
 
 def look(pipe: Any, eraser: Any, judge: Any = None, lookalikes: tuple[str, ...] = ()) -> Diagnosis:
-    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], images=2, samplings=[S])
+    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], num_images=2, samplings=[S])
 
 
 def found(d: Diagnosis) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def test_hooks_that_do_not_run(pipe: Any) -> None:
 def test_nothing_to_look_at(pipe: Any) -> None:
     for erasers, concepts, images in ([], [], 2), ([make_eraser()], [], 2), ([make_eraser()], [CATS], 0):
         with pytest.raises(SettingsError, match="pass at least one eraser"):
-            doctor(pipe, erasers, concepts, [()] * len(erasers), images=images)
+            doctor(pipe, erasers, concepts, [()] * len(erasers), num_images=images)
 
 
 def test_on_the_command_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,12 +130,12 @@ def test_on_the_command_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFi
     make_eraser().save(tmp_path / "open.safetensors")
     make_eraser(**SHUT).save(tmp_path / "shut.safetensors")
     (tmp_path / "alike.txt").write_text("g\nh\n")
-    argv = ["doctor", str(tmp_path / "model"), "--images", "2", "--steps", "2", "--erasers"]
+    argv = ["doctor", str(tmp_path / "model"), "--num-images", "2", "--num-inference-steps", "2", "--erasers"]
     assert main([*argv, str(tmp_path / "shut.safetensors"), "--lookalikes", str(tmp_path / "alike.txt")]) == 1
     said = capsys.readouterr().out
     assert said.strip().splitlines()[-1].startswith("NOT WELL (1 eraser): Cats: fired in 0 of 2 images of it")
     assert "false alarms" in said and "fired in 0 of 2 images of lookalikes" in said
-    assert main([*argv, str(tmp_path / "open.safetensors"), "--images", "0"]) == 2
+    assert main([*argv, str(tmp_path / "open.safetensors"), "--num-images", "0"]) == 2
 
 
 def test_judges_on_the_command_line(
@@ -155,7 +155,7 @@ def test_judges_on_the_command_line(
     monkeypatch.setattr("neuraleraser.judges.NudeNetJudge", Always)
     monkeypatch.setattr("neuraleraser.judges.UnlearnCanvasJudge", Always)
     argv = ["doctor", str(tmp_path / "model"), "--erasers", str(tmp_path / "cats.safetensors")]
-    argv += ["--images", "2", "--steps", "2"]
+    argv += ["--num-images", "2", "--num-inference-steps", "2"]
     for more in (["--nudenet"], ["--unlearncanvas", "style50.pth", "style50_cls.pth"]):
         assert main([*argv, *more]) == 1
         assert "gone from 0 of 2 images that showed it" in capsys.readouterr().out
@@ -170,7 +170,16 @@ def test_refused_on_the_command_line_with_a_record(
 ) -> None:
     pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
     make_eraser().save(tmp_path / "cats.safetensors")
-    argv = ["generate", "a", "--model", str(tmp_path / "model"), "--steps", "2", "--out", str(tmp_path / "image.png")]
+    argv = [
+        "generate",
+        "a",
+        "--model",
+        str(tmp_path / "model"),
+        "--num-inference-steps",
+        "2",
+        "--out",
+        str(tmp_path / "image.png"),
+    ]
     argv += [
         "--eraser",
         str(tmp_path / "cats.safetensors"),

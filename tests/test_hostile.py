@@ -103,7 +103,7 @@ class Bench:
         self.root, self.folder = root, root / "a" / "b" / "work"
         self.folder.mkdir(parents=True)
         self.pipe = pipelines.stable_diffusion()
-        self.sampling = Sampling(steps=1, batch=1)
+        self.sampling = Sampling(num_inference_steps=1, batch_size=1)
         self.whole: dict[str, dict[str, bytes]] = {}
         for kind in CASES:
             make = root / f"whole-{kind}"
@@ -139,7 +139,7 @@ class Bench:
 
     def make_concept(self, folder: Path) -> None:
         text = '{"name": "Cats", "kind": "object", "pairs": [["a cat", "a scene"], ["the cat", "the scene"]], '
-        write_bytes(folder / "x.json", (text + '"beside": [["a cat and a dog", "a dog"]]}').encode())
+        write_bytes(folder / "x.json", (text + '"context_pairs": [["a cat and a dog", "a dog"]]}').encode())
 
     def make_foreign(self, folder: Path) -> None:
         self.x = torch.randn(200, D, generator=torch.Generator().manual_seed(1))
@@ -171,7 +171,7 @@ class Bench:
 
     def right(self, found: SAE, path: Path) -> None:
         assert all(bool(torch.isfinite(p).all()) for p in found.parameters()) and bool((found.threshold >= 0).all())
-        assert found.encode(torch.zeros(2, found.d)).shape == (2, found.n)
+        assert found.encode(torch.zeros(2, found.d_in)).shape == (2, found.n_features)
         found.save(path.with_name("again.safetensors"))
         again = SAE.load(path.with_name("again.safetensors"))
         assert again.header == found.header and torch.equal(again.W_enc, found.W_enc)
@@ -179,7 +179,9 @@ class Bench:
     def check_reference(self, path: Path, r: random.Random) -> None:
         found = Reference.load(path.parent)
         rows, times, _, n = found.pooled.shape
-        assert n == found.sae.n and len(found.times) == times and len(found.prompts) == len(found.labels) == rows
+        assert (
+            n == found.sae.n_features and len(found.times) == times and len(found.prompts) == len(found.labels) == rows
+        )
         assert bool(torch.isfinite(found.pooled).all()) and bool((found.pooled >= 0).all())
         assert all(name.isprintable() for name in (*found.prompts, *frozenset().union(*found.labels)))
         found.save(path.parent / "again")
@@ -190,9 +192,9 @@ class Bench:
 
     def check_concept(self, path: Path, r: random.Random) -> None:
         found = file_concept(path)
-        assert Concept(found.name, found.kind, found.pairs, found.beside) == found and found.name.isprintable()
-        for pair in (*found.pairs, *found.beside):
-            assert pair.shows.encode() and pair.without.encode() is not None
+        assert Concept(found.name, found.kind, found.pairs, found.context_pairs) == found and found.name.isprintable()
+        for pair in (*found.pairs, *found.context_pairs):
+            assert pair.positive.encode() and pair.negative.encode() is not None
         write_bytes(self.folder / f"{file_name(found.name)}.txt", b"x")
 
     def check_foreign(self, path: Path, r: random.Random) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -130,3 +131,20 @@ def test_docstrings_open_with_a_verb_or_a_noun(tmp_path: Path) -> None:
     assert riddles(Path(__file__).parents[1] / "src") == []
     (tmp_path / "x.py").write_text('"""Whether it is."""\n\n\ndef f():\n    """Return it."""\n')
     assert riddles(tmp_path) == ["x.py: module"]
+
+
+def told(root: Path) -> list[str]:
+    """Places in the source that use the word "told", which had ten meanings: a progress callback, a digest, a flag."""
+    return [
+        f"{path.relative_to(root).as_posix()}:{number}"
+        for path in sorted((root / SOURCE).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(r"\btold\b", line)
+    ]
+
+
+def test_nothing_is_told(tmp_path: Path) -> None:
+    assert told(ROOT) == []
+    (tmp_path / SOURCE).mkdir(parents=True)
+    (tmp_path / SOURCE / "x.py").write_text("untold = 1\non_step(told)\n", encoding="utf-8")
+    assert told(tmp_path) == [f"{SOURCE.as_posix()}/x.py:2"]

@@ -15,7 +15,7 @@ from helpers.canvas_cells import notes_on, target_cells
 from helpers.erasers import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate, random
 from neuraleraser.canvas import words
 from neuraleraser.eraser import KINDS, Eraser, attach
-from neuraleraser.errors import FileError, NotApplied, SplitError
+from neuraleraser.errors import EraserNotAppliedError, FileError, SplitError
 from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.fitting.correction_training import scale
 from neuraleraser.methods import EraserMethod
@@ -130,7 +130,7 @@ def test_law_6_any_shape(family: str, dtype: torch.dtype) -> None:
 
 def test_law_7_seeds_per_image() -> None:
     pipe = pipelines.stable_diffusion()
-    s = Sampling(steps=2, batch=3)
+    s = Sampling(num_inference_steps=2, batch_size=3)
     prompts, seeds = ["a", "b c", "d", "e f g"], [5, 6, 7, 8]
     with attach(pipe, make_eraser(low=0.0, high=20.0)):
         whole = generate(pipe, prompts, seeds, s)
@@ -140,7 +140,7 @@ def test_law_7_seeds_per_image() -> None:
 
 
 def test_law_8_resume(tmp_path: Path) -> None:
-    settings = TrainSettings(n=16, k=3, steps=6, checkpoint_every=2, log_every=1, init_vectors=32, bf16=False)
+    settings = TrainSettings(n_features=16, k=3, steps=6, checkpoint_every=2, log_every=1, init_vectors=32, bf16=False)
     bank = random(96, 4)
     through = train(pool_batches(bank, 32), settings)
 
@@ -172,12 +172,12 @@ def test_law_10_fail_closed(family: str) -> None:
     pipe = pipelines.BUILDERS[family]()
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     images: list[Tensor] = []
-    with pytest.raises(NotApplied, match="did not run"), attach(pipe, make_eraser(family)):
+    with pytest.raises(EraserNotAppliedError, match="did not run"), attach(pipe, make_eraser(family)):
         setattr(pipe, name, getattr(pipelines.BUILDERS[family](), name))
         images.append(pipelines.run(pipe, 0))
     broken = pipelines.BUILDERS[family]()
     next(iter(denoiser(broken).parameters())).data.fill_(float("nan"))
-    with pytest.raises(NotApplied, match="NaN"), attach(broken, make_eraser(family)):
+    with pytest.raises(EraserNotAppliedError, match="NaN"), attach(broken, make_eraser(family)):
         images.append(pipelines.run(broken, 0))
     assert not images
 
@@ -203,7 +203,7 @@ def test_law_12_split() -> None:
     for name in ("Van_Gogh", "Cats"):
         reserved = words.VOCABULARY.phrases_of(name)[HELD_OUT_PHRASINGS]
         pairs = canvas_concept(name).pairs
-        assert not [p for p in pairs if any(phrase in p.shows for phrase in reserved)]
+        assert not [p for p in pairs if any(phrase in p.positive for phrase in reserved)]
         cells = target_cells(name, EvaluateSettings())
         fair = make_eraser(name=name)
         notes_on(EraserMethod(fair), cells)

@@ -34,8 +34,8 @@ def commands() -> list[list[str]]:
 
 def small_fit(pipe: Any, concept: Any, settings: Any, progress: Any, *, known: Any, sampling: Sampling) -> Eraser:
     """A fit of seconds: as the real one, of fewer pictures and steps."""
-    few = FitSettings(pairs=6, beside=0, steps=20, batch=8)
-    return fit(pipe, concept, few, progress, known=known, sampling=replace(sampling, steps=6))
+    few = FitSettings(num_pairs=6, num_context_pairs=0, steps=20, train_batch_size=8)
+    return fit(pipe, concept, few, progress, known=known, sampling=replace(sampling, num_inference_steps=6))
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,4 +77,4 @@ def make_eraser(name: str = "Van_Gogh", seed: int = 0) -> Eraser:
     """For the canvas: always open, with a random correction."""
     known = load_reference(REFERENCE)
     read = Site("unet.up_blocks.2.attentions.1", "input", "text")
-    return open_eraser(name, seed=seed, gate=(known.site, known.sae.d), edit=(read, 128))
+    return open_eraser(name, seed=seed, gate=(known.site, known.sae.d_in), edit=(read, 128))

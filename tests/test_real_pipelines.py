@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers import pipelines, text_encoders
 from helpers.erasers import SHUT, make_correction, make_gate
 from neuraleraser.eraser import KINDS, Eraser, attach
-from neuraleraser.errors import NotApplied, SiteError
+from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import (
     EditContext,
     Site,
@@ -33,7 +33,7 @@ from neuraleraser.sites import (
 # Start images and control images are routes that no gate here sees.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute"),
+    pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRouteWarning"),
 ]
 
 
@@ -184,7 +184,7 @@ def test_what_did_not_run_is_an_error(case: Case) -> None:
     images: list[Tensor] = []
     pipe = case.pipe
     name = "unet" if hasattr(pipe, "unet") else "transformer"
-    with pytest.raises(NotApplied, match="did not run"), attach(pipe, case.eraser()):
+    with pytest.raises(EraserNotAppliedError, match="did not run"), attach(pipe, case.eraser()):
         old = swapped_out(pipe)
         images.append(case.run())
     setattr(pipe, name, old)
@@ -192,13 +192,16 @@ def test_what_did_not_run_is_an_error(case: Case) -> None:
     owner, _, last = site.path.partition(".")[2].rpartition(".")
     blocks: Any = denoiser(pipe).get_submodule(owner)
     block = blocks[int(last)]
-    with pytest.raises(NotApplied, match="did not run in a forward"), edit(pipe, {site: zero}):
+    with pytest.raises(EraserNotAppliedError, match="did not run in a forward"), edit(pipe, {site: zero}):
         blocks[int(last)] = copy.deepcopy(block)
         blocks[int(last)]._forward_hooks.clear()
         images.append(case.run())
     blocks[int(last)] = block
     for at in (cross_attention_sites(pipe) or [site])[:1]:
-        with pytest.raises(NotApplied, match="NaN or infinity"), edit(pipe, {at: lambda x, call: x * math.nan}):
+        with (
+            pytest.raises(EraserNotAppliedError, match="NaN or infinity"),
+            edit(pipe, {at: lambda x, call: x * math.nan}),
+        ):
             images.append(case.run())
     assert not images and not hooks(pipe) and torch.equal(case.run(), case.base)
 
@@ -232,7 +235,7 @@ def test_seeds_and_strengths_per_image(case: Case) -> None:
 def test_latents_returned_early_are_checked_too() -> None:
     """SDXL's inpainting returns latents, as for a refiner, without the call that ends all others."""
     case = built("sdxl_inpaint")
-    with pytest.raises(NotApplied, match="did not run in this call"), attach(case.pipe, case.eraser()):
+    with pytest.raises(EraserNotAppliedError, match="did not run in this call"), attach(case.pipe, case.eraser()):
         old = swapped_out(case.pipe)
         try:
             case.run()
@@ -283,7 +286,7 @@ def test_text_encoders_are_sites(name: str) -> None:
         assert torch.equal(images[0], base) == (site.path == UNUSED.get(name)), site
         fresh = text_encoders.build(name)
     assert hooks(pipe) == before and torch.equal(pipelines.run(pipe, 0, **call), base)
-    with pytest.raises(NotApplied, match="prompt_embeds"), edit(pipe, {sites[0]: zero}):
+    with pytest.raises(EraserNotAppliedError, match="prompt_embeds"), edit(pipe, {sites[0]: zero}):
         pipelines.run(pipe, 0)
 
 

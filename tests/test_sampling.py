@@ -48,7 +48,7 @@ def drawn(pipe: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def test_order_neighbours_and_padding_do_not_matter(drawn: Any) -> None:
-    s = Sampling(steps=3, batch=3)
+    s = Sampling(num_inference_steps=3, batch_size=3)
     whole = drawn(PROMPTS, SEEDS, s)
     assert whole.shape == (5, 16, 16, 3) and whole.dtype == np.uint8 and whole.std() > 0
     assert (drawn(PROMPTS[::-1], SEEDS[::-1], s)[::-1] == whole).all()
@@ -58,18 +58,18 @@ def test_order_neighbours_and_padding_do_not_matter(drawn: Any) -> None:
 
 
 def test_across_batch_shapes_images_agree_closely(drawn: Any) -> None:
-    one = drawn(PROMPTS, SEEDS, Sampling(steps=3, batch=5))
+    one = drawn(PROMPTS, SEEDS, Sampling(num_inference_steps=3, batch_size=5))
     for s in (
-        Sampling(steps=3, batch=1),
-        Sampling(steps=3, batch=3, pad=False),
-        Sampling(steps=3, batch=64, pad=False),
+        Sampling(num_inference_steps=3, batch_size=1),
+        Sampling(num_inference_steps=3, batch_size=3, pad_last_batch=False),
+        Sampling(num_inference_steps=3, batch_size=64, pad_last_batch=False),
     ):
         assert np.abs(drawn(PROMPTS, SEEDS, s).astype(int) - one).max() <= 1
 
 
 def test_global_random_state_is_left_alone(pipe: Any) -> None:
     before = torch.random.get_rng_state()
-    generate(pipe, PROMPTS, SEEDS, Sampling(steps=1, batch=2))
+    generate(pipe, PROMPTS, SEEDS, Sampling(num_inference_steps=1, batch_size=2))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -85,7 +85,7 @@ def test_batches_are_announced_and_handed_over(pipe: Any) -> None:
         pipe,
         PROMPTS,
         SEEDS,
-        Sampling(steps=1, batch=3),
+        Sampling(num_inference_steps=1, batch_size=3),
         on_batch=lambda first, real: events.append((first, real)),
         each=lambda indices, images: events.append((list(indices), images)),
         callback=on_step,
@@ -100,7 +100,7 @@ def test_batches_are_announced_and_handed_over(pipe: Any) -> None:
 def test_padding_is_to_the_batch_or_to_what_there_is(pipe: Any, prompts: int, pad: bool, size: int) -> None:
     rows: list[int] = []
     handle = pipe.unet.register_forward_hook(lambda m, args, output: rows.append(len(args[0])))
-    s = Sampling(steps=1, guidance=1.0, batch=4, pad=pad)
+    s = Sampling(num_inference_steps=1, guidance_scale=1.0, batch_size=4, pad_last_batch=pad)
     assert len(generate(pipe, PROMPTS[:prompts], SEEDS[:prompts], s)) == prompts
     handle.remove()
     assert set(rows) == {size}
@@ -109,8 +109,10 @@ def test_padding_is_to_the_batch_or_to_what_there_is(pipe: Any, prompts: int, pa
 def test_guidance_and_size(pipe: Any) -> None:
     rows: list[int] = []
     handle = pipe.unet.register_forward_hook(lambda m, args, output: rows.append(len(args[0])))
-    shape = generate(pipe, ["a"], [0], Sampling(steps=1, guidance=1.0, batch=2, height=8, width=24)).shape
-    generate(pipe, ["a"], [0], Sampling(steps=1, guidance=3.0, batch=2))
+    shape = generate(
+        pipe, ["a"], [0], Sampling(num_inference_steps=1, guidance_scale=1.0, batch_size=2, height=8, width=24)
+    ).shape
+    generate(pipe, ["a"], [0], Sampling(num_inference_steps=1, guidance_scale=3.0, batch_size=2))
     handle.remove()
     assert rows == [2, 4] and shape == (1, 8, 24, 3)
 
@@ -122,7 +124,7 @@ def test_nothing_to_draw(pipe: Any) -> None:
 def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> None:
     seen: list[bool] = []
     handle = pipe.unet.register_forward_hook(lambda m, args, output: seen.append(torch.is_grad_enabled()))
-    generate(pipe, ["a"], [0], Sampling(steps=1, batch=1))
+    generate(pipe, ["a"], [0], Sampling(num_inference_steps=1, batch_size=1))
     handle.remove()
     assert seen == [False] and torch.is_grad_enabled()
 
@@ -138,7 +140,7 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
         ({"prompts": ["a", "\ud800"]}, "is no text"),
         ({"prompts": ["a", b"b"]}, "is no text"),
         (
-            {"sampling": Sampling(steps=1, height=12, width=16)},
+            {"sampling": Sampling(num_inference_steps=1, height=12, width=16)},
             "refuses these settings: `height` and `width` have to be divisible",
         ),
     ],
@@ -152,4 +154,4 @@ def test_an_image_of_nan_is_no_image() -> None:
     pipe = pipelines.stable_diffusion()
     pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(DataError, match=r"NaN or infinity in an image of \['a'\]"):
-        generate(pipe, ["a"], [0], Sampling(steps=1, batch=2))
+        generate(pipe, ["a"], [0], Sampling(num_inference_steps=1, batch_size=2))

@@ -36,7 +36,7 @@ S = EvaluateSettings(
     idle_checks=0,
     timings=1,
     timed_images=1,
-    sampling=Sampling(steps=1, batch=8),
+    sampling=Sampling(num_inference_steps=1, batch_size=8),
     styles=STYLES,
     objects=OBJECTS,
 )

@@ -21,7 +21,7 @@ SETTINGS = [
     InspectSettings(),
     FitSettings(),
     TrainCanvas(),
-    TrainSettings(n=8, k=2, steps=1),
+    TrainSettings(n_features=8, k=2, steps=1),
 ]
 WRONG = [-(2**200), -1.5, 2**200, 1e300, math.nan, math.inf, -math.inf, "many", [1], True]
 FIELDS = [
@@ -43,26 +43,26 @@ def test_every_number_is_bounded(settings: Any, name: str):
 
 
 def test_there_are_numbers_to_look_at():
-    assert len(FIELDS) > 40 and {name for _, name in FIELDS} >= {"steps", "guidance", "lr", "learning_rate", "k_aux"}
+    assert len(FIELDS) > 40 and {name for _, name in FIELDS} >= {"steps", "guidance_scale", "learning_rate", "k_aux"}
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: FitSettings(pairs=0), "pairs is 0"),
+        (lambda: FitSettings(num_pairs=0), "pairs is 0"),
         (lambda: FitSettings(rank=0), "rank is 0"),
-        (lambda: FitSettings(batch=0), "batch is 0"),
+        (lambda: FitSettings(train_batch_size=0), "train_batch_size is 0"),
         (lambda: FitSettings(learning_rate=0), "learning_rate is 0"),
         (lambda: FitSettings(seed=990), "tests are drawn with seeds above 999"),
         (lambda: FitSettings(seed=10_000), "tests are drawn with seeds above 999"),
-        (lambda: Sampling(steps=1001), "steps is 1001"),
+        (lambda: Sampling(num_inference_steps=1001), "steps is 1001"),
         (lambda: Sampling(strength=0), "strength is 0"),
-        (lambda: Sampling(steps=2.0), "steps is 2.0"),
+        (lambda: Sampling(num_inference_steps=2.0), "steps is 2.0"),
         (lambda: Sampling(height=64), "height is 64 and width 0: pass both"),
-        (lambda: InspectSettings(images=0), "images is 0"),
+        (lambda: InspectSettings(num_images=0), "images is 0"),
         (lambda: InspectSettings(seed=2**63 - 2), "seed is"),
         (lambda: DemoSettings(phrases=()), "there are no phrases"),
-        (lambda: StreamSettings(per_image=0), "per_image is 0"),
+        (lambda: StreamSettings(vectors_per_image=0), "vectors_per_image is 0"),
     ],
 )
 def test_the_edges(make: Any, says: str):
@@ -73,7 +73,7 @@ def test_the_edges(make: Any, says: str):
 def test_whole_numbers_of_other_libraries_are_whole_numbers():
     import numpy as np
 
-    assert Sampling(steps=np.int64(3), guidance=np.float32(2)).steps == 3
+    assert Sampling(num_inference_steps=np.int64(3), guidance_scale=np.float32(2)).num_inference_steps == 3
     assert FitSettings(seed=940).seed == 940 and FitSettings(learning_rate=1).learning_rate == 1
 
 
@@ -83,7 +83,7 @@ def test_more_steps_than_the_schedule_has():
     with pytest.raises(
         SettingsError, match=r"StableDiffusionPipeline refuses these settings: `num_inference_steps`: 11"
     ):
-        generate(pipe, ["a"], [0], Sampling(steps=11, batch=1))
+        generate(pipe, ["a"], [0], Sampling(num_inference_steps=11, batch_size=1))
 
 
 def test_a_bug_in_a_pipeline_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
@@ -94,4 +94,4 @@ def test_a_bug_in_a_pipeline_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(pipe.unet, "forward", bug)
     with pytest.raises(ValueError, match="a bug"):
-        generate(pipe, ["a"], [0], Sampling(steps=1, batch=1))
+        generate(pipe, ["a"], [0], Sampling(num_inference_steps=1, batch_size=1))

@@ -95,8 +95,10 @@ _SAMPLING = "src/neuraleraser/sampling.py"
 _METRICS = "src/neuraleraser/evaluation/metrics.py"
 _PROTOCOL = "src/neuraleraser/evaluation/protocol.py"
 _ROWS = "src/neuraleraser/sites/rows.py"
-_OWN = "    lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2\n"
-_DRAWN = "    return lessons + [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
+_OWN = "    examples = [TrainingExample(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2\n"
+_DRAWN = (
+    "    return examples + [TrainingExample(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
+)
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -132,8 +134,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "[p.shows for p in pairs], seeds, sampling",
-                "[p.shows for p in pairs], [seed + 500 for seed in seeds], sampling",
+                "[p.positive for p in pairs], seeds, sampling",
+                "[p.positive for p in pairs], [seed + 500 for seed in seeds], sampling",
             ),
         ),
         (f"{FIT}::test_a_pair_is_drawn_from_the_same_noise",),
@@ -165,7 +167,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "matches-said",
         "an eraser's header leaves out the matched prompts it was made with",
-        (Text(_FITTING, "for prompt in (pair.shows, pair.without)]", "for prompt in (pair.shows,)]"),),
+        (Text(_FITTING, "for prompt in (pair.positive, pair.negative)]", "for prompt in (pair.positive,)]"),),
         (f"{FIT}::test_the_whole_fit",),
     ),
     Mutation(
@@ -188,7 +190,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "width",
         "a reference of another width is not refused",
-        (Text(_FITTING, "    if width != known.sae.d:\n", "    if False:\n"),),
+        (Text(_FITTING, "    if width != known.sae.d_in:\n", "    if False:\n"),),
         (f"{FIT}::test_no_reference_is_taken_for_another_pipeline_s",),
     ),
     Mutation(

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a test holds that they agree
     from neuraleraser.activations import Shards as Shards
+    from neuraleraser.activations import activation_matrix as activation_matrix
     from neuraleraser.activations import activation_stream as activation_stream
-    from neuraleraser.activations import bank as bank
     from neuraleraser.activations import collect as collect
-    from neuraleraser.activations import substitution as substitution
+    from neuraleraser.activations import measure_loss_recovered as measure_loss_recovered
     from neuraleraser.activations import write_shards as write_shards
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
+    from neuraleraser.concepts import add_context_pairs as add_context_pairs
+    from neuraleraser.concepts import default_neighbours as default_neighbours
     from neuraleraser.concepts import file_concept as file_concept
     from neuraleraser.concepts import phrase_concept as phrase_concept
-    from neuraleraser.concepts import shipped_neighbours as shipped_neighbours
-    from neuraleraser.concepts import with_neighbours as with_neighbours
     from neuraleraser.diagnosis import doctor as doctor
     from neuraleraser.eraser import Eraser as Eraser
     from neuraleraser.eraser import Trace as Trace
@@ -32,15 +32,15 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.eraser import set_erasers as set_erasers
     from neuraleraser.eraser import unload_erasers as unload_erasers
     from neuraleraser.errors import ConceptError as ConceptError
+    from neuraleraser.errors import ConceptRefusedError as ConceptRefusedError
     from neuraleraser.errors import DataError as DataError
+    from neuraleraser.errors import EraserNotAppliedError as EraserNotAppliedError
     from neuraleraser.errors import FileError as FileError
     from neuraleraser.errors import NeuralEraserError as NeuralEraserError
-    from neuraleraser.errors import NotApplied as NotApplied
-    from neuraleraser.errors import Refused as Refused
     from neuraleraser.errors import SettingsError as SettingsError
     from neuraleraser.errors import SiteError as SiteError
     from neuraleraser.errors import SplitError as SplitError
-    from neuraleraser.errors import UnseenRoute as UnseenRoute
+    from neuraleraser.errors import UnseenRouteWarning as UnseenRouteWarning
     from neuraleraser.evaluation.evaluate import evaluate as evaluate
     from neuraleraser.evaluation.method import Method as Method
     from neuraleraser.evaluation.protocol import Cell as Cell
@@ -102,10 +102,10 @@ _HOME: dict[str, str] = {
     "Method": "evaluation.method",
     "NeuralEraserError": "errors",
     "NoMethod": "methods",
-    "NotApplied": "errors",
+    "EraserNotAppliedError": "errors",
     "NudeNetJudge": "judges",
     "Reference": "fitting",
-    "Refused": "errors",
+    "ConceptRefusedError": "errors",
     "Report": "evaluation.report",
     "SAE": "sae",
     "Sampling": "settings",
@@ -119,10 +119,10 @@ _HOME: dict[str, str] = {
     "Trace": "eraser",
     "TrainSettings": "sae",
     "UnlearnCanvasJudge": "judges",
-    "UnseenRoute": "errors",
+    "UnseenRouteWarning": "errors",
     "activation_stream": "activations",
     "attach": "eraser",
-    "bank": "activations",
+    "activation_matrix": "activations",
     "calibrate": "fitting",
     "candidate_sites": "sites",
     "canvas_concept": "families.canvas",
@@ -147,12 +147,12 @@ _HOME: dict[str, str] = {
     "phrase_concept": "concepts",
     "record": "sites",
     "set_erasers": "eraser",
-    "shipped_neighbours": "concepts",
+    "default_neighbours": "concepts",
     "string_filters": "methods",
-    "substitution": "activations",
+    "measure_loss_recovered": "activations",
     "text_encoder_sites": "sites",
     "unload_erasers": "eraser",
-    "with_neighbours": "concepts",
+    "add_context_pairs": "concepts",
     "write_report": "evaluation.report_files",
     "write_shards": "activations",
 }
@@ -165,9 +165,11 @@ __all__ = [
     "ClipJudge",
     "Concept",
     "ConceptError",
+    "ConceptRefusedError",
     "DataError",
     "Eraser",
     "EraserMethod",
+    "EraserNotAppliedError",
     "EvaluateSettings",
     "EvaluationProtocol",
     "Family",
@@ -178,10 +180,8 @@ __all__ = [
     "Method",
     "NeuralEraserError",
     "NoMethod",
-    "NotApplied",
     "NudeNetJudge",
     "Reference",
-    "Refused",
     "Report",
     "Sampling",
     "SettingsError",
@@ -194,16 +194,18 @@ __all__ = [
     "Trace",
     "TrainSettings",
     "UnlearnCanvasJudge",
-    "UnseenRoute",
+    "UnseenRouteWarning",
+    "activation_matrix",
     "activation_stream",
+    "add_context_pairs",
     "attach",
-    "bank",
     "calibrate",
     "candidate_sites",
     "canvas_concept",
     "clip_judge",
     "collect",
     "cross_attention_sites",
+    "default_neighbours",
     "disable_erasers",
     "doctor",
     "edit",
@@ -217,17 +219,15 @@ __all__ = [
     "load_eraser",
     "load_reference",
     "make_reference",
+    "measure_loss_recovered",
     "model_card",
     "open_pipeline",
     "phrase_concept",
     "record",
     "set_erasers",
-    "shipped_neighbours",
     "string_filters",
-    "substitution",
     "text_encoder_sites",
     "unload_erasers",
-    "with_neighbours",
     "write_report",
     "write_shards",
 ]

@@ -48,8 +48,8 @@ MAX_FILE = 2**20
 class Pair:
     """A prompt that shows the concept, and the same prompt without it."""
 
-    shows: str
-    without: str
+    positive: str
+    negative: str
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Concept:
 
     The name is bounded and printable (`io.names.name_error`), and so are the prompts (`io.names.prompt_error`).
 
-    `beside` are further pairs in which something else stands beside the concept, and alone in the match: "a cat and a
-    dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
+    `context_pairs` are further pairs in which something else stands beside the concept, and alone in the match: "a cat
+    and a dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
     """
 
     name: str
     kind: str
     pairs: tuple[Pair, ...]
-    beside: tuple[Pair, ...] = ()
+    context_pairs: tuple[Pair, ...] = ()
 
     def __post_init__(self) -> None:
         if error := name_error(self.name):
@@ -75,14 +75,14 @@ class Concept:
             raise ConceptError(f"concept {self.name!r} is of kind {kind!r}: pass one of {', '.join(KINDS)}")
         if not self.pairs:
             raise ConceptError(f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it")
-        for pair in (*self.pairs, *self.beside):
-            for prompt in (pair.shows, pair.without):
+        for pair in (*self.pairs, *self.context_pairs):
+            for prompt in (pair.positive, pair.negative):
                 if error := prompt_error(prompt):
                     raise ConceptError(f"concept {self.name!r}: {error}: change it")
-            if not pair.shows.strip():
+            if not pair.positive.strip():
                 raise ConceptError(f"concept {self.name!r} has an empty prompt that is to show it: write one")
-            if pair.shows.strip() == pair.without.strip():
-                shown = printable(pair.shows)
+            if pair.positive.strip() == pair.negative.strip():
+                shown = printable(pair.positive)
                 raise ConceptError(
                     f"concept {self.name!r}: {shown!r} is its own match; the match must lack the concept"
                 )
@@ -108,12 +108,12 @@ def vocabulary_concept(vocabulary: Vocabulary, name: str, phrasings: slice = SEE
             for style in v.styles:
                 how = "" if style == v.plain else " " + v.style_phrases[style][i]
                 pairs.append(Pair(what + how, nothing + how))
-        return Concept(name, "object", tuple(pairs), _beside_others(v, name, numbers))
+        return Concept(name, "object", tuple(pairs), _pairs_in_context(v, name, numbers))
     known = ", ".join(n for n in (*v.styles, *v.objects) if n != v.plain)
     raise ConceptError(f"the {v.name} has no concept {name!r}. It knows: {known}")
 
 
-def _beside_others(v: Vocabulary, name: str, numbers: Sequence[int]) -> tuple[Pair, ...]:
+def _pairs_in_context(v: Vocabulary, name: str, numbers: Sequence[int]) -> tuple[Pair, ...]:
     """Return the object with each other one, in each style, in either order; the style's phrasing is the other's."""
     others, styles = [o for o in v.objects if o != name], v.styles
     pairs = []
@@ -126,11 +126,11 @@ def _beside_others(v: Vocabulary, name: str, numbers: Sequence[int]) -> tuple[Pa
     return tuple(pairs)
 
 
-def with_neighbours(concept: Concept, neighbours: Sequence[Concept]) -> Concept:
+def add_context_pairs(concept: Concept, neighbours: Sequence[Concept]) -> Concept:
     """The concept with `neighbours` beside it, where it is an object named by its own phrase; else as it is."""
     others = [n for n in neighbours if n.kind == "object"]
-    own = [p.shows for p in concept.pairs if concept.name in p.shows]
-    if concept.kind != "object" or concept.beside or not others or not own:
+    own = [p.positive for p in concept.pairs if concept.name in p.positive]
+    if concept.kind != "object" or concept.context_pairs or not others or not own:
         return concept
     pairs = []
     for k in range(len(own) * len(others)):
@@ -138,7 +138,7 @@ def with_neighbours(concept: Concept, neighbours: Sequence[Concept]) -> Concept:
         both = (f"{concept.name} and {other}", f"{other} and {concept.name}")
         match = prompt.replace(concept.name, other, 1)
         pairs += [Pair(prompt.replace(concept.name, what, 1), match) for what in both]
-    return replace(concept, beside=tuple(dict.fromkeys(pairs)))
+    return replace(concept, context_pairs=tuple(dict.fromkeys(pairs)))
 
 
 def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> Concept:
@@ -159,7 +159,7 @@ def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> C
     return Concept(text, kind, pairs)
 
 
-def shipped_neighbours(concept: Concept) -> tuple[Concept, ...]:
+def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
     """Return what a style or an object of any pipeline is likely to be mistaken for.
 
     Of a style other styles; of an object the rest of the groups that its words are in, or else one or two of every
@@ -178,8 +178,8 @@ def shipped_neighbours(concept: Concept) -> tuple[Concept, ...]:
 
 
 def file_concept(path: str | Path) -> Concept:
-    """A concept from a JSON file: {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "beside" for
-    pairs in which something else stays.
+    """A concept from a JSON file: {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "context_pairs"
+    for pairs in which something else stays.
 
     Raises ConceptError saying which field is wrong.
     """
@@ -192,7 +192,7 @@ def file_concept(path: str | Path) -> Concept:
     try:
         pairs, beside = (
             tuple(Pair(_text(a), _text(b)) for a, b in map(_list, part))
-            for part in (data["pairs"], data.get("beside", []))
+            for part in (data["pairs"], data.get("context_pairs", []))
         )
         return Concept(_text(data["name"]), _text(data.get("kind", "other")), pairs, beside)
     except (AttributeError, KeyError, TypeError, ValueError) as e:

@@ -51,12 +51,12 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         if s.resume and path.exists():
             say(f"{phrase!r}: {path} is there already")
         else:
-            with progress_bar(phrase) as told:
-                save_or_keep(path, fit(pipe, concept, s.fit, told, known=known).save)
+            with progress_bar(phrase) as progress:
+                save_or_keep(path, fit(pipe, concept, s.fit, progress, known=known).save)
         erasers.append(Eraser.load(path))
         made = erasers[-1].header.get("seconds", 0)
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {float(made):.0f} s")
-        if said := doubt(erasers[-1]):
+        if said := separability_warning(erasers[-1]):
             say(said)
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
     report = evaluate_erasers(pipe, erasers, s.evaluate, run)
@@ -74,19 +74,19 @@ def _eraser_path(folder: Path, name: str) -> Path:
     return folder / "erasers" / f"{file_name(name)}.safetensors"
 
 
-def doubt(eraser: Eraser) -> str:
+def separability_warning(eraser: Eraser) -> str:
     """Return what to say of an eraser whose features could not tell the concept apart; "" if they could."""
     share = float(eraser.header.get("open_share", 1))
     if share >= 0.5:
         return ""
     return (
-        f"Careful: the features told {eraser.name} from everything else at only {share:.0%} of the timesteps; at the "
+        f"Careful: the features set {eraser.name} apart from the rest at only {share:.0%} of the timesteps; at the "
         "others the gate stays shut, so the concept will often stay in."
     )
 
 
 class progress_bar:
-    """A context manager: what `fit` tells, `told(what, share)`, as a bar with the time left."""
+    """Context manager: a bar with the time left, fed by calls `progress(what, share)` as `fit` makes them."""
 
     def __init__(self, label: str) -> None:
         self._bar = tqdm(total=1.0, bar_format="{desc}: {percentage:3.0f} %|{bar}| {elapsed}, {remaining} left")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser, Trace, attach
-from neuraleraser.errors import DataError, NotApplied, SettingsError, SiteError
+from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
 from neuraleraser.families.defaults import sampling_of
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
@@ -36,7 +36,7 @@ FIRST_SEED = 110_000
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: of which eraser, what, whether it is well (None: cannot be told), in words."""
+    """One check of an eraser: its name, the check, the result (None: unknown), and what was found, in words."""
 
     eraser: str
     what: str
@@ -52,7 +52,7 @@ class Diagnosis:
 
     @property
     def well(self) -> bool:
-        """True if nothing is wrong; what cannot be told is not counted as wrong."""
+        """True if no check failed; an unknown result is no failure."""
         return all(c.well is not False for c in self.checks)
 
     @property
@@ -82,7 +82,7 @@ def doctor(
     lookalikes: Sequence[Sequence[str]],
     judges: Sequence[Any] = (),
     *,
-    images: int = 8,
+    num_images: int = 8,
     samplings: Sequence[Sampling] = (),
 ) -> Diagnosis:
     """Look at each eraser alone: does it fit, do its hooks run, does it fire on its concept's prompts, is the concept
@@ -98,17 +98,17 @@ def doctor(
     """
     judges = judges or [None] * len(erasers)
     usual = [sampling_of(pipe, eraser.header) for eraser in erasers]
-    samplings = samplings or [replace(s, batch=max(1, min(images, 8, s.batch))) for s in usual]
-    if not erasers or images < 1 or {len(concepts), len(lookalikes), len(judges), len(samplings)} != {len(erasers)}:
+    samplings = samplings or [replace(s, batch_size=max(1, min(num_images, 8, s.batch_size))) for s in usual]
+    if not erasers or num_images < 1 or {len(concepts), len(lookalikes), len(judges), len(samplings)} != {len(erasers)}:
         raise SettingsError(
             f"{len(erasers)} erasers with {len(concepts)} concepts, {len(lookalikes)} sets of lookalikes, "
-            f"{len(judges)} judges and {len(samplings)} samplings, {images} images: pass at least one eraser "
+            f"{len(judges)} judges and {len(samplings)} samplings, {num_images} images: pass at least one eraser "
             "and image, and one of all for each eraser"
         )
     checks: list[Check] = []
     for eraser, concept, others, judge, s in zip(erasers, concepts, lookalikes, judges, samplings, strict=True):
-        generate(pipe, [concept.pairs[0].shows], [FIRST_SEED], s)  # warm, so that the first timing is fair
-        checks += _one(pipe, eraser, concept, others, judge, images, s)
+        generate(pipe, [concept.pairs[0].positive], [FIRST_SEED], s)  # warm, so that the first timing is fair
+        checks += _one(pipe, eraser, concept, others, judge, num_images, s)
     return Diagnosis(tuple(checks))
 
 
@@ -118,14 +118,14 @@ def _one(
     def check(what: str, well: bool | None, found: str) -> Check:
         return Check(eraser.name, what, well, found)
 
-    own = [concept.pairs[i * len(concept.pairs) // images].shows for i in range(images)]
+    own = [concept.pairs[i * len(concept.pairs) // images].positive for i in range(images)]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             after = _draw(pipe, own, s, eraser)
         except SiteError as error:
             return [check("fits", False, f"does not fit ({error})")]
-        except NotApplied as error:
+        except EraserNotAppliedError as error:
             return [check("fits", True, "fits"), check("hooks run", False, f"did not run ({error})")]
     other = [str(w.message) for w in warned if "other weights" in str(w.message)]
     checks = [

@@ -5,12 +5,12 @@
     ├── SiteError       a site does not exist in this pipeline, or does not fit (width, stream, architecture)
     ├── ConceptError    a concept or phrase is unknown, or has too few prompts
     ├── SplitError      selection and test prompts, phrasings, seeds or concepts overlap
-    ├── NotApplied      an attached eraser did not act, so no image may be returned
-    ├── Refused         an eraser that refuses found its concept, so no image is returned
+    ├── EraserNotAppliedError      an attached eraser did not act, so no image may be returned
+    ├── ConceptRefusedError         an eraser that refuses found its concept, so no image is returned
     ├── DataError       values that cannot be used: NaN, no rows, a wrong shape
     └── SettingsError   settings that are out of range or contradict each other
 
-and the warning UnseenRoute: a call uses a route that no gate of an eraser sees.
+and the warning UnseenRouteWarning: a call uses a route that no gate of an eraser sees.
 
 Each message is one sentence: what was passed, what was expected, what to do next. Catch
 `NeuralEraserError` to catch them all; a bug in this package is never one of these.
@@ -41,11 +41,11 @@ class SplitError(NeuralEraserError):
     """Data of selection would also be used for testing."""
 
 
-class NotApplied(NeuralEraserError):
+class EraserNotAppliedError(NeuralEraserError):
     """An eraser is attached but did not act; raised before an image is returned."""
 
 
-class Refused(NeuralEraserError):
+class ConceptRefusedError(NeuralEraserError):
     """An eraser that was attached to refuse found its concept; raised before an image is returned.
 
     `images`: the images of the call in which one did, counted from 0, each with the erasers' names.
@@ -64,9 +64,9 @@ class SettingsError(NeuralEraserError):
     """A setting is out of its range, or two settings contradict each other."""
 
 
-class UnseenRoute(UserWarning):
+class UnseenRouteWarning(UserWarning):
     """A concept may enter a call by a route that an eraser's gate does not see, such as a start image.
 
-    Given once for an attachment and route. `warnings.simplefilter("error", UnseenRoute)` makes it an error, raised
-    before anything is drawn.
+    Given once for an attachment and route. `warnings.simplefilter("error", UnseenRouteWarning)` makes it an error,
+    raised before anything is drawn.
     """

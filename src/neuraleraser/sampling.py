@@ -38,7 +38,7 @@ def generate(
 ) -> Images:
     """Draw one image a prompt with its seed -> uint8 [N, H, W, 3].
 
-    `init` uint8 [N, H, W, 3] starts an image-to-image pipeline. `on_batch(start, real)` is told before each
+    `init` uint8 [N, H, W, 3] starts an image-to-image pipeline. `on_batch(start, real)` is called before each
     batch which images come (their first index, and how many are not padding); `each(indices, images)` gets
     each finished batch; `callback` is diffusers' own `callback_on_step_end`. Raises SettingsError if the lengths
     differ, for a seed out of range, a prompt that is no text and what the pipeline itself refuses (more steps than its
@@ -66,7 +66,7 @@ def generate(
         extra["callback_on_step_end"] = callback
     out: list[Images] = []
     # The last batch is filled up in any case; without `pad` no batch is larger than there are images.
-    size = s.batch if s.pad else min(s.batch, max(len(prompts), 1))
+    size = s.batch_size if s.pad_last_batch else min(s.batch_size, max(len(prompts), 1))
     series = Series(len(prompts))
     for start in range(0, len(prompts), size):
         real = min(size, len(prompts) - start)
@@ -80,8 +80,8 @@ def generate(
             with torch.no_grad(), drawing(Batch(series, start, real, size)):
                 result = pipe(
                     [prompts[i] for i in index],
-                    num_inference_steps=s.steps,
-                    guidance_scale=s.guidance,
+                    num_inference_steps=s.num_inference_steps,
+                    guidance_scale=s.guidance_scale,
                     generator=[torch.Generator("cpu").manual_seed(int(seeds[i])) for i in index],
                     output_type="np",
                     **extra,

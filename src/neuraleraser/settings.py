@@ -54,11 +54,11 @@ def _short(value: Any) -> str:
 class Sampling:
     """Settings of the sampler. Raises SettingsError for a value out of range."""
 
-    steps: int = 25
+    num_inference_steps: int = 25
     """Denoising steps."""
-    guidance: float = 3.0
+    guidance_scale: float = 3.0
     """Classifier-free guidance scale; 1 draws without guidance."""
-    batch: int = 20
+    batch_size: int = 20
     """Images drawn together."""
     height: int = 0
     """Height in pixels (0: the pipeline's own)."""
@@ -66,13 +66,13 @@ class Sampling:
     """Width in pixels (0: the pipeline's own)."""
     strength: float = 0.8
     """For image-to-image: how much of the way back to noise the start image is taken."""
-    pad: bool = True
+    pad_last_batch: bool = True
     """Fill the last batch up, so that its images have the same bits in any company."""
 
     def __post_init__(self) -> None:
-        check_whole("steps", self.steps, 1, 1000)  # timesteps of the schedules in use
-        check_number("guidance", self.guidance, 0, 1000)
-        check_whole("batch", self.batch, 1, 4096)
+        check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)  # timesteps of the schedules in use
+        check_number("guidance_scale", self.guidance_scale, 0, 1000)
+        check_whole("batch_size", self.batch_size, 1, 4096)
         check_whole("height", self.height, 0, 8192)
         check_whole("width", self.width, 0, 8192)
         check_number("strength", self.strength, 0, 1, above=True)
@@ -89,35 +89,37 @@ class StreamSettings:
     Raises SettingsError for a value out of range.
     """
 
-    batch: int = 4096
+    train_batch_size: int = 4096
     """Activation vectors in a training batch."""
-    per_image: int = 256
+    vectors_per_image: int = 256
     """Vectors kept of an image at each site, over all its steps, positions and guidance branches."""
-    images: int = 0
+    num_images: int = 0
     """Images to draw, which are used again and again, in a new order; 0: new ones all along."""
-    window: int = 64
+    buffer_chunks: int = 64
     """How many batches of images are mixed at a time, in memory; training starts with a quarter of them. Of few images
     an SAE learns what is theirs alone, and forgets it with them (docs/LOG.md)."""
     reuse: int = 16
     """How often a vector is used before it leaves memory: drawing takes longer than training."""
-    per_map: int = 1
+    group_size: int = 1
     """Vectors of one image and step that stay together, for labels of whole images; 1: each goes alone."""
     seed: int = 0
     """Decides the images' noise and all orders."""
-    ahead: int = 1
+    prefetch: int = 1
     """Batches of images that a thread draws during training; 0: drawing and training take turns."""
     sampling: Sampling | None = None
     """How images are drawn; None: as the pipeline usually is."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "per_image", "window", "reuse", "per_map"):
+        for name in ("train_batch_size", "vectors_per_image", "buffer_chunks", "reuse", "group_size"):
             check_whole(name, getattr(self, name), 1, MANY)
-        check_whole("images", self.images, 0, MANY)
-        check_whole("ahead", self.ahead, 0, 1000)
+        check_whole("num_images", self.num_images, 0, MANY)
+        check_whole("prefetch", self.prefetch, 0, 1000)
         check_seed(self.seed)
-        for name in ("batch", "per_image"):
-            if getattr(self, name) % self.per_map:
-                raise SettingsError(f"{name} is {getattr(self, name)}: pass a multiple of per_map = {self.per_map}")
+        for name in ("train_batch_size", "vectors_per_image"):
+            if getattr(self, name) % self.group_size:
+                raise SettingsError(
+                    f"{name} is {getattr(self, name)}: pass a multiple of group_size = {self.group_size}"
+                )
 
 
 @dataclass(frozen=True)
@@ -126,37 +128,37 @@ class InspectSettings:
 
     prompts: Path | None = None
     """Text file, one prompt a line; None: captions of the canvas."""
-    images: int = 20
+    num_images: int = 20
     """Images to measure on, drawn in one batch."""
-    per_image: int = 2048
+    vectors_per_image: int = 2048
     """Activation vectors of an image, over all its steps, positions and guidance branches."""
-    times: int = 6
+    num_timesteps: int = 6
     """Timesteps at which the denoising loss is measured."""
     seed: int = 200_000
     """Seed of the first image; the others follow. Erasers are made and tested with other seeds."""
-    sheet: Path | None = None
+    comparison_png: Path | None = None
     """PNG file for the images: as the model draws them (left), and with reconstructions (right)."""
 
     def __post_init__(self) -> None:
-        check_whole("images", self.images, 1, 4096)
-        check_whole("per_image", self.per_image, 1, MANY)
-        check_whole("times", self.times, 1, 1000)
-        check_whole("seed", self.seed, 0, MAX_SEED - self.images)
+        check_whole("num_images", self.num_images, 1, 4096)
+        check_whole("vectors_per_image", self.vectors_per_image, 1, MANY)
+        check_whole("num_timesteps", self.num_timesteps, 1, 1000)
+        check_whole("seed", self.seed, 0, MAX_SEED - self.num_images)
 
 
 @dataclass(frozen=True)
 class FitSettings:
     """Settings of a fit: an eraser from a concept. Raises SettingsError for a value out of range."""
 
-    pairs: int = 24
+    num_pairs: int = 24
     """Pairs of prompts drawn to learn from."""
-    beside: int = 36
+    num_context_pairs: int = 36
     """Further prompts of an object that something else stands beside, drawn without it, to learn what is to stay."""
     rank: int = 32
     """Rank of a correction."""
     steps: int = 160
     """Optimiser steps of the correction."""
-    batch: int = 24
+    train_batch_size: int = 24
     """States in an optimiser step."""
     learning_rate: float = 4e-3
     """Peak learning rate of the correction; it falls to zero over the last 40 % of the steps."""
@@ -164,17 +166,17 @@ class FitSettings:
     """First of the selection seeds (0 to 999) that images are drawn with."""
 
     def __post_init__(self) -> None:
-        check_whole("pairs", self.pairs, 1, len(SELECTION_SEEDS))
-        check_whole("beside", self.beside, 0, len(SELECTION_SEEDS))
+        check_whole("num_pairs", self.num_pairs, 1, len(SELECTION_SEEDS))
+        check_whole("num_context_pairs", self.num_context_pairs, 0, len(SELECTION_SEEDS))
         check_whole("rank", self.rank, 1, 256)
         check_whole("steps", self.steps, 1, MANY)
-        check_whole("batch", self.batch, 1, 4096)
+        check_whole("train_batch_size", self.train_batch_size, 1, 4096)
         check_number("learning_rate", self.learning_rate, 0, 10, above=True)
         check_whole("seed", self.seed, 0, MAX_SEED)
-        if self.seed + self.pairs + self.beside > SELECTION_SEEDS.stop:
+        if self.seed + self.num_pairs + self.num_context_pairs > SELECTION_SEEDS.stop:
             raise SettingsError(
-                f"seed is {self.seed}, and {self.pairs} pairs and {self.beside} beside take a seed each: "
-                f"pass fewer or a lower seed, as tests are drawn with seeds above {SELECTION_SEEDS.stop - 1}"
+                f"seed is {self.seed}, and {self.num_pairs} pairs and {self.num_context_pairs} context pairs take "
+                f"one each: pass fewer or a lower seed, as tests are drawn with seeds above {SELECTION_SEEDS.stop - 1}"
             )
 
 
@@ -208,7 +210,7 @@ class EvaluateSettings:
     """Rounds in which plain sampling and sampling with the eraser are timed against each other."""
     timed_images: int = 16
     """Images in a timed batch."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(batch=40))
+    sampling: Sampling = field(default_factory=lambda: Sampling(batch_size=40))
     """Sampling of all images."""
     styles: tuple[str, ...] = ()
     """Only these styles; none named: all that are not sealed."""
@@ -221,7 +223,7 @@ class EvaluateSettings:
         rounds = ("target_rounds", "two_object_rounds", "held_out_rounds", "image_to_image_rounds")
         for name in (*rounds, "fragment_prompts", "held_out_grid_rounds", "unhooked_checks", "idle_checks"):
             check_whole(name, getattr(self, name), 0, 10_000)
-        if not self.sampling.pad:
+        if not self.sampling.pad_last_batch:
             raise SettingsError(
                 "pad is off: without padding an image's bits depend on its company, so there are no twins to compare "
                 "with; leave it on"
@@ -256,7 +258,7 @@ class DemoSettings:
             idle_checks=0,
             timings=2,  # once in either order
             timed_images=8,
-            sampling=Sampling(batch=44),  # the 42 target images of a style in one
+            sampling=Sampling(batch_size=44),  # the 42 target images of a style in one
         )
     )
     """Amount that is measured."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import pipelines
-from neuraleraser.activations import CONDITIONAL, UNCONDITIONAL, Seen, bank, collect
+from neuraleraser.activations import CONDITIONAL, UNCONDITIONAL, ActivationBatch, activation_matrix, collect
 from neuraleraser.errors import DataError
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
@@ -29,7 +29,7 @@ def seen_by(pipe: Any, s: Sampling, prompts: list[str] = PROMPTS, **more: Any) -
     """(site, time, branch, image) -> [P, d]; every one is told exactly once."""
     found: dict[Any, Tensor] = {}
 
-    def on(seen: Seen) -> None:
+    def on(seen: ActivationBatch) -> None:
         assert len(seen.images) == len(seen.x)
         for i, x in zip(seen.images, seen.x, strict=True):
             key = seen.site, seen.timestep, seen.branch, i
@@ -41,7 +41,7 @@ def seen_by(pipe: Any, s: Sampling, prompts: list[str] = PROMPTS, **more: Any) -
 
 
 def test_every_image_step_branch_and_site_is_told_once(pipe: Any) -> None:
-    found = seen_by(pipe, Sampling(steps=3, batch=2))
+    found = seen_by(pipe, Sampling(num_inference_steps=3, batch_size=2))
     times = [float(t) for t in pipe.scheduler.timesteps]
     want = {(s, t, b, i) for s in (EARLY, LATE) for t in times for b in (UNCONDITIONAL, CONDITIONAL) for i in range(5)}
     assert found.keys() == want
@@ -49,13 +49,11 @@ def test_every_image_step_branch_and_site_is_told_once(pipe: Any) -> None:
     assert {x.shape for (s, *_), x in found.items() if s == LATE} == {(64, 16)}
 
 
-@pytest.mark.parametrize(
-    "settings", [{"pad": False}, {"batch": 5}, {"batch": 4, "pad": False}, {"batch": 64, "pad": False}]
-)
-def test_the_batch_decides_nothing(pipe: Any, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("size", "pad"), [(2, False), (5, True), (4, False), (64, False)])
+def test_the_batch_decides_nothing(pipe: Any, size: int, pad: bool) -> None:
     """A short last batch too has its halves in the right order."""
-    one = seen_by(pipe, Sampling(steps=2, batch=2))
-    other = seen_by(pipe, Sampling(**{"steps": 2, "batch": 2, **settings}))
+    one = seen_by(pipe, Sampling(num_inference_steps=2, batch_size=2))
+    other = seen_by(pipe, Sampling(num_inference_steps=2, batch_size=size, pad_last_batch=pad))
     assert one.keys() == other.keys()
     for key, x in one.items():
         torch.testing.assert_close(other[key], x, atol=1e-4, rtol=1e-4)
@@ -64,9 +62,9 @@ def test_the_batch_decides_nothing(pipe: Any, settings: dict[str, Any]) -> None:
 def test_branches_are_what_they_say(pipe: Any) -> None:
     """At the first step the unconditional branch does not know the prompt, and the conditional one is what a run
     without guidance sees."""
-    s = Sampling(steps=1, batch=2)
+    s = Sampling(num_inference_steps=1, batch_size=2)
     found, other = seen_by(pipe, s), seen_by(pipe, s, prompts=["x", "y", "z", "u", "v"])
-    alone = seen_by(pipe, Sampling(steps=1, batch=2, guidance=1.0))
+    alone = seen_by(pipe, Sampling(num_inference_steps=1, batch_size=2, guidance_scale=1.0))
     t = float(pipe.scheduler.timesteps[0])
     assert {branch for _, _, branch, _ in alone} == {CONDITIONAL}
     for i in range(5):
@@ -78,7 +76,7 @@ def test_branches_are_what_they_say(pipe: Any) -> None:
 
 
 def test_collecting_changes_nothing(pipe: Any) -> None:
-    s = Sampling(steps=2, batch=3)
+    s = Sampling(num_inference_steps=2, batch_size=3)
     images = collect(pipe, PROMPTS, SEEDS, [EARLY], lambda seen: None, s)
     assert (images == generate(pipe, PROMPTS, SEEDS, s)).all()
 
@@ -87,7 +85,7 @@ def test_from_start_images(pipe: Any) -> None:
     from neuraleraser.families.opening import image_to_image
 
     start = np.full((5, 16, 16, 3), 100, np.uint8)
-    found = seen_by(image_to_image(pipe), Sampling(steps=4, batch=2, strength=0.5), init=start)
+    found = seen_by(image_to_image(pipe), Sampling(num_inference_steps=4, batch_size=2, strength=0.5), init=start)
     assert len({t for _, t, _, _ in found}) == 2 and {i for *_, i in found} == set(range(5))
 
 
@@ -96,9 +94,9 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def test_a_bank_is_a_random_sample_of_the_stream(pipe: Any) -> None:
-    s = Sampling(steps=2, batch=2)
+    s = Sampling(num_inference_steps=2, batch_size=2)
     found = seen_by(pipe, s)
-    made = bank(pipe, PROMPTS, SEEDS, [EARLY, LATE], per_image=8, sampling=s)
+    made = activation_matrix(pipe, PROMPTS, SEEDS, [EARLY, LATE], vectors_per_image=8, sampling=s)
     for site, d in ((EARLY, 32), (LATE, 16)):
         x = made[site]
         assert x.shape == (8 * 5, d) and x.dtype == torch.float32
@@ -111,24 +109,26 @@ def test_a_bank_is_a_random_sample_of_the_stream(pipe: Any) -> None:
 
 
 def test_a_bank_repeats_and_its_seed_matters(pipe: Any) -> None:
-    s = Sampling(steps=2, batch=2)
-    one, same, other = (bank(pipe, PROMPTS[:2], SEEDS[:2], [EARLY], 6, s, seed)[EARLY] for seed in (1, 1, 2))
+    s = Sampling(num_inference_steps=2, batch_size=2)
+    one, same, other = (
+        activation_matrix(pipe, PROMPTS[:2], SEEDS[:2], [EARLY], 6, s, seed)[EARLY] for seed in (1, 1, 2)
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("per_image", "want"), [(1, 1), (7, 7), (10_000, 2 * 2 * 16)])
 def test_a_bank_is_never_larger_than_asked(pipe: Any, per_image: int, want: int) -> None:
-    s = Sampling(steps=2, batch=2)
-    assert len(bank(pipe, PROMPTS, SEEDS, [EARLY], per_image, s)[EARLY]) == 5 * want
+    s = Sampling(num_inference_steps=2, batch_size=2)
+    assert len(activation_matrix(pipe, PROMPTS, SEEDS, [EARLY], per_image, s)[EARLY]) == 5 * want
 
 
 def test_nan_is_named() -> None:
     pipe = pipelines.stable_diffusion()
     pipe.unet.mid_block.attentions[0].proj_out.bias.data.fill_(float("nan"))
     with pytest.raises(DataError, match=r"unet.mid_block.attentions.0.* timestep \d+, prompts \['a', 'b c'\]"):
-        bank(pipe, PROMPTS, SEEDS, [EARLY], 4, Sampling(steps=1, batch=2))
+        activation_matrix(pipe, PROMPTS, SEEDS, [EARLY], 4, Sampling(num_inference_steps=1, batch_size=2))
 
 
 def test_no_prompts(pipe: Any) -> None:
     with pytest.raises(DataError, match="no prompts"):
-        bank(pipe, [], [], [EARLY])
+        activation_matrix(pipe, [], [], [EARLY])

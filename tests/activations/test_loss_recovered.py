@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import pipelines
-from neuraleraser.activations import bank, substitution
+from neuraleraser.activations import activation_matrix, measure_loss_recovered
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import SAE
 from neuraleraser.settings import Sampling
@@ -19,7 +19,7 @@ from neuraleraser.sites import Site, noised
 
 SITE = Site("unet.mid_block.attentions.0")
 PROMPTS, SEEDS = ["a b", "c"], [1, 2]
-SAMPLING = Sampling(steps=3, batch=2)
+SAMPLING = Sampling(num_inference_steps=3, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def dumb(mean: torch.Tensor) -> SAE:
 
 
 def test_a_perfect_sae_loses_nothing(pipe: Any):
-    found = substitution(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, times=2)
+    found = measure_loss_recovered(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, times=2)
     assert [t.time for t in found.times] == [float(pipe.scheduler.timesteps[i]) for i in (0, 2)]
     for t in found.times:
         assert t.explained_variance > 0.9999 and t.l0 == pytest.approx(32, abs=0.1)
@@ -49,8 +49,8 @@ def test_a_perfect_sae_loses_nothing(pipe: Any):
 
 
 def test_an_sae_that_says_the_mean_loses_what_the_mean_loses(pipe: Any):
-    mean = bank(pipe, PROMPTS, SEEDS, [SITE], 10_000, SAMPLING)[SITE].mean(0)
-    found = substitution(pipe, dumb(mean), SITE, PROMPTS, SEEDS, SAMPLING)
+    mean = activation_matrix(pipe, PROMPTS, SEEDS, [SITE], 10_000, SAMPLING)[SITE].mean(0)
+    found = measure_loss_recovered(pipe, dumb(mean), SITE, PROMPTS, SEEDS, SAMPLING)
     assert len(found.times) == 3 and found.difference > 0
     for t in found.times:
         assert t.l0 == 0 and t.explained_variance <= 1e-6
@@ -61,7 +61,7 @@ def test_an_sae_that_says_the_mean_loses_what_the_mean_loses(pipe: Any):
 def test_the_pipeline_is_left_as_it_was(pipe: Any):
     before = pipelines.run(pipe, 0)
     hooks = [m for m in pipe.unet.modules() if m._forward_hooks or m._forward_pre_hooks]
-    substitution(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, times=1)
+    measure_loss_recovered(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, times=1)
     assert "step" not in vars(pipe.scheduler)
     assert torch.equal(pipelines.run(pipe, 0), before)
     assert hooks == [m for m in pipe.unet.modules() if m._forward_hooks or m._forward_pre_hooks] == []
@@ -69,9 +69,9 @@ def test_the_pipeline_is_left_as_it_was(pipe: Any):
 
 def test_what_does_not_fit_is_said(pipe: Any):
     with pytest.raises(DataError, match="is 32 wide, W_enc takes 16"):
-        substitution(pipe, perfect(16), SITE, PROMPTS, SEEDS, SAMPLING)
+        measure_loss_recovered(pipe, perfect(16), SITE, PROMPTS, SEEDS, SAMPLING)
     with pytest.raises(DataError, match="no prompts"):
-        substitution(pipe, perfect(32), SITE, [], [], SAMPLING)
+        measure_loss_recovered(pipe, perfect(32), SITE, [], [], SAMPLING)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' own tables
@@ -136,5 +136,5 @@ def test_every_family(family: str, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(type(pipe), "__call__", call)
     site = Site("transformer.transformer_blocks.1")
-    found = substitution(pipe, perfect(16), site, PROMPTS, SEEDS, SAMPLING, times=2)
+    found = measure_loss_recovered(pipe, perfect(16), site, PROMPTS, SEEDS, SAMPLING, times=2)
     assert all(t.replaced == pytest.approx(t.loss, rel=1e-3) and np.isfinite(t.mean) for t in found.times)

@@ -23,7 +23,13 @@ from neuraleraser.sites import Site
 
 EARLY, LATE = Site("unet.mid_block.attentions.0"), Site("unet.up_blocks.1.attentions.0", "update")
 PROMPTS = ["a", "b c", "d"]
-SETTINGS = StreamSettings(batch=8, per_image=8, window=2, reuse=1, sampling=Sampling(steps=2, batch=2))
+SETTINGS = StreamSettings(
+    train_batch_size=8,
+    vectors_per_image=8,
+    buffer_chunks=2,
+    reuse=1,
+    sampling=Sampling(num_inference_steps=2, batch_size=2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +53,8 @@ def alike(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> bool:
 def test_a_stream_can_be_taken_up_at_any_step(pipe: Any):
     want = batches(activation_stream(pipe, PROMPTS, [EARLY, LATE], SETTINGS), 0, 7)
     assert {k: x.shape for k, x in want[0].items()} == {str(EARLY): (8, 32), str(LATE): (8, 16)}
-    for step, ahead in ((3, 0), (5, 2)):  # two batches a refill: in the middle, and at its start
-        again = activation_stream(pipe, PROMPTS, [EARLY, LATE], dataclasses.replace(SETTINGS, ahead=ahead))
+    for step, prefetch in ((3, 0), (5, 2)):  # two batches a refill: in the middle, and at its start
+        again = activation_stream(pipe, PROMPTS, [EARLY, LATE], dataclasses.replace(SETTINGS, prefetch=prefetch))
         assert alike(batches(again, step, 7 - step), want[step:])
     other = activation_stream(pipe, PROMPTS, [EARLY, LATE], dataclasses.replace(SETTINGS, seed=1))
     assert not torch.equal(batches(other, 0, 1)[0][str(EARLY)], want[0][str(EARLY)])
@@ -64,16 +70,16 @@ def test_seeds_of_streams_are_no_others(pipe: Any):
 def test_a_sample_is_fair_whatever_the_number_of_calls(pipe: Any):
     """Each of the two steps and branches gives its share; all is kept where less was asked."""
     draw = {"pipe": pipe, "prompts": PROMPTS, "seeds": [1, 2, 3], "sites": [EARLY], "sampling": SETTINGS.sampling}
-    every = sample(**draw, maps=1000, generator=torch.Generator())[EARLY]
+    every = sample(**draw, groups=1000, generator=torch.Generator())[EARLY]
     assert every.x.shape == (3 * 2 * 2 * 16, 1, 32)
-    kept = sample(**draw, maps=32, generator=torch.Generator())[EARLY]
+    kept = sample(**draw, groups=32, generator=torch.Generator())[EARLY]
     assert kept.image.bincount().tolist() == [32] * 3
     assert 24 <= int((kept.branch == CONDITIONAL).sum()) <= 72  # of 96, half in the mean
     place = {tuple(v.tolist()): i for i, v in enumerate(every.x[:, 0])}
     found = [place[tuple(v.tolist())] for v in kept.x[:, 0]]
     assert len(set(found)) == len(found)  # without repeats
     assert torch.equal(every.image[found], kept.image) and torch.equal(every.branch[found], kept.branch)
-    maps = sample(**draw, maps=4, per_map=3, generator=torch.Generator())[EARLY]
+    maps = sample(**draw, groups=4, group_size=3, generator=torch.Generator())[EARLY]
     assert maps.x.shape == (12, 3, 32)
     rows = torch.tensor([[place[tuple(v.tolist())] for v in m] for m in maps.x])
     assert (every.image[rows] == maps.image[:, None]).all() and (every.branch[rows] == maps.branch[:, None]).all()
@@ -83,7 +89,9 @@ def test_a_sample_is_fair_whatever_the_number_of_calls(pipe: Any):
 def test_labels_are_those_of_the_rows_own_prompt(pipe: Any):
     """At the first step a row is known by its prompt: the unconditional ones, and those of prompts without, have 0."""
     labels = torch.tensor([[1, 0], [0, 1], [1, 1]])
-    s = dataclasses.replace(SETTINGS, per_map=2, batch=16, sampling=Sampling(steps=1, batch=3))
+    s = dataclasses.replace(
+        SETTINGS, group_size=2, train_batch_size=16, sampling=Sampling(num_inference_steps=1, batch_size=3)
+    )
     x, y = batches(activation_stream(pipe, PROMPTS, [EARLY], s, labels), 0, 1)[0][str(EARLY)]
     assert x.shape == (16, 32) and y.shape == (8, 2)
     assert {tuple(row) for row in y.tolist()} <= {(0, 0), (1, 0), (0, 1), (1, 1)}
@@ -97,13 +105,18 @@ def test_bad_streams_are_refused(pipe: Any):
         activation_stream(pipe, [], [EARLY], SETTINGS)
     with pytest.raises(SettingsError, match="0 sites"):
         activation_stream(pipe, PROMPTS, [], SETTINGS)
-    for wrong in ({"per_image": 0}, {"images": -1}, {"window": 0}, {"per_map": 3}, {"batch": 9, "per_map": 2}):
+    for wrong in (
+        {"vectors_per_image": 0},
+        {"num_images": -1},
+        {"buffer_chunks": 0},
+        {"train_batch_size": 9, "group_size": 2},
+    ):
         with pytest.raises(SettingsError):
             dataclasses.replace(SETTINGS, **wrong)
-    few = dataclasses.replace(SETTINGS, per_image=100)
-    with pytest.raises(DataError, match=r"mid_block.*has 64 vectors an image, fewer than per_image = 100"):
+    few = dataclasses.replace(SETTINGS, vectors_per_image=100)
+    with pytest.raises(DataError, match=r"mid_block.*has 64 vectors an image, fewer than vectors_per_image = 100"):
         next(activation_stream(pipe, PROMPTS, [EARLY], few)(0))
-    wide = dataclasses.replace(SETTINGS, per_map=34, per_image=68, batch=68, reuse=9)
+    wide = dataclasses.replace(SETTINGS, group_size=34, vectors_per_image=68, train_batch_size=68, reuse=9)
     with pytest.raises(DataError, match="has 16 positions, too few for a map of 34"):
         next(activation_stream(pipe, PROMPTS, [EARLY], wide)(0))
 
@@ -120,7 +133,7 @@ def test_nan_is_named_and_what_was_learnt_is_kept(tmp_path: Path):
         return draw(number, stopped)
 
     pool.chunk = chunk
-    settings = TrainSettings(n=40, k=2, steps=20, init_vectors=16, bf16=False)
+    settings = TrainSettings(n_features=40, k=2, steps=20, init_vectors=16, bf16=False)
     run = {"x": Run(settings, str(EARLY), tmp_path / "c")}
     message = r"unet\.mid_block\.attentions\.0.* timestep \d+, prompts \['.*\(all steps before are kept in .*c\)"
     with pytest.raises(DataError, match=message):
@@ -134,7 +147,7 @@ def recorded(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 def write(pipe: Any, folder: Path, on_shard: Any = None, **settings: Any) -> Shards:
-    s = dataclasses.replace(SETTINGS, images=6, **settings)
+    s = dataclasses.replace(SETTINGS, num_images=6, **settings)
     labels = torch.tensor([[1], [0], [1]], dtype=torch.uint8)
     pool = activation_stream(pipe, PROMPTS, [EARLY, LATE], s, labels)
     return write_shards(pool, folder, 3, described("tiny", PROMPTS, s), on_shard)
@@ -148,7 +161,7 @@ def test_shards_are_the_stream_whole_and_mixed(pipe: Any, recorded: Shards):
     assert len({tuple(v.tolist()) for v in x}) == 6 * 8  # of each image as many as asked, none twice
     streamed = batches(recorded.batches(8, seed=1), 0, 12)
     assert len({tuple(v.tolist()) for item in streamed[:6] for v in item[str(EARLY)][0]}) == 48
-    again = batches(Shards.open(recorded.folder).batches(8, seed=1, ahead=0), 5, 7)
+    again = batches(Shards.open(recorded.folder).batches(8, seed=1, prefetch=0), 5, 7)
     assert all(torch.equal(a[str(LATE)][0], b[str(LATE)][0]) for a, b in zip(again, streamed[5:], strict=True))
     assert not torch.equal(streamed[0][str(EARLY)][0], streamed[6][str(EARLY)][0])
 
@@ -208,7 +221,7 @@ def test_damaged_shards_are_named(pipe: Any, recorded: Shards, tmp_path: Path):
         shards.load(1)
     paths[1].unlink()
     with pytest.raises(FileError, match=r"shard-000001\.safetensors does not exist: run"):
-        next(iter(itertools.islice(shards.batches(8, window=3)(0), 1)))
+        next(iter(itertools.islice(shards.batches(8, buffer_chunks=3)(0), 1)))
     redrawn: list[int] = []
     write(pipe, tmp_path / "s", redrawn.append)
     assert redrawn == [1] and contents(tmp_path / "s") == contents(recorded.folder)

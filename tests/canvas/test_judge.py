@@ -101,16 +101,16 @@ def test_training_that_was_killed_ends_in_the_same_bits(
 ):
     straight = train_judge(which, renders, tmp_path / "a.safetensors", steps=4, batch=8)
 
-    update = train.Trainee.update
+    update = train.TrainState.update
 
-    def killed(self: train.Trainee) -> None:
+    def killed(self: train.TrainState) -> None:
         if self.step == 2:
             self.save()
             raise KeyboardInterrupt
         update(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainee, "update", killed)
+        patch.setattr(train.TrainState, "update", killed)
         with pytest.raises(KeyboardInterrupt):
             train_judge(which, renders, tmp_path / "b.safetensors", steps=4, batch=8)
     resumed = train_judge(which, renders, tmp_path / "b.safetensors", steps=4, batch=8)

@@ -26,7 +26,7 @@ from neuraleraser.sampling import generate
 from neuraleraser.settings import SELECTION_SEEDS, TEST_SEEDS, FitSettings, Sampling
 
 SEEDS = range(5000, 6000)
-SAMPLING = Sampling(steps=8, batch=12)
+SAMPLING = Sampling(num_inference_steps=8, batch_size=12)
 STYLE, OBJECT = "Cartoon", "Dogs"
 """What is erased. The others stand for all that is to stay."""
 OTHER_STYLES = tuple(name for name in words.DEV_STYLES if name != STYLE)
@@ -150,7 +150,9 @@ def test_the_shipped_rows_are_what_the_model_and_the_sae_say(pipe: Any, known: R
     first = known.provenance.seeds[-1][0]
     rows = [i for i, of in enumerate(known.labels[:500]) if of <= may]
     prompts, seeds = [known.prompts[i] for i in rows], [first + i for i in rows]
-    pooled, _ = pooled_features(pipe, known.sae, known.site, prompts, seeds, Sampling(steps=1, batch=len(rows)))
+    pooled, _ = pooled_features(
+        pipe, known.sae, known.site, prompts, seeds, Sampling(num_inference_steps=1, batch_size=len(rows))
+    )
     assert float(pooled.times[0]) == float(known.times[0])
     found, stored = conditional(pooled)[:, 0].float(), known.pooled[rows, 0].float()
     labels = len(known.sae.header["labels"])
@@ -177,7 +179,7 @@ class Erased:
 
 def erased(pipe: Any, known: Reference, name: str, own: range) -> Erased:
     """Fit an eraser in a quarter of the usual steps, and draw its own cells and those of neither concept with it."""
-    settings = FitSettings(pairs=12, beside=12, steps=40, batch=10, learning_rate=8e-3)
+    settings = FitSettings(num_pairs=12, num_context_pairs=12, steps=40, train_batch_size=10, learning_rate=8e-3)
     eraser = fit(pipe, canvas_concept(name), settings, known=known, sampling=SAMPLING)
     others = range(24, 36)
     cells = [*own, *others]

@@ -16,7 +16,7 @@ from neuraleraser.canvas import train
 from neuraleraser.canvas.data import Renders, render_set
 from neuraleraser.canvas.recipe import TrainCanvas
 from neuraleraser.canvas.train import (
-    Trainee,
+    TrainState,
     train_denoiser,
     train_vae,
 )
@@ -45,7 +45,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def step(run: Trainee) -> None:
+def step(run: TrainState) -> None:
     """One step on data that depend on the step alone."""
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(run.step))
     (run.module(x) - x.sum(1, keepdim=True)).square().mean().backward()
@@ -64,9 +64,9 @@ def convolutions() -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def new(path: Path, steps: int = 12, build: Callable[[], nn.Module] = dense) -> Trainee:
+def new(path: Path, steps: int = 12, build: Callable[[], nn.Module] = dense) -> TrainState:
     torch.manual_seed(1)
-    return Trainee(build(), path, 1e-2, steps, ema=0.9)
+    return TrainState(build(), path, 1e-2, steps, ema=0.9)
 
 
 @pytest.mark.parametrize("build", [dense, convolutions])
@@ -129,7 +129,7 @@ def test_another_modules_checkpoint_is_refused(tmp_path: Path):
     run.save()
     for other in (nn.Linear(5, 1), nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))):
         with pytest.raises(FileError, match="another module"):
-            Trainee(other, path, 1e-2, 12)
+            TrainState(other, path, 1e-2, 12)
 
 
 def test_a_cut_checkpoint_is_refused(tmp_path: Path):

@@ -27,20 +27,20 @@ def test_a_model_without_a_reference_gets_its_own(
         model,
         "--neighbours",
         "a b",
-        "--images",
+        "--num-images",
         "10",
-        "--pairs",
+        "--num-pairs",
         "2",
-        "--beside",
+        "--num-context-pairs",
         "1",
         "--steps",
         "2",
         "--rank",
         "1",
-        "--batch",
+        "--train-batch-size",
         "2",
     ]
-    argv += ["--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]
+    argv += ["--num-inference-steps", "2", "--num-pairs", "4", "--batch-size", "2"]
     assert main(argv) == 0
     first = capsys.readouterr()
     assert f"Making a reference for {Path(model).name} at unet." in first.out
@@ -48,12 +48,12 @@ def test_a_model_without_a_reference_gets_its_own(
     from neuraleraser import Eraser
 
     made = Eraser.load(Path("a-d.safetensors"))
-    assert made.header["sampling"]["steps"] == 2 and made.header["sampling"]["batch"] == 2
+    assert made.header["sampling"]["num_inference_steps"] == 2 and made.header["sampling"]["batch_size"] == 2
     (folder,) = Path("runs/references").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == ["background.safetensors", "sae.safetensors"]
     assert main(argv) == 0  # the second time it is there
     assert "Making a reference" not in capsys.readouterr().out
-    assert "images is 3: pass a whole number from 5" in refused([*argv[:4], "--images", "3"], capsys)
+    assert "images is 3: pass a whole number from 5" in refused([*argv[:4], "--num-images", "3"], capsys)
 
 
 def test_a_published_reference_out_of_reach_is_said_and_replaced(
@@ -81,20 +81,20 @@ def test_a_published_reference_out_of_reach_is_said_and_replaced(
         model,
         "--neighbours",
         "a b",
-        "--images",
+        "--num-images",
         "10",
-        "--pairs",
+        "--num-pairs",
         "2",
-        "--beside",
+        "--num-context-pairs",
         "1",
         "--steps",
         "2",
         "--rank",
         "1",
-        "--batch",
+        "--train-batch-size",
         "2",
     ]
-    assert main([*argv, "--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"]) == 0
+    assert main([*argv, "--num-inference-steps", "2", "--num-pairs", "4", "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
     assert "is published: bcywinski/SAeUron_coco" in out
     assert "could not be fetched from the Hub: no network." in out and "Making a reference" in out
@@ -104,7 +104,16 @@ def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsy
     e = open_eraser()
     gate = replace(e.gate, rows=e.gate.rows.repeat(1, 2))
     replace(e, gate=gate).save(tmp_path / "wide.safetensors")
-    argv = ["generate", "a", "--model", model, "--eraser", str(tmp_path / "wide.safetensors"), "--steps", "1"]
+    argv = [
+        "generate",
+        "a",
+        "--model",
+        model,
+        "--eraser",
+        str(tmp_path / "wide.safetensors"),
+        "--num-inference-steps",
+        "1",
+    ]
     assert "expects 64: use it with the pipeline it was made for" in refused(argv, capsys)
 
 
@@ -141,7 +150,9 @@ def test_generate_with_and_without_erasers(model: str, tmp_path: Path, capsys: p
 
     def draw(*more: str) -> tuple[np.ndarray, str]:
         out = tmp_path / "image.png"
-        assert main(["generate", "a cat", "--model", model, "--steps", "2", "--out", str(out), *more]) == 0
+        assert (
+            main(["generate", "a cat", "--model", model, "--num-inference-steps", "2", "--out", str(out), *more]) == 0
+        )
         with Image.open(out) as image:
             return np.asarray(image), capsys.readouterr().out
 

@@ -34,7 +34,19 @@ def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureF
     (line,) = said(model, capsys, "--eraser", "shut.safetensors")
     assert line == "Van_Gogh: did not fire"
     assert "Van_Gogh" in refused(
-        ["generate", "a", "--model", model, "--steps", "1", "--eraser", "vg.safetensors", "--action", "refuse"], capsys
+        [
+            "generate",
+            "a",
+            "--model",
+            model,
+            "--num-inference-steps",
+            "1",
+            "--eraser",
+            "vg.safetensors",
+            "--action",
+            "refuse",
+        ],
+        capsys,
     )
 
 
@@ -71,13 +83,13 @@ def test_an_eraser_may_be_a_folder_or_on_the_hub(
     open_eraser("Cats").save_pretrained("odd:0")  # a folder of that name is not one with a strength
     assert said(model, capsys, "--eraser", "odd:0")[0].startswith("Cats: acted")
     assert asked == ["owner/name"] * 2
-    argv = ["doctor", model, "--images", "1", "--steps", "1", "--erasers"]
+    argv = ["doctor", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers"]
     for source in ("kept", "owner/name", "vg.safetensors"):
         capsys.readouterr()
         assert main([*argv, source]) in (0, 1) and "Van_Gogh" in capsys.readouterr().out
     monkeypatch.setattr("neuraleraser.fitting.calibrate", lambda pipe, eraser, *_, **__: _calibrated(eraser))
     for source, out in (("kept", "kept"), ("owner/name", "name"), ("vg.safetensors", "vg")):
-        assert main(["calibrate", source, "--model", model, "--pairs", "2"]) == 0
+        assert main(["calibrate", source, "--model", model, "--num-pairs", "2"]) == 0
         assert Eraser.load(f"{out}-calibrated.safetensors").name == "Van_Gogh"
 
 
@@ -95,8 +107,10 @@ def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("neuraleraser.families.naming.file_concept", opened)
     open_eraser("secret.json").save("evil.safetensors")
-    main(["doctor", model, "--images", "1", "--steps", "1", "--erasers", "evil.safetensors"])
-    main(["generate", "a", "--model", model, "--steps", "1", "--eraser", "evil.safetensors", "--calibrate"])
+    main(["doctor", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers", "evil.safetensors"])
+    main(
+        ["generate", "a", "--model", model, "--num-inference-steps", "1", "--eraser", "evil.safetensors", "--calibrate"]
+    )
     with pytest.raises(AssertionError, match="was opened"):  # what the user names is
         main(["erase", "secret.json", "--model", model])
 
@@ -127,20 +141,20 @@ def test_a_concept_file_with_a_path_for_its_name(
         model,
         "--neighbours",
         "a b",
-        "--images",
+        "--num-images",
         "10",
-        "--pairs",
+        "--num-pairs",
         "2",
-        "--beside",
+        "--num-context-pairs",
         "1",
         "--steps",
         "2",
         "--rank",
         "1",
-        "--batch",
+        "--train-batch-size",
         "2",
     ]
-    main([*argv, "--sampling-steps", "2", "--pairs", "4", "--images-at-once", "2"])
+    main([*argv, "--num-inference-steps", "2", "--num-pairs", "4", "--batch-size", "2"])
     outside = {p.name for p in Path("..").iterdir()} | {p.name for p in Path("../../..").iterdir()}
     assert outside == {"c", "a", "vg.safetensors", "sae.safetensors", "p.txt", "file", "dir", "pipe"}
     assert [p for p in Path().glob("*.safetensors")] or "x-" in str(list(Path("runs/references").iterdir()))

@@ -35,8 +35,19 @@ def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     SAE(rows, torch.zeros(64), rows, torch.zeros(32), torch.zeros(64), {"site": str(GATE)}).save("sae.safetensors")
     assert main(["inspect", "sae.safetensors"]) == 0
     assert "The file holds no measures, or none that can be read.\n\nPass --model" in capsys.readouterr().out
-    argv = ["inspect", "sae.safetensors", "--model", model, "--prompts", "p.txt", "--images", "2", "--times", "2"]
-    assert main([*argv, "--per-image", "20", "--sampling-steps", "2", "--sheet", "s.png"]) == 0
+    argv = [
+        "inspect",
+        "sae.safetensors",
+        "--model",
+        model,
+        "--prompts",
+        "p.txt",
+        "--num-images",
+        "2",
+        "--num-timesteps",
+        "2",
+    ]
+    assert main([*argv, "--vectors-per-image", "20", "--num-inference-steps", "2", "--comparison-png", "s.png"]) == 0
     text = capsys.readouterr().out
     assert "Measured on 2 images, 40 vectors" in text and "variance explained  100.00%" in re.sub(" {3,}", "  ", text)
     bar = [line for line in text.splitlines() if "█" in line]
@@ -45,7 +56,7 @@ def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert kept[0].split()[-1] == "kept" and len(kept[1].split()) == 7
     with Image.open("s.png") as sheet:
         assert sheet.width > 2 * 16
-    wrong = ["--site", "unet.up_blocks.1.attentions.0", "--sampling-steps", "1"]
+    wrong = ["--site", "unet.up_blocks.1.attentions.0", "--num-inference-steps", "1"]
     assert "sae.safetensors: field W_enc takes activations 32 wide" in refused([*argv, *wrong], capsys)
 
 
@@ -56,4 +67,4 @@ def test_inspect_shows_what_the_shipped_file_says(capsys: pytest.CaptureFixture[
     figures = sae.header["measures"]
     assert f"{figures['explained_variance']:.2%}" in text and "Measured when it was made" in text
     bars = dict(re.findall(r"^ *(never|[\d.]+ to [\d.]+) +([\d,]+)", text, re.M))
-    assert sum(int(count.replace(",", "")) for count in bars.values()) == sae.n
+    assert sum(int(count.replace(",", "")) for count in bars.values()) == sae.n_features

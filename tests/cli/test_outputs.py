@@ -41,7 +41,7 @@ TO_FILES = {
     "record": ["generate", "a", "--record"],
     "calibrate": ["calibrate", "vg.safetensors", "--model", "m", "--out"],
     "profile": ["profile", "a", "--sae", "sae.safetensors", "--out"],
-    "inspect": ["inspect", "sae.safetensors", "--sheet"],
+    "inspect": ["inspect", "sae.safetensors", "--comparison-png"],
     "train": ["train", "unet", "--out"],
     "canvas sheet": ["canvas", "sheet", "--out"],
 }
@@ -77,9 +77,9 @@ READ = [
     ["generate", "a", "--model", "dir", "--out", "dir/sae.safetensors"],
     ["calibrate", "vg.safetensors", "--model", "m", "--out", "vg.safetensors"],
     ["profile", "a", "--sae", "sae.safetensors", "--out", "sae.safetensors"],
-    ["inspect", "sae.safetensors", "--sheet", "sae.safetensors"],
-    ["inspect", "dir", "--sheet", "dir/sae.safetensors"],
-    ["inspect", "sae.safetensors", "--prompts", "p.txt", "--sheet", "p.txt"],
+    ["inspect", "sae.safetensors", "--comparison-png", "sae.safetensors"],
+    ["inspect", "dir", "--comparison-png", "dir/sae.safetensors"],
+    ["inspect", "sae.safetensors", "--prompts", "p.txt", "--comparison-png", "p.txt"],
     ["erase", "a", "--reference", "dir", "--out", "dir/sae.safetensors"],
     ["reference", "dir", "unet", "--model", "m", "--prompts", "p.txt", "--out", "dir"],
     ["train", "unet", "--prompts", "p.txt", "--out", "p.txt"],
@@ -129,13 +129,13 @@ def test_a_result_is_kept_where_its_path_fails_after_the_work(
         argv = ["calibrate", "vg.safetensors", "--model", model, "--out", "late/x.safetensors"]
     elif name == "image":
         monkeypatch.setattr(sampling, "generate", in_the_way(sampling.generate))
-        argv = ["generate", "a", "--model", model, "--steps", "1", "--out", "late/x.png"]
+        argv = ["generate", "a", "--model", model, "--num-inference-steps", "1", "--out", "late/x.png"]
     else:
         import neuraleraser.sae as sae
 
         monkeypatch.setattr(sae, "measure", in_the_way(sae.measure))
-        argv = ["train", GATE.path, "--model", model, "--prompts", "p.txt", "--features", "32", *FEW]
-        argv += ["--per-image", "16", "--window", "2", "--out", "late.safetensors"]
+        argv = ["train", GATE.path, "--model", model, "--prompts", "p.txt", "--n-features", "32", *FEW]
+        argv += ["--vectors-per-image", "16", "--buffer-chunks", "2", "--out", "late.safetensors"]
         monkeypatch.setattr(SAE, "save", _failing_at(SAE.save, Path("late.safetensors")))
     capsys.readouterr()
     assert main(argv) == 2
@@ -143,7 +143,7 @@ def test_a_result_is_kept_where_its_path_fails_after_the_work(
     kept = Path(said.strip().splitlines()[-1].split("the result is kept in ")[1])
     assert kept.parent == Path.cwd() and kept.is_file()
     if kept.suffix == ".safetensors":
-        assert SAE.load(kept).n == 32 if name == "sae" else Eraser.load(kept).name == "Van_Gogh"
+        assert SAE.load(kept).n_features == 32 if name == "sae" else Eraser.load(kept).name == "Van_Gogh"
 
 
 def _failing_at(save: Any, path: Path) -> Any:
@@ -159,41 +159,41 @@ NUMBERS = [
     ["generate", "a", "--seed", "-1"],
     ["generate", "a", "--seed", str(2**63)],
     ["generate", "a", "--seed", "99999999999999999999"],
-    ["generate", "a", "--steps", "2000"],
-    ["generate", "a", "--guidance", "nan"],
-    ["generate", "a", "--guidance", "-3"],
-    ["generate", "a", "--guidance", "inf"],
-    ["erase", "cat", "--pairs", "0"],
+    ["generate", "a", "--num-inference-steps", "2000"],
+    ["generate", "a", "--guidance-scale", "nan"],
+    ["generate", "a", "--guidance-scale", "-3"],
+    ["generate", "a", "--guidance-scale", "inf"],
+    ["erase", "cat", "--num-pairs", "0"],
     ["erase", "cat", "--rank", "0"],
-    ["erase", "cat", "--batch", "0"],
+    ["erase", "cat", "--train-batch-size", "0"],
     ["erase", "cat", "--steps", "-1"],
     ["erase", "cat", "--learning-rate", "nan"],
     ["erase", "cat", "--learning-rate", "0"],
     ["erase", "cat", "--seed", "-1"],
     ["erase", "cat", "--seed", "10000"],
-    ["erase", "cat", "--images", "0"],
-    ["erase", "cat", "--sampling-steps", "0"],
-    ["erase", "cat", "--guidance", "nan"],
-    ["erase", "cat", "--images-at-once", "0"],
-    ["calibrate", "vg.safetensors", "--model", "m", "--pairs", "0"],
-    ["doctor", "m", "--erasers", "vg.safetensors", "--images", "0"],
-    ["doctor", "m", "--erasers", "vg.safetensors", "--steps", "-4"],
-    ["profile", "a", "--sae", "sae.safetensors", "--images", "0"],
+    ["erase", "cat", "--num-images", "0"],
+    ["erase", "cat", "--num-inference-steps", "0"],
+    ["erase", "cat", "--guidance-scale", "nan"],
+    ["erase", "cat", "--batch-size", "0"],
+    ["calibrate", "vg.safetensors", "--model", "m", "--num-pairs", "0"],
+    ["doctor", "m", "--erasers", "vg.safetensors", "--num-images", "0"],
+    ["doctor", "m", "--erasers", "vg.safetensors", "--num-inference-steps", "-4"],
+    ["profile", "a", "--sae", "sae.safetensors", "--num-images", "0"],
     ["profile", "a", "--sae", "sae.safetensors", "--top", "-1"],
-    ["collect", "--sites", "unet", "--images", "-1"],
-    ["collect", "--sites", "unet", "--per-image", "0"],
+    ["collect", "--sites", "unet", "--num-images", "-1"],
+    ["collect", "--sites", "unet", "--vectors-per-image", "0"],
     ["collect", "--sites", "unet", "--seed", "-1"],
-    ["collect", "--sites", "unet", "--guidance", "nan"],
-    ["collect", "--sites", "unet", "--images-at-once", "0"],
+    ["collect", "--sites", "unet", "--guidance-scale", "nan"],
+    ["collect", "--sites", "unet", "--batch-size", "0"],
     ["train", "unet", "--learning-rate", "nan"],
     ["train", "unet", "--bind", "nan"],
     ["train", "unet", "--steps", "0"],
-    ["train", "unet", "--features", "0"],
+    ["train", "unet", "--n-features", "0"],
     ["train", "unet", "--seed", str(2**63)],
     ["train", "unet", "--checkpoint-every", "0"],
-    ["inspect", "sae.safetensors", "--images", "0"],
+    ["inspect", "sae.safetensors", "--num-images", "0"],
     ["inspect", "sae.safetensors", "--seed", str(2**63)],
-    ["demo", "--fit.pairs", "0"],
+    ["demo", "--fit.num-pairs", "0"],
     ["demo", "--phrases"],
     ["canvas", "train", "--batch", "0"],
     ["canvas", "train", "--learning-rate", "nan"],
@@ -201,7 +201,7 @@ NUMBERS = [
     ["canvas", "render", "--size", "0"],
     ["canvas", "sheet", "--size", "-1"],
     ["canvas", "judge", "--renders", "0"],
-    ["canvas", "reference", "--images", "501"],
+    ["canvas", "reference", "--num-images", "501"],
 ]
 
 

@@ -11,9 +11,9 @@ import torch
 
 from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
-from neuraleraser import Refused, attach, eraser_trace, load_eraser, set_erasers, unload_erasers
+from neuraleraser import ConceptRefusedError, attach, eraser_trace, load_eraser, set_erasers, unload_erasers
 from neuraleraser.eraser import Eraser
-from neuraleraser.errors import NotApplied, SettingsError
+from neuraleraser.errors import EraserNotAppliedError, SettingsError
 from neuraleraser.sites import denoiser, record
 
 
@@ -33,7 +33,7 @@ def between(pipe: Any, eraser: Eraser, n: int = 2, **call: Any) -> tuple[Eraser,
     return replace(eraser, gate=replace(eraser.gate, low=bound, high=bound + 1e-3)), int(most.argmax())
 
 
-@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute")
+@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRouteWarning")
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux", "sdxl_inpaint"])
 def test_refused_before_an_image_is_returned(name: str) -> None:
     """Also where a pipeline returns latents early (SDXL's inpainting)."""
@@ -41,7 +41,10 @@ def test_refused_before_an_image_is_returned(name: str) -> None:
     family = {"sdxl_inpaint": "stable_diffusion_xl"}.get(name, name)
     one, loud = between(pipe, make_eraser(family))
     base = pipelines.run(pipe, 0, n=2)
-    with pytest.raises(Refused, match=rf"image {loud}: Cats") as caught, attach(pipe, one, action="refuse") as trace:
+    with (
+        pytest.raises(ConceptRefusedError, match=rf"image {loud}: Cats") as caught,
+        attach(pipe, one, action="refuse") as trace,
+    ):
         images.append(pipelines.run(pipe, 0, n=2))
     assert not images and caught.value.images == {loud: ["Cats"]} and trace.fired.keys() == {loud}
     with attach(pipe, make_eraser(family, **SHUT), action="refuse"):
@@ -61,7 +64,7 @@ def test_one_refuses_while_another_erases(sd: Any) -> None:
     quiet = make_eraser(seed=40, name="Dogs", **SHUT)
     with attach(sd, [cats, quiet], action=["erase", "refuse"]):
         assert torch.equal(pipelines.run(sd, 0), erased)
-    with pytest.raises(Refused, match="Dogs"), attach(sd, [cats, dogs], action=["erase", "refuse"]):
+    with pytest.raises(ConceptRefusedError, match="Dogs"), attach(sd, [cats, dogs], action=["erase", "refuse"]):
         pipelines.run(sd, 0)
     for wrong in ("delete", ["erase"], ["erase", "hide"]):
         with pytest.raises(SettingsError, match="erase, detect, refuse"), attach(sd, [cats, dogs], action=wrong):
@@ -75,7 +78,7 @@ def test_loaded_to_refuse_and_to_detect(sd: Any) -> None:
     with pytest.raises(SettingsError, match="erase, detect, refuse"):
         load_eraser(sd, make_eraser(seed=9), "other", action="hide")
     load_eraser(sd, make_eraser(seed=40), "dogs", action="refuse")
-    with pytest.raises(Refused, match="dogs"):
+    with pytest.raises(ConceptRefusedError, match="dogs"):
         pipelines.run(sd, 0)
     set_erasers(sd, "cats")
     assert torch.equal(pipelines.run(sd, 0), base)
@@ -88,7 +91,7 @@ def test_loaded_to_refuse_and_to_detect(sd: Any) -> None:
 
 def test_nan_is_no_reason_to_let_through(sd: Any) -> None:
     next(iter(denoiser(sd).parameters())).data.fill_(float("nan"))
-    with pytest.raises(NotApplied, match="NaN"), attach(sd, make_eraser(), action="refuse"):
+    with pytest.raises(EraserNotAppliedError, match="NaN"), attach(sd, make_eraser(), action="refuse"):
         pipelines.run(sd, 0)
 
 

@@ -13,7 +13,7 @@ from helpers import erasers, pipelines
 from helpers.erasers import SHUT, make_correction, make_eraser, make_gate
 from neuraleraser.eraser import KINDS, Eraser, LowRank, attach
 from neuraleraser.eraser.corrections import BatchedLowRank
-from neuraleraser.errors import DataError, NotApplied, SettingsError, SiteError
+from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
 from neuraleraser.sites import EditContext, Site, record
 
 
@@ -97,7 +97,7 @@ def test_no_erasers_at_all(sd: Any) -> None:
     assert trace.fired == {}
 
 
-# Refused.
+# ConceptRefusedError.
 
 
 def test_an_eraser_of_another_width(sd: Any) -> None:
@@ -115,7 +115,7 @@ def test_an_eraser_of_another_width(sd: Any) -> None:
 def test_an_edit_before_its_gate(sd: Any) -> None:
     at, on, d = erasers.SITES["stable_diffusion"]
     early = Eraser(make_gate(on, d), (make_correction(at, d),), {"concept": "Cats"})
-    with pytest.raises(NotApplied, match="ran before"), attach(sd, early):
+    with pytest.raises(EraserNotAppliedError, match="ran before"), attach(sd, early):
         pipelines.run(sd, 0)
 
 
@@ -139,5 +139,5 @@ def test_nan_in_an_eraser_or_in_the_model_is_no_image(sd: Any) -> None:
         pass
     other = pipelines.stable_diffusion()
     other.unet.mid_block.attentions[0].proj_out.bias.data.fill_(float("nan"))
-    with pytest.raises(NotApplied, match="NaN"), attach(other, e):
+    with pytest.raises(EraserNotAppliedError, match="NaN"), attach(other, e):
         pipelines.run(other, 0)

@@ -17,7 +17,7 @@ from neuraleraser.eraser.batched import BatchedGates
 from neuraleraser.eraser.corrections import BatchedLowRank, LowRank
 from neuraleraser.eraser.corrections.correction import sites_of
 from neuraleraser.eraser.runtime import SiteEdit
-from neuraleraser.errors import NotApplied, SiteError
+from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import Site
 
 SITE = Site("unet.mid_block.attentions.0")
@@ -209,17 +209,17 @@ def test_what_is_not_finite_is_noticed_where_a_change_is_repeated() -> None:
         return args, kwargs | {"encoder_hidden_states": text.expand_as(kwargs["encoder_hidden_states"])}
 
     handle = pipe.unet.up_blocks[1].attentions[0].register_forward_pre_hook(spoil, with_kwargs=True)
-    with pytest.raises(NotApplied, match="NaN"), attach(pipe, reader(READ)):
+    with pytest.raises(EraserNotAppliedError, match="NaN"), attach(pipe, reader(READ)):
         pipelines.run(pipe, 3)
     handle.remove()
 
 
 def test_changes_that_cannot_be_repeated() -> None:
     pipe, block = pipelines.stable_diffusion(), Site("unet.up_blocks.0")
-    with pytest.raises(NotApplied, match="ran before"), attach(pipe, reader(READ[::-1])):
+    with pytest.raises(EraserNotAppliedError, match="ran before"), attach(pipe, reader(READ[::-1])):
         pipelines.run(pipe, 3)
     image = (Site("unet.up_blocks.0.attentions.1"), block)  # 4 x 4 positions, then 8 x 8
-    with pytest.raises(NotApplied, match="do not read the same"), attach(pipe, reader(image, d=32)):
+    with pytest.raises(EraserNotAppliedError, match="do not read the same"), attach(pipe, reader(image, d=32)):
         pipelines.run(pipe, 3)
     many = [reader(image, d=32), reader((block,), d=16)]
     with pytest.raises(SiteError, match="erasers of different pipelines"), attach(pipe, many):

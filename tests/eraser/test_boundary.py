@@ -16,13 +16,13 @@ from helpers import pipelines
 from helpers.erasers import make_eraser, make_gate
 from helpers.prompted_calls import LOUD, QUIET, OwnLoop, hears, loop, prompts, twin
 from neuraleraser import (
-    Refused,
+    ConceptRefusedError,
     attach,
     load_eraser,
     unload_erasers,
 )
 from neuraleraser.eraser import Eraser
-from neuraleraser.errors import NotApplied, SiteError
+from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import Site
 
 
@@ -57,7 +57,7 @@ WHO: dict[str, Callable[[Any], Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute")
+@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRouteWarning")
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_refused_picture_is_never_seen(sd: Any, who: str, loaded: bool) -> None:
@@ -68,7 +68,7 @@ def test_a_refused_picture_is_never_seen(sd: Any, who: str, loaded: bool) -> Non
     context.__enter__()
     draw = WHO[who](sd)
     images.append(draw(QUIET))
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ConceptRefusedError) as refused:
         images.append(draw(QUIET, LOUD))
     assert refused.value.images == {1: ["Cats"]} and len(images) == 1
     draw(QUIET)  # what was refused is not held against the next call
@@ -102,7 +102,7 @@ def test_a_compiled_denoiser_refuses_too(way: str, compiled_first: bool, who: st
                 compile()
             draw = WHO[who](pipe)
             torch.testing.assert_close(prompts(pipe, QUIET), base)
-            with pytest.raises(Refused):
+            with pytest.raises(ConceptRefusedError):
                 images.append(draw(LOUD))
             assert not images and list(trace.fired) == [1]
         torch.testing.assert_close(prompts(pipe, QUIET), base)
@@ -118,11 +118,11 @@ def test_a_replaced_denoiser_is_noticed_by_whatever_runs_next(sd: Any) -> None:
         pipe = runs.__closure__[0].cell_contents if runs.__closure__ else sd
         pipe = pipe if isinstance(pipe, StableDiffusionPipeline) else sd
         own = pipe.unet
-        with pytest.raises(NotApplied, match="its unet was replaced"), attach(pipe, eraser):
+        with pytest.raises(EraserNotAppliedError, match="its unet was replaced"), attach(pipe, eraser):
             pipe.unet = bare
             images.append(runs(QUIET))
         pipe.unet = own
-    with pytest.raises(NotApplied, match="replaced"), attach(sd, eraser):
+    with pytest.raises(EraserNotAppliedError, match="replaced"), attach(sd, eraser):
         sd.unet = bare  # and nothing is drawn
     assert not images
 
@@ -145,7 +145,7 @@ def test_a_forward_outside_a_call_is_not_held_against_the_next(sd: Any) -> None:
     prompts(sd, QUIET)
     with torch.no_grad():
         sd.unet(torch.zeros(1, 4, 8, 8), 500, text)
-        with pytest.raises(Refused):
+        with pytest.raises(ConceptRefusedError):
             sd.vae.decode(torch.zeros(1, 4, 8, 8))
         text, _ = sd.encode_prompt(QUIET, "cpu", 1, False)
         sd.unet(torch.zeros(1, 4, 8, 8), 500, text)
@@ -153,7 +153,7 @@ def test_a_forward_outside_a_call_is_not_held_against_the_next(sd: Any) -> None:
 
 
 def test_a_refused_loop_that_never_decodes_is_said_at_the_end(sd: Any) -> None:
-    with pytest.raises(Refused), attach(sd, hears(sd), action="refuse"):
+    with pytest.raises(ConceptRefusedError), attach(sd, hears(sd), action="refuse"):
         loop(sd, [LOUD])
     with attach(sd, hears(sd), action="refuse"):
         loop(sd, [QUIET])

@@ -13,7 +13,7 @@ from helpers import pipelines
 from helpers.erasers import make_eraser
 from helpers.prompted_calls import LOUD, QUIET, hears, prompts, twin
 from neuraleraser import (
-    Refused,
+    ConceptRefusedError,
     attach,
 )
 from neuraleraser.sites import record
@@ -91,7 +91,7 @@ def test_frames_of_a_video_are_one_image() -> None:
     with attach(video, eraser) as trace:
         video(**call)
     assert sorted(trace.fired) == [0] and len(trace.records()) == 1
-    with pytest.raises(Refused) as refused, attach(video, eraser, action="refuse"):
+    with pytest.raises(ConceptRefusedError) as refused, attach(video, eraser, action="refuse"):
         video(**call)
     assert refused.value.images == {0: ["Cats"]}
 
@@ -119,6 +119,6 @@ def test_a_pipeline_without_prepared_latents_draws_one_image() -> None:
     text = pipelines.CLIPTextModel(pipelines.clip_text(max_position_embeddings=77)).eval()
     ldm: Any = LDMTextToImagePipeline(pipe.vae, Bert(text), tokenizer, pipe.unet, pipe.scheduler)
     ldm.set_progress_bar_config(disable=True)
-    with pytest.raises(Refused) as refused, attach(ldm, make_eraser(), action="refuse"):
+    with pytest.raises(ConceptRefusedError) as refused, attach(ldm, make_eraser(), action="refuse"):
         ldm(LOUD, height=16, width=16, num_inference_steps=2, guidance_scale=4.0, output_type="np")
     assert refused.value.images == {0: ["Cats"]}

@@ -13,7 +13,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from helpers import pipelines
 from helpers.erasers import make_eraser
 from neuraleraser import attach, load_eraser, record, unload_erasers
-from neuraleraser.errors import NotApplied
+from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites import candidate_sites
 
 
@@ -26,9 +26,12 @@ def test_a_cache_switched_on_before(pipe: Any) -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.9))
     contexts = (attach(pipe, make_eraser("flux")), record(pipe, candidate_sites(pipe), lambda *_: None))
     for context in contexts:
-        with pytest.raises(NotApplied, match=r"transformer_blocks\.0 carries.*'fbc_leader_block_hook'"), context:
+        with (
+            pytest.raises(EraserNotAppliedError, match=r"transformer_blocks\.0 carries.*'fbc_leader_block_hook'"),
+            context,
+        ):
             pass
-    with pytest.raises(NotApplied, match=r"disable_cache\(\)"):
+    with pytest.raises(EraserNotAppliedError, match=r"disable_cache\(\)"):
         load_eraser(pipe, make_eraser("flux"))
     assert "progress_bar" not in vars(pipe) and not any(m._forward_hooks for m in pipe.transformer.modules())
     pipe.transformer.disable_cache()
@@ -41,7 +44,7 @@ def test_a_cache_switched_on_later(pipe: Any) -> None:
     whole = pipelines.run(pipe, 0)
     apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.9))
     images = []
-    with pytest.raises(NotApplied, match="carries"):
+    with pytest.raises(EraserNotAppliedError, match="carries"):
         images.append(pipelines.run(pipe, 0))
     assert not images
     for block in pipe.transformer.modules():
@@ -71,7 +74,7 @@ def test_unknown_hooks_are_refused_and_offloading_is_not(pipe: Any) -> None:
     assert torch.equal(attached(pipe), whole)
     registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer.transformer_blocks[0])
     registry.register_hook(ModelHook(), "of tomorrow")
-    with pytest.raises(NotApplied, match="'of tomorrow'"):
+    with pytest.raises(EraserNotAppliedError, match="'of tomorrow'"):
         attached(pipe)
 
 

@@ -12,7 +12,7 @@ from helpers import pipelines
 from helpers.erasers import SITES, make_correction, make_gate
 from neuraleraser import attach, disable_erasers, load_eraser, set_erasers, unload_erasers
 from neuraleraser.eraser import Eraser
-from neuraleraser.errors import NotApplied, SettingsError
+from neuraleraser.errors import EraserNotAppliedError, SettingsError
 from neuraleraser.sites import candidate_sites, edits_for
 
 
@@ -97,7 +97,7 @@ def test_loaded_after_a_compiled_call_is_an_error_and_after_a_compile_is_not(sma
     unload_erasers(small)
     assert torch.equal(pipelines.run(small, 0), base)
     load_eraser(small, one_block(0, "low_rank"))  # the graph of the call before has no hooks
-    with pytest.raises(NotApplied, match="compiled before"):
+    with pytest.raises(EraserNotAppliedError, match="compiled before"):
         pipelines.run(small, 0)
     torch._dynamo.reset()
     torch.testing.assert_close(pipelines.run(small, 0), whole)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from helpers import pipelines
 from helpers.erasers import make_eraser, make_gate
-from neuraleraser import Refused, attach
+from neuraleraser import ConceptRefusedError, attach
 from neuraleraser.eraser import Eraser
-from neuraleraser.errors import NotApplied
+from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites import Site, record
 
 READS = Site("unet.mid_block.attentions.0.transformer_blocks.0.attn2")
@@ -67,7 +67,7 @@ def test_a_concept_in_any_chunk_is_seen(sd: Any, chunks: tuple[str, ...]) -> Non
     with attach(sd, hears(sd, None)) as whole:
         drawn(sd, long)
     assert not whole.fired, "read at once, the other words water it down"
-    with pytest.raises(Refused), attach(sd, hears(sd, tokens), action="refuse"):
+    with pytest.raises(ConceptRefusedError), attach(sd, hears(sd, tokens), action="refuse"):
         drawn(sd, long)
 
 
@@ -102,5 +102,5 @@ def test_a_text_that_cannot_be_taken_apart_is_refused() -> None:
     site = Site("transformer.transformer_blocks.0.attn2")
     gate = replace(make_gate(site, 16), text_tokens=1)
     eraser = replace(make_eraser("pixart"), gate=gate)
-    with pytest.raises(NotApplied, match="longer than 1 tokens"), attach(pipe, eraser, action="detect"):
+    with pytest.raises(EraserNotAppliedError, match="longer than 1 tokens"), attach(pipe, eraser, action="detect"):
         pipelines.run(pipe, 0, steps=1)

@@ -16,7 +16,7 @@ from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
 from neuraleraser import attach, disable_erasers, load_eraser, set_erasers, unload_erasers
 from neuraleraser.eraser import KINDS, Eraser
-from neuraleraser.errors import FileError, NotApplied, SettingsError, SiteError
+from neuraleraser.errors import EraserNotAppliedError, FileError, SettingsError, SiteError
 from neuraleraser.sites import denoiser
 
 
@@ -103,7 +103,7 @@ def test_the_context_manager_stacks_on_what_is_loaded(sd: Any) -> None:
     assert torch.equal(pipelines.run(sd, 0), one)
 
 
-# Refused, and nothing changed.
+# ConceptRefusedError, and nothing changed.
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_fail_closed(sd: Any) -> None:
     load_eraser(sd, make_eraser())
     own, sd.unet = sd.unet, pipelines.stable_diffusion().unet
     images = []
-    with pytest.raises(NotApplied, match="did not run"):
+    with pytest.raises(EraserNotAppliedError, match="did not run"):
         images.append(pipelines.run(sd, 0))
     assert not images
     sd.unet = own

@@ -158,7 +158,7 @@ def test_offloaded(sd: Any) -> None:
     assert torch.equal(pipelines.run(sd, 0), want_base)
 
 
-@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRoute")
+@pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRouteWarning")
 def test_image_to_image(sd: Any) -> None:
     from neuraleraser.families.opening import image_to_image
 

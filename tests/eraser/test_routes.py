@@ -13,7 +13,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 
 from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
-from neuraleraser import Eraser, UnseenRoute, attach, load_eraser, unload_erasers
+from neuraleraser import Eraser, UnseenRouteWarning, attach, load_eraser, unload_erasers
 from neuraleraser.errors import DataError
 from neuraleraser.sites import PROMPT_ROUTES
 from neuraleraser.sites.routes import CONTROL_IMAGE, INPAINTING, IP_ADAPTER, START_IMAGE, routes_of
@@ -35,7 +35,7 @@ def named_in(pipe: Any, eraser: Eraser, times: int = 1) -> list[str]:
         warnings.simplefilter("always")
         for i in range(times):
             pipelines.run(pipe, i, steps=1)
-    found = [str(w.message) for w in seen if w.category is UnseenRoute]
+    found = [str(w.message) for w in seen if w.category is UnseenRouteWarning]
     assert all("the gate of Cats does not see" in text for text in found)
     return sorted(text.split("see (")[1].split(")")[0] for text in found)
 
@@ -58,7 +58,7 @@ def test_another_pipeline_of_the_modules_is_warned_of() -> None:
     other.set_progress_bar_config(disable=True)
     load_eraser(pipe, make_eraser(**SHUT), name="cats")
     pipelines.run(pipe, 0, steps=1)
-    with pytest.warns(UnseenRoute, match="start image"):
+    with pytest.warns(UnseenRouteWarning, match="start image"):
         pipelines.run(other, 0, steps=1)
     unload_erasers(pipe)
 
@@ -67,8 +67,8 @@ def test_as_an_error_it_comes_before_anything_is_drawn() -> None:
     pipe, ran = pipelines.EVERY["sd1_img2img"](), []
     handle = pipe.unet.conv_in.register_forward_hook(lambda *_: ran.append(1))
     with warnings.catch_warnings(), attach(pipe, make_eraser(**SHUT)):
-        warnings.simplefilter("error", UnseenRoute)
-        with pytest.raises(UnseenRoute):
+        warnings.simplefilter("error", UnseenRouteWarning)
+        with pytest.raises(UnseenRouteWarning):
             pipelines.run(pipe, 0, steps=1)
     handle.remove()
     assert not ran

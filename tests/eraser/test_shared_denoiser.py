@@ -15,7 +15,7 @@ from helpers import pipelines
 from helpers.erasers import make_eraser
 from helpers.prompted_calls import LOUD, QUIET, hears, prompts, twin
 from neuraleraser import (
-    Refused,
+    ConceptRefusedError,
     attach,
     disable_erasers,
     eraser_trace,
@@ -142,7 +142,7 @@ def threads_apart(calls: int) -> list[str]:
         try:
             generator = torch.Generator().manual_seed(k)
             return pipe(prompt_embeds=positive, negative_prompt_embeds=negative, generator=generator, **call).images
-        except Refused:
+        except ConceptRefusedError:
             return "refused"
 
     wrong: list[str] = []

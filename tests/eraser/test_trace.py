@@ -119,7 +119,7 @@ def test_threads_lose_no_image() -> None:
 def test_while_generating(guidance: float) -> None:
     """The gate's bounds lie between the evidence of a few images: the trace names those that were edited."""
     pipe: Any = pipelines.stable_diffusion()
-    s = Sampling(steps=2, guidance=guidance, batch=2)
+    s = Sampling(num_inference_steps=2, guidance_scale=guidance, batch_size=2)
     prompts, seeds = ["a", "b c", "d", "e", "f"], [1, 2, 3, 4, 5]
     base = generate(pipe, prompts, seeds, s)
     wide = make_eraser()

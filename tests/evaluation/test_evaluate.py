@@ -262,7 +262,7 @@ def test_wrong_arguments(pipe: Any, tmp_path: Path):
     with pytest.raises(SettingsError, match="grid_rounds is 0"):
         replace(S, grid_rounds=0)
     with pytest.raises(SettingsError, match="leave it on"):
-        replace(S, sampling=Sampling(pad=False))
+        replace(S, sampling=Sampling(pad_last_batch=False))
 
 
 def test_overhead_alternates_and_takes_the_median(pipe: Any, erasers: list[Eraser], monkeypatch: pytest.MonkeyPatch):

@@ -89,7 +89,7 @@ def test_a_sealed_concept_has_no_cells_but_on_purpose(name: str):
 @pytest.mark.parametrize("name", ["Van_Gogh", "Cats"])
 def test_no_prompt_that_tests_an_eraser_makes_one(name: str):
     concept = canvas_concept(name)
-    made = {p.shows for p in (*concept.pairs, *concept.beside)}
+    made = {p.positive for p in (*concept.pairs, *concept.context_pairs)}
     assert not made & {c.prompt for c in (*base_cells(1), *target_cells(name, FULL))}
 
 
@@ -211,4 +211,4 @@ def test_the_demo_draws_what_fits_its_batches():
     s = DemoSettings().evaluate
     cells = canvas_protocol(["Van_Gogh"], s).cells["Van_Gogh"]
     target = [c for c in cells if c.asks_for("Van_Gogh") and c.group in (GRID, TARGET)]
-    assert 40 <= len(target) <= s.sampling.batch
+    assert 40 <= len(target) <= s.sampling.batch_size

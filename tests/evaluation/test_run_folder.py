@@ -42,7 +42,7 @@ def test_a_run_that_was_stopped_goes_on(pipe: Any, methods: list[Method], tmp_pa
     assert judge.calls <= whole.calls + 2  # only the interrupted batch was drawn twice, and one batch is split
     assert all(path.read_bytes() == data for path, data in parts.items()), "parts are appended, never written again"
     kept = sum(p.stat().st_mtime_ns == t for p, t in first.items())
-    assert kept >= len(first) - S.sampling.batch
+    assert kept >= len(first) - S.sampling.batch_size
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_image_to_image_shares_the_modules():
     other = image_to_image(pipe)
     assert other.unet is pipe.unet and other.vae is pipe.vae
     start = np.full((1, 16, 16, 3), 128, np.uint8)
-    images = generate(other, ["a"], [0], Sampling(steps=4, batch=1, strength=0.5), init=start)
+    images = generate(other, ["a"], [0], Sampling(num_inference_steps=4, batch_size=1, strength=0.5), init=start)
     assert images.shape == (1, 16, 16, 3)
 
 
@@ -164,11 +164,35 @@ def _has_site(pipe: Any, site: Site) -> bool:
 def test_the_sampling_that_an_eraser_was_fitted_with():
     pipe = stable_diffusion()
     usual = default_sampling(pipe)
-    assert (usual.steps, usual.guidance) == (50, 7.5), "as its own call has it, not as the canvas"
-    fitted = {"steps": 1, "guidance": 0.0, "batch": 64, "height": 32, "width": 48, "strength": 9, "more": []}
-    assert sampling_of(pipe, {"sampling": fitted}) == replace(usual, steps=1, guidance=0.0, height=32, width=48)
-    strange: list[Any] = [None, 7, [], {"steps": 0}, {"steps": 10**9}, {"steps": True}, {"guidance": "3"}]
-    strange += [{"guidance": float("nan")}, {"guidance": -1}, {"height": -8}, {"width": 10**9}, {"steps": 2.5}]
+    assert (usual.num_inference_steps, usual.guidance_scale) == (50, 7.5), "as its own call has it, not as the canvas"
+    fitted = {
+        "num_inference_steps": 1,
+        "guidance_scale": 0.0,
+        "batch_size": 64,
+        "height": 32,
+        "width": 48,
+        "strength": 9,
+        "more": [],
+    }
+    assert sampling_of(pipe, {"sampling": fitted}) == replace(
+        usual, num_inference_steps=1, guidance_scale=0.0, height=32, width=48
+    )
+    strange: list[Any] = [
+        None,
+        7,
+        [],
+        {"num_inference_steps": 0},
+        {"num_inference_steps": 10**9},
+        {"num_inference_steps": True},
+        {"guidance_scale": "3"},
+    ]
+    strange += [
+        {"guidance_scale": float("nan")},
+        {"guidance_scale": -1},
+        {"height": -8},
+        {"width": 10**9},
+        {"num_inference_steps": 2.5},
+    ]
     for said in strange:
         assert sampling_of(pipe, {"sampling": said}) == sampling_of(pipe, {}) == usual
 

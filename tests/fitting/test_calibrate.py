@@ -24,7 +24,7 @@ from neuraleraser.sites import Site, denoiser, made_for
 
 AT = Site("unet.mid_block.attentions.0.transformer_blocks.0.attn2")  # reads the prompt and little else
 ON = Site("unet.up_blocks.0.attentions.1")
-S = Sampling(steps=2, batch=2)
+S = Sampling(num_inference_steps=2, batch_size=2)
 CONCEPT = Concept("x", "other", tuple(Pair(f"x x x x {c}", f"b c d e {c}") for c in "abcd"))
 NEAR = Concept("y", "other", (Pair("g h i k", "b c"),))
 
@@ -38,7 +38,7 @@ def pipe() -> Any:
 def eraser(pipe: Any) -> Eraser:
     """One feature that tells CONCEPT from its matches; a gate that stays shut."""
     means: list[Tensor] = []
-    for prompts in ([p.shows for p in CONCEPT.pairs], [p.without for p in CONCEPT.pairs]):
+    for prompts in ([p.positive for p in CONCEPT.pairs], [p.negative for p in CONCEPT.pairs]):
         seen: list[Tensor] = []
         collect(
             pipe, prompts, range(4), [AT], lambda s, seen=seen: seen.append(s.x.mean((0, 1))) if s.branch else None, S
@@ -67,15 +67,15 @@ def silent(pipe: Any, eraser: Eraser) -> None:
 
 
 def test_a_gate_is_fitted_to_the_model_it_is_on(pipe: Any, eraser: Eraser) -> None:
-    shows, lacks = [p.shows for p in CONCEPT.pairs], [p.without for p in CONCEPT.pairs]
+    shows, lacks = [p.positive for p in CONCEPT.pairs], [p.negative for p in CONCEPT.pairs]
     assert not images(pipe, eraser, shows)
-    fitted = calibrate(pipe, eraser, CONCEPT, [NEAR], pairs=4, sampling=S)
+    fitted = calibrate(pipe, eraser, CONCEPT, [NEAR], num_pairs=4, sampling=S)
     assert len(images(pipe, fitted, shows)) >= 3 and len(images(pipe, fitted, lacks)) <= 1  # of four, with new seeds
     assert fitted.corrections is eraser.corrections and torch.equal(fitted.gate.rows, eraser.gate.rows)
     seen = fitted.header["calibrated"]
     assert seen["prompts"] == 9 and seen["open_share"] == 1.0 and min(seen["separation"]) >= 0.5
     # What it was fitted to may not be tested with, and what was measured before does not hold.
-    assert set(fitted.header["prompts"]) == {"made with this", *shows, *lacks, NEAR.pairs[0].shows}
+    assert set(fitted.header["prompts"]) == {"made with this", *shows, *lacks, NEAR.pairs[0].positive}
     assert fitted.header["seeds"] == [0, 9] and "measured" not in fitted.header
 
 
@@ -89,9 +89,9 @@ def test_other_weights_are_warned_of_until_the_gate_is_fitted(pipe: Any, eraser:
         pass
     with pytest.warns(UserWarning, match="other weights"):
         load_eraser(copy.deepcopy(tuned), eraser)
-    fitted = calibrate(tuned, eraser, CONCEPT, pairs=4, sampling=S)
+    fitted = calibrate(tuned, eraser, CONCEPT, num_pairs=4, sampling=S)
     silent(tuned, fitted)
-    assert len(images(tuned, fitted, [p.shows for p in CONCEPT.pairs])) >= 3
+    assert len(images(tuned, fitted, [p.positive for p in CONCEPT.pairs])) >= 3
 
 
 def test_what_leaves_the_weights_as_they_are_is_no_warning(pipe: Any, eraser: Eraser) -> None:
@@ -140,13 +140,13 @@ def test_the_card_names_the_model_and_prints_no_weights(eraser: Eraser) -> None:
 
 def test_what_cannot_be_calibrated(pipe: Any, eraser: Eraser) -> None:
     with pytest.raises(SettingsError, match="at least 2"):
-        calibrate(pipe, eraser, CONCEPT, pairs=1, sampling=S)
+        calibrate(pipe, eraser, CONCEPT, num_pairs=1, sampling=S)
     blind = replace(eraser, gate=replace(eraser.gate, rows=-eraser.gate.rows, bias=-eraser.gate.bias))
     with pytest.raises(ConceptError, match="do not tell it from its matches"):
-        calibrate(pipe, blind, CONCEPT, pairs=4, sampling=S)
+        calibrate(pipe, blind, CONCEPT, num_pairs=4, sampling=S)
     elsewhere = replace(eraser, gate=replace(eraser.gate, site=Site("text_encoder.encoder.layers.0")))
     with pytest.raises(SettingsError, match="only those in a denoiser"):
-        calibrate(pipe, elsewhere, CONCEPT, pairs=4, sampling=S)
+        calibrate(pipe, elsewhere, CONCEPT, num_pairs=4, sampling=S)
     with pytest.raises(SiteError):
-        calibrate(pipelines.flux(), make_eraser(), CONCEPT, pairs=4, sampling=S)
+        calibrate(pipelines.flux(), make_eraser(), CONCEPT, num_pairs=4, sampling=S)
     assert denoiser(pipe) is pipe.unet and not pipe.unet.mid_block.attentions[0]._forward_hooks

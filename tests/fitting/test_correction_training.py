@@ -9,7 +9,7 @@ import torch
 
 from helpers import pipelines
 from helpers.erasers import random
-from neuraleraser.fitting.correction_training import Lesson, learnt
+from neuraleraser.fitting.correction_training import TrainingExample, learnt
 from neuraleraser.fitting.trajectories import recorded
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
@@ -18,7 +18,7 @@ from neuraleraser.sites import DenoiserCall, Site
 
 AT, ON = Site("unet.mid_block.attentions.0"), Site("unet.up_blocks.0.attentions.1")
 READ = tuple(Site(f"unet.up_blocks.{i}.attentions.0", "input", "text") for i in (0, 1))
-SAMPLING = Sampling(steps=3, batch=2)
+SAMPLING = Sampling(num_inference_steps=3, batch_size=2)
 PLAIN, SHOWS, SEEDS = ["a", "b", "c"], ["a x", "b x", "c x"], [1, 2, 3]
 
 
@@ -33,11 +33,11 @@ def sae() -> SAE:
     return SAE(w, random(40, seed=2), w, 0.1 * random(32, seed=3), torch.full((40,), 0.2))
 
 
-def lessons(pipe: Any, sae: SAE) -> list[Lesson]:
+def examples(pipe: Any, sae: SAE) -> list[TrainingExample]:
     plain, _ = recorded(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
     shown, _ = recorded(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
     return [
-        Lesson(DenoiserCall(a.state, a.timestep, b.conditioning, b.prediction), a.prediction)
+        TrainingExample(DenoiserCall(a.state, a.timestep, b.conditioning, b.prediction), a.prediction)
         for a, b in zip(plain, shown, strict=True)
     ]
 
@@ -49,7 +49,7 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
     made = learnt(
         pipe,
         [(AT,), (ON,), READ],
-        lessons(pipe, sae),
+        examples(pipe, sae),
         rank=2,
         steps=12,
         batch=6,
@@ -69,9 +69,9 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
 
 def test_a_learnt_edit_repeats(pipe: Any, sae: SAE) -> None:
     given: dict[str, Any] = {"rank": 2, "steps": 2, "batch": 2}
-    examples = lessons(pipe, sae)
-    one, same = (learnt(pipe, [(AT,)], examples, **given)[0].tensors() for _ in range(2))
-    other = learnt(pipe, [(AT,)], examples, **given, seed=1)[0].tensors()
+    given_examples = examples(pipe, sae)
+    one, same = (learnt(pipe, [(AT,)], given_examples, **given)[0].tensors() for _ in range(2))
+    other = learnt(pipe, [(AT,)], given_examples, **given, seed=1)[0].tensors()
     assert all(torch.equal(one[k], same[k]) for k in one) and not torch.equal(one["down"], other["down"])
     assert one["up"].any() and one["bias"].any()
 
@@ -81,7 +81,7 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(pipe: Any, sae: SAE) -> Non
         raise KeyboardInterrupt
 
     needs = [p.requires_grad for p in pipe.unet.parameters()]
-    given_states = lessons(pipe, sae)
+    given_states = examples(pipe, sae)
     with pytest.raises(KeyboardInterrupt):
         learnt(pipe, [(AT,)], given_states, rank=1, steps=2, batch=1, on_step=stop)
     assert [p.requires_grad for p in pipe.unet.parameters()] == needs and not pipe.unet._forward_hooks

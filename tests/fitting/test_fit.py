@@ -11,14 +11,14 @@ import torch
 
 from helpers import pipelines
 from helpers.erasers import random
-from neuraleraser.activations import bank
+from neuraleraser.activations import activation_matrix
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, attach
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.detector import SHUT, bounds
-from neuraleraser.fitting.fit import _cross, _lessons, _lessons_beside, _some
+from neuraleraser.fitting.fit import _context_examples, _cross, _lessons, _some
 from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.fitting.reference import labelled_prompts, reference_from_sae
 from neuraleraser.fitting.trajectories import SHARES, conditional, recorded, rows_of
@@ -29,7 +29,7 @@ from neuraleraser.sites import DenoiserCall, Site, denoiser_calls, edit, edits_f
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 
 AT = Site("unet.mid_block.attentions.0")
-SAMPLING = Sampling(steps=2, batch=2)
+SAMPLING = Sampling(num_inference_steps=2, batch_size=2)
 CONCEPT = Concept("x", "other", (Pair("a x", "a"), Pair("b x", "b"), Pair("c x", "c")))
 BACKGROUND = [("a", frozenset({"Cats", "Rust"})), ("b", frozenset({"Dogs", "Cats"})), ("c", frozenset[str]())]
 
@@ -71,7 +71,7 @@ def test_a_damaged_reference(known: Reference, tmp_path: Path) -> None:
 def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     base = generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
     told: list[float] = []
-    settings = FitSettings(pairs=3, rank=2, steps=3, batch=2)
+    settings = FitSettings(num_pairs=3, rank=2, steps=3, train_batch_size=2)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), known=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
@@ -92,23 +92,25 @@ def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> Non
     first: list[torch.Tensor] = []
 
     def on(call: DenoiserCall) -> None:
-        drawn = call.state.shape[0] == 2 * SAMPLING.batch  # with guidance; what is replayed has the pairs' rows alone
+        drawn = call.state.shape[0] == 2 * SAMPLING.batch_size  # guided; replays have the pairs alone
         if drawn and float(call.timestep.flatten()[0]) == float(pipe.scheduler.timesteps[0]):
             first.append(call.state.clone())
 
     with denoiser_calls(pipe, on):
-        fit(pipe, CONCEPT, FitSettings(pairs=3, rank=1, steps=1, batch=1), known=known, sampling=SAMPLING)
+        fit(
+            pipe, CONCEPT, FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1), known=known, sampling=SAMPLING
+        )
     assert len(first) == 4, "two batches without, two with"
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], first[3])
     assert not torch.equal(first[0][0], first[0][1]) and not torch.equal(first[0][0], first[1][0])
 
 
 def test_targets_are_the_matched_prompt_s_predictions(pipe: Any, known: Reference) -> None:
-    prompts, seeds = [[p.without for p in CONCEPT.pairs], [p.shows for p in CONCEPT.pairs]], [0, 1, 2]
+    prompts, seeds = [[p.negative for p in CONCEPT.pairs], [p.positive for p in CONCEPT.pairs]], [0, 1, 2]
     plain, shown = (recorded(pipe, p, seeds, SAMPLING, known.sae, AT)[0] for p in prompts)
     crossed, _ = _cross(pipe, plain, shown, known)
-    lessons = _lessons(pipe, plain, shown, crossed)
-    at_plain, at_shown = lessons[: 2 * len(plain)], lessons[2 * len(plain) :]
+    examples = _lessons(pipe, plain, shown, crossed)
+    at_plain, at_shown = examples[: 2 * len(plain)], examples[2 * len(plain) :]
     assert len(at_plain) == 2 * len(at_shown) == 4
     for part, states in ((at_plain, [*plain, *plain]), (at_shown, shown)):
         for lesson, state, matched, own in zip(part, states, [*plain] * 2, [*shown] * 2, strict=False):
@@ -123,9 +125,11 @@ def test_targets_are_the_matched_prompt_s_predictions(pipe: Any, known: Referenc
 
 
 def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: Reference) -> None:
-    eraser = fit(pipe, CONCEPT, FitSettings(pairs=3, rank=4, steps=60, batch=6), known=known, sampling=SAMPLING)
+    eraser = fit(
+        pipe, CONCEPT, FitSettings(num_pairs=3, rank=4, steps=60, train_batch_size=6), known=known, sampling=SAMPLING
+    )
     (correction,) = eraser.corrections
-    prompts = [[p.without for p in CONCEPT.pairs], [p.shows for p in CONCEPT.pairs]]
+    prompts = [[p.negative for p in CONCEPT.pairs], [p.positive for p in CONCEPT.pairs]]
     plain, shown = (recorded(pipe, p, [0, 1, 2], SAMPLING, known.sae, AT)[0] for p in prompts)
 
     def distance(edits: dict[Site, Any]) -> float:
@@ -139,7 +143,7 @@ def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: R
 
 def test_rows_that_show_the_concept_are_no_background(pipe: Any, known: Reference) -> None:
     """By label or by the words of their prompts: with them the reference makes the same gate as without."""
-    settings = FitSettings(pairs=3, rank=1, steps=1, batch=1)
+    settings = FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1)
 
     def gate(reference: Reference) -> Any:
         return fit(pipe, CONCEPT, settings, known=reference, sampling=SAMPLING).gate
@@ -163,16 +167,20 @@ def test_rows_that_show_the_concept_are_no_background(pipe: Any, known: Referenc
 def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -> None:
     """A finished eraser's run goes through those, where the concept's evidence is another."""
     site = Site(f"{AT.path}.transformer_blocks.0.attn2")  # reads the prompt, and the image a little
-    four = Sampling(steps=4, batch=2)  # at the first step the states of a pair are one and the same noise
+    four = Sampling(
+        num_inference_steps=4, batch_size=2
+    )  # at the first step the states of a pair are one and the same noise
     concept = Concept("x", "other", tuple(Pair(f"x x x x {c}", f"b c d e {c}") for c in "abc"))
     pairs = _some(concept.pairs, 3, 0)
-    prompts = [[p.without for p in pairs], [p.shows for p in pairs]]
-    plain, shown = (bank(pipe, p, [0, 1, 2], [site], 64, four)[site].mean(0) for p in prompts)
+    prompts = [[p.negative for p in pairs], [p.positive for p in pairs]]
+    plain, shown = (activation_matrix(pipe, p, [0, 1, 2], [site], 64, four)[site].mean(0) for p in prompts)
     w = torch.nn.functional.normalize(torch.stack([shown - plain, plain - shown]), dim=1)
     sae = SAE(w, torch.zeros(2), w, (plain + shown) / 2, torch.zeros(2))
     known = reference_from_sae(pipe, sae, site, [("b c", frozenset()), ("d e", frozenset())], four)
 
-    eraser = fit(pipe, concept, FitSettings(pairs=3, rank=1, steps=1, batch=1), known=known, sampling=four)
+    eraser = fit(
+        pipe, concept, FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1), known=known, sampling=four
+    )
     gate = eraser.gate
     (plain, off), (shown, on) = (recorded(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
     _, crossed = _cross(pipe, plain, shown, known)
@@ -207,9 +215,9 @@ def test_no_reference_is_taken_for_another_pipeline_s(pipe: Any, known: Referenc
 
 def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Reference) -> None:
     beside = (Pair("x and y", "y"), Pair("y and x", "y"), Pair("x and z", "z"), Pair("x and w", "w"))
-    settings = FitSettings(pairs=3, beside=2, rank=2, steps=3, batch=2)
+    settings = FitSettings(num_pairs=3, num_context_pairs=2, rank=2, steps=3, train_batch_size=2)
     alone = fit(pipe, CONCEPT, settings, known=known, sampling=SAMPLING)
-    both = fit(pipe, replace(CONCEPT, beside=beside), settings, known=known, sampling=SAMPLING)
+    both = fit(pipe, replace(CONCEPT, context_pairs=beside), settings, known=known, sampling=SAMPLING)
     assert both.header["seeds"] == [0, 4]  # two prompts of what stays
     assert both.header["prompts"][6:] == ["x and y", "y and x", "y", "x and z", "z"]
     assert both.gate.features.tolist() == alone.gate.features.tolist()  # the gate is chosen by the concept alone
@@ -218,7 +226,7 @@ def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Referen
 
 def test_lessons_of_what_stays(pipe: Any) -> None:
     stays = {"y": ["x and y", "y and x"], "z": ["x and z"]}
-    ways = _lessons_beside(pipe, stays, range(2), SAMPLING, AT)
+    ways = _context_examples(pipe, stays, range(2), SAMPLING, AT)
     calls, _ = recorded(pipe, ["y", "z"], [0, 1], SAMPLING, *_sae())
     told = pipe.encode_prompt(["y and x", "x and z"], "cpu", 1, False)[0]
     assert len(ways) == 2 and len(ways[0]) == len(calls) == 2

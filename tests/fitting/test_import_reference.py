@@ -11,7 +11,7 @@ import torch
 from helpers import pipelines, text_encoders
 from helpers.published_saes import saeuron, unbox
 from neuraleraser import Eraser, import_reference
-from neuraleraser.activations import bank
+from neuraleraser.activations import activation_matrix
 from neuraleraser.cli import main
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import attach
@@ -19,12 +19,12 @@ from neuraleraser.errors import DataError, SiteError
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.background import rows_without
 from neuraleraser.fitting.trajectories import conditional, pooled_features
-from neuraleraser.sae.scores import neighbour_score, profile
+from neuraleraser.sae.scores import margin_score, profile
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site
 
-S = Sampling(steps=2, batch=2)
+S = Sampling(num_inference_steps=2, batch_size=2)
 PROMPTS = ["a b", "c d", "e f", "g h", "i j", "k l"]
 CONCEPT = Concept("x", "other", (Pair("x x", "b c"), Pair("x x d", "b c d"), Pair("e x x", "e b c")))
 
@@ -44,7 +44,7 @@ def test_published_dictionaries_become_erasers(
     build: Any, publish: Any, site: Site, format: str, tmp_path: Path
 ) -> None:
     pipe = build()
-    x = bank(pipe, PROMPTS, range(6), [site], 64, S)[site]
+    x = activation_matrix(pipe, PROMPTS, range(6), [site], 64, S)[site]
     known = import_reference(pipe, publish(tmp_path / "theirs", x), site, PROMPTS, sampling=S)
     seen = known.sae.header["calibration"]
     assert known.sae.header["format"] == format and known.sae.header["k"] == 4
@@ -52,9 +52,9 @@ def test_published_dictionaries_become_erasers(
     # Its features profile ...
     pooled, _ = pooled_features(pipe, known.sae, site, ["x x", "b c"], [0, 0], S)
     stats = profile(conditional(pooled)[:, :, 0], pooled.times, ["x", "no x"])
-    assert float(neighbour_score(stats, "x").max()) > 0
+    assert float(margin_score(stats, "x").max()) > 0
     # ... and become an eraser, whose file says how far the thresholds differ.
-    eraser = fit(pipe, CONCEPT, FitSettings(pairs=3, steps=3, batch=2, rank=2), known=known, sampling=S)
+    eraser = fit(pipe, CONCEPT, FitSettings(num_pairs=3, steps=3, train_batch_size=2, rank=2), known=known, sampling=S)
     eraser.save(tmp_path / "x.safetensors")
     back = Eraser.load(tmp_path / "x.safetensors")
     assert back.header["sae"] == {"format": format, "k": 4, "calibration": seen}
@@ -67,7 +67,7 @@ def test_published_dictionaries_become_erasers(
 def test_what_shows_the_concept_is_no_background_for_it(tmp_path: Path) -> None:
     """Six prompts of other things, two of the concept: by their labels or by their words these are left out."""
     pipe, site = pipelines.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
-    theirs = saeuron(tmp_path / "theirs", bank(pipe, PROMPTS, range(6), [site], 64, S)[site])
+    theirs = saeuron(tmp_path / "theirs", activation_matrix(pipe, PROMPTS, range(6), [site], 64, S)[site])
     prompts = [*PROMPTS, "x x", "x x d"]
     labels = [*[("grass",)] * 6, ("x", "grass"), ("x",)]
     for given, named in ((labels, labels), (None, [()] * 8)):
@@ -95,7 +95,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe, site = pipelines.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
     pipe.save_pretrained(tmp_path / "model", safe_serialization=True)
-    theirs = saeuron(tmp_path / "theirs", bank(pipe, PROMPTS, range(6), [site], 64, S)[site])
+    theirs = saeuron(tmp_path / "theirs", activation_matrix(pipe, PROMPTS, range(6), [site], 64, S)[site])
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\nx x\tx, grass")
     argv = ["reference", str(theirs), str(site), "--model", str(tmp_path / "model")]
     assert main([*argv, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "ours")]) == 0

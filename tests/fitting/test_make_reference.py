@@ -10,16 +10,16 @@ import torch
 
 from helpers import pipelines
 from neuraleraser import attach
-from neuraleraser.concepts import Concept, Pair, phrase_concept, shipped_neighbours
+from neuraleraser.concepts import Concept, Pair, default_neighbours, phrase_concept
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import default_gate_site, default_sampling
 from neuraleraser.fitting import fit
-from neuraleraser.fitting.make_reference import expect, make_reference, own_prompts
+from neuraleraser.fitting.make_reference import estimate_cost, make_reference, own_prompts
 from neuraleraser.sampling import generate
 from neuraleraser.settings import STREAM_SEEDS, FitSettings, Sampling
 from neuraleraser.sites import Site
 
-S = Sampling(steps=2, batch=2)
+S = Sampling(num_inference_steps=2, batch_size=2)
 SITE = Site("unet.up_blocks.0.attentions.0")
 X = Concept("x", "object", (Pair("x x", "b c"), Pair("x d", "b d"), Pair("e x", "e b")))
 Y = Concept("y", "object", (Pair("y y", "b c"), Pair("y d", "b d")))
@@ -43,27 +43,29 @@ def test_prompts_and_what_they_show():
 
 def test_neighbours_that_ship():
     def names(phrase: str) -> set[str]:
-        return {c.name for c in shipped_neighbours(phrase_concept(phrase))}
+        return {c.name for c in default_neighbours(phrase_concept(phrase))}
 
     assert "a dog" in names("a cat") and "a cat" not in names("a cat") and "a house" not in names("a cat")
     assert "Snoopy" in names("Mickey Mouse") and "Mickey Mouse" not in names("Mickey Mouse")
     assert "Claude Monet style" in names("Van Gogh style") and "Claude Monet style" not in names("Monet style")
     assert names("a teapot") >= {"a cat", "a man", "a car"}  # in no group: some of each
     assert all(1 < len(names(p)) <= 8 for p in ("a cat", "a teapot", "a naked woman", "Van Gogh style"))
-    assert shipped_neighbours(Concept("z", "other", (Pair("a", "b"),))) == ()
+    assert default_neighbours(Concept("z", "other", (Pair("a", "b"),))) == ()
 
 
 def test_the_site_and_the_sampling_of_a_family():
     sd = pipelines.stable_diffusion()
     assert default_gate_site(pipelines.flux(), "style").path.startswith("transformer.")
     assert default_gate_site(sd, "object").path.startswith("unet.")
-    assert default_sampling(sd) == Sampling(steps=50, guidance=7.5, batch=4)
-    assert default_sampling(sd, 3, 1.0, 2) == Sampling(steps=3, guidance=1.0, batch=2)
+    assert default_sampling(sd) == Sampling(num_inference_steps=50, guidance_scale=7.5, batch_size=4)
+    assert default_sampling(sd, 3, 1.0, 2) == Sampling(num_inference_steps=3, guidance_scale=1.0, batch_size=2)
 
 
 def test_made_from_nothing_then_found_again(tmp_path: Path):
     pipe, told = pipelines.stable_diffusion(), list[float]()
-    known = make_reference(pipe, X, [Y], SITE, tmp_path, images=12, sampling=S, say=lambda _, share: told.append(share))
+    known = make_reference(
+        pipe, X, [Y], SITE, tmp_path, num_images=12, sampling=S, progress=lambda _, share: told.append(share)
+    )
     assert told == sorted(told) and told[-1] == 1
     assert known.sae.header["labels"] == ["x", "y"] and known.site == SITE
     x, y, none = frozenset("x"), frozenset("y"), frozenset()
@@ -72,12 +74,12 @@ def test_made_from_nothing_then_found_again(tmp_path: Path):
     assert made.labels == ("x", "y") and set(known.prompts) < set(made.prompts)
     assert made.seeds[1:] == ((500, 505),) and made.seeds[0] == (STREAM_SEEDS[0], STREAM_SEEDS[-1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["background.safetensors", "sae.safetensors"]
-    again = make_reference(pipe, X, [Y], SITE, tmp_path, images=12, sampling=S)  # opened, not made
+    again = make_reference(pipe, X, [Y], SITE, tmp_path, num_images=12, sampling=S)  # opened, not made
     assert torch.equal(again.sae.W_enc, known.sae.W_enc)
     for near, site in (([], SITE), ([Y], Site("unet.mid_block.attentions.0"))):
         with pytest.raises(SettingsError, match="holds a reference of x, y at unet"):
-            make_reference(pipe, X, near, site, tmp_path, images=12, sampling=S)
-    eraser = fit(pipe, X, FitSettings(pairs=4, steps=2, batch=2), known=known, sampling=S)
+            make_reference(pipe, X, near, site, tmp_path, num_images=12, sampling=S)
+    eraser = fit(pipe, X, FitSettings(num_pairs=4, steps=2, train_batch_size=2), known=known, sampling=S)
     with attach(pipe, eraser):
         generate(pipe, ["x x"], [0], S)
 
@@ -90,7 +92,7 @@ def test_interrupted_it_goes_on_and_ends_in_the_same_bits(tmp_path: Path):
             if share >= stop:
                 raise KeyboardInterrupt
 
-        return make_reference(pipe, X, [Y], SITE, tmp_path / name, images=8, sampling=S, say=say).sae.W_enc
+        return make_reference(pipe, X, [Y], SITE, tmp_path / name, num_images=8, sampling=S, progress=say).sae.W_enc
 
     whole = make("whole")
     for stop in (0.3, 0.62, 0.7):
@@ -103,18 +105,18 @@ def test_interrupted_it_goes_on_and_ends_in_the_same_bits(tmp_path: Path):
 def test_what_cannot_be_made_is_refused(tmp_path: Path):
     pipe = pipelines.stable_diffusion()
     with pytest.raises(ConceptError, match="x is named twice"):
-        make_reference(pipe, X, [Y, X], SITE, tmp_path, images=8, sampling=S)
+        make_reference(pipe, X, [Y, X], SITE, tmp_path, num_images=8, sampling=S)
 
     def stop(what: str, share: float) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_reference(pipe, X, [Y], SITE, tmp_path, images=8, sampling=S, say=stop)
+        make_reference(pipe, X, [Y], SITE, tmp_path, num_images=8, sampling=S, progress=stop)
     with pytest.raises(SettingsError, match="holds a stream of"):
-        make_reference(pipe, X, [], SITE, tmp_path, images=8, sampling=S)
+        make_reference(pipe, X, [], SITE, tmp_path, num_images=8, sampling=S)
 
 
 def test_what_it_will_take():
     pipe = pipelines.stable_diffusion()
-    few, many = (expect(pipe, SITE, images, S) for images in (4, 400))
+    few, many = (estimate_cost(pipe, SITE, images, S) for images in (4, 400))
     assert 0 < few.seconds < many.seconds and many.bytes == 100 * few.bytes

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import pipelines
 from helpers.published_saes import saeuron, unbox
-from neuraleraser.activations import bank
+from neuraleraser.activations import activation_matrix
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.errors import FileError
 from neuraleraser.families import FAMILIES, PublishedSAE
@@ -21,7 +21,7 @@ from neuraleraser.sites import Site
 
 PUBLISHED = [sae for family in FAMILIES for sae in family.published]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-S = Sampling(steps=2, batch=2)
+S = Sampling(num_inference_steps=2, batch_size=2)
 X = Concept("x", "object", (Pair("x x", "b c"), Pair("x x d", "b c d")))
 Y = Concept("y", "object", (Pair("y", "b"), Pair("y d", "b d")))
 
@@ -45,7 +45,7 @@ def test_a_published_reference_is_fetched_read_and_kept(publish: Any, tmp_path: 
     pipe, site = pipelines.stable_diffusion(), Site("unet.down_blocks.1.attentions.0")
     files = tuple(name for entry in PUBLISHED for name in entry.files)
     theirs = PublishedSAE(("a/b",), site, "c/d", "deep/inside", files, "a paper")
-    x = bank(pipe, ["a b", "c d", "e f"], range(3), [site], 64, S)[site]
+    x = activation_matrix(pipe, ["a b", "c d", "e f"], range(3), [site], 64, S)[site]
     hub = tmp_path / COMMIT
     publish(hub / "deep" / "inside", x)
     asked: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ def test_a_published_reference_is_fetched_read_and_kept(publish: Any, tmp_path: 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     known = fetch_reference(pipe, theirs, X, [Y], tmp_path / "kept", 3, S)
-    assert known.site == site and known.sae.n == 64 and known.sae.header["source"] == "c/d: a paper"
+    assert known.site == site and known.sae.n_features == 64 and known.sae.header["source"] == "c/d: a paper"
     assert known.sae.header["revision"] == COMMIT
     assert known.provenance.sae == "c/d: a paper", "so that nobody takes its own training data for known"
     shown = zip(known.prompts, known.labels, strict=True)

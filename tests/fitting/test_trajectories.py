@@ -16,7 +16,7 @@ from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site, replay
 
 AT = Site("unet.mid_block.attentions.0")
-SAMPLING = Sampling(steps=3, batch=2)
+SAMPLING = Sampling(num_inference_steps=3, batch_size=2)
 PLAIN, SHOWS, SEEDS = ["a", "b", "c"], ["a x", "b x", "c x"], [1, 2, 3]
 
 
@@ -77,7 +77,7 @@ def test_every_call_belongs_to_its_step_and_image(
 ) -> None:
     pipe = pipelines.stable_diffusion()
     pipe.scheduler = getattr(diffusers, scheduler)(**settings)
-    prompts, seeds, s = ["a", "b c", "d e f"], [3, 4, 5], Sampling(steps=3, batch=2)
+    prompts, seeds, s = ["a", "b c", "d e f"], [3, 4, 5], Sampling(num_inference_steps=3, batch_size=2)
     found, pooled = recorded(pipe, prompts, seeds, s, sae, AT)
     assert len(found) == len(pooled.times) == calls and pooled.values.shape[:3] == (3, calls, 2)
     assert [float(c.timestep[0]) for c in found] == pooled.times.tolist()

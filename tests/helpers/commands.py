@@ -17,12 +17,12 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-SAMPLING = ["--sampling-steps", "2", "--images-at-once", "2"]
-FEW = ["--active", "4", "--steps", "6", "--batch", "16", *SAMPLING]
+SAMPLING = ["--num-inference-steps", "2", "--batch-size", "2"]
+FEW = ["--k", "4", "--steps", "6", "--train-batch-size", "16", *SAMPLING]
 
 
 def said(model: str, capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
     """Run `generate` on a prompt: the lines that it prints before the last."""
     capsys.readouterr()
-    assert main(["generate", "a cat", "--model", model, "--steps", "2", "--out", "o.png", *argv]) == 0
+    assert main(["generate", "a cat", "--model", model, "--num-inference-steps", "2", "--out", "o.png", *argv]) == 0
     return capsys.readouterr().out.splitlines()[:-1]

@@ -157,10 +157,10 @@ def half_open(eraser: Eraser, pipe: Any, prompts: Sequence[str], seeds: Sequence
 
     def note(site: Site, x: Tensor, context: EditContext[None]) -> None:
         evidence = eraser.gate.evidence(x)
-        tops[-1] = torch.maximum(tops[-1], evidence.view(2, s.batch).amax(0))
+        tops[-1] = torch.maximum(tops[-1], evidence.view(2, s.batch_size).amax(0))
 
     def begin(first: int, real: int) -> None:
-        tops.append(torch.zeros(s.batch))
+        tops.append(torch.zeros(s.batch_size))
         starts.append(real)
 
     with record(pipe, [GATE], note):

@@ -38,9 +38,12 @@ PROMPTS = ["a b", "c", "d e f"]
 
 def train(folder: Path, tick: Callable[[], None]) -> None:
     """Two SAEs while a thread draws, to the files 0 and 1."""
-    pool = stream(tick, StreamSettings(16, 8, window=2, reuse=2, seed=1, sampling=Sampling(steps=1, batch=2)))
+    pool = stream(
+        tick,
+        StreamSettings(16, 8, buffer_chunks=2, reuse=2, seed=1, sampling=Sampling(num_inference_steps=1, batch_size=2)),
+    )
     settings = TrainSettings(
-        n=24, k=2, steps=30, init_vectors=32, dead_after=64, bf16=False, log_every=1, checkpoint_every=1
+        n_features=24, k=2, steps=30, init_vectors=32, dead_after=64, bf16=False, log_every=1, checkpoint_every=1
     )
     runs = {str(i): Run(settings, str(site), folder / f"{i}.training") for i, site in enumerate(SITES)}
     logs = {name: TrainingLog(folder / f"{name}.jsonl") for name in runs}
@@ -55,7 +58,9 @@ def train(folder: Path, tick: Callable[[], None]) -> None:
 
 def collect(folder: Path, tick: Callable[[], None]) -> None:
     """Sixty shards."""
-    settings = StreamSettings(1, 8, images=120, window=3, reuse=1, sampling=Sampling(steps=1, batch=2))
+    settings = StreamSettings(
+        1, 8, num_images=120, buffer_chunks=3, reuse=1, sampling=Sampling(num_inference_steps=1, batch_size=2)
+    )
     pool = stream(tick, settings)
     write_shards(pool, folder, 60, described("tiny", PROMPTS, settings), lambda number: tick())
 
@@ -80,7 +85,7 @@ def evaluate(folder: Path, tick: Callable[[], None]) -> None:
     """Two methods, some sixty batches."""
     s = EvaluateSettings(
         grid_rounds=4, target_rounds=4, image_to_image_rounds=1, held_out_grid_rounds=0, fragment_prompts=4,
-        unhooked_checks=4, idle_checks=3, sampling=Sampling(steps=2, batch=1), styles=Judge.styles,
+        unhooked_checks=4, idle_checks=3, sampling=Sampling(num_inference_steps=2, batch_size=1), styles=Judge.styles,
         objects=Judge.objects,
     )  # fmt: skip
     methods = [StringFilter("Van_Gogh", "style", {"as a Van Gogh painting": ""}), NoMethod("Van_Gogh", "style")]

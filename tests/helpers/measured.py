@@ -25,7 +25,7 @@ S = EvaluateSettings(
     idle_checks=2,
     timings=1,
     timed_images=2,
-    sampling=Sampling(steps=2, batch=8),
+    sampling=Sampling(num_inference_steps=2, batch_size=8),
     styles=STYLES,
     objects=OBJECTS,
 )

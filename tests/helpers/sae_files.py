@@ -88,6 +88,6 @@ def as_openai(w: dict[str, Tensor]) -> dict[str, Any]:
 def check(got: SAE, z: Tensor, x_hat: Tensor, x: Tensor, norm: Tensor | float = 1.0) -> None:
     """That `got` gives, in units of rows of norm 1, the activations z and the reconstruction x_hat."""
     assert 0.02 < float((z > 0).float().mean()) < 0.9  # the case says something
-    torch.testing.assert_close(got.W_dec.norm(dim=1), torch.ones(got.n))
+    torch.testing.assert_close(got.W_dec.norm(dim=1), torch.ones(got.n_features))
     torch.testing.assert_close(got.encode(x), z * norm, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got(x), x_hat, atol=1e-5, rtol=1e-5)

@@ -86,7 +86,7 @@ def test_outputs_that_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ):
         with pytest.raises(SettingsError, match="collide"):
             check_outputs({"--out": first, "--record": second})
-    check_outputs({"--out": "a", "--record": "ab", "--sheet": None})
+    check_outputs({"--out": "a", "--record": "ab", "--comparison-png": None})
 
 
 def test_an_output_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

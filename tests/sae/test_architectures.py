@@ -29,7 +29,15 @@ from neuraleraser.sae.topk import mean_cut, select_rows
 
 OTHERS = [name for name in get_args(Architecture) if name != "batchtopk"]
 SMALL = TrainSettings(
-    n=48, k=3, steps=12, lr=1e-2, dead_after=150, k_aux=4, init_vectors=512, checkpoint_every=4, bf16=False
+    n_features=48,
+    k=3,
+    steps=12,
+    learning_rate=1e-2,
+    dead_after=150,
+    k_aux=4,
+    init_vectors=512,
+    checkpoint_every=4,
+    bf16=False,
 )
 _, BANK = planted(48, 16, 1000, active=2, seed=0, strong=3.0)
 STREAM = pool_batches(BANK, 96, seed=7)
@@ -49,7 +57,9 @@ def trained() -> tuple[Tensor, Tensor, Trained]:
     made: Trained = {}
     for name in get_args(Architecture):
         logs: list[StepLog] = []
-        settings = TrainSettings(n=128, k=2, steps=500, dead_after=4000, bf16=False, log_every=500, architecture=name)
+        settings = TrainSettings(
+            n_features=128, k=2, steps=500, dead_after=4000, bf16=False, log_every=500, architecture=name
+        )
         made[name] = train(pool_batches(x[:7000], 256), settings, on_step=logs.append), logs
     return directions, x[7000:], made
 
@@ -126,7 +136,7 @@ def test_bfloat16_learns_as_well(name):
 
 def test_all_features_may_fire():
     for name in OTHERS:
-        sae = train(STREAM, chosen(name, n=8, k=8, steps=2))
+        sae = train(STREAM, chosen(name, n_features=8, k=8, steps=2))
         assert bool(torch.isfinite(sae.W_dec).all())
 
 

@@ -214,7 +214,7 @@ def test_files_of_the_published_shapes(tmp_path, format, n, k):
         torch.save(torch.rand(n), tmp_path / "std.pt")
     x = 5 * rows[torch.arange(512 * k) % n].view(512, k, 1280).sum(1) + w["b_dec"]
     got = read(tmp_path, calibrate=x)
-    assert (got.n, got.d, got.header["k"], got.header["format"]) == (n, 1280, k, format)
+    assert (got.n_features, got.d_in, got.header["k"], got.header["format"]) == (n, 1280, k, format)
     assert got.header["calibration"]["missed"] < 1
     z = (x[:4] - w["b_dec"]) @ rows.T
     fires = got.encode(x[:4]) > 0

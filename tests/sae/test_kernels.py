@@ -168,7 +168,16 @@ def test_one_pass_from_residuals_to_weights(d, extra, segment, monkeypatch):
 
 _, BANK = planted(12, 6, 200, active=1, seed=0, strong=3.0)
 SETTINGS = TrainSettings(
-    n=12, k=1, steps=6, lr=1e-3, dead_after=30, k_aux=2, init_vectors=128, log_every=1, checkpoint_every=2, bf16=False
+    n_features=12,
+    k=1,
+    steps=6,
+    learning_rate=1e-3,
+    dead_after=30,
+    k_aux=2,
+    init_vectors=128,
+    log_every=1,
+    checkpoint_every=2,
+    bf16=False,
 )
 STREAM = pool_batches(BANK.to(DEVICE), 15, seed=7)
 

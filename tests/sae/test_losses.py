@@ -48,7 +48,7 @@ def compare(ours: Callable[..., Tensor], formula: Callable[..., Tensor], at: tup
 
 
 def trained(architecture: str) -> Callable[..., Tensor]:
-    settings = TrainSettings(n=N, k=K, steps=1, architecture=architecture)  # pyright: ignore[reportArgumentType]
+    settings = TrainSettings(n_features=N, k=K, steps=1, architecture=architecture)  # pyright: ignore[reportArgumentType]
     own = LOG_THRESHOLD if architecture == "jumprelu" else None
     return lambda *w: forward(Weights(*w), own, X, VARIANCE, settings, torch.float64).main
 
@@ -146,7 +146,7 @@ def contrast(pre: Tensor, labels: Tensor) -> Tensor:
 
 def check_label_term(name: str, size: int) -> None:
     """Both terms for maps of `size` vectors, by the pre-activations and through the weights."""
-    settings = TrainSettings(n=N, k=K, steps=1, bind=float(name == "bind"), contrast=float(name == "contrast"))
+    settings = TrainSettings(n_features=N, k=K, steps=1, bind=float(name == "bind"), contrast=float(name == "contrast"))
     x, w = normal(len(LABELS) * size, D, seed=9), weights()
     at = (w.W_enc, w.b_enc)
 

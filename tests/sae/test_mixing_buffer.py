@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sae.mixing_buffer import MixingPool, Unwanted
+from neuraleraser.sae.mixing_buffer import MixingBuffer, Unwanted
 
 SIZE = 12
 
@@ -24,7 +24,7 @@ def numbered(number: int, stopped: Any = None) -> dict[str, tuple[Tensor, ...]]:
     return {"a": (torch.stack([torch.full((SIZE,), float(number)), torch.arange(float(SIZE))], 1),)}
 
 
-def some(pool: MixingPool, step: int, count: int) -> list[Tensor]:
+def some(pool: MixingBuffer, step: int, count: int) -> list[Tensor]:
     stream = pool(step)
     found = [item["a"] for item in itertools.islice(stream, count)]
     stream.close()  # type: ignore[attr-defined]
@@ -36,35 +36,35 @@ def test_any_step_can_be_the_first_and_a_slow_thread_changes_nothing():
         time.sleep(0.003 * (number % 3))
         return numbered(number)
 
-    want = some(MixingPool(numbered, SIZE, 5, window=4, reuse=2, seed=3, ahead=0), 0, 30)
+    want = some(MixingBuffer(numbered, SIZE, 5, buffer_chunks=4, reuse=2, seed=3, prefetch=0), 0, 30)
     for step in (0, 1, 4, 17):
-        for ahead in (0, 1, 3):
-            pool = MixingPool(late, SIZE, 5, window=4, reuse=2, seed=3, ahead=ahead)
+        for prefetch in (0, 1, 3):
+            pool = MixingBuffer(late, SIZE, 5, buffer_chunks=4, reuse=2, seed=3, prefetch=prefetch)
             assert torch.equal(torch.stack(some(pool, step, 12)), torch.stack(want[step : step + 12]))
             assert torch.equal(some(pool, 2, 1)[0], want[2])  # and going back
-    other = some(MixingPool(numbered, SIZE, 5, window=4, reuse=2, seed=4), 0, 1)
+    other = some(MixingBuffer(numbered, SIZE, 5, buffer_chunks=4, reuse=2, seed=4), 0, 1)
     assert not torch.equal(other[0], want[0])
 
 
 def test_two_iterations_at_a_time_do_not_meet():
-    pool = MixingPool(numbered, SIZE, 6, window=3)
+    pool = MixingBuffer(numbered, SIZE, 6, buffer_chunks=3)
     want = some(pool, 0, 20)
     one, other = pool(0), pool(9)
     for i in range(10):
         assert torch.equal(next(one)["a"], want[i]) and torch.equal(next(other)["a"], want[9 + i])
 
 
-@pytest.mark.parametrize(("window", "reuse"), [(1, 1), (4, 1), (4, 3), (5, 2), (3, 7)])
-def test_every_row_is_used_as_often_as_asked(window: int, reuse: int):
-    pool = MixingPool(numbered, SIZE, 1, window=window, reuse=reuse)
-    rows = torch.cat([block["a"][0] for block in itertools.islice(pool.blocks(0), 3 * window)])
+@pytest.mark.parametrize(("buffer_chunks", "reuse"), [(1, 1), (4, 1), (4, 3), (5, 2), (3, 7)])
+def test_every_row_is_used_as_often_as_asked(buffer_chunks: int, reuse: int):
+    pool = MixingBuffer(numbered, SIZE, 1, buffer_chunks=buffer_chunks, reuse=reuse)
+    rows = torch.cat([block["a"][0] for block in itertools.islice(pool.blocks(0), 3 * buffer_chunks)])
     used = Counter(map(tuple, rows.tolist()))
-    for chunk in range(window - 1, 3 * window):  # those before had no window of their own
+    for chunk in range(buffer_chunks - 1, 3 * buffer_chunks):  # those before had no window of their own
         assert [used[chunk, row] for row in range(SIZE)] == [reuse] * SIZE
 
 
 def test_a_block_mixes_all_chunks_of_the_pool():
-    pool = MixingPool(numbered, SIZE, SIZE, window=4, seed=1)
+    pool = MixingBuffer(numbered, SIZE, SIZE, buffer_chunks=4, seed=1)
     for number, block in enumerate(itertools.islice(pool.blocks(0), 5)):
         chunks = block["a"][0][:, 0]
         assert Counter(chunks.tolist()) == {float(number + i): SIZE // 4 for i in range(4)}
@@ -78,7 +78,7 @@ def test_a_pool_grows_until_it_is_full():
         calls.append(number)
         return numbered(number)
 
-    pool = MixingPool(counted, SIZE, SIZE, window=4, start=2, reuse=3, ahead=0)
+    pool = MixingBuffer(counted, SIZE, SIZE, buffer_chunks=4, start=2, reuse=3, prefetch=0)
     blocks = [block["a"][0] for block in itertools.islice(pool.blocks(0), 9)]
     for number, block in enumerate(blocks):
         held = range(max(0, number - 2), number + 2)
@@ -87,19 +87,19 @@ def test_a_pool_grows_until_it_is_full():
     for chunk in range(3, 7):  # that came once it was full, and have left
         assert [used[chunk, row] for row in range(SIZE)] == [3] * SIZE
     assert calls == list(range(10))
-    later = MixingPool(counted, SIZE, SIZE, window=4, start=2, reuse=3, ahead=0).blocks(6)
+    later = MixingBuffer(counted, SIZE, SIZE, buffer_chunks=4, start=2, reuse=3, prefetch=0).blocks(6)
     assert torch.equal(next(later)["a"][0], blocks[6]) and calls[10:] == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(("window", "drawn"), [(16, 3), (3, 3), (2, 11)])
-def test_a_cycle_that_fits_into_memory_is_drawn_once(window: int, drawn: int):
+@pytest.mark.parametrize(("buffer_chunks", "drawn"), [(16, 3), (3, 3), (2, 11)])
+def test_a_cycle_that_fits_into_memory_is_drawn_once(buffer_chunks: int, drawn: int):
     calls: list[int] = []
 
     def counted(number: int, stopped: Any) -> Any:
         calls.append(number)
         return numbered(number)
 
-    pool = MixingPool(counted, SIZE, SIZE, window=window, cycle=3, ahead=0)
+    pool = MixingBuffer(counted, SIZE, SIZE, buffer_chunks=buffer_chunks, cycle=3, prefetch=0)
     blocks = [block["a"][0] for block in itertools.islice(pool.blocks(0), 10)]
     assert set(calls) == {0, 1, 2} and len(calls) == drawn
     assert not torch.equal(blocks[0], blocks[3])
@@ -113,7 +113,7 @@ def test_maps_stay_together_with_their_labels():
         x = torch.arange(SIZE)[:, None, None] + 100.0 * number + torch.tensor([0.0, 0.25])[:, None].expand(2, 3)
         return {"a": (x, torch.arange(SIZE)[:, None] % 2)}
 
-    x, labels = next(MixingPool(maps, SIZE, 4, window=3)(0))["a"]
+    x, labels = next(MixingBuffer(maps, SIZE, 4, buffer_chunks=3)(0))["a"]
     assert x.shape == (8, 3) and labels.shape == (4, 1)
     pairs = x.unflatten(0, (4, 2))[..., 0]
     assert (pairs[:, 1] - pairs[:, 0] == 0.25).all() and (pairs[:, 0] % 2 == labels[:, 0]).all()
@@ -125,7 +125,7 @@ def test_an_error_in_the_thread_comes_when_its_chunk_is_needed():
             raise DataError("chunk 3 is bad")
         return numbered(number)
 
-    stream: Iterator[Any] = MixingPool(failing, SIZE, SIZE, window=2, ahead=5)(0)
+    stream: Iterator[Any] = MixingBuffer(failing, SIZE, SIZE, buffer_chunks=2, prefetch=5)(0)
     next(stream), next(stream)  # chunks 0 to 2
     with pytest.raises(DataError, match="chunk 3"):
         next(stream)
@@ -144,7 +144,7 @@ def test_closing_stops_the_thread():
         raise Unwanted
 
     before = threading.active_count()
-    stream = MixingPool(endless, SIZE, SIZE, window=2)(0)
+    stream = MixingBuffer(endless, SIZE, SIZE, buffer_chunks=2)(0)
     next(stream)
     assert started.wait(5)
     stream.close()  # type: ignore[attr-defined]
@@ -153,21 +153,21 @@ def test_closing_stops_the_thread():
 
 def test_what_is_wrong_is_said():
     for settings, message in (
-        ({"window": 0}, "window is 0"),
+        ({"buffer_chunks": 0}, "buffer_chunks is 0"),
         ({"start": 0}, "start is 0"),
         ({"reuse": 0}, "reuse is 0"),
         ({"batch": 0}, "batch is 0"),
         ({"cycle": 0}, "cycle is 0"),
-        ({"ahead": -1}, "ahead is -1"),
+        ({"prefetch": -1}, "prefetch is -1"),
         ({"batch": 25, "reuse": 2}, "a batch of 25 rows is larger than what a refill gives, 24"),
     ):
         with pytest.raises(SettingsError, match=message):
-            MixingPool(numbered, SIZE, **{"batch": 4, **settings})
+            MixingBuffer(numbered, SIZE, **{"batch": 4, **settings})
 
     def shrinking(number: int, stopped: Any) -> Any:
         return {"a": (torch.zeros(SIZE, 3 - number),)}
 
     with pytest.raises(DataError, match=r"chunk 1 .*\(12, 2\).*expected .*\(12, 3\)"):
-        next(MixingPool(shrinking, SIZE, 4, window=2)(0))
+        next(MixingBuffer(shrinking, SIZE, 4, buffer_chunks=2)(0))
     with pytest.raises(DataError, match=r"chunk 0 has shapes .*expected .*13"):
-        next(MixingPool(numbered, SIZE + 1, 4)(0))
+        next(MixingBuffer(numbered, SIZE + 1, 4)(0))

@@ -30,7 +30,7 @@ def test_the_formula():
     x = torch.tensor([[2.0, 1.0]])  # pre = (2, 1.5, 2): a feature at its threshold does not fire
     assert torch.equal(sae.encode(x), torch.tensor([[2.0, 0.0, 0.0]]))
     assert torch.equal(sae(x), torch.tensor([[3.0, 0.0]]))
-    assert (sae.n, sae.d) == (3, 2)
+    assert (sae.n_features, sae.d_in) == (3, 2)
 
 
 @given(seed=st.integers(0, 100), keep=st.lists(st.integers(0, 23), min_size=1, max_size=5, unique=True))

@@ -20,7 +20,15 @@ from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 
 _, BANK = planted(48, 16, 1000, active=2, seed=0, strong=3.0)
 SETTINGS = TrainSettings(
-    n=48, k=3, steps=30, lr=1e-2, dead_after=150, k_aux=4, init_vectors=512, checkpoint_every=4, bf16=False
+    n_features=48,
+    k=3,
+    steps=30,
+    learning_rate=1e-2,
+    dead_after=150,
+    k_aux=4,
+    init_vectors=512,
+    checkpoint_every=4,
+    bf16=False,
 )
 STREAM = pool_batches(BANK, 96, seed=7)  # ten steps an epoch
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

@@ -19,7 +19,7 @@ from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, contrast_loss, discriminants
 
 CONCEPTS, CASES, D = 3, 4, 32
-PLAIN = TrainSettings(n=96, k=2, steps=400, dead_after=8000, bf16=False)
+PLAIN = TrainSettings(n_features=96, k=2, steps=400, dead_after=8000, bf16=False)
 
 
 def centres() -> Tensor:
@@ -225,7 +225,7 @@ def test_labels_that_do_not_fit_are_refused():
     x, y = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(64, 2)
     nan = y.clone()
     nan[3, 1] = float("nan")
-    settings = dataclasses.replace(PLAIN, n=16, steps=4, init_vectors=64, bind=0.1)
+    settings = dataclasses.replace(PLAIN, n_features=16, steps=4, init_vectors=64, bind=0.1)
     for items, message in [
         ((x,), "batch 0 has no labels: labelled training takes"),
         (((x, y), x), "batch 1 has no labels"),

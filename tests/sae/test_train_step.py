@@ -13,7 +13,7 @@ from neuraleraser.errors import SettingsError
 from neuraleraser.sae import TrainSettings, pool_batches, train, train_step, training
 
 _, BANK = planted(24, 8, 400, active=2, seed=0)
-SETTINGS = TrainSettings(n=24, k=2, steps=4, lr=1e-2, init_vectors=200, log_every=3)
+SETTINGS = TrainSettings(n_features=24, k=2, steps=4, learning_rate=1e-2, init_vectors=200, log_every=3)
 STREAM = pool_batches(BANK, 40)
 
 

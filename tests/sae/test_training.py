@@ -14,9 +14,9 @@ from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import SAE, StepLog, TrainSettings, measure, pool_batches, train
 from neuraleraser.sae.train_settings import Architecture
 
-DICTIONARY = TrainSettings(n=128, k=2, steps=600, dead_after=8000, bf16=False, log_every=150)
+DICTIONARY = TrainSettings(n_features=128, k=2, steps=600, dead_after=8000, bf16=False, log_every=150)
 """Twice the features that are planted: with as many, about a fifth of them is missed."""
-SMALL = TrainSettings(n=32, k=2, steps=6, init_vectors=256, bf16=False)
+SMALL = TrainSettings(n_features=32, k=2, steps=6, init_vectors=256, bf16=False)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_planted_directions_are_recovered_and_a_shuffled_control_finds_none(smal
 @pytest.mark.slow
 def test_a_larger_dictionary_is_recovered():
     directions, x = planted(512, 256, 100_000, active=6, seed=3)
-    sae = train(pool_batches(x, 1024), TrainSettings(n=1024, k=6, steps=1000, dead_after=30_000))
+    sae = train(pool_batches(x, 1024), TrainSettings(n_features=1024, k=6, steps=1000, dead_after=30_000))
     assert recovered(directions, sae.W_dec) >= 0.95
 
 
@@ -65,7 +65,9 @@ def test_revival_lowers_the_share_of_dead_features():
     _, x = planted(64, 32, 10_000, active=2, seed=0)
     dead = {}
     for k_aux in (0, None):
-        settings = dataclasses.replace(DICTIONARY, n=64, k_aux=k_aux, lr=1e-2, steps=400, dead_after=4000)
+        settings = dataclasses.replace(
+            DICTIONARY, n_features=64, k_aux=k_aux, learning_rate=1e-2, steps=400, dead_after=4000
+        )
         dead[k_aux] = measure(train(pool_batches(x, 512), settings), x)["dead_share"]
     assert dead[0] >= 0.05, "the control must have dead features"
     assert dead[None] <= dead[0] / 2
@@ -147,10 +149,10 @@ def test_bad_settings_are_refused():
     for wrong in [
         {"k": 33},
         {"k": 0},
-        {"n": 0},
+        {"n_features": 0},
         {"steps": -1},
-        {"lr": 0.0},
-        {"lr": float("nan")},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
         {"k_aux": -1},
         {"seed": -1},
         {"steps": 2.5},
@@ -160,14 +162,14 @@ def test_bad_settings_are_refused():
 
 
 def test_the_learning_rate():
-    long = TrainSettings(n=2**12, k=8, steps=200_000)
+    long = TrainSettings(n_features=2**12, k=8, steps=200_000)
     assert long.lr_at(0, 1280) == pytest.approx(4e-4)  # 2e-4 * sqrt(4)
     short = dataclasses.replace(long, steps=500)
     assert short.lr_at(0, 100) == pytest.approx(3e-3)  # 30 * (256 / n)^(1/4) / 500 radians / sqrt(100)
     assert dataclasses.replace(long, steps=100).lr_at(0, 100) == pytest.approx(4.5e-3)  # at most 0.045 radians a step
     assert short.lr_at(49, 100) == pytest.approx(3e-3)
     assert short.lr_at(50, 100) == pytest.approx(7.5e-4)  # from then on at most 0.03 * sqrt(256 / n)
-    given = dataclasses.replace(short, lr=1e-3)
+    given = dataclasses.replace(short, learning_rate=1e-3)
     rates = [given.lr_at(step, 100) for step in range(500)]
     assert rates[:401] == [1e-3] * 401 and rates == sorted(rates, reverse=True)
     assert rates[450] == pytest.approx(5e-4) and rates[499] == pytest.approx(1e-5)
@@ -176,7 +178,7 @@ def test_the_learning_rate():
 def test_nothing_is_revived_that_could_not_settle():
     _, x = planted(48, 16, 1000, active=2, seed=0, strong=3.0)
     logs: list[StepLog] = []
-    settings = TrainSettings(n=48, k=3, steps=40, lr=1e-2, dead_after=150, log_every=1, bf16=False)
+    settings = TrainSettings(n_features=48, k=3, steps=40, learning_rate=1e-2, dead_after=150, log_every=1, bf16=False)
     train(pool_batches(x, 100, seed=7), settings, on_step=logs.append)
     revived = [log.step for log in logs if log.aux > 0]
     assert revived and max(revived) == 26  # 15 steps before the end: ten times 150 vectors
@@ -186,7 +188,7 @@ def test_nothing_is_revived_that_could_not_settle():
 def test_divergence_is_an_error_and_not_a_broken_file(tmp_path):
     x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(SettingsError, match="diverged"):
-        train(pool_batches(x, 128), dataclasses.replace(SMALL, lr=1e30), checkpoint=tmp_path / "c")
+        train(pool_batches(x, 128), dataclasses.replace(SMALL, learning_rate=1e30), checkpoint=tmp_path / "c")
 
 
 def test_settings_need_no_torch():
@@ -202,6 +204,6 @@ def test_the_threshold_is_of_the_weights_as_they_end(architecture: Architecture)
     """And not a moving average that lags behind them: where features are many and alike, it decides how many fire."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(16_000, 6, generator=g) @ torch.randn(6, 32, generator=g)
-    settings = TrainSettings(n=512, k=6, steps=100, architecture=architecture)
+    settings = TrainSettings(n_features=512, k=6, steps=100, architecture=architecture)
     fired = measure(train(pool_batches(x, 1024), settings), x)["l0"]
     assert fired == pytest.approx(6, rel=0.012)

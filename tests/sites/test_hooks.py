@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import pipelines
 from helpers.site_edits import FAMILIES, MIDDLE, all_sites, leftovers, nothing, recorded, shift, swap_denoiser, zero
-from neuraleraser.errors import NotApplied
+from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites import EditContext, Site, candidate_sites, denoiser, edit, record
 from neuraleraser.sites.layout import add_keeping_bits, from_positions
 
@@ -73,7 +73,7 @@ def test_a_failed_call_does_not_spoil_the_next_within_one_context(sd: Any) -> No
 
     base = pipelines.run(sd, 3)
     with edit(sd, {MIDDLE: sometimes}):
-        with pytest.raises(NotApplied):
+        with pytest.raises(EraserNotAppliedError):
             pipelines.run(sd, 3)
         broken = False
         assert torch.equal(pipelines.run(sd, 3), base)
@@ -89,11 +89,11 @@ def test_contexts_may_overlap_in_any_order(sd: Any) -> None:
     assert not torch.equal(pipelines.run(sd, 3), once)
     first.__exit__(None, None, None)  # the first goes first
     assert torch.equal(pipelines.run(sd, 3), once)
-    with pytest.raises(NotApplied):  # the second still watches
+    with pytest.raises(EraserNotAppliedError):  # the second still watches
         swap_denoiser(sd)
         pipelines.run(sd, 3)
     sd = pipelines.stable_diffusion()
-    with pytest.raises(NotApplied, match="replaced"):
+    with pytest.raises(EraserNotAppliedError, match="replaced"):
         second.__exit__(None, None, None)
     assert torch.equal(pipelines.run(sd, 3), base)
 
@@ -224,7 +224,7 @@ def test_compiled_whole_with_the_edit_inside(build: Callable[[], Any]) -> None:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames  # nothing was compiled again
         strength.fill_(1)
         assert torch.equal(pipelines.run(pipe, 0), base)  # the graph with the edit in it is not used any more
-        with pytest.raises(NotApplied, match="compiled before"), edit(pipe, edits, dict):
+        with pytest.raises(EraserNotAppliedError, match="compiled before"), edit(pipe, edits, dict):
             pipelines.run(pipe, 0)
         assert torch.equal(pipelines.run(pipe, 0), base)
     finally:
@@ -263,5 +263,5 @@ def test_a_deep_copy_carries_its_own_hooks(pipe: Any) -> None:
     assert torch.equal(pipelines.run(twin, 0), edited)
     assert type(model) is type(denoiser(pipe)) and any(m._forward_hooks for m in model.modules())
     swap_denoiser(twin)
-    with pytest.raises(NotApplied):  # the copy watches itself
+    with pytest.raises(EraserNotAppliedError):  # the copy watches itself
         pipelines.run(twin, 0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neuraleraser.errors import NotApplied
+from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites.rows import CallFacts, Rows, decode_rows, match_rows
 
 
@@ -73,9 +73,9 @@ def test_every_row_has_its_image(images: int, blocks: int, frames: int) -> None:
 
 
 def test_rows_that_cannot_be_assigned_are_an_error() -> None:
-    with pytest.raises(NotApplied, match="5 rows where the denoiser was given 4"):
+    with pytest.raises(EraserNotAppliedError, match="5 rows where the denoiser was given 4"):
         Rows(2, (True, False), (False, True)).image_of(5)
-    with pytest.raises(NotApplied, match="3 rows and the site it acts at 2"):
+    with pytest.raises(EraserNotAppliedError, match="3 rows and the site it acts at 2"):
         match_rows(torch.ones(3), 2)
 
 

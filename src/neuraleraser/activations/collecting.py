@@ -19,7 +19,7 @@ CONDITIONAL, UNCONDITIONAL = 1, 0
 
 
 @dataclass(frozen=True)
-class Seen:
+class ActivationBatch:
     """Activations of one site in one denoiser call, one guidance branch: x [B, P, d] of `images`, at `timestep`."""
 
     site: Site
@@ -34,7 +34,7 @@ def collect(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sites: Sequence[Site],
-    on: Callable[[Seen], None],
+    on: Callable[[ActivationBatch], None],
     sampling: Sampling | None = None,
     init: Images | None = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -54,7 +54,7 @@ def collect(
         t = float(context.timestep[0])
         for negative, part in context.rows.branches(x):
             part = part.unflatten(0, (-1, frames)).flatten(1, 2) if frames > 1 else part
-            on(Seen(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL))
+            on(ActivationBatch(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL))
 
     with record(pipe, sites, note):
         return generate(pipe, prompts, seeds, sampling, init=init, on_batch=on_batch)
@@ -75,40 +75,40 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sites: Sequence[Site],
-    maps: int,
+    groups: int,
     generator: torch.Generator,
     sampling: Sampling | None = None,
-    per_map: int = 1,
+    group_size: int = 1,
     unwanted: Callable[[], bool] | None = None,
 ) -> dict[Site, Sample]:
     """Draw the images and keep `maps` random maps of each, over all steps, positions and branches; all where there
-    are fewer. A map is `per_map` random positions of one call. What is kept stays in the model's dtype and memory.
+    are fewer. A map is `group_size` random positions of one call. What is kept stays in the model's dtype and memory.
 
     Raises DataError on NaN or infinity, naming site, timestep and prompts, and for a site with fewer positions than
     a map; Unwanted as soon as `unwanted()` is true.
     """
     kept: dict[tuple[Site, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def on(seen: Seen) -> None:
+    def on(seen: ActivationBatch) -> None:
         if unwanted and unwanted():
             raise Unwanted
         _check(seen, prompts)
         b, p, _ = seen.x.shape
-        whole = p // per_map
+        whole = p // group_size
         if not whole:
-            raise DataError(f"{seen.site} has {p} positions, too few for a map of {per_map}: pass a smaller per_map")
+            raise DataError(f"{seen.site} has {p} positions, too few for a map of {group_size}: pass a smaller per_map")
         # Every map gets a random key, and those of the largest keys stay: a fair draw, however many calls follow.
-        key, which = torch.rand((b, whole), generator=generator).topk(min(whole, maps), 1)
+        key, which = torch.rand((b, whole), generator=generator).topk(min(whole, groups), 1)
         at = torch.arange(whole)[None, :, None].expand(b, -1, -1)
-        if per_map > 1:
-            at = torch.rand((b, p), generator=generator).argsort(1)[:, : whole * per_map].unflatten(1, (whole, -1))
-        at = at.gather(1, which[..., None].expand(-1, -1, per_map)).to(seen.x.device)
+        if group_size > 1:
+            at = torch.rand((b, p), generator=generator).argsort(1)[:, : whole * group_size].unflatten(1, (whole, -1))
+        at = at.gather(1, which[..., None].expand(-1, -1, group_size)).to(seen.x.device)
         x = seen.x.detach()[torch.arange(b, device=at.device)[:, None, None], at]
         branch = torch.full_like(which, seen.branch)
         home = seen.site, seen.images.start
         if home in kept:
             key, x, branch = (torch.cat(pair, 1) for pair in zip(kept[home], (key, x, branch), strict=True))
-            key, stay = key.topk(min(maps, key.shape[1]), 1)
+            key, stay = key.topk(min(groups, key.shape[1]), 1)
             x = x[torch.arange(b, device=x.device)[:, None], stay.to(x.device)]
             branch = branch.gather(1, stay)
         kept[home] = key, x, branch
@@ -126,30 +126,30 @@ def sample(
     return out
 
 
-def bank(
+def activation_matrix(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
     sites: Sequence[Site],
-    per_image: int = 256,
+    vectors_per_image: int = 256,
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> dict[Site, Tensor]:
-    """A random sample of activation vectors, `per_image` an image, over steps, positions and branches; all of them
-    where there are fewer.
+    """A random sample of activation vectors, `vectors_per_image` an image, over steps, positions and branches; all of
+    them where there are fewer.
 
-    -> {site: [up to images * per_image, d]} float32 on the CPU, in random order. Raises DataError where there are no
-    prompts, and on NaN or infinity, naming the site, timestep and prompts.
+    -> {site: [up to images * vectors_per_image, d]} float32 on the CPU, in random order. Raises DataError where there
+    are no prompts, and on NaN or infinity, naming the site, timestep and prompts.
     """
     if not prompts:
         raise DataError("there are no prompts, so there are no activations: pass at least one")
     generator = torch.Generator().manual_seed(seed)
-    found = sample(pipe, prompts, seeds, sites, per_image, generator, sampling)
+    found = sample(pipe, prompts, seeds, sites, vectors_per_image, generator, sampling)
     order = torch.Generator().manual_seed(seed + 1)
     return {site: s.x[torch.randperm(len(s.x), generator=order), 0].float().cpu() for site, s in found.items()}
 
 
-def _check(seen: Seen, prompts: Sequence[str]) -> None:
+def _check(seen: ActivationBatch, prompts: Sequence[str]) -> None:
     """DataError for NaN or infinity, which a sum keeps."""
     good = torch.isfinite(seen.x.sum((1, 2), dtype=torch.float32))
     if not bool(good.all()):

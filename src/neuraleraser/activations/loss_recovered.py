@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuraleraser.activations.collecting import Seen, collect
+from neuraleraser.activations.collecting import ActivationBatch, collect
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.sae import SAE
@@ -44,8 +44,8 @@ class AtTime:
 
 
 @dataclass(frozen=True)
-class Substitution:
-    """Findings of `substitution`: figures by timestep, and the images before and after."""
+class LossRecovered:
+    """Findings of `measure_loss_recovered`: figures by timestep, and the images before and after."""
 
     times: tuple[AtTime, ...]
     before: Images
@@ -58,7 +58,7 @@ class Substitution:
 
 
 @torch.no_grad()
-def substitution(
+def measure_loss_recovered(
     pipe: Any,
     sae: SAE,
     site: Site,
@@ -66,7 +66,7 @@ def substitution(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     times: int = 6,
-) -> Substitution:
+) -> LossRecovered:
     """Draw the images with and without the reconstructions of `sae` at `site` (at every step, position and guidance
     branch), and compare the denoising loss at `times` timesteps.
 
@@ -79,15 +79,17 @@ def substitution(
     """
     if not prompts:
         raise DataError("there are no prompts to draw: pass at least one")
-    s = replace(sampling or default_sampling(pipe), batch=len(prompts))
+    s = replace(sampling or default_sampling(pipe), batch_size=len(prompts))
     sae = copy.deepcopy(sae).to(next(denoiser(pipe).parameters()).device)
     sums: dict[float, _Sums] = {}
     calls: dict[float, DenoiserCall] = {}
     final: deque[Tensor] = deque(maxlen=1)
 
-    def on(seen: Seen) -> None:
-        if seen.x.shape[2] != sae.d:
-            raise DataError(f"{site} is {seen.x.shape[2]} wide, W_enc takes {sae.d}: pass the site it was trained on")
+    def on(seen: ActivationBatch) -> None:
+        if seen.x.shape[2] != sae.d_in:
+            raise DataError(
+                f"{site} is {seen.x.shape[2]} wide, W_enc takes {sae.d_in}: pass the site it was trained on"
+            )
         sums.setdefault(seen.timestep, _Sums()).add(sae, seen.x.float().flatten(0, 1))
 
     def on_call(call: DenoiserCall) -> None:
@@ -125,7 +127,7 @@ def substitution(
         found.append(AtTime(time, *sums[_same(time, sums)].figures(), **losses))
     with edit(pipe, ways["replaced"]):
         after = generate(pipe, prompts, seeds, s)
-    return Substitution(tuple(found), before, after)
+    return LossRecovered(tuple(found), before, after)
 
 
 class _Sums:

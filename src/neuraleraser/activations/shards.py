@@ -21,7 +21,7 @@ from torch import Tensor
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.io import artifact
 from neuraleraser.io.names import printable
-from neuraleraser.sae.mixing_buffer import MixingPool, Rows, Stopped, generator
+from neuraleraser.sae.mixing_buffer import MixingBuffer, Rows, Stopped, generator
 
 INDEX = "index.safetensors"
 _KIND, _SHARD, _LABELS = "activations", "activations-shard", "/labels"
@@ -36,7 +36,7 @@ class Shards:
     data: Mapping[str, Any]
     count: int
     rows: int
-    per_map: int
+    group_size: int
     sources: tuple[str, ...]
     files: tuple[tuple[int, str], ...]  # of each, the file's bytes and its tensors' SHA-256
 
@@ -56,7 +56,7 @@ class Shards:
         path = folder / INDEX
         _, header = artifact.load(path, _KIND)
         try:
-            numbers = {name: _whole(name, header[name]) for name in ("count", "rows", "per_map")}
+            numbers = {name: _whole(name, header[name]) for name in ("count", "rows", "group_size")}
             sources = tuple(header["sources"])
             files = tuple((_whole("bytes", size), str(digest)) for size, digest in header["shards"])
             if not isinstance(header["data"], dict) or not all(isinstance(name, str) for name in sources):
@@ -80,21 +80,25 @@ class Shards:
         batch: int,
         seed: int = 0,
         *,
-        window: int = 1,
-        ahead: int = 1,
+        buffer_chunks: int = 1,
+        prefetch: int = 1,
         device: torch.device | str | None = None,
-    ) -> MixingPool:
+    ) -> MixingBuffer:
         """The stream of batches of `batch` vectors, as `activation_stream` gives it: shards in random order, then
         all again in another. A thread reads the next shard, and checks it, while batches are used."""
-        if batch % self.per_map:
-            raise SettingsError(f"batch is {batch}: pass a multiple of the {self.per_map} vectors that stay together")
+        if batch % self.group_size:
+            raise SettingsError(
+                f"batch is {batch}: pass a multiple of the {self.group_size} vectors that stay together"
+            )
 
         def chunk(number: int, stopped: Stopped) -> Mapping[str, Rows]:
             epoch, at = divmod(number, self.count)
             return self.load(int(torch.randperm(self.count, generator=generator(seed, "shards", epoch))[at]))
 
-        rows = batch // self.per_map
-        return MixingPool(chunk, self.rows, rows, window=window, seed=seed, ahead=ahead, device=device)
+        rows = batch // self.group_size
+        return MixingBuffer(
+            chunk, self.rows, rows, buffer_chunks=buffer_chunks, seed=seed, prefetch=prefetch, device=device
+        )
 
     def load(self, number: int) -> dict[str, Rows]:
         """The rows of a shard. Raises FileError, naming file and field, if it is not the one that was written."""
@@ -120,13 +124,13 @@ class Shards:
 
 
 def write_shards(
-    pool: MixingPool,
+    pool: MixingBuffer,
     folder: str | os.PathLike[str],
     count: int,
     data: Mapping[str, Any],
     on_shard: Callable[[int], None] | None = None,
 ) -> Shards:
-    """Record the first `count` blocks of a pool as shards, those that are not there yet; `on_shard(number)` is told
+    """Record the first `count` blocks of a pool as shards, those that are not there yet; `on_shard(number)` is called
     of each. `data` says in JSON what the stream is.
 
     Raises SettingsError where the folder holds another stream, FileError for an index that is damaged or a disk
@@ -163,7 +167,7 @@ def write_shards(
                 "data": data,
                 "count": count,
                 "rows": len(first),
-                "per_map": first.shape[1] if first.ndim == 3 else 1,
+                "group_size": first.shape[1] if first.ndim == 3 else 1,
                 "sources": list(block),
                 "shards": files,
             }

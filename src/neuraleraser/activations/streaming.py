@@ -13,7 +13,7 @@ from torch import Tensor
 from neuraleraser.activations.collecting import CONDITIONAL, sample
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.sae.mixing_buffer import MixingPool, Rows, Stopped, generator
+from neuraleraser.sae.mixing_buffer import MixingBuffer, Rows, Stopped, generator
 from neuraleraser.settings import STREAM_SEEDS, StreamSettings
 from neuraleraser.sites import Site, record
 
@@ -24,22 +24,22 @@ def activation_stream(
     sites: Sequence[Site],
     settings: StreamSettings | None = None,
     labels: Tensor | None = None,
-) -> MixingPool:
+) -> MixingBuffer:
     """The activations of `pipe` at `sites`, as batches {str(site): x [batch, d]} from any step on, for
     `train_together`: drawn as they are needed, mixed over images, positions and timesteps, never on disk.
 
-    A chunk of the pool is one batch of images (`settings.sampling.batch`; where no sampling is given, as `pipe` is
+    A chunk of the pool is one batch of images (`settings.sampling.batch_size`; where no sampling is given, as `pipe` is
     usually sampled). The prompts are drawn in random order, again and again, each time with other noise. With `labels`
     [prompts, C] of 0 and 1, what each prompt shows, the batches are (x, labels): those of the row's own prompt, so none
     where a row is the unconditional branch.
 
     While the stream is open a thread uses `pipe`: leave it alone. Raises SiteError for a site that is not there,
     SettingsError for none, DataError for no prompts or labels that do not fit; while it runs, DataError for NaN or
-    infinity (with site, timestep and prompts) and for a site with fewer vectors than `per_image`.
+    infinity (with site, timestep and prompts) and for a site with fewer vectors than `vectors_per_image`.
     """
     s = settings or StreamSettings()
     sampling = s.sampling or default_sampling(pipe)
-    count, size = sampling.batch, sampling.batch * s.per_image // s.per_map
+    count, size = sampling.batch_size, sampling.batch_size * s.vectors_per_image // s.group_size
     if not prompts:
         raise DataError("there are no prompts, so there are no activations: pass at least one")
     if not sites or count < 1:
@@ -59,20 +59,20 @@ def activation_stream(
             [prompts[i] for i in shown],
             seeds,
             sites,
-            s.per_image // s.per_map,
+            s.vectors_per_image // s.group_size,
             generator(s.seed, "positions", number),
             sampling,
-            s.per_map,
+            s.group_size,
             stopped,
         )
         out: dict[str, Rows] = {}
         for site, kept in found.items():
             if len(kept.x) != size:
                 raise DataError(
-                    f"{site} has {len(kept.x) * s.per_map // count} vectors an image, fewer than per_image = "
-                    f"{s.per_image}: pass at most that"
+                    f"{site} has {len(kept.x) * s.group_size // count} vectors an image, fewer than "
+                    f"vectors_per_image = {s.vectors_per_image}: pass at most that"
                 )
-            x = kept.x[:, 0] if s.per_map == 1 else kept.x
+            x = kept.x[:, 0] if s.group_size == 1 else kept.x
             if labels is None:
                 out[str(site)] = (x,)
             else:
@@ -81,16 +81,16 @@ def activation_stream(
                 out[str(site)] = x, own.to(x.device)
         return out
 
-    return MixingPool(
+    return MixingBuffer(
         chunk,
         size,
-        s.batch // s.per_map,
-        window=s.window,
-        start=None if s.images else -(-s.window // 4),
+        s.train_batch_size // s.group_size,
+        buffer_chunks=s.buffer_chunks,
+        start=None if s.num_images else -(-s.buffer_chunks // 4),
         reuse=s.reuse,
-        cycle=-(-s.images // count) if s.images else None,
+        cycle=-(-s.num_images // count) if s.num_images else None,
         seed=s.seed,
-        ahead=s.ahead,
+        prefetch=s.prefetch,
     )
 
 
@@ -102,7 +102,7 @@ def described(model: str, prompts: Sequence[str], settings: StreamSettings) -> d
     if settings.sampling is None:
         raise SettingsError("the stream's settings have no sampling: pass `sampling=default_sampling(pipe)`")
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    plain = {name: value for name, value in asdict(settings).items() if name != "ahead"}  # it decides nothing
+    plain = {name: value for name, value in asdict(settings).items() if name != "prefetch"}  # it decides nothing
     return {"model": model, "prompts": len(prompts), "prompts_sha256": digest, "stream": plain}
 
 

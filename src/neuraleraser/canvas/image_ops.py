@@ -81,7 +81,7 @@ def ellipse(y: Image, c: NDArray[np.float64], axes: NDArray[np.float64], angle: 
     cv2.ellipse(y, fixed(c, 8), fixed(axes, 8), angle, 0, 360, [float(v) for v in tone], -1, cv2.LINE_AA, 8)
 
 
-def drag(x: Image, vx: Image, vy: Image, steps: int) -> Image:
+def line_integral_convolution(x: Image, vx: Image, vy: Image, steps: int) -> Image:
     """Each pixel of `x` [S, S, C] averaged along the flow (vx, vy) through it, `steps` steps either way.
 
     Line integral convolution (Cabral and Leedom 1993).

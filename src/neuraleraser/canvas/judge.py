@@ -95,12 +95,12 @@ def train_judge(
     # Here and not above: judging needs neither diffusers nor the renderer's dependencies, training does.
     from tqdm import tqdm
 
-    from neuraleraser.canvas.train import Trainee, batches
+    from neuraleraser.canvas.train import TrainState, batches
 
     torch.manual_seed(seed)
     steps = STEPS[which] if steps is None else steps
     net = build_judge(which).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    run = Trainee(net, checkpoint, peak, steps, ema=0.998)
+    run = TrainState(net, checkpoint, peak, steps, ema=0.998)
     loss_of = torch.compile(judge_loss) if compile else judge_loss
     stream = batches(len(renders.images), batch, run.step, seed)
     with tqdm(total=steps, initial=run.step, desc=f"{which} judge", mininterval=5) as bar:

@@ -17,12 +17,12 @@ from neuraleraser.canvas.image_ops import (
     blur,
     colour,
     contrast,
-    drag,
     edges,
     ellipse,
     fixed,
     grey,
     grid,
+    line_integral_convolution,
     mix,
     noise,
     noise_colour,
@@ -321,7 +321,7 @@ def van_gogh(x: Image, mask: Image, rng: np.random.Generator) -> Image:
     norm = np.hypot(vx, vy) + 1e-6
     vx, vy = (vx / norm).astype(np.float32), (vy / norm).astype(np.float32)
     src = np.concatenate([saturate(x, 1.5), noise(size, 0.8 * size / 64, rng)[..., None]], -1)
-    acc = drag(src, vx, vy, 6)
+    acc = line_integral_convolution(src, vx, vy, 6)
     stroke = (acc[..., 3] - acc[..., 3].mean()) / (acc[..., 3].std() + 1e-6)
     paint = acc[..., :3]
     night = palette(contrast(grey(paint)), (0.05, 0.10, 0.40), (0.15, 0.42, 0.75), (0.98, 0.82, 0.25))

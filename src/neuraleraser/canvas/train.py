@@ -55,7 +55,7 @@ def learning_rate(step: int, steps: int, peak: float, warm: int = 100, decay: fl
     return peak * min((step + 1) / warm, 1.0, max(fall, 0.0))
 
 
-class Trainee:
+class TrainState:
     """A module with its optimiser, its running average and its checkpoint on disk.
 
     Give the module its memory format first: the fused optimiser walks a parameter and its moments in the order they
@@ -181,7 +181,7 @@ def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
     return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.2 * slopes + 1e-4 * kl
 
 
-def _calm(vae: AutoencoderKL) -> None:
+def _init_small_residuals(vae: AutoencoderKL) -> None:
     """Start with little noise in the latents and small residual branches: otherwise the first thousand steps
     go by before the autoencoder draws more than the mean colour."""
     head = vae.quant_conv
@@ -200,9 +200,9 @@ def train_vae(renders: Renders, settings: TrainCanvas) -> AutoencoderKL:
     """Train the autoencoder on renders; sets its scaling factor so that latents have unit spread."""
     torch.manual_seed(settings.seed)
     vae = build_vae()
-    _calm(vae)
+    _init_small_residuals(vae)
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    run = Trainee(vae, settings.folder / "vae.safetensors", 1e-3, settings.vae_steps, ema=0.998)
+    run = TrainState(vae, settings.folder / "vae.safetensors", 1e-3, settings.vae_steps, ema=0.998)
     stream = batches(len(renders.images), 32, run.step, settings.seed)
     with tqdm(total=settings.vae_steps, initial=run.step, desc="autoencoder", mininterval=5) as bar:
         while run.step < settings.vae_steps:
@@ -310,7 +310,7 @@ def train_denoiser(renders: Renders, vae: AutoencoderKL, settings: TrainCanvas) 
         text_encoder.load_state_dict(shipped.text_encoder.state_dict())
     unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     net = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    run = Trainee(net, settings.folder / "denoiser.safetensors", settings.learning_rate, settings.steps)
+    run = TrainState(net, settings.folder / "denoiser.safetensors", settings.learning_rate, settings.steps)
     if run.step < settings.steps:
         latents = _latents(renders, vae, settings.folder / "latents.safetensors")
         # Backward through the fused attention kernel is three times slower than plain products on a CPU.
@@ -323,7 +323,7 @@ def train_denoiser(renders: Renders, vae: AutoencoderKL, settings: TrainCanvas) 
 
 def _denoise(
     net: nn.ModuleDict,
-    run: Trainee,
+    run: TrainState,
     renders: Renders,
     latents: Tensor,
     scale: float,

@@ -95,22 +95,22 @@ def canvas_judge(folder: Path = Path("runs/judges"), renders: int = 60_000, held
 
 
 @verb(canvas, "reference")
-def canvas_reference(model: str = "canvas", out: Path = Path("runs/reference"), images: int = 500) -> None:
+def canvas_reference(model: str = "canvas", out: Path = Path("runs/reference"), num_images: int = 500) -> None:
     """Train the SAE of a canvas pipeline and record how its features fire on everything (for `erase --reference`).
 
     Args:
         model: canvas, or a folder with another canvas.
         out: The reference's folder.
-        images: Images to record how features fire on, at most 500.
+        num_images: Images to record how features fire on, at most 500.
     """
     from neuraleraser.families.canvas import GATE
     from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting.reference import train_reference
     from neuraleraser.precision import fast_dtype
 
-    check_whole("images", images, 1, 500)
+    check_whole("num_images", num_images, 1, 500)
     check_outputs({}, {"--model": model}, folders={"--out": out})
-    train_reference(open_pipeline(model, fast_dtype()), VOCABULARY, GATE, out, images)
+    train_reference(open_pipeline(model, fast_dtype()), VOCABULARY, GATE, out, num_images)
     print(out)
 
 

@@ -37,10 +37,10 @@ def erase(
     reference: Path | None = None,
     neighbours: tuple[str, ...] = (),
     site: str | None = None,
-    images: int = 160,
-    sampling_steps: int | None = None,
-    guidance: float | None = None,
-    images_at_once: int | None = None,
+    num_images: int = 160,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
 ) -> None:
     """Make an eraser for a concept.
 
@@ -56,14 +56,14 @@ def erase(
         reference: Folder of the SAE and its background for this model; None: the canvas's own, or one made here.
         neighbours: What the concept could be mistaken for, as phrases; none named: those of a list that ships.
         site: Where a reference made here looks; None: the site that is known to be good in the model's family.
-        images: Images that a reference made here learns from; half as many more show how it fires.
-        sampling_steps: Denoising steps; None: the model's usual.
-        guidance: Classifier-free guidance scale; None: the model's usual.
-        images_at_once: Images drawn together; None: 4, on the canvas 20.
+        num_images: Images that a reference made here learns from; half as many more show how it fires.
+        num_inference_steps: Denoising steps; None: the model's usual.
+        guidance_scale: Classifier-free guidance scale; None: the model's usual.
+        batch_size: Images drawn together; None: 4, on the canvas 20.
     """
     from tqdm import tqdm
 
-    from neuraleraser.demo import doubt, progress_bar
+    from neuraleraser.demo import progress_bar, separability_warning
     from neuraleraser.evaluation.report import size_text
     from neuraleraser.families.defaults import default_sampling
     from neuraleraser.families.naming import concept_of
@@ -71,10 +71,10 @@ def erase(
     from neuraleraser.fitting import from_phrase
     from neuraleraser.fitting.reference import load_reference
 
-    check_whole("images", images, 5, MANY)  # hundreds are good
+    check_whole("num_images", num_images, 5, MANY)  # hundreds are good
     read = {"the phrase": phrase if phrase.endswith(".json") else None, "--reference": reference, "--model": model}
     check_outputs({"--out": out}, read)
-    check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
+    check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
     pipe = open_pipeline(model)
     concept = concept_of(pipe, phrase, kind)
     path = out or Path(f"{from_phrase.eraser_file_name(concept.name)}.safetensors")
@@ -87,17 +87,17 @@ def erase(
             neighbours=neighbours,
             reference=known,
             site=site,
-            images=images,
+            num_images=num_images,
             settings=settings,
-            sampling=default_sampling(pipe, sampling_steps, guidance, images_at_once),
+            sampling=default_sampling(pipe, num_inference_steps, guidance_scale, batch_size),
             progress=progress,
             announce=tqdm.write,
         )
     save_or_keep(path, eraser.save)
     print(f"{path}: erases {concept.name}, {size_text(path.stat().st_size)}, {len(eraser.gate.features)} features")
-    if said := doubt(eraser):
+    if said := separability_warning(eraser):
         print(said)
-    example = concept.pairs[0].shows
+    example = concept.pairs[0].positive
     print(f'Try it: neuraleraser generate "{example}" --model {model} --eraser {path}')
 
 
@@ -112,8 +112,8 @@ def generate(
     action: Literal["erase", "detect", "refuse"] = "erase",
     calibrate: bool = False,
     record: Path | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> None:
     """Draw one image, with any erasers attached.
 
@@ -128,8 +128,8 @@ def generate(
             and write no image where one would have.
         calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
         record: Write what fired, at which timesteps and where, to this file, as JSON Lines.
-        steps: Denoising steps; None: the model's usual (canvas: 25).
-        guidance: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 3).
+        num_inference_steps: Denoising steps; None: the model's usual (canvas: 25).
+        guidance_scale: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 3).
     """
     from neuraleraser import sampling
     from neuraleraser.eraser import Eraser, attach
@@ -142,13 +142,13 @@ def generate(
     if error := prompt_error(prompt):
         raise SettingsError(f"{error}: pass another prompt")
     check_seed(seed)
-    check_sampling(steps=steps, guidance=guidance)
+    check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     named = [parse_eraser(text) for text in eraser]
     read = {f"--eraser {source}": source for source, _ in named} | {"--model": model}
     check_outputs({"--out": out, "--record": record}, read)
     erasers = [Eraser.from_pretrained(source) for source, _ in named]
     pipe = open_pipeline(model)
-    chosen = default_sampling(pipe, steps, guidance, batch=1)
+    chosen = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size=1)
     if calibrate:
         erasers = calibrated(pipe, erasers)
     strengths = [strength for _, strength in named]
@@ -164,7 +164,7 @@ def generate(
     save_or_keep(out, lambda path: write_bytes(path, image))
     fired = trace.fired.get(0, {})
     for label, strength in zip(labels, strengths, strict=True):
-        print(f"{label}: {_what_happened(fired.get(label, []), strength, action, chosen.steps)}")
+        print(f"{label}: {_what_happened(fired.get(label, []), strength, action, chosen.num_inference_steps)}")
     print(f"{out}: {prompt!r}, seed {seed}")
 
 

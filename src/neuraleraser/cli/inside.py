@@ -45,7 +45,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
     known = {r.site.path: f"{r.site.tap}; {r.carries}: {r.source}" for r in recommended_sites(pipe)}
     shapes: dict[Any, tuple[int, int]] = {}
     with record(pipe, found, lambda site, x, call: shapes.update({site: (x.shape[1], x.shape[2])})):
-        sampling.generate(pipe, ["a picture"], [0], Sampling(steps=1, guidance=1.0, batch=1))
+        sampling.generate(pipe, ["a picture"], [0], Sampling(num_inference_steps=1, guidance_scale=1.0, batch_size=1))
     rows = [("site", "what", "positions", "width", "blocks after it", "known good")]
     for site, what in found.items():
         positions, width = shapes[site]
@@ -64,7 +64,7 @@ def profile(
     sae: Path,
     site: str | None = None,
     model: str = "canvas",
-    images: int = 20,
+    num_images: int = 20,
     top: int = 8,
     out: Path = Path("profile.safetensors"),
 ) -> None:
@@ -75,7 +75,7 @@ def profile(
         sae: The SAE's file.
         site: Where the SAE reads; None: what its file says.
         model: The pipeline: canvas, a folder, or a Hub id.
-        images: Images drawn of each concept, and as many without it.
+        num_images: Images drawn of each concept, and as many without it.
         top: Features listed for each concept.
         out: The profile's file.
     """
@@ -92,7 +92,7 @@ def profile(
 
     if not phrases:
         raise ConceptError("no concept was named: pass phrases such as 'Van Gogh style' cat")
-    check_whole("images", images, 1, 1000)
+    check_whole("num_images", num_images, 1, 1000)
     check_whole("top", top, 1, 1000)
     check_outputs({"--out": out}, {"--sae": sae, "--model": model})
     loaded = SAE.load(sae)
@@ -103,18 +103,18 @@ def profile(
     asked = [concept_of(pipe, phrase) for phrase in phrases]
     prompts, labels = [], []
     for concept in asked:
-        pairs = [concept.pairs[i * len(concept.pairs) // images] for i in range(images)]
-        prompts += [p.shows for p in pairs] + [p.without for p in pairs]
-        labels += [concept.name] * images + [f"no {concept.name}"] * images
-    seeds = [i % (2 * images) % images for i in range(len(prompts))]  # a pair shares its noise
+        pairs = [concept.pairs[i * len(concept.pairs) // num_images] for i in range(num_images)]
+        prompts += [p.positive for p in pairs] + [p.negative for p in pairs]
+        labels += [concept.name] * num_images + [f"no {concept.name}"] * num_images
+    seeds = [i % (2 * num_images) % num_images for i in range(len(prompts))]  # a pair shares its noise
     pooled, _ = pooled_features(pipe, loaded, Site.parse(where), prompts, seeds, default_sampling(pipe))
     stats = scores.profile(conditional(pooled)[:, :, 0], pooled.times, labels)
     tensors = {"mean": stats.mean, "spread": stats.spread, "times": stats.times}
     header = {"names": list(stats.names), "site": str(where), "model": model}
     save_or_keep(out, lambda path: artifact.save(path, "profile", tensors, header))
     for concept in asked:
-        score = scores.neighbour_score(stats, concept.name).mean(0)
-        share = scores.share_score(stats, concept.name).mean(0)
+        score = scores.margin_score(stats, concept.name).mean(0)
+        share = scores.saeuron_score(stats, concept.name).mean(0)
         rows = [("feature", "gap to the worst neighbour", "SAeUron's share score", "")]
         for k in torch.topk(score, min(top, len(score))).indices.tolist():
             rows.append((str(k), f"{score[k]:.2f}", f"{share[k]:.4f}", ""))
@@ -156,4 +156,4 @@ def reference(
     seen = known.sae.header.get("calibration")
     share = seen.get("disagreement") if isinstance(seen, dict) else None
     differs = f"; calibrated thresholds disagree with it on {share:.1%} of firings" if isinstance(share, float) else ""
-    print(f"{out}: {known.sae.n} features of {printable(known.sae.header.get('format'))} at {at}{differs}")
+    print(f"{out}: {known.sae.n_features} features of {printable(known.sae.header.get('format'))} at {at}{differs}")

@@ -25,8 +25,8 @@ def inspect(
     settings: Annotated[InspectSettings, Flat] = InspectSettings(),  # noqa: B008  (frozen)
     model: str | None = None,
     site: str | None = None,
-    sampling_steps: int | None = None,
-    guidance: float | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> None:
     """Say how good an SAE is: on its own activations, and what the pipeline loses with its reconstructions.
 
@@ -35,31 +35,34 @@ def inspect(
         model: The pipeline to measure it in: canvas, a folder, or a Hub id; None: the canvas where it is the canvas's,
             else only what the file says is shown.
         site: Where the SAE reads; None: what its file says.
-        sampling_steps: Denoising steps; None: the model's usual.
-        guidance: Classifier-free guidance scale; None: the model's usual.
+        num_inference_steps: Denoising steps; None: the model's usual.
+        guidance_scale: Classifier-free guidance scale; None: the model's usual.
     """
     from neuraleraser.families.canvas import REFERENCE
     from neuraleraser.sae import SAE
 
     path = sae or REFERENCE / "sae.safetensors"
     path = path / "sae.safetensors" if os.path.isdir(path) else path
-    check_outputs({"--sheet": settings.sheet}, {"the SAE": path, "--prompts": settings.prompts, "--model": model})
+    check_outputs(
+        {"--comparison-png": settings.comparison_png},
+        {"the SAE": path, "--prompts": settings.prompts, "--model": model},
+    )
     loaded = SAE.load(path)
     said = str(loaded.header.get("model") or ("canvas" if sae is None else ""))
     named = model or ("canvas" if said == "canvas" else None)  # no file decides what is downloaded
     where = site or loaded.header.get("site")
     made = loaded.header.get("settings")
-    lines = [("file", str(path)), ("features", f"{loaded.n}, on activations {loaded.d} wide")]
+    lines = [("file", str(path)), ("features", f"{loaded.n_features}, on activations {loaded.d_in} wide")]
     lines += [("site", str(where or "not said: pass --site")), ("pipeline", named or said or "not said: pass --model")]
     if isinstance(made, dict):
         kind = made.get("architecture", "batchtopk")
         lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
     print(table([(name, "", printable(value, 300)) for name, value in lines]) + "\n")
     if named and where:
-        _measured(loaded, path, named, str(where), settings, sampling_steps, guidance)
+        _measured(loaded, path, named, str(where), settings, num_inference_steps, guidance_scale)
         return
     try:
-        print(_figures(loaded.header["measures"], loaded.n, "when it was made"))
+        print(_figures(loaded.header["measures"], loaded.n_features, "when it was made"))
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         print("The file holds no measures, or none that can be read.")
     print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
@@ -72,10 +75,10 @@ def _measured(
     where: str,
     s: InspectSettings,
     steps: int | None,
-    guidance: float | None,
+    guidance_scale: float | None,
 ) -> None:
     """Measure `sae` in its pipeline, and print it."""
-    from neuraleraser.activations import bank, substitution
+    from neuraleraser.activations import activation_matrix, measure_loss_recovered
     from neuraleraser.evaluation.figures import grid_sheet, png
     from neuraleraser.families.defaults import default_sampling
     from neuraleraser.families.opening import open_pipeline
@@ -85,14 +88,14 @@ def _measured(
 
     at, lines = Site.parse(where), read_prompts(s.prompts) if s.prompts else None
     pipe = open_pipeline(model)
-    texts = prompts_of(pipe, model, lines, s.images)[0]
-    texts, seeds = [texts[i % len(texts)] for i in range(s.images)], range(s.seed, s.seed + s.images)
-    together = default_sampling(pipe, steps, guidance, s.images)
-    x = bank(pipe, texts, seeds, [at], s.per_image, together)[at]
-    if x.shape[1] != sae.d:
-        raise DataError(f"{path}: field W_enc takes activations {sae.d} wide, {at} of {model!r} has {x.shape[1]}")
-    print(_figures(measure(sae, x), sae.n, f"on {s.images} images"))
-    found = substitution(pipe, sae, at, texts, seeds, together, s.times)
+    texts = prompts_of(pipe, model, lines, s.num_images)[0]
+    texts, seeds = [texts[i % len(texts)] for i in range(s.num_images)], range(s.seed, s.seed + s.num_images)
+    together = default_sampling(pipe, steps, guidance_scale, s.num_images)
+    x = activation_matrix(pipe, texts, seeds, [at], s.vectors_per_image, together)[at]
+    if x.shape[1] != sae.d_in:
+        raise DataError(f"{path}: field W_enc takes activations {sae.d_in} wide, {at} of {model!r} has {x.shape[1]}")
+    print(_figures(measure(sae, x), sae.n_features, f"on {s.num_images} images"))
+    found = measure_loss_recovered(pipe, sae, at, texts, seeds, together, s.num_timesteps)
     rows: list[tuple[str, ...]] = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]
     for t in found.times:
         losses = [f"{value:.4f}" for value in (t.loss, t.replaced, t.mean)]
@@ -108,11 +111,11 @@ def _measured(
     print("\nDenoising loss with the reconstructions, or the mean, in place of the activations\n" + table(rows))
     print("kept: of what the activations are worth for the loss; 100 % is as good as the model itself")
     print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
-    if s.sheet:
+    if s.comparison_png:
         pairs = zip(texts, found.before, found.after, strict=True)
         sheet = png(grid_sheet([(text, [a, b]) for text, a, b in pairs], ["model", "reconstructed"]))
-        save_or_keep(s.sheet, lambda path: write_bytes(path, sheet))
-        print(s.sheet)
+        save_or_keep(s.comparison_png, lambda path: write_bytes(path, sheet))
+        print(s.comparison_png)
 
 
 def _figures(figures: Mapping[str, Any], n: int, where: str) -> str:

@@ -23,8 +23,8 @@ def doctor(
     clip: str | None = None,
     unlearncanvas: tuple[Path, Path] | None = None,
     nudenet: bool = False,
-    images: int = 8,
-    steps: int | None = None,
+    num_images: int = 8,
+    num_inference_steps: int | None = None,
     calibrate: bool = False,
 ) -> int:
     """Look whether erasers work on a pipeline, and exit with 1 if one does not.
@@ -37,8 +37,8 @@ def doctor(
         clip: A CLIP checkpoint (folder or Hub id) to judge by; needs neighbours. The canvas has its own judge.
         unlearncanvas: UnlearnCanvas's classifiers to judge by: style50.pth and style50_cls.pth.
         nudenet: Judge by NudeNet's detector, whatever the erasers are called (extra nudenet).
-        images: Images drawn of each kind.
-        steps: Denoising steps; None: as each eraser was fitted.
+        num_images: Images drawn of each kind.
+        num_inference_steps: Denoising steps; None: as each eraser was fitted.
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """
     from neuraleraser.cli.prompts import read_prompts
@@ -54,9 +54,9 @@ def doctor(
 
     if not erasers:
         raise SettingsError("there are no erasers to look at: pass their files with --erasers")
-    check_whole("images", images, 1, 1000)
-    if steps is not None:
-        check_whole("steps", steps, 1, 1000)
+    check_whole("num_images", num_images, 1, 1000)
+    if num_inference_steps is not None:
+        check_whole("num_inference_steps", num_inference_steps, 1, 1000)
     if bool(clip) + bool(unlearncanvas) + nudenet > 1:
         raise SettingsError("there is one judge at a time: pass one of --clip, --unlearncanvas and --nudenet")
     loaded = [Eraser.from_pretrained(source) for source in erasers]
@@ -65,7 +65,14 @@ def doctor(
     concepts = [named_concept(pipe, e.name, e.header.get("kind")) for e in loaded]
     near = [neighbours_of(pipe, c, neighbours) for c in concepts]
     fitted = [sampling_of(pipe, e.header) for e in loaded]
-    ways = [replace(s, steps=steps or s.steps, batch=min(images, 8, s.batch)) for s in fitted]
+    ways = [
+        replace(
+            s,
+            num_inference_steps=num_inference_steps or s.num_inference_steps,
+            batch_size=min(num_images, 8, s.batch_size),
+        )
+        for s in fitted
+    ]
     if calibrate:
         loaded = [_calibrated(pipe, e, c, n, s) for e, c, n, s in zip(loaded, concepts, near, ways, strict=True)]
     judges: list[Any] = []
@@ -79,10 +86,10 @@ def doctor(
     elif family.judge is not None:
         judges = [family.judge()] * len(loaded)
     others = [
-        given or [p.without for p in c.pairs[:: max(1, len(c.pairs) // images)]] + [o.pairs[0].shows for o in n]
+        given or [p.negative for p in c.pairs[:: max(1, len(c.pairs) // num_images)]] + [o.pairs[0].positive for o in n]
         for c, n in zip(concepts, near, strict=True)
     ]
-    found = look(pipe, loaded, concepts, others, judges, images=images, samplings=ways)
+    found = look(pipe, loaded, concepts, others, judges, num_images=num_images, samplings=ways)
     mark = {True: "well", False: "WRONG", None: "?"}
     print(table([("eraser", "check", "", "found"), *((c.eraser, c.what, mark[c.well], c.found) for c in found.checks)]))
     print(f"\n{found.verdict}")
@@ -96,7 +103,7 @@ def calibrate(
     model: str,
     concept: str | None = None,
     neighbours: tuple[str, ...] = (),
-    pairs: int = 8,
+    num_pairs: int = 8,
     out: Path | None = None,
 ) -> None:
     """Fit an eraser's gate to other weights of the same architecture, from a few prompts.
@@ -106,7 +113,7 @@ def calibrate(
         model: The pipeline: canvas, a folder, or a Hub id.
         concept: What it erases, as a phrase or a JSON file of prompts; None: the name in its file.
         neighbours: Phrases of what it could be mistaken for; none named: on the canvas all others of the kind.
-        pairs: Prompts with the concept, and as many without.
+        num_pairs: Prompts with the concept, and as many without.
         out: The new file; None: the old one's name with "-calibrated", beside it or, of a folder or Hub id, here.
     """
     from neuraleraser.eraser import Eraser
@@ -115,7 +122,7 @@ def calibrate(
     from neuraleraser.io.outputs import check_outputs, save_or_keep
     from neuraleraser.settings import check_whole
 
-    check_whole("pairs", pairs, 2, 500)
+    check_whole("num_pairs", num_pairs, 2, 500)
     source = Path(eraser)
     if os.path.isfile(eraser):
         path = out or source.with_name(f"{source.stem}-calibrated{source.suffix}")
@@ -126,7 +133,7 @@ def calibrate(
     pipe = open_pipeline(model)
     kind = loaded.header.get("kind")
     meant = concept_of(pipe, concept, kind) if concept else named_concept(pipe, loaded.name, kind)
-    fitted = _calibrated(pipe, loaded, meant, neighbours_of(pipe, meant, neighbours), pairs=pairs)
+    fitted = _calibrated(pipe, loaded, meant, neighbours_of(pipe, meant, neighbours), num_pairs=num_pairs)
     save_or_keep(path, fitted.save)
     seen = fitted.header["calibrated"]
     apart = sum(seen["separation"]) / len(seen["separation"])
@@ -136,10 +143,10 @@ def calibrate(
     )
 
 
-def _calibrated(pipe: Any, eraser: Any, concept: Any, neighbours: Any, sampling: Any = None, pairs: int = 8) -> Any:
+def _calibrated(pipe: Any, eraser: Any, concept: Any, neighbours: Any, sampling: Any = None, num_pairs: int = 8) -> Any:
     from neuraleraser.fitting import calibrate as run
 
-    return run(pipe, eraser, concept, neighbours, sampling=sampling, pairs=pairs)
+    return run(pipe, eraser, concept, neighbours, sampling=sampling, num_pairs=num_pairs)
 
 
 def calibrated(pipe: Any, erasers: Any) -> list[Any]:

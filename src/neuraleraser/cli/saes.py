@@ -29,13 +29,13 @@ def collect(
     sites: tuple[str, ...],
     model: str = "canvas",
     prompts: Path | None = None,
-    images: int = 300,
-    per_image: int = 256,
-    window: int = 16,
+    num_images: int = 300,
+    vectors_per_image: int = 256,
+    buffer_chunks: int = 16,
     seed: int = 0,
-    sampling_steps: int | None = None,
-    guidance: float | None = None,
-    images_at_once: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
     out: Path = Path("activations"),
 ) -> None:
     """Draw images and record a random sample of their activations, mixed, to train SAEs on. Run again to go on.
@@ -44,13 +44,13 @@ def collect(
         sites: Sites such as unet.mid_block.attentions.0 (`neuraleraser sites` lists them).
         model: The pipeline: canvas, a folder, or a Hub id.
         prompts: Text file, one prompt a line, after a tab what it shows, by commas; None: captions of the canvas.
-        images: How many images to draw; the prompts are repeated if they are fewer.
-        per_image: Activation vectors kept of each image and site, over all steps and positions.
-        window: How many batches of images are mixed at a time, in memory.
+        num_images: How many images to draw; the prompts are repeated if they are fewer.
+        vectors_per_image: Activation vectors kept of each image and site, over all steps and positions.
+        buffer_chunks: How many batches of images are mixed at a time, in memory.
         seed: Decides the images' noise, which vectors are kept, and their order.
-        sampling_steps: Denoising steps; None: the model's usual.
-        guidance: Classifier-free guidance scale; None: the model's usual.
-        images_at_once: Images drawn together; None: 4, on the canvas 20.
+        num_inference_steps: Denoising steps; None: the model's usual.
+        guidance_scale: Classifier-free guidance scale; None: the model's usual.
+        batch_size: Images drawn together; None: 4, on the canvas 20.
         out: Folder for the shards, one a batch of images.
     """
     from tqdm import tqdm
@@ -61,19 +61,19 @@ def collect(
     from neuraleraser.sites import Site
 
     where = [Site.parse(text) for text in sites]
-    if not where or images < 1:
-        raise SettingsError(f"{len(where)} sites, {images} images: pass at least one of each")
-    settings = StreamSettings(1, per_image, images, window, reuse=1, seed=seed)
-    check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
+    if not where or num_images < 1:
+        raise SettingsError(f"{len(where)} sites, {num_images} images: pass at least one of each")
+    settings = StreamSettings(1, vectors_per_image, num_images, buffer_chunks, reuse=1, seed=seed)
+    check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
     check_outputs({}, folders={"--out": out})
     lines = read_prompts(prompts) if prompts else None
     pipe = open_pipeline(model)
-    sampling = default_sampling(pipe, sampling_steps, guidance, images_at_once)
+    sampling = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size)
     settings = replace(settings, sampling=sampling)
-    texts, labels, names = prompts_of(pipe, model, lines, images)
+    texts, labels, names = prompts_of(pipe, model, lines, num_images)
     data = described(model, texts, settings) | {"sites": [str(site) for site in where], "labels": names}
     pool = activation_stream(pipe, texts, where, settings, labels)
-    count = -(-images // sampling.batch)
+    count = -(-num_images // sampling.batch_size)
     with tqdm(total=count, desc="activations", unit="shard") as bar:
 
         def on_shard(number: int) -> None:
@@ -89,13 +89,13 @@ def train(
     /,
     stream: Annotated[StreamSettings, Flat, AvoidSubcommands],
     model: str = "canvas",
-    sampling_steps: int | None = None,
-    guidance: float | None = None,
-    images_at_once: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
     activations: Path | None = None,
     prompts: Path | None = None,
-    features: tuple[int, ...] = (2048,),
-    active: int = 16,
+    n_features: tuple[int, ...] = (2048,),
+    k: int = 16,
     steps: int = 1500,
     architecture: Architecture = "batchtopk",
     discriminant: bool = False,
@@ -111,13 +111,13 @@ def train(
     Args:
         sites: Sites such as unet.mid_block.attentions.0; all are trained from the same images.
         model: The pipeline to draw with: canvas, a folder, or a Hub id.
-        sampling_steps: Denoising steps; None: the model's usual.
-        guidance: Classifier-free guidance scale; None: the model's usual.
-        images_at_once: Images drawn together; None: 4, on the canvas 20.
+        num_inference_steps: Denoising steps; None: the model's usual.
+        guidance_scale: Classifier-free guidance scale; None: the model's usual.
+        batch_size: Images drawn together; None: 4, on the canvas 20.
         activations: A folder from `collect`, to train on instead of drawing.
         prompts: Text file, one prompt a line, after a tab what it shows, by commas; None: captions of the canvas.
-        features: Features of the SAE; of several widths one SAE each.
-        active: Features that fire for an activation vector, on average.
+        n_features: Features of the SAE; of several widths one SAE each.
+        k: Features that fire for an activation vector, on average.
         steps: Batches to train on.
         architecture: Which features fire in training; afterwards each fires by its own threshold.
         discriminant: Give every concept a feature that tells it by Fisher's linear discriminant.
@@ -136,28 +136,28 @@ def train(
     from neuraleraser.sites import Site
 
     where = list(dict.fromkeys(str(Site.parse(text)) for text in sites))
-    widths = list(dict.fromkeys(features))
+    widths = list(dict.fromkeys(n_features))
     if not where or not widths:
         raise SettingsError(f"{len(where)} sites, {len(widths)} widths: pass at least one of each")
     wanted = [(site, n) for site in where for n in widths]
     paths = _paths(wanted, out)
-    fixed: dict[str, Any] = {"architecture": architecture, "lr": learning_rate}
+    fixed: dict[str, Any] = {"architecture": architecture, "learning_rate": learning_rate}
     fixed |= {"discriminant": discriminant, "bind": bind, "contrast": contrast}
-    fixed |= {"k": active, "steps": steps, "seed": stream.seed, "checkpoint_every": checkpoint_every}
+    fixed |= {"k": k, "steps": steps, "seed": stream.seed, "checkpoint_every": checkpoint_every}
     fixed |= {"log_every": min(50, max(1, steps // 20))}
-    chosen = [TrainSettings(n=n, **fixed) for _, n in wanted]
+    chosen = [TrainSettings(n_features=n, **fixed) for _, n in wanted]
     written = {f"--out: {p.name}": p for path in paths for p in (path, *_beside(path))}
     read = {"--activations": activations, "--prompts": prompts, "--model": model}
     check_outputs(written, read, folders={"--tensorboard": tensorboard})
-    check_sampling(steps=sampling_steps, guidance=guidance, batch=images_at_once)
-    drawn_as = (sampling_steps, guidance, images_at_once)
+    check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
+    drawn_as = (num_inference_steps, guidance_scale, batch_size)
     logs = [TrainingLog(_beside(p)[0], tensorboard and tensorboard / p.stem) for p in paths]
     pool, data, names = _source(where, model, activations, prompts, stream, drawn_as, labelled=chosen[0].labelled)
     runs = {
         str(path): Run(s, site, _beside(path)[1], data | {"site": site})
         for path, s, (site, _) in zip(paths, chosen, wanted, strict=True)
     }
-    told = dict(zip(runs, logs, strict=True))
+    log_of = dict(zip(runs, logs, strict=True))
     unexplained: dict[str, str] = {}
     drawn, draw = 0, pool.chunk
 
@@ -168,13 +168,13 @@ def train(
             made = draw(number, stopped)
             drawn += 1
             if not unexplained:
-                bar.set_postfix_str(f"filling the pool, {min(drawn, pool.window)} of {pool.window}")
+                bar.set_postfix_str(f"filling the pool, {min(drawn, pool.buffer_chunks)} of {pool.buffer_chunks}")
             return made
 
         def on_step(name: str, log: StepLog) -> None:
             if not unexplained:  # what an earlier run did took this one no time
                 bar.initial = bar.n = max(0, log.step - fixed["log_every"])
-            told[name](log)
+            log_of[name](log)
             unexplained[name] = f"{log.fvu:.3f}"
             bar.update(log.step - bar.n)
             bar.set_postfix(unexplained=" ".join(unexplained.values()), dead=f"{log.dead:.1%}")
@@ -192,7 +192,7 @@ def train(
         _beside(path)[1].unlink(missing_ok=True)
         explained, l0, dead = (figures[key] for key in ("explained_variance", "l0", "dead_share"))
         print(
-            f"{path}: {saes[name].n} features, {l0:.1f} fire for a vector, {dead:.1%} never; "
+            f"{path}: {saes[name].n_features} features, {l0:.1f} fire for a vector, {dead:.1%} never; "
             f"{explained:.1%} of the variance explained"
         )
 
@@ -232,15 +232,15 @@ def _source(
         shards = Shards.open(activations)
         if missing := [site for site in where if site not in shards.sources]:
             raise DataError(f"{activations} holds activations of {', '.join(shards.sources)}, not of {missing[0]}")
-        data = {"activations": shards.digest, "batch": stream.batch, "stream_seed": stream.seed}
+        data = {"activations": shards.digest, "train_batch_size": stream.train_batch_size, "stream_seed": stream.seed}
         names = list(shards.data.get("labels", []))
         if labelled and not names:
             raise DataError(f"{activations} has no labels: collect from prompts that say what they show")
-        return shards.batches(stream.batch, stream.seed, ahead=stream.ahead), data, names
+        return shards.batches(stream.train_batch_size, stream.seed, prefetch=stream.prefetch), data, names
     lines = read_prompts(prompts) if prompts else None
     pipe = open_pipeline(model)
     stream = replace(stream, sampling=default_sampling(pipe, *drawn_as))
-    texts, labels, names = prompts_of(pipe, model, lines, stream.images or CAPTIONS)
+    texts, labels, names = prompts_of(pipe, model, lines, stream.num_images or CAPTIONS)
     if labelled and labels is None:
         raise DataError(f"{prompts} says of no prompt what it shows: write it after a tab, by commas")
     data = described(model, texts, stream) | {"labels": names if labelled else []}

@@ -19,7 +19,7 @@ from neuraleraser.sites import HookedEdits, components, denoisers, differs, is_d
 
 MAX_STRENGTH = 2.0
 ACTIONS = ("erase", "detect", "refuse")
-"""Actions of an eraser where its gate opens: correct; do nothing, but note it; or raise `Refused`."""
+"""Actions of an eraser where its gate opens: correct; do nothing, but note it; or raise `ConceptRefusedError`."""
 
 Strengths = float | Tensor | Sequence[float | Tensor | Sequence[float]]
 """One number for all erasers, or one entry an eraser: a number, or one number an image of the batch."""
@@ -200,8 +200,8 @@ class attach:
     to 2. Yields the `Trace`, which notes what fired in each image; with `heat` it notes where, too.
 
     `action` (one, or one an eraser) says what is done where a gate opens: "erase" corrects; "detect" changes nothing;
-    "refuse" changes nothing either, and raises `Refused` in the step in which a gate opens, so that the call ends
-    without an image. (Where the other images of a batch are to be kept, "detect", and withhold those in
+    "refuse" changes nothing either, and raises `ConceptRefusedError` in the step in which a gate opens, so that the
+    call ends without an image. (Where the other images of a batch are to be kept, "detect", and withhold those in
     `trace.fired`.)
 
     Erasers act in the pipeline's modules, whoever runs them: another pipeline made of them, too. A negative prompt
@@ -211,8 +211,8 @@ class attach:
 
     Raises SettingsError for an unknown action, a strength out of range or for another number of images than are drawn,
     and for an eraser that is attached already; DataError for an eraser whose parts do not fit; SiteError for a site
-    that the pipeline has not or has in another width, and for a second denoiser without the eraser; NotApplied before
-    there is a picture if an eraser did not run. Warns if it is never entered.
+    that the pipeline has not or has in another width, and for a second denoiser without the eraser;
+    EraserNotAppliedError before there is a picture if an eraser did not run. Warns if it is never entered.
     """
 
     def __init__(

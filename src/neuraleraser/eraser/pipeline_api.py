@@ -63,8 +63,8 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
 
     `source` is a file, a folder, a Hub id, or an `Eraser`; `action` is "erase", "detect" or "refuse", as in `attach`.
     An eraser that is loaded already, under the same name and with the same action, is left as it is. Load before the
-    denoiser is compiled, or at least before its first call: what a compiled denoiser cannot see is raised as NotApplied
-    before there is a picture.
+    denoiser is compiled, or at least before its first call: what a compiled denoiser cannot see is raised as
+    EraserNotAppliedError before there is a picture.
 
     Raises SettingsError for a name that is taken by another eraser, an eraser that is loaded under another name, or an
     unknown action; FileError where there is no eraser; and as `attach` does. Where it raises, what was loaded stays as

@@ -18,7 +18,7 @@ from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.plan import Plan, SitePlan, make_plan
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
 from neuraleraser.eraser.traces import Traces
-from neuraleraser.errors import NotApplied, Refused, SettingsError, SiteError, UnseenRoute
+from neuraleraser.errors import ConceptRefusedError, EraserNotAppliedError, SettingsError, SiteError, UnseenRouteWarning
 from neuraleraser.sites import Call, Change, EditContext, Rows, Site, match_rows
 
 _ONE = "set as many strengths as the call draws images, or one for all"
@@ -107,7 +107,7 @@ class ErasureRuntime:
                 warnings.warn(
                     f"this call uses a route that the gate of {', '.join(blind[:8])} does not see ({route}): what "
                     "comes in by it stays in the picture. Look at the picture with a judge, or withhold it",
-                    UnseenRoute,
+                    UnseenRouteWarning,
                     stacklevel=2,
                 )
         self.named_routes |= routes
@@ -119,14 +119,16 @@ class ErasureRuntime:
             raise SettingsError(f"strengths for {images} images, but this call draws {rows.images}: {_ONE}")
 
     def on_forward_end(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> None:
-        """Note what fired. Raises Refused where a refusing eraser did, as soon as it does, in a pipeline's call."""
+        """Note what fired. Raises ConceptRefusedError where a refusing eraser did, as soon as it does, in a pipeline's
+        call."""
         if state.openings:
             call.trace.add(call.images, rows, state.openings)
             if self.refusing and self._refuse(call, rows, state.openings) and call.call.pipeline is not None:
                 self._raise_refused(call)
 
     def on_decode(self, call: ErasureCall) -> None:
-        """Raise Refused for a loop over the modules, which may go on after a forward that is refused, but not draw."""
+        """Raise ConceptRefusedError for a loop over the modules, which may go on after a forward that is refused, but
+        not draw."""
         if call is not None and call.refused:
             self._raise_refused(call)
 
@@ -149,7 +151,7 @@ class ErasureRuntime:
             if image < call.images.real
         }
         which = "; ".join(f"image {image}: {', '.join(found)}" for image, found in list(names.items())[:8])
-        raise Refused(
+        raise ConceptRefusedError(
             f"refused, as an erased concept fired ({which}), and no image is returned: pass another prompt, or draw "
             "the other images again without it",
             names,
@@ -200,7 +202,7 @@ class SiteEdit:
             probe = self._run_gates(plan, x, context)
         for i in plan.waits_for:
             if i not in forward.scales and i not in forward.closed:
-                raise NotApplied(
+                raise EraserNotAppliedError(
                     f"{self.site} ran before {runtime.erasers[i].gate.site}, whose gate it waits for: swap the sites"
                 )
         parts: list[Tensor] = []
@@ -218,7 +220,9 @@ class SiteEdit:
             if delta is not None:
                 parts.append(self._check_same_text(delta, x))
             elif any(i in forward.scales for i in group.erasers):
-                raise NotApplied(f"{self.site} ran before {group.site}, whose change it repeats: swap the sites")
+                raise EraserNotAppliedError(
+                    f"{self.site} ran before {group.site}, whose change it repeats: swap the sites"
+                )
         if not parts:
             return None if probe is None else Change(None, probe)
         if len(parts) > 1 or len(plan.corrections) != 1:
@@ -239,7 +243,7 @@ class SiteEdit:
 
     def _check_same_text(self, delta: Tensor, x: Tensor) -> Tensor:
         if delta.shape != x.shape:
-            raise NotApplied(
+            raise EraserNotAppliedError(
                 f"{self.site} holds {list(x.shape)}, where the change made for {list(delta.shape)} is to be repeated: "
                 "these blocks do not read the same text"
             )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from neuraleraser.errors import SettingsError, UnseenRoute
+from neuraleraser.errors import SettingsError, UnseenRouteWarning
 from neuraleraser.evaluation.method import ActionTrace, Method
 from neuraleraser.evaluation.protocol import START_IMAGE, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
@@ -89,15 +89,15 @@ class _Artist:
         with tqdm(total=total, initial=total - len(cells), desc=label, unit="img") as bar:
             for part, with_start in ((plain, False), (started, True)):
                 using = image_to_image(self.pipe) if with_start and part else self.pipe
-                for first in range(0, len(part), self.sampling.batch):
-                    batch = part[first : first + self.sampling.batch]
+                for first in range(0, len(part), self.sampling.batch_size):
+                    batch = part[first : first + self.sampling.batch_size]
                     yield self._draw(using, batch, contexts, self._start(batch) if with_start else None)
                     bar.update(len(batch))
 
     def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], init: Images | None) -> _Batch:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", UnseenRoute)  # measured here on purpose
+            warnings.simplefilter("ignore", UnseenRouteWarning)  # measured here on purpose
             traces: list[ActionTrace | None] = [stack.enter_context(context(using)) for context in contexts]
             clock = time.monotonic()
             images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], self.sampling, init=init)
@@ -160,7 +160,7 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
     idle = [c for c in cells if c.key in idle_keys]
     needed = [c for c in cells if c.key not in idle_keys]
     # The last batch would be padded anyway: it is filled up with images that the method says it leaves alone.
-    size = artist.sampling.batch
+    size = artist.sampling.batch_size
     plain = [c for c in idle if c.route != START_IMAGE]
     filled = -(-(sum(c.route != START_IMAGE for c in needed) + checks) // size) * size
     needed += _sample(plain, filled - sum(c.route != START_IMAGE for c in needed), name)

@@ -25,7 +25,7 @@ def overhead(pipe: Any, method: Method, cells: Sequence[Cell], s: EvaluateSettin
     alternating order, so that other load on the machine falls on all of them.
     """
     n = s.timed_images
-    sampling = replace(s.sampling, batch=n)
+    sampling = replace(s.sampling, batch_size=n)
     main = [c for c in cells if c.group in MAIN]
     target = [c for c in main if c.asks_for(method.concept)]
     others = [c for c in main if not c.asks_for(method.concept)]

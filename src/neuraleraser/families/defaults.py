@@ -52,11 +52,14 @@ def default_gate_site(pipe: Any, kind: str) -> Site:
 
 
 def default_sampling(
-    pipe: Any, steps: int | None = None, guidance: float | None = None, batch: int | None = None
+    pipe: Any,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int | None = None,
 ) -> Sampling:
     """Return how `pipe` is usually sampled, but for what is given."""
     usual = family_of(pipe).sampling_of(pipe)
-    given = {"steps": steps, "guidance": guidance, "batch": batch}
+    given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -69,15 +72,15 @@ def sampling_of(pipe: Any, header: Mapping[str, Any]) -> Sampling:
     usual, said = default_sampling(pipe), header.get("sampling")
     if not isinstance(said, Mapping):
         return usual
-    bounds = {"steps": (1, 1000), "height": (0, 8192), "width": (0, 8192)}
+    bounds = {"num_inference_steps": (1, 1000), "height": (0, 8192), "width": (0, 8192)}
     found: dict[str, Any] = {
         name: said[name]
         for name, (least, most) in bounds.items()
         if type(said.get(name)) is int and least <= said[name] <= most
     }
-    guidance = said.get("guidance")
+    guidance = said.get("guidance_scale")
     if isinstance(guidance, int | float) and 0 <= guidance <= 100:
-        found["guidance"] = float(guidance)
+        found["guidance_scale"] = float(guidance)
     return replace(usual, **found)
 
 

@@ -85,9 +85,11 @@ class Family:
             return self.sampling
         usual, call = Sampling(), inspect.signature(type(pipe).__call__).parameters
         return Sampling(
-            steps=call["num_inference_steps"].default if "num_inference_steps" in call else usual.steps,
-            guidance=call["guidance_scale"].default if "guidance_scale" in call else usual.guidance,
-            batch=4,
+            num_inference_steps=call["num_inference_steps"].default
+            if "num_inference_steps" in call
+            else usual.num_inference_steps,
+            guidance_scale=call["guidance_scale"].default if "guidance_scale" in call else usual.guidance_scale,
+            batch_size=4,
         )
 
 

@@ -33,7 +33,7 @@ def concept_phrases(concept: Concept) -> set[frozenset[str]]:
     its match's words ("a cat" of "a cat in a forest" and "an empty scene in a forest")."""
     phrases = {content_words(concept.name)}
     for pair in concept.pairs:
-        shows, without = pair.shows.split(), pair.without.split()
+        shows, without = pair.positive.split(), pair.negative.split()
         while shows and without and shows[0] == without[0]:
             shows, without = shows[1:], without[1:]
         while shows and without and shows[-1] == without[-1]:

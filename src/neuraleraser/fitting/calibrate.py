@@ -25,7 +25,7 @@ def calibrate(
     concept: Concept,
     neighbours: Sequence[Concept] = (),
     *,
-    pairs: int = 8,
+    num_pairs: int = 8,
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Eraser:
@@ -40,24 +40,24 @@ def calibrate(
     Raises ConceptError where the features do not tell the concept at any timestep, SettingsError for too few
     pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
     """
-    if pairs < 2:
-        raise SettingsError(f"{pairs} pairs to calibrate with: pass at least 2")
+    if num_pairs < 2:
+        raise SettingsError(f"{num_pairs} pairs to calibrate with: pass at least 2")
     if eraser.gate.site.path.split(".")[0] not in DENOISERS:
         raise SettingsError(
             f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
         )
     usual = sampling_of(pipe, eraser.header)
-    s = sampling or replace(usual, batch=min(8, pairs, usual.batch))
+    s = sampling or replace(usual, batch_size=min(8, num_pairs, usual.batch_size))
     # Spread over the concept's own, whose order goes by phrasing and subject.
-    some = [concept.pairs[i * len(concept.pairs) // pairs] for i in range(pairs)]
-    seeds = [seed + i for i in range(pairs)]
+    some = [concept.pairs[i * len(concept.pairs) // num_pairs] for i in range(num_pairs)]
+    seeds = [seed + i for i in range(num_pairs)]
     gate = eraser.gate.to(pipe.device)
 
     def evidence(x: Tensor) -> Tensor:
         return gate.evidence(x).float().cpu()
 
-    plain, without, times = replayed(pipe, [p.without for p in some], seeds, s, gate.site, evidence)
-    shown, on, _ = replayed(pipe, [p.shows for p in some], seeds, s, gate.site, evidence)
+    plain, without, times = replayed(pipe, [p.negative for p in some], seeds, s, gate.site, evidence)
+    shown, on, _ = replayed(pipe, [p.positive for p in some], seeds, s, gate.site, evidence)
     seen: list[Tensor] = []
 
     def note(site: Site, x: Tensor, call: EditContext[None]) -> None:
@@ -68,7 +68,7 @@ def calibrate(
         for a, b in zip(plain, shown, strict=True):
             replay(pipe, a.state, a.timestep, b.conditioning)
     lacks = [rows_of(without)]
-    others = [c.pairs[i % len(c.pairs)].shows for i, c in enumerate(neighbours) if c.name != concept.name]
+    others = [c.pairs[i % len(c.pairs)].positive for i, c in enumerate(neighbours) if c.name != concept.name]
     if others:
         lacks.append(rows_of(measured(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)[0]))
     # For each of the gate's bins the pass at the nearest time.
@@ -82,8 +82,8 @@ def calibrate(
             f"the features of {eraser.name!r} do not tell it from its matches on this model at any timestep: make a "
             "new eraser for it"
         )
-    used = [prompt for p in some for prompt in (p.shows, p.without)] + others
-    spans = [*eraser.header.get("seeds", ()), seed, seed + max(pairs, len(others)) - 1]
+    used = [prompt for p in some for prompt in (p.positive, p.negative)] + others
+    spans = [*eraser.header.get("seeds", ()), seed, seed + max(num_pairs, len(others)) - 1]
     header = {
         **eraser.header,
         # A test must not draw what the gate was fitted to.

@@ -17,7 +17,7 @@ def clip_judge(
     concept: Concept,
     neighbours: Sequence[Concept],
     model: str = CLIP,
-    images: int = 24,
+    num_images: int = 24,
     seed: int = 70_000,
     sampling: Sampling | None = None,
 ) -> ClipJudge:
@@ -26,12 +26,16 @@ def clip_judge(
     `pipe` draws `images` of the concept, of each neighbour, and of the prompts that match the concept's without it.
     Detach erasers first. Raises as `ClipJudge.calibrate` does.
     """
-    prompts = {concept.name: [pair.shows for pair in concept.pairs]}
-    prompts |= {other.name: [pair.shows for pair in other.pairs] for other in neighbours if other.name != concept.name}
-    prompts[NONE] = [pair.without for pair in concept.pairs]
+    prompts = {concept.name: [pair.positive for pair in concept.pairs]}
+    prompts |= {
+        other.name: [pair.positive for pair in other.pairs] for other in neighbours if other.name != concept.name
+    }
+    prompts[NONE] = [pair.negative for pair in concept.pairs]
     sampling = sampling or default_sampling(pipe)
     drawn = {
-        name: generate(pipe, [texts[i % len(texts)] for i in range(images)], range(seed, seed + images), sampling)
+        name: generate(
+            pipe, [texts[i % len(texts)] for i in range(num_images)], range(seed, seed + num_images), sampling
+        )
         for name, texts in prompts.items()
     }
     return ClipJudge.calibrate(concept.name, concept.kind, drawn, model, str(pipe.device))

@@ -18,7 +18,7 @@ from neuraleraser.sites import DenoiserCall, EditContext, Site, denoiser, edit, 
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingExample:
     """Example that a correction learns from.
 
     One sampling step of some images, as a call whose conditioning shows the concept, and the prediction [B, ...] that
@@ -32,7 +32,7 @@ class Lesson:
 def learnt(
     pipe: Any,
     edits: Sequence[tuple[Site, ...]],
-    lessons: Sequence[Lesson],
+    examples: Sequence[TrainingExample],
     *,
     rank: int = 32,
     steps: int = 160,
@@ -48,9 +48,9 @@ def learnt(
     alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    times = torch.stack([lesson.call.timestep.flatten()[0].float().cpu() for lesson in lessons]).mean()[None]
-    device = lessons[0].call.state.device
-    sizes = _widths(pipe, [sites[0] for sites in edits], lessons[0].call)
+    times = torch.stack([lesson.call.timestep.flatten()[0].float().cpu() for lesson in examples]).mean()[None]
+    device = examples[0].call.state.device
+    sizes = _widths(pipe, [sites[0] for sites in edits], examples[0].call)
     params: dict[Site, dict[str, Tensor]] = {}
     for (first, *_), d in zip(edits, sizes, strict=True):
         params[first] = {
@@ -65,7 +65,7 @@ def learnt(
     def at(sites: tuple[Site, ...]) -> Callable[[Tensor, EditContext[None]], Tensor]:
         return lambda x, context: correction(sites).delta(x, context.timestep)
 
-    rows = [(k, r) for k, lesson in enumerate(lessons) for r in range(len(lesson.wanted))]
+    rows = [(k, r) for k, lesson in enumerate(examples) for r in range(len(lesson.wanted))]
     net = denoiser(pipe)
     frozen = [(p, p.requires_grad) for p in net.parameters()]
     adam = torch.optim.Adam([p for group in params.values() for p in group.values()], lr=lr, betas=(0.9, 0.98))
@@ -76,8 +76,8 @@ def learnt(
         with sdpa_kernel([SDPBackend.MATH]), edit(pipe, {site: at(sites) for sites in edits for site in sites}):
             for step in range(steps):
                 which = [rows[i] for i in torch.randint(len(rows), (batch,), generator=generator).tolist()]
-                shown = _gather([lessons[k].call for k, _ in which], [r for _, r in which])
-                target = torch.stack([lessons[k].wanted[r] for k, r in which])
+                shown = _gather([examples[k].call for k, _ in which], [r for _, r in which])
+                target = torch.stack([examples[k].wanted[r] for k, r in which])
                 with torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16):
                     out = replay(pipe, shown.state, shown.timestep, shown.conditioning)
                 loss = F.mse_loss(out.float(), target.float())

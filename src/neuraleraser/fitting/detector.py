@@ -15,11 +15,11 @@ from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 
 FEATURES = 64
-RARE = 0.005
+MIN_FIRING_RATE = 0.005
 """A feature that fires on a smaller share of rows is no candidate."""
-ALONE = 0.95
+SINGLE_FEATURE_SEPARATION = 0.95
 """Share of rows that one feature must separate by itself to be a gate."""
-ENOUGH = 200
+MIN_ROWS_FOR_QUANTILE = 200
 """Rows without the concept that show the 99.5th percentile of their evidence."""
 SHUT = 1e9
 """A bound that no evidence reaches: the gate stays shut at timesteps where it could not tell."""
@@ -49,11 +49,11 @@ def choose(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
     pooled: list[tuple[Tensor, Tensor, Tensor, int]] = []
     for share in range(len(SHARES)):
         on, off = shows[:, :, share].float(), lacks[:, :, share].float()
-        often = (torch.cat([on, off]) > 0).float().mean((0, 1)) > RARE
+        often = (torch.cat([on, off]) > 0).float().mean((0, 1)) > MIN_FIRING_RATE
         candidates = often.nonzero()[:, 0]
         if bool((on.mean((0, 1)) > off.mean((0, 1)))[candidates].any()):
             pooled.append((on, off, candidates, share))
-    if alone := [d for d in (_one(*p) for p in pooled) if float(d.separation.mean()) >= ALONE]:
+    if alone := [d for d in (_one(*p) for p in pooled) if float(d.separation.mean()) >= SINGLE_FEATURE_SEPARATION]:
         return max(alone, key=lambda d: float(d.separation.mean()))
     together = [d for d in (_many(*p, count) for p in pooled) if bool((d.weight > 0).any())]
     if not together:
@@ -110,7 +110,7 @@ def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     shut where a typical row with the concept lies below low: it could not tell.
     """
     typical, weak = shows.median(0).values, shows.quantile(0.1, 0)
-    least = 0.2 if len(lacks) >= ENOUGH else 0.5
+    least = 0.2 if len(lacks) >= MIN_ROWS_FOR_QUANTILE else 0.5
     low = torch.maximum(lacks.quantile(0.995, 0, interpolation="higher"), least * weak).clamp(min=1e-6)
     high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low

@@ -16,7 +16,7 @@ from neuraleraser.eraser import Eraser, time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.background import rows_without
-from neuraleraser.fitting.correction_training import Lesson, learnt
+from neuraleraser.fitting.correction_training import TrainingExample, learnt
 from neuraleraser.fitting.detector import SHUT, Detector, bounds, build, choose
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.reference import Reference, shipped_reference
@@ -58,12 +58,12 @@ def fit(
     say = progress or (lambda what, share: None)
     started = time.monotonic()
     acts = list(edits or edits_for(pipe, known.site))
-    pairs = _some(concept.pairs, s.pairs, s.seed)
+    pairs = _some(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
     say("drawing without the concept", 0.0)
-    plain, pooled_plain = recorded(pipe, [p.without for p in pairs], seeds, sampling, known.sae, known.site)
+    plain, pooled_plain = recorded(pipe, [p.negative for p in pairs], seeds, sampling, known.sae, known.site)
     say("drawing with the concept", 0.1)
-    shown, pooled_shown = recorded(pipe, [p.shows for p in pairs], seeds, sampling, known.sae, known.site)
+    shown, pooled_shown = recorded(pipe, [p.positive for p in pairs], seeds, sampling, known.sae, known.site)
     say("choosing features", 0.2)
     crossed, pooled_crossed = _cross(pipe, plain, shown, known)
     at = time_bin(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
@@ -73,9 +73,9 @@ def fit(
     lacks = torch.cat([lacks, own])
     detector = choose(shows, lacks)
     say("drawing what stays", 0.2)
-    stays = _beside(concept, s.beside)
+    stays = _beside(concept, s.num_context_pairs)
     beside_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(stays))
-    beside = _lessons_beside(pipe, stays, beside_seeds, sampling, known.site) if stays else []
+    beside = _context_examples(pipe, stays, beside_seeds, sampling, known.site) if stays else []
     say("fitting the edit", 0.3)
     losses: list[float] = []
 
@@ -83,14 +83,14 @@ def fit(
         losses.append(loss)
         say("fitting the edit", 0.3 + 0.65 * step / s.steps)
 
-    lessons = _lessons(pipe, plain, shown, crossed) + [lesson for part in beside for lesson in part]
+    examples = _lessons(pipe, plain, shown, crossed) + [lesson for part in beside for lesson in part]
     corrections = learnt(
         pipe,
         acts,
-        lessons,
+        examples,
         rank=s.rank,
         steps=s.steps,
-        batch=s.batch,
+        batch=s.train_batch_size,
         lr=s.learning_rate,
         seed=s.seed,
         on_step=on_step,
@@ -124,10 +124,10 @@ def fit(
 def _check_width(pipe: Any, known: Reference, sampling: Sampling) -> None:
     """Raise SettingsError where the reference's SAE has another width than its site in this pipeline."""
     width = shapes_of(pipe, [known.site], sampling)[known.site][1]
-    if width != known.sae.d:
+    if width != known.sae.d_in:
         raise SettingsError(
             f"{known.site} of this {type(pipe).__name__} is {width} wide, and the reference's SAE takes "
-            f"{known.sae.d}: pass a reference that was made for this pipeline"
+            f"{known.sae.d_in}: pass a reference that was made for this pipeline"
         )
 
 
@@ -159,29 +159,29 @@ def _cross(
 
 def _lessons(
     pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], crossed: Sequence[DenoiserCall]
-) -> list[Lesson]:
+) -> list[TrainingExample]:
     """Return the examples of the concept's own prompts, at states drawn without the concept and with it.
 
     The target is the model's own prediction for the matched prompt at those states.
 
     Those without count twice: that is where the states of a finished eraser's run lie.
     """
-    lessons = [Lesson(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2
-    return lessons + [Lesson(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
+    examples = [TrainingExample(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2
+    return examples + [TrainingExample(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
 
 
 def _beside(concept: Concept, count: int) -> dict[str, list[str]]:
     """The first `count` prompts of what stays, each with the prompts that show the concept beside it."""
     stays: dict[str, list[str]] = {}
-    for pair in concept.beside:
-        if pair.without in stays or len(stays) < count:
-            stays.setdefault(pair.without, []).append(pair.shows)
+    for pair in concept.context_pairs:
+        if pair.negative in stays or len(stays) < count:
+            stays.setdefault(pair.negative, []).append(pair.positive)
     return stays
 
 
-def _lessons_beside(
+def _context_examples(
     pipe: Any, stays: Mapping[str, Sequence[str]], seeds: Sequence[int], sampling: Sampling, site: Site
-) -> list[list[Lesson]]:
+) -> list[list[TrainingExample]]:
     """One list for each way of naming the concept beside what stays: its conditioning, at the states of what stays.
 
     Only what stays is drawn. Of the others one step is, for their conditioning.
@@ -191,16 +191,18 @@ def _lessons_beside(
         return replayed(pipe, prompts, seeds, sampling, site, lambda x: x.new_zeros(len(x)))[0]
 
     plain = calls(list(stays), sampling)
-    lessons = []
+    examples = []
     for way in range(max(map(len, stays.values()))):
-        told = calls([shows[way % len(shows)] for shows in stays.values()], dataclasses.replace(sampling, steps=1))[0]
-        lessons.append([Lesson(_conditioned(call, told), call.prediction) for call in plain])
-    return lessons
+        conditioning = calls(
+            [shows[way % len(shows)] for shows in stays.values()], dataclasses.replace(sampling, num_inference_steps=1)
+        )[0]
+        examples.append([TrainingExample(_conditioned(call, conditioning), call.prediction) for call in plain])
+    return examples
 
 
 def _drawn(pairs: Sequence[Pair], stays: Mapping[str, Sequence[str]]) -> list[str]:
     """Return every prompt that the fit draws or conditions on, each once: a test must not repeat them."""
-    prompts = [prompt for pair in pairs for prompt in (pair.shows, pair.without)]
+    prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
     prompts += [prompt for alone, both in stays.items() for prompt in (*both, alone)]
     return list(dict.fromkeys(prompts))
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from neuraleraser.concepts import Concept, shipped_neighbours, with_neighbours
+from neuraleraser.concepts import Concept, add_context_pairs, default_neighbours
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import FileError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_gate_site, default_sampling, model_name
 from neuraleraser.families.naming import concept_of, neighbours_of
 from neuraleraser.fitting.fit import fit
-from neuraleraser.fitting.make_reference import expect, make_reference
+from neuraleraser.fitting.make_reference import estimate_cost, make_reference
 from neuraleraser.fitting.published_references import fetch_reference, published_sae
 from neuraleraser.fitting.reference import Reference, load_reference, shipped_reference
 from neuraleraser.io.names import file_name, printable
@@ -35,7 +35,7 @@ def erase(
     neighbours: Sequence[str] = (),
     reference: str | Path | Reference | None = None,
     site: str | Site | None = None,
-    images: int = 160,
+    num_images: int = 160,
     settings: FitSettings | None = None,
     sampling: Sampling | None = None,
     folder: str | Path = FOLDER,
@@ -63,8 +63,8 @@ def erase(
     there.
     """
     meant = concept_of(pipe, concept, kind) if isinstance(concept, str) else concept
-    near = neighbours_of(pipe, meant, neighbours) if neighbours else list(shipped_neighbours(meant))
-    meant = with_neighbours(meant, near)
+    near = neighbours_of(pipe, meant, neighbours) if neighbours else list(default_neighbours(meant))
+    meant = add_context_pairs(meant, near)
     sampling = sampling or default_sampling(pipe)
     tell, say = progress or (lambda what, share: None), announce or (lambda sentence: None)
     if isinstance(reference, Reference):
@@ -76,7 +76,7 @@ def erase(
     else:
         where = Site.parse(str(site)) if site else default_gate_site(pipe, meant.kind)
         first, tell = _part(tell, 0.0, 0.6), _part(tell, 0.6, 0.4)
-        known = find_or_make_reference(pipe, meant, near, where, images, sampling, Path(folder), first, say)
+        known = find_or_make_reference(pipe, meant, near, where, num_images, sampling, Path(folder), first, say)
     return fit(pipe, meant, settings, tell, known=known, sampling=sampling)
 
 
@@ -121,11 +121,13 @@ def find_or_make_reference(
             announce(f"It cannot be had: {error}.")
     folder = root / f"{owner}-{name}"
     if not (folder / "background.safetensors").exists():
-        cost = expect(pipe, site, images, sampling)
+        cost = estimate_cost(pipe, site, images, sampling)
         announce(
             f"Making a reference for {model} at {site} from {images + images // 2} of its own images, of "
             f"{concept.name} and {', '.join(n.name for n in neighbours) or 'no neighbours'}.\n"
             f"About {cost.seconds / 60:.0f} minutes of drawing, and {cost.bytes / 1e6:.0f} MB in {folder} until it is "
             "made. Ctrl-C stops; the same call goes on."
         )
-    return make_reference(pipe, concept, neighbours, site, folder, images=images, sampling=sampling, say=progress)
+    return make_reference(
+        pipe, concept, neighbours, site, folder, num_images=images, sampling=sampling, progress=progress
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from neuraleraser.activations import bank
+from neuraleraser.activations import activation_matrix
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting.provenance import Provenance
@@ -27,7 +27,7 @@ def import_reference(
     labels: Sequence[Sequence[str]] | None = None,
     *,
     format: formats.Format | None = None,
-    per_image: int = 1024,
+    vectors_per_image: int = 1024,
     sampling: Sampling | None = None,
     seed: int = 500,
 ) -> Reference:
@@ -37,9 +37,9 @@ def import_reference(
     labels: the names of what each prompt shows, or None. What shows a concept is no background for it: `fit` leaves
     those rows out, by the labels, or where none names the concept by the prompt's words.
 
-    Features that compete (TopK) get thresholds of their own, calibrated on `per_image` activations of each prompt's
-    image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so. Images are
-    drawn with seeds from `seed` on, by default as the pipeline is usually sampled.
+    Features that compete (TopK) get thresholds of their own, calibrated on `vectors_per_image` activations of each
+    prompt's image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so.
+    Images are drawn with seeds from `seed` on, by default as the pipeline is usually sampled.
 
     Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's and for a site that
     is in no block, DataError where there are no prompts or not as many labels.
@@ -52,13 +52,13 @@ def import_reference(
     edits_for(pipe, site)  # raises where no eraser could edit
     width = shapes_of(pipe, [site], s)[site][1]
     seeds = range(seed, seed + len(prompts))
-    x = bank(pipe, prompts, seeds, [site], per_image, s)[site]
+    x = activation_matrix(pipe, prompts, seeds, [site], vectors_per_image, s)[site]
     try:
         sae = formats.read(path, format, calibrate=x)
     except DataError as error:
         raise SiteError(f"{site} is {width} wide, and {path} was made for another site ({error})") from error
-    if sae.d != width:
-        raise SiteError(f"{site} is {width} wide, and {path} holds an SAE for {sae.d}: pass the site it reads")
+    if sae.d_in != width:
+        raise SiteError(f"{site} is {width} wide, and {path} holds an SAE for {sae.d_in}: pass the site it reads")
     sae.header["site"] = str(site)
     background = [(prompt, frozenset(of)) for prompt, of in zip(prompts, labels or [()] * len(prompts), strict=True)]
     # Thresholds are calibrated on the background's own images; what the SAE was trained on is not known here.
@@ -78,6 +78,8 @@ def shapes_of(pipe: Any, sites: Sequence[Site], sampling: Sampling) -> Mapping[S
             pipe,
             ["a picture"],
             [0],
-            Sampling(steps=1, guidance=1.0, batch=1, height=sampling.height, width=sampling.width),
+            Sampling(
+                num_inference_steps=1, guidance_scale=1.0, batch_size=1, height=sampling.height, width=sampling.width
+            ),
         )
     return {site: found[site] for site in dict.fromkeys(sites)}

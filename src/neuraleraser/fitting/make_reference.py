@@ -40,32 +40,35 @@ ACTIVE = 16
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostEstimate:
     """Cost of a reference: seconds of drawing, and bytes of activations on disk until it is made."""
 
     seconds: float
     bytes: int
 
 
-def expect(pipe: Any, site: Site, images: int, sampling: Sampling) -> Cost:
+def estimate_cost(pipe: Any, site: Site, num_images: int, sampling: Sampling) -> CostEstimate:
     """Return what `make_reference` will take, from a few steps that are drawn and timed."""
     shape = shapes_of(pipe, [site], sampling)[site]  # warms up, too
     took = []
     for steps in (1, 3):
         started = time.monotonic()
-        prompts = ["a picture"] * sampling.batch
-        one = Sampling(steps, sampling.guidance, sampling.batch, sampling.height, sampling.width)
-        generate(pipe, prompts, range(sampling.batch), one)
+        prompts = ["a picture"] * sampling.batch_size
+        one = Sampling(steps, sampling.guidance_scale, sampling.batch_size, sampling.height, sampling.width)
+        generate(pipe, prompts, range(sampling.batch_size), one)
         took.append(time.monotonic() - started)
     step = max(0.0, took[1] - took[0]) / 2
-    batches = -(-images // sampling.batch) + -(-max(1, images // 2) // sampling.batch)
-    return Cost(batches * (took[0] + (sampling.steps - 1) * step), images * _kept(shape, sampling)[0] * shape[1] * 4)
+    batches = -(-num_images // sampling.batch_size) + -(-max(1, num_images // 2) // sampling.batch_size)
+    return CostEstimate(
+        batches * (took[0] + (sampling.num_inference_steps - 1) * step),
+        num_images * _kept(shape, sampling)[0] * shape[1] * 4,
+    )
 
 
 def _kept(shape: tuple[int, int], sampling: Sampling) -> tuple[int, int]:
     """Return how many vectors of an image are kept, and how many stay together, at a site of (positions, width)."""
     together = min(PER_MAP, shape[0])
-    return min(PER_IMAGE // together, shape[0] // together * sampling.steps) * together, together
+    return min(PER_IMAGE // together, shape[0] // together * sampling.num_inference_steps) * together, together
 
 
 def own_prompts(
@@ -79,12 +82,12 @@ def own_prompts(
     turn = 0
     for i in range(count):
         if i % 5 == 4 or (i % 5 > 1 and not neighbours):
-            out.append((rng.choice(concept.pairs).without, ()))
+            out.append((rng.choice(concept.pairs).negative, ()))
             continue
         other = neighbours[turn % len(neighbours)] if neighbours else concept
         shown, beside = (concept, other) if i % 5 < 2 else (other, concept)
         turn += i % 5 > 1
-        prompt, names = rng.choice(shown.pairs).shows, (shown.name,)
+        prompt, names = rng.choice(shown.pairs).positive, (shown.name,)
         objects = shown is not beside and shown.kind == beside.kind == "object"
         if objects and shown.name in prompt and rng.random() < 0.5:
             if shown is not concept:
@@ -102,20 +105,20 @@ def make_reference(
     site: Site,
     folder: Path,
     *,
-    images: int = 160,
+    num_images: int = 160,
     sampling: Sampling | None = None,
-    say: Callable[[str, float], None] | None = None,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Reference:
     """Make a reference of `pipe` at `site`, with a feature for `concept` and each of `neighbours`, into `folder`; one
     that is there already is opened. Interrupted and called again it goes on.
 
     Draws `images` to learn from and half as many to see how the features fire.
-    `say(what, share)` is told how far it is.
+    `progress(what, share)` is called with how far it is.
 
     Raises SiteError for a site that is not there, ConceptError for a name that is given twice, SettingsError where
     the folder holds another reference, of other names or another site, whole or half made.
     """
-    s, tell = sampling or default_sampling(pipe), say or (lambda what, share: None)
+    s, tell = sampling or default_sampling(pipe), progress or (lambda what, share: None)
     names = [concept.name, *(n.name for n in neighbours)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConceptError(f"{', '.join(sorted(twice))} is named twice: neighbours must differ, and not be the concept")
@@ -128,18 +131,20 @@ def make_reference(
     edits_for(pipe, site)  # raises where no eraser could edit
     shape = shapes_of(pipe, [site], s)[site]
     per_image, together = _kept(shape, s)
-    shown = own_prompts(concept, neighbours, images, 1)
+    shown = own_prompts(concept, neighbours, num_images, 1)
     labels = torch.tensor([[name in of for name in names] for _, of in shown], dtype=torch.uint8)
     texts = [prompt for prompt, _ in shown]
-    stream = StreamSettings(together, per_image, images, window=16, per_map=together, reuse=1, sampling=s)
+    stream = StreamSettings(together, per_image, num_images, buffer_chunks=16, group_size=together, reuse=1, sampling=s)
     data = described(model_name(pipe), texts, stream) | {"site": str(site), "labels": names}
-    count = -(-images // s.batch)
+    count = -(-num_images // s.batch_size)
     pool = activation_stream(pipe, texts, [site], stream, labels)
     shards = write_shards(
         pool, folder / "activations", count, data, lambda k: tell("drawing to learn from", 0.6 * (k + 1) / count)
     )
     n = max(2 * shape[1], len(names))
-    settings = TrainSettings(n=n, k=min(ACTIVE, n), steps=STEPS, discriminant=True, init_vectors=2**17, log_every=10)
+    settings = TrainSettings(
+        n_features=n, k=min(ACTIVE, n), steps=STEPS, discriminant=True, init_vectors=2**17, log_every=10
+    )
     run = Run(settings, str(site), folder / "training.safetensors", data)
 
     def on_step(_: str, log: StepLog) -> None:
@@ -150,7 +155,7 @@ def make_reference(
     x = shards.load(0)[str(site)][0].flatten(0, 1).float()
     sae.header["measures"] = measure(sae, x)
     tell("seeing how they fire", 0.7)
-    seen = own_prompts(concept, neighbours, max(1, images // 2), 2)
+    seen = own_prompts(concept, neighbours, max(1, num_images // 2), 2)
     background = [(prompt, frozenset(of)) for prompt, of in seen]
     learnt_from = Provenance(((STREAM_SEEDS[0], STREAM_SEEDS[-1]),), tuple(dict.fromkeys(texts)), labels=tuple(names))
     known = reference_from_sae(pipe, sae, site, background, s, learnt_from=learnt_from)

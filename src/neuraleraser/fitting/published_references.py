@@ -72,7 +72,7 @@ def fetch_reference(
     if (folder / "background.safetensors").exists():
         return Reference.load(folder)
     path, commit = fetch_sae(known, revision)
-    others = [(p.shows, (n.name,)) for n in neighbours for p in n.pairs] + [(p.without, ()) for p in concept.pairs]
+    others = [(p.positive, (n.name,)) for n in neighbours for p in n.pairs] + [(p.negative, ()) for p in concept.pairs]
     drawn = random.Random(1).sample(others, min(images, len(others)))
     made = import_reference(pipe, path, known.site, [p for p, _ in drawn], [of for _, of in drawn], sampling=s)
     source = f"{known.repo}: {known.source}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.activations import CONDITIONAL, Seen, collect
+from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.errors import DataError, FileError, SettingsError, SiteError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling
@@ -88,11 +88,11 @@ class Reference:
         """Read what `save` wrote. Raises FileError."""
         sae = SAE.load(folder / "sae.safetensors")
         tensors, header = artifact.load(folder / "background.safetensors", "background")
-        error = _background_error(tensors, header, sae.n)
+        error = _background_error(tensors, header, sae.n_features)
         if error:
             raise FileError(f"{folder} holds no complete reference ({error}): make it again")
         values = (tensors["values"].float() / 255).square() * (255 * tensors["scale"])
-        pooled = torch.zeros(*values.shape[:-1], sae.n, dtype=torch.float16)
+        pooled = torch.zeros(*values.shape[:-1], sae.n_features, dtype=torch.float16)
         pooled.scatter_(-1, tensors["index"].long(), values.half())
         labels = [frozenset(shown) for shown in header["labels"]]
         provenance = Provenance.parse(header["provenance"])
@@ -169,13 +169,13 @@ def train_reference(
     """
     if not 0 < images <= 500:
         raise SettingsError(f"images is {images}: pass 1 to 500 (their seeds are 500 to 999)")
-    sampling = replace(default_sampling(pipe), batch=40)
+    sampling = replace(default_sampling(pipe), batch_size=40)
     names = [*vocabulary.objects, *vocabulary.styles]
     shown = labelled_prompts(vocabulary, 400, 1, two=0.5)
     prompts, seeds = [prompt for prompt, _ in shown], range(100, 500)
     labels = torch.tensor([[float(name in of) for name in names] for _, of in shown])
     maps, of = labelled_maps(pipe, prompts, seeds, labels, site, sampling)
-    settings = TrainSettings(n=n, k=k, steps=1200, discriminant=True, init_vectors=2**17)
+    settings = TrainSettings(n_features=n, k=k, steps=1200, discriminant=True, init_vectors=2**17)
     sae = train(labelled_batches(maps, of, 64), settings)
     sae.header["labels"] = names
     sae.header["measures"] = measure(sae, maps.flatten(0, 1)[:50_000])
@@ -199,7 +199,7 @@ def labelled_maps(
     maps: list[Tensor] = []
     of: list[Tensor] = []
 
-    def on(seen: Seen) -> None:
+    def on(seen: ActivationBatch) -> None:
         conditional = seen.branch == CONDITIONAL
         kept = torch.rand(len(seen.images), generator=g) < (1 / 4 if conditional else 1 / 30)
         maps.append(seen.x[kept.to(seen.x.device)].float().cpu())

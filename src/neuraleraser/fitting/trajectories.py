@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.activations import CONDITIONAL, Seen, collect
+from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images
 from neuraleraser.settings import Sampling
@@ -82,7 +82,7 @@ def measured(
         if on_batch:
             on_batch(first, real)
 
-    def on(s: Seen) -> None:
+    def on(s: ActivationBatch) -> None:
         batches[-1].append((s.timestep, s.branch, measure(s.x)))
 
     images = collect(pipe, prompts, seeds, [site], on, sampling, init, begin)

@@ -59,7 +59,7 @@ class ClipJudge:
         """Set the thresholds on images, uint8 [N, H, W, 3], of the concept and of each neighbour, by name.
 
         Every second image sets them, the others test them. Images under the name "" show none of the names: they
-        are told from the concept, too. `model` is a CLIP checkpoint: a folder or an id on the Hub.
+        are set apart from the concept, too. `model` is a CLIP checkpoint: a folder or an id on the Hub.
 
         Raises ConceptError where CLIP cannot tell the concept from a neighbour on images of this model, or where
         concept or neighbours lack; DataError for too few images; FileError for a checkpoint that cannot be opened.

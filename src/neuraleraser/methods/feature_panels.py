@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuraleraser.activations import CONDITIONAL, Seen, collect
+from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.eraser import Eraser
 from neuraleraser.evaluation.figures import FeaturePanel, overlay, spaced_sample
 from neuraleraser.evaluation.protocol import Cell
@@ -28,7 +28,7 @@ def feature_panels(pipe: Any, eraser: Eraser, cells: Sequence[Cell], sampling: S
         return []
     seen: dict[float, Tensor] = {}
 
-    def on_activations(s: Seen) -> None:
+    def on_activations(s: ActivationBatch) -> None:
         if s.branch == CONDITIONAL:
             seen[s.timestep] = eraser.gate.activations(s.x.float().cpu())  # [images, P, f]
 
@@ -38,7 +38,7 @@ def feature_panels(pipe: Any, eraser: Eraser, cells: Sequence[Cell], sampling: S
         [c.seed for c in part],
         [eraser.gate.site],
         on_activations,
-        replace(sampling, batch=len(part)),
+        replace(sampling, batch_size=len(part)),
     )
     times = sorted(seen, reverse=True)
     z = torch.stack([seen[t] for t in times])  # [T, images, P, f]

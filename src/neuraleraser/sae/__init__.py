@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuraleraser.sae.memory_batches import labelled_batches, pool_batches
-    from neuraleraser.sae.mixing_buffer import MixingPool
+    from neuraleraser.sae.mixing_buffer import MixingBuffer
     from neuraleraser.sae.model import SAE
     from neuraleraser.sae.quality import measure
     from neuraleraser.sae.train_settings import Architecture, StepLog, TrainSettings
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAE",
     "Architecture",
-    "MixingPool",
+    "MixingBuffer",
     "Run",
     "StepLog",
     "TrainSettings",
@@ -36,7 +36,7 @@ __all__ = [
 _HOME = {
     "SAE": "model",
     "Architecture": "train_settings",
-    "MixingPool": "mixing_buffer",
+    "MixingBuffer": "mixing_buffer",
     "Run": "training",
     "StepLog": "train_settings",
     "TrainSettings": "train_settings",

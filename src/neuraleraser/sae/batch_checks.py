@@ -74,7 +74,7 @@ def checked(
         return x.detach().float(), None
     if labels is None:
         raise DataError(f"batch {step} has no labels: labelled training takes a stream of (x [B, d], labels [M, C])")
-    check_labels(labels, len(x), settings.n, concepts or None, step)
+    check_labels(labels, len(x), settings.n_features, concepts or None, step)
     return x.detach().float(), labels.to(x.device)
 
 

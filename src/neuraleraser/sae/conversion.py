@@ -164,7 +164,7 @@ def _difference(source: Source, sae: SAE, x: Tensor) -> dict[str, float]:
     both = either = theirs = ours = 0
     error = error_theirs = total = 0.0
     mean = x.double().mean(0)
-    for part in x.split(_rows(sae.n)):
+    for part in x.split(_rows(sae.n_features)):
         u, scale, shift = source.standardise(part)
         a, z = source.encode(u), sae.encode(part)
         both += int(((a > 0) & (z > 0)).sum())

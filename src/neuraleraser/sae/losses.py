@@ -43,7 +43,7 @@ def forward(
     with torch.no_grad():
         fired = choose(w, x, settings, low)
     if settings.architecture == "matryoshka":
-        residuals = nested_residuals(w, x, fired, prefixes(settings.n))
+        residuals = nested_residuals(w, x, fired, prefixes(settings.n_features))
         nested = torch.stack([unexplained(r, variance) for r in residuals])
         main, fvu, residual = nested.mean(), nested[-1], residuals[-1]
     else:
@@ -69,8 +69,8 @@ def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> 
         return torch.addmm(b_enc, into[rows], w_enc)
 
     if settings.architecture == "topk":
-        return select_rows(pre, len(x), settings.n, settings.k)
-    return select(pre, len(x), settings.n, len(x) * settings.k)
+        return select_rows(pre, len(x), settings.n_features, settings.k)
+    return select(pre, len(x), settings.n_features, len(x) * settings.k)
 
 
 def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
@@ -132,5 +132,5 @@ def labelled_losses(
         bind = supervised.binding_loss(pre(len(x), labels.shape[1]), labels, cut)
     if settings.contrast:
         maps = min(len(labels), supervised.MAPS)
-        contrast = supervised.contrast_loss(pre(maps * (len(x) // len(labels)), settings.n), labels[:maps])
+        contrast = supervised.contrast_loss(pre(maps * (len(x) // len(labels)), settings.n_features), labels[:maps])
     return bind, contrast

@@ -1,10 +1,10 @@
 """A pool of activations that is refilled while training goes on, and still gives the same batches every time.
 
 Vectors of one image, or of neighbouring positions, are alike; batches have to mix many images. The pool holds the
-`window` newest chunks. A refill takes in one more chunk, and the oldest goes. Between two refills lies a block, in
-which each of the m chunks of the pool gives one of m slices, drawn at random: so a block mixes all chunks of the pool.
-In a full pool m = `window`: a chunk lasts for so many blocks, and each of its rows is used exactly `reuse` times. A
-pool that starts with fewer chunks grows until it is full, and uses the first ones more often.
+`buffer_chunks` newest chunks. A refill takes in one more chunk, and the oldest goes. Between two refills lies a block,
+in which each of the m chunks of the pool gives one of m slices, drawn at random: so a block mixes all chunks of the
+pool. In a full pool m = `buffer_chunks`: a chunk lasts for so many blocks, and each of its rows is used exactly `reuse`
+times. A pool that starts with fewer chunks grows until it is full, and uses the first ones more often.
 
 What a step sees is a pure function of (seed, step) and of the chunks: a killed run that is resumed draws the chunks
 of its block again, and goes on with the same bits. A thread may draw the next chunks meanwhile; what it draws
@@ -42,19 +42,18 @@ def generator(*what: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
-class MixingPool:
+class MixingBuffer:
     """The stream of batches that a pool of chunks gives: `pool(step)` iterates from any step on.
 
     Each item is {source: x [batch, d]}, or {source: (x, labels)} where chunks have labels; `batch` counts rows, of
     which a map of P vectors is one. A refill gives `per_block` batches; rows that fill no batch are left out, others
     in every block. The pool lies on `device` (None: where the chunks are).
 
-    chunk: the chunks, `size` rows each. window: how many of them the pool holds; start: how many there are in the first
-    block (None: as many). reuse: how often a row is used.
-    cycle: after so many chunks the first comes again; as many blocks use each row `reuse` times, and the next ones do
-    so in a new order. With a window as large, chunks stay in the pool and are drawn once. ahead: chunks that a thread
-    draws while batches are used; 0 draws between batches. Raises SettingsError for settings out of range, or a batch
-    larger than a block.
+    chunk: the chunks, `size` rows each. buffer_chunks: how many of them the pool holds; start: how many there are in
+    the first block (None: as many). reuse: how often a row is used. cycle: after so many chunks the first comes again;
+    as many blocks use each row `reuse` times, and the next ones do so in a new order. With a buffer as large, chunks
+    stay in the pool and are drawn once. prefetch: chunks that a thread draws while batches are used; 0 draws between
+    batches. Raises SettingsError for settings out of range, or a batch larger than a block.
     """
 
     def __init__(
@@ -63,24 +62,25 @@ class MixingPool:
         size: int,
         batch: int,
         *,
-        window: int = 16,
+        buffer_chunks: int = 16,
         start: int | None = None,
         reuse: int = 1,
         cycle: int | None = None,
         seed: int = 0,
-        ahead: int = 1,
+        prefetch: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
-        numbers = {"size": size, "batch": batch, "window": window, "start": start, "reuse": reuse, "cycle": cycle}
+        numbers = {"size": size, "batch": batch, "buffer_chunks": buffer_chunks}
+        numbers |= {"start": start, "reuse": reuse, "cycle": cycle}
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}: pass at least 1")
-        if ahead < 0:
-            raise SettingsError(f"ahead is {ahead}: pass 0 (no thread) or more")
+        if prefetch < 0:
+            raise SettingsError(f"prefetch is {prefetch}: pass 0 (no thread) or more")
         self.chunk, self.size, self.batch = chunk, size, batch
-        self.window, self.reuse, self.seed = min(window, cycle or window), reuse, seed
-        self.cycle, self.ahead, self.device = cycle, ahead, device
-        self.start = min(start or window, self.window)
+        self.buffer_chunks, self.reuse, self.seed = min(buffer_chunks, cycle or buffer_chunks), reuse, seed
+        self.cycle, self.prefetch, self.device = cycle, prefetch, device
+        self.start = min(start or buffer_chunks, self.buffer_chunks)
         if batch > size * reuse:
             raise SettingsError(
                 f"a batch of {batch} rows is larger than what a refill gives, {size * reuse}: pass at most that, "
@@ -114,21 +114,21 @@ class MixingPool:
 
     def _filled(self, block: int) -> Iterator[tuple[_Ring, Tensor]]:
         """For this block and those after it: the pool, filled, and the places of the block's rows in it."""
-        ring, self._ring = self._ring or _Ring(self.window, self.size, self.device), None
+        ring, self._ring = self._ring or _Ring(self.buffer_chunks, self.size, self.device), None
         stop = threading.Event()
         coming: dict[int, Future[Mapping[str, Rows]]] = {}
         with ThreadPoolExecutor(1, "activations") as thread:
             try:
                 while True:
                     held = self._held(block)
-                    for number in range(held.start, held.stop + self.ahead):
+                    for number in range(held.start, held.stop + self.prefetch):
                         name = self._name(number)
-                        if self.ahead and name not in coming and not ring.has(number, name):
+                        if self.prefetch and name not in coming and not ring.has(number, name):
                             coming[name] = thread.submit(self.chunk, name, stop.is_set)
                     for number in held:
                         name = self._name(number)
                         if not ring.has(number, name):
-                            made = coming.pop(name).result() if self.ahead else self.chunk(name, stop.is_set)
+                            made = coming.pop(name).result() if self.prefetch else self.chunk(name, stop.is_set)
                             ring.put(number, name, made)
                     yield ring, self._order(block)
                     block += 1
@@ -142,7 +142,7 @@ class MixingPool:
     def _held(self, block: int) -> range:
         """The chunks that are in the pool during a block."""
         newest = block + self.start
-        return range(max(0, newest - self.window), newest)
+        return range(max(0, newest - self.buffer_chunks), newest)
 
     def _name(self, number: int) -> int:
         return number if self.cycle is None else number % self.cycle
@@ -154,34 +154,35 @@ class MixingPool:
             low, high = (j * self.size * self.reuse // len(held) for j in (i, i + 1))
             which = self.seed, "slices", self._name(number), epoch, len(held)
             rows = torch.randperm(self.size, generator=generator(*which))
-            parts.append(rows[torch.arange(low, high) % self.size] + number % self.window * self.size)
+            parts.append(rows[torch.arange(low, high) % self.size] + number % self.buffer_chunks * self.size)
         places = torch.cat(parts)
         return places[torch.randperm(len(places), generator=generator(self.seed, "block", block))]
 
 
 class _Ring:
-    """`window` chunks of `size` rows in one tensor for each source; a new chunk takes the place of the oldest."""
+    """The last `buffer_chunks` chunks of `size` rows, in one tensor for each source; a new one replaces the oldest."""
 
-    def __init__(self, window: int, size: int, device: torch.device | str | None) -> None:
-        self.window, self.size, self.device = window, size, device
-        self.held: list[int | None] = [None] * window
+    def __init__(self, buffer_chunks: int, size: int, device: torch.device | str | None) -> None:
+        self.buffer_chunks, self.size, self.device = buffer_chunks, size, device
+        self.held: list[int | None] = [None] * buffer_chunks
         self.tensors: dict[str, Rows] = {}
 
     def has(self, number: int, name: int) -> bool:
-        return self.held[number % self.window] == name
+        return self.held[number % self.buffer_chunks] == name
 
     def put(self, number: int, name: int, chunk: Mapping[str, Rows]) -> None:
         """Take in a chunk. Raises DataError unless it is like those before."""
         if not self.tensors:
+            places = self.buffer_chunks * self.size
             self.tensors = {
-                source: tuple(x.new_empty(self.window * self.size, *x.shape[1:], device=self.device) for x in rows)
+                source: tuple(x.new_empty(places, *x.shape[1:], device=self.device) for x in rows)
                 for source, rows in chunk.items()
             }
         found = {source: [(len(x), *x.shape[1:]) for x in rows] for source, rows in chunk.items()}
         expected = {source: [(self.size, *x.shape[1:]) for x in rows] for source, rows in self.tensors.items()}
         if found != expected:
             raise DataError(f"chunk {name} has shapes {found}: expected {expected}, as in the chunks before")
-        slot = number % self.window
+        slot = number % self.buffer_chunks
         self.held[slot] = None  # should the copy fail, it holds neither
         for source, rows in chunk.items():
             for kept, x in zip(self.tensors[source], rows, strict=True):

@@ -57,19 +57,19 @@ class SAE(nn.Module):
         self.header: dict[str, Any] = dict(header or {})
 
     @property
-    def n(self) -> int:
+    def n_features(self) -> int:
         """Features."""
         return self.W_enc.shape[0]
 
     @property
-    def d(self) -> int:
+    def d_in(self) -> int:
         """Width of the activations."""
         return self.W_enc.shape[1]
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., d] raw activations -> z [..., n] >= 0, mostly zeros. Raises DataError for another width."""
-        if x.shape[-1:] != (self.d,):
-            raise DataError(f"activations have shape {tuple(x.shape)}: this SAE takes [..., {self.d}]")
+        if x.shape[-1:] != (self.d_in,):
+            raise DataError(f"activations have shape {tuple(x.shape)}: this SAE takes [..., {self.d_in}]")
         pre = torch.nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
         return torch.where(pre > self.threshold, pre, 0.0)
 
@@ -106,7 +106,7 @@ class SAE(nn.Module):
             raise FileError(f"{path} is not a sound SAE: {e}") from e
 
     def extra_repr(self) -> str:
-        return f"n={self.n}, d={self.d}"
+        return f"n={self.n_features}, d={self.d_in}"
 
 
 def _is_line(value: Any) -> bool:

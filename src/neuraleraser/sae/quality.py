@@ -27,14 +27,14 @@ def measure(sae: SAE, x: Tensor) -> dict[str, Any]:
 
     Raises DataError for no vectors, another width, NaN or infinity.
     """
-    if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != sae.d:
-        raise DataError(f"activations have shape {tuple(x.shape)}: pass [N, {sae.d}] with N > 0")
+    if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != sae.d_in:
+        raise DataError(f"activations have shape {tuple(x.shape)}: pass [N, {sae.d_in}] with N > 0")
     if bad := int((~torch.isfinite(x)).sum()):
         raise DataError(f"{bad} of {x.numel()} activation values are NaN or infinite: nothing to measure")
     mean = x.double().mean(0)
     error = total = 0.0
-    fired = torch.zeros(sae.n, dtype=torch.int64, device=x.device)
-    for part in x.split(max(1, _CHUNK // sae.n)):
+    fired = torch.zeros(sae.n_features, dtype=torch.int64, device=x.device)
+    for part in x.split(max(1, _CHUNK // sae.n_features)):
         part = part.to(sae.W_enc.dtype)
         z = sae.encode(part)
         error += float((part - sae.decode(z)).double().square().sum())

@@ -49,7 +49,7 @@ def _others(profile: Profile, name: str) -> tuple[int, list[int]]:
     return c, [i for i in range(len(profile.names)) if i != c]
 
 
-def share_score(profile: Profile, name: str) -> Tensor:
+def saeuron_score(profile: Profile, name: str) -> Tensor:
     """Return SAeUron's score (arXiv 2501.18052, equation 4): [T, n].
 
     The feature's share of all activation on the concept, minus its share on all other concepts together.
@@ -59,7 +59,7 @@ def share_score(profile: Profile, name: str) -> Tensor:
     return on / (on.sum(-1, keepdim=True) + 1e-8) - off / (off.sum(-1, keepdim=True) + 1e-8)
 
 
-def neighbour_score(profile: Profile, name: str) -> Tensor:
+def margin_score(profile: Profile, name: str) -> Tensor:
     """Return the gap to the worst neighbouring concept, in units of the pooled spread: [T, n].
 
     (mean_c - max over other concepts of mean) / (spread_c + spread of that neighbour + eps): a feature that

@@ -21,13 +21,13 @@ class TrainSettings:
     Raises SettingsError for a value out of range.
     """
 
-    n: int
+    n_features: int
     """Features of the SAE."""
     k: int
     """Features that fire for an activation vector: on average over a batch, with TopK for each."""
     steps: int
     """Batches to train on; the learning rate falls to zero over the last fifth of them."""
-    lr: float | None = None
+    learning_rate: float | None = None
     """Adam's learning rate, for data scaled to E||x||^2 = d; None: from n, d and steps (see `lr_at`)."""
     dead_after: int = 50_000
     """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it, while ten times
@@ -58,16 +58,16 @@ class TrainSettings:
     """Steps from one checkpoint to the next, where a checkpoint file is asked for."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "k", "init_vectors"):
+        for name in ("n_features", "k", "init_vectors"):
             check_whole(name, getattr(self, name), 1, 2**24)
         for name in ("steps", "dead_after", "log_every", "checkpoint_every"):
             check_whole(name, getattr(self, name), 1, 2**40)
-        if self.k > self.n:
-            raise SettingsError(f"k is {self.k} but there are only n = {self.n} features: pass k <= n")
+        if self.k > self.n_features:
+            raise SettingsError(f"k is {self.k} but there are only n = {self.n_features} features: pass k <= n")
         if self.k_aux is not None:
             check_whole("k_aux", self.k_aux, 0, 2**24)
-        if self.lr is not None:
-            check_number("lr", self.lr, 0, 1e30, above=True)
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate, 0, 1e30, above=True)
         if self.architecture not in get_args(Architecture):
             raise SettingsError(
                 f"architecture is {self.architecture!r}: pass one of {', '.join(get_args(Architecture))}"
@@ -89,11 +89,11 @@ class TrainSettings:
         row turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 a step; from step 50 on, when
         features may be revived, 0.03 * sqrt(256 / n): at higher rates they spoil what others have learnt (docs/LOG.md).
         """
-        lr = self.lr
+        lr = self.learning_rate
         if lr is None:
-            most = 0.045 if step < 50 else 0.03 * math.sqrt(256 / self.n)
-            turn = min(most, 30 * (256 / self.n) ** 0.25 / self.steps)
-            lr = max(2e-4 * math.sqrt(2**14 / self.n), turn / math.sqrt(d))
+            most = 0.045 if step < 50 else 0.03 * math.sqrt(256 / self.n_features)
+            turn = min(most, 30 * (256 / self.n_features) ** 0.25 / self.steps)
+            lr = max(2e-4 * math.sqrt(2**14 / self.n_features), turn / math.sqrt(d))
         return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
 
 
@@ -115,7 +115,7 @@ class StepLog:
     """Share of features that are dead."""
     threshold: float
     """Moving average of the smallest kept activation: what a feature must exceed after training."""
-    lr: float
+    learning_rate: float
     """The learning rate of this step."""
     grad_norm: float
     """Norm of the whole gradient before it was clipped to 1."""

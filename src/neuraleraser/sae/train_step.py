@@ -78,7 +78,7 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
             raise SettingsError(f"training diverged at step {done - 1} (gradient {norm}): lower lr")
         return norm
 
-    done, vectors, n = state.step + 1, len(x), settings.n  # not x itself, which the log would keep alive
+    done, vectors, n = state.step + 1, len(x), settings.n_features  # not x itself, which the log would keep alive
     bad = state.bad
     if not waits:
         checked_norm()
@@ -108,7 +108,7 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
             l0=float(made.fired) / vectors,
             dead=float(made.dead) / n,
             threshold=float(threshold),
-            lr=lr,
+            learning_rate=lr,
             grad_norm=norm,
             bind=float(made.bind),
             contrast=float(made.contrast),
@@ -178,7 +178,7 @@ def plain_step(
             for grad in grads[:2]:  # of W_enc and b_enc
                 grad[: state.concepts] = 0
         # By rows that fit into a processor's cache, where these products of whole matrices would not.
-        rows = settings.n if kernels.on_gpu(x) else max(1, CACHED // x.shape[1])
+        rows = settings.n_features if kernels.on_gpu(x) else max(1, CACHED // x.shape[1])
         # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
         for grad, row in zip(grads[2].split(rows), w.W_dec.split(rows), strict=True):
             grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)

@@ -85,8 +85,8 @@ def train(
         finally:
             close(stream)
 
-    told = None if on_step is None else lambda name, log: on_step(log)
-    return train_together(alone, {_ALONE: Run(settings, checkpoint=checkpoint)}, told)[_ALONE]
+    on_named_step = None if on_step is None else lambda name, log: on_step(log)
+    return train_together(alone, {_ALONE: Run(settings, checkpoint=checkpoint)}, on_named_step)[_ALONE]
 
 
 def train_together(
@@ -95,7 +95,7 @@ def train_together(
     """Train several SAEs (of other sites, widths, architectures) from one pass of `batches(step) -> iterator of
     {source: batch}`; each ends in the bits that `train` on its own source would end in.
 
-    `on_step(name, log)` is told of each run, by its name in `runs`. With checkpoints, runs go on where each stopped:
+    `on_step(name, log)` is called for each run, by its name in `runs`. With checkpoints, runs go on where each stopped:
     the stream starts at the step of the one that is least far, and the others wait. What a run has learnt is written
     to its checkpoint also where the stream fails or is interrupted, or another run diverges. Raises as `train`
     does; DataError, too, where the stream lacks a run's source.
@@ -142,9 +142,9 @@ def _advanced(
     state.whole = True
     last = state.step == settings.steps
     if last or state.step % settings.log_every == 0:
-        told = log()  # also where nobody listens: on a GPU divergence is noticed here
+        numbers = log()  # also where nobody listens: on a GPU divergence is noticed here
         if on_step:
-            on_step(name, told)
+            on_step(name, numbers)
     if run.path and (last or state.step % settings.checkpoint_every == 0):
         _keep(run, state)
     return state
@@ -169,8 +169,8 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
         raise DataError(f"the first {len(sample)} activations are all the same vector: nothing to learn")
     scale = math.sqrt(d / power)
     g = torch.Generator().manual_seed(settings.seed)
-    rows = torch.nn.functional.normalize(torch.randn(settings.n, d, generator=g), dim=1).to(sample.device)
-    w = Weights(rows.clone(), rows.new_zeros(settings.n), rows, geometric_median(sample * scale))
+    rows = torch.nn.functional.normalize(torch.randn(settings.n_features, d, generator=g), dim=1).to(sample.device)
+    w = Weights(rows.clone(), rows.new_zeros(settings.n_features), rows, geometric_median(sample * scale))
     concepts = 0 if labels is None else labels.shape[1]
     if labels is not None and settings.discriminant:
         w.W_enc[:concepts], w.b_enc[:concepts], w.W_dec[:concepts] = discriminants(sample * scale, labels, w)
@@ -178,7 +178,7 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
         toward = concept_directions(sample, labels, rows[:concepts])
         w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
     own = first_log_threshold(w, sample * scale, settings.k) if settings.architecture == "jumprelu" else None
-    idle = torch.zeros(settings.n, dtype=torch.int64, device=sample.device)
+    idle = torch.zeros(settings.n_features, dtype=torch.int64, device=sample.device)
     optimiser = _optimiser([*w] if own is None else [*w, own])
     return _State(w, optimiser, idle, scale, variance * scale**2, concepts=concepts, log_threshold=own)
 
@@ -288,7 +288,7 @@ def _resume(path: Path, run: Run) -> _State:
         if not 0 < state.step <= settings.steps:
             raise ValueError(f"step {state.step}")
         # Checked to the last tensor: the fused optimiser trusts shapes.
-        n, d = settings.n, len(state.weights.b_dec)
+        n, d = settings.n_features, len(state.weights.b_dec)
         shapes = {"idle": (n,)}
         learnt: dict[str, tuple[int, ...]] = dict(zip(Weights._fields, ((n, d), (n,), (n, d), (d,)), strict=True))
         if settings.architecture == "jumprelu":

@@ -6,9 +6,9 @@
     with edit(pipe, {site: lambda x, context: centre - x}):  # moves every activation to the centre
         pipe("a cat")
 
-Both put plain forward hooks on the user's own modules and take them off again. Hooks never count calls: the timestep
-is the one the denoiser's forward was given. An edit that did not run raises `NotApplied` before there is a picture,
-whoever runs the modules: the pipeline, another one made of them, a copy, a loop of one's own, several threads.
+Both put plain forward hooks on the user's own modules and take them off again. Hooks never count calls: the timestep is
+the one the denoiser's forward was given. An edit that did not run raises `EraserNotAppliedError` before there is a
+picture, whoever runs the modules: the pipeline, another one made of them, a copy, a loop of one's own, several threads.
 
 Limits. Attach before the first compiled call (a compiled model does not look for new hooks; that is noticed and
 raised). A block that gradient checkpointing runs again in the backward pass is outside any denoiser forward, so its

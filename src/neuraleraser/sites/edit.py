@@ -24,7 +24,7 @@ class EditContext(Generic[F]):
     forward: state shared by all sites of one attachment in this forward.
     text_tokens: tokens of the text that the denoiser was given; None where it has none.
     read_chunks: given a number of tokens, returns x as it would be if the block read that many at a time, one for each
-    part of the text. Raises NotApplied for a block that does not read the text itself.
+    part of the text. Raises EraserNotAppliedError for a block that does not read the text itself.
     """
 
     timestep: Tensor

@@ -53,9 +53,10 @@ def edit(pipe: Any, edits: Mapping[Site, EditFunction[F]], new_state: Callable[[
     0 the output keeps its bits. Adding to an update is adding to the output. `new_state()` makes the state that all
     functions share in one forward (`context.forward`).
 
-    Raises SiteError for a site that this pipeline has not; NotApplied where an edit did not run in a denoiser's
-    forward, found no timestep, returned another shape, or met NaN or infinity (on a CPU at the end of the forward; on a
-    GPU when latents are decoded, or at the end of this context), and where a cache that skips blocks is on.
+    Raises SiteError for a site that this pipeline has not; EraserNotAppliedError where an edit did not run in a
+    denoiser's forward, found no timestep, returned another shape, or met NaN or infinity (on a CPU at the end of the
+    forward; on a GPU when latents are decoded, or at the end of this context), and where a cache that skips blocks is
+    on.
     """
     hooked = HookedEdits(pipe, {site: FunctionEdit(f) for site, f in edits.items()}, Unobserved(new_state))
     try:

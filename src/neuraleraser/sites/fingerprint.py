@@ -93,8 +93,8 @@ def _values(p: Tensor) -> list[float]:
 
 def _shapes(pipe: Any, sites: Sequence[Site]) -> str:
     """A digest of the shapes of the weights in the sites' modules."""
-    told = [
+    identity = [
         (str(site), [(path, list(p.shape)) for path, p in sorted(_weights(resolve(pipe, site)), key=lambda w: w[0])])
         for site in sorted(set(sites))
     ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from neuraleraser.errors import NotApplied
+from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites import compiled
 from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.caller import Caller, CallIdentity, find_caller
@@ -226,14 +226,15 @@ class CallGuard(Generic[F, C]):
             self.check_modules(pipe)
 
     def check_modules(self, pipe: Any) -> None:
-        """NotApplied if a module of the pipeline was replaced by one without hooks; guard those that are compiled."""
+        """EraserNotAppliedError if a module of the pipeline was replaced by one without hooks; guard those that are
+        compiled."""
         held = components(pipe)
         for name, hooks in self.components.items():
             module = held.get(name)
             if module is None or not _carries(unwrap(module), hooks):
                 if hooks.sites or hooks.timestep_index is not None:
                     sites = ", ".join(hook.name for hook in hooks.sites)
-                    raise NotApplied(
+                    raise EraserNotAppliedError(
                         f"{sites or name} did not run in this call of the pipeline: its {name} was replaced. Attach "
                         "again."
                     )

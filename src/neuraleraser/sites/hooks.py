@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from neuraleraser.errors import NotApplied, SiteError
+from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites.edit import Change, Edit, EditContext
 from neuraleraser.sites.layout import add_keeping_bits, replace_tensor, to_positions
 from neuraleraser.sites.rows import Rows
@@ -112,7 +112,7 @@ class ComponentHooks:
         if self.timestep_index is not None:
             timestep = _argument(args, kwargs, "timestep", self.timestep_index)
             if timestep is None:
-                raise NotApplied(f"{self.name} was called without a timestep, which the sites in it need.")
+                raise EraserNotAppliedError(f"{self.name} was called without a timestep, which the sites in it need.")
             timestep = torch.as_tensor(timestep, dtype=torch.float32)
         first, rows = self.first_argument(args, kwargs), thread.rows
         if rows is None:  # a forward that was compiled with the hooks in it, and that nothing guards
@@ -151,7 +151,7 @@ class ComponentHooks:
             self.finish()
 
     def finish(self) -> None:
-        """Look at the forward that is over. Raises NotApplied for a hook that did not run, NaN or infinity."""
+        """Check the forward that is over: EraserNotAppliedError for a hook that did not run, or NaN or infinity."""
         thread = self.thread.get()
         forward, thread.forward, thread.rows = thread.forward, None, None
         ran = forward.ran if forward is not None else [False] * len(self.sites)
@@ -166,29 +166,30 @@ class ComponentHooks:
         self.boundary.on_forward_end(self, forward)
 
     def raise_missed(self, names: list[str], where: str = "a forward of {name}") -> None:
-        """NotApplied if there are names of hooks that did not run."""
+        """EraserNotAppliedError if there are names of hooks that did not run."""
         if names:
-            raise NotApplied(
+            raise EraserNotAppliedError(
                 f"{', '.join(names)} did not run in {where.format(name=self.name)}: its module was compiled before "
                 "(attach first, or call torch._dynamo.reset()), was replaced, was skipped, or was not needed because "
                 "its result was passed in (prompt_embeds)."
             )
 
     def check_finite(self, on: str | None = None) -> None:
-        """NotApplied for NaN or infinity met so far in this thread. Waits for the device; `on` limits to one kind."""
+        """EraserNotAppliedError for NaN or infinity met so far in this thread. Waits for the device; `on` limits to one
+        kind."""
         thread = self.thread.get()
         for number, probe in list(thread.pending.items()):
             if on in (None, probe.device.type):
                 del thread.pending[number]
                 if not math.isfinite(probe.item()):
                     thread.pending.clear()
-                    raise NotApplied(
+                    raise EraserNotAppliedError(
                         f"{self.sites[number].name}: NaN or infinity in the activations or in the edit; "
                         "look at the model's dtype (fp16 overflows), its input and the edit's strength."
                     )
 
     def check_outside(self) -> None:
-        """NotApplied for NaN or infinity that hooks met outside a forward of the component."""
+        """EraserNotAppliedError for NaN or infinity that hooks met outside a forward of the component."""
         thread = self.thread.get()
         if thread.outside is not None:
             found, thread.outside = thread.outside, None
@@ -197,22 +198,22 @@ class ComponentHooks:
             self.check_finite()
 
     def check_guarded(self) -> None:
-        """NotApplied if a compiled forward ran in this thread that nothing could look at."""
+        """EraserNotAppliedError if a compiled forward ran in this thread that nothing could look at."""
         thread = self.thread.get()
         if thread.unguarded:
             thread.unguarded = False
-            raise NotApplied(
+            raise EraserNotAppliedError(
                 f"{self.name} was compiled after its hooks were attached, and ran outside its pipeline: what fired "
                 "there is not known. Attach after compiling."
             )
 
     def forward_now(self, hook: SiteHook) -> Forward:
-        """Return this thread's forward. NotApplied for a block of a denoiser that runs outside any."""
+        """Return this thread's forward. EraserNotAppliedError for a block of a denoiser that runs outside any."""
         thread = self.thread.get()
         if thread.forward is not None:
             return thread.forward
         if self.timestep_index is not None:
-            raise NotApplied(
+            raise EraserNotAppliedError(
                 f"{hook.name}: no timestep is bound, as the block ran outside a forward of {self.name}. Gradient "
                 "checkpointing does that in the backward pass: turn it off."
             )
@@ -312,7 +313,7 @@ class SiteHook:
         text = kwargs.get("encoder_hidden_states")
         masks = [name for name in kwargs if "mask" in name and kwargs[name] is not None]
         if not isinstance(text, Tensor) or masks or self.text_first or site.tap != "output":
-            raise NotApplied(
+            raise EraserNotAppliedError(
                 f"{site}: the text is longer than {tokens} tokens, and {self.kind} does not read it in a way that "
                 "can be taken apart: pass a shorter prompt."
             )
@@ -344,7 +345,9 @@ class SiteHook:
             elif change.delta is None:
                 self._probe(forward, x if change.nonfinite_probe is None else change.nonfinite_probe)
             elif change.delta.shape != x.shape:
-                raise NotApplied(f"{site}: the edit returned {list(change.delta.shape)}, expected {list(x.shape)}.")
+                raise EraserNotAppliedError(
+                    f"{site}: the edit returned {list(change.delta.shape)}, expected {list(x.shape)}."
+                )
             else:
                 changes.append((site.stream, change))
         return changes
@@ -357,7 +360,7 @@ class SiteHook:
         if given is None:
             new = torch.zeros(rows, device=x.device)
         elif given.ndim > 1 or (given.ndim == 1 and rows % given.shape[0]):
-            raise NotApplied(
+            raise EraserNotAppliedError(
                 f"{site}: the timesteps have shape {list(given.shape)}, expected one or {rows}, one a row."
             )
         elif given.ndim == 1 and 1 < given.shape[0] < rows:  # frames of a video

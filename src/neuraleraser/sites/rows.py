@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from neuraleraser.errors import NotApplied
+from neuraleraser.errors import EraserNotAppliedError
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Rows:
     def frames(self, rows: int) -> int:
         """Return the rows that a site with `rows` rows holds for each row of the forward.
 
-        Raises NotApplied where they do not divide evenly.
+        Raises EraserNotAppliedError where they do not divide evenly.
         """
         if rows % self.size:
-            raise NotApplied(
+            raise EraserNotAppliedError(
                 f"a site has {rows} rows where the denoiser was given {self.size}: rows cannot be assigned to images"
             )
         return rows // self.size
@@ -71,7 +71,7 @@ class Rows:
 def match_rows(values: Tensor, rows: int) -> Tensor:
     """Return values [n] for a site with another number of rows: the largest of its frames, or repeated for frames.
 
-    Raises NotApplied where neither number divides the other.
+    Raises EraserNotAppliedError where neither number divides the other.
     """
     n = len(values)
     if n == rows:
@@ -80,7 +80,9 @@ def match_rows(values: Tensor, rows: int) -> Tensor:
         return values.view(rows, -1).amax(1)
     if rows % n == 0:
         return values.repeat_interleave(rows // n)
-    raise NotApplied(f"a gate has {n} rows and the site it acts at {rows}: rows cannot be assigned to each other")
+    raise EraserNotAppliedError(
+        f"a gate has {n} rows and the site it acts at {rows}: rows cannot be assigned to each other"
+    )
 
 
 @dataclass(eq=False)

@@ -146,7 +146,7 @@ def _k(sae: SAE) -> int:
     """Return how many features fire for a vector, as the header has it."""
     settings = sae.header.get("settings")
     k = sae.header.get("k", settings.get("k") if isinstance(settings, dict) else None)
-    if type(k) is not int or not 1 <= k <= sae.n:
+    if type(k) is not int or not 1 <= k <= sae.n_features:
         raise SettingsError(f"the SAE's header has k = {k!r}: set sae.header['k'] to the features a vector may have")
     return k
 

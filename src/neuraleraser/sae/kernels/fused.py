@@ -64,7 +64,7 @@ def fused_step(
     -> (the pass; features that are dead; the revival loss; the gradient's norm), all on the device. The gradient is
     clipped to norm 1 as if it had the last step's norm: its own is known only when the weights have moved.
     """
-    b, d, n = len(x), x.shape[1], settings.n
+    b, d, n = len(x), x.shape[1], settings.n_features
     centred = x - w.b_dec
     into, w_enc, w_dec = centred.to(low), w.W_enc.to(low), w.W_dec.to(low)
     pre = torch.addmm(w.b_enc.to(low), into, w_enc.T)
