@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from neuraleraser.sae import TrainSettings, jumprelu, matryoshka, sparse_ops, supervised
-from neuraleraser.sae.losses import forward, labelled_losses
+from neuraleraser.sae import TrainSettings, sparse_ops, supervised
+from neuraleraser.sae.architectures import jumprelu, matryoshka
+from neuraleraser.sae.architectures.architecture import architecture_named
+from neuraleraser.sae.losses import labelled_losses
 from neuraleraser.sae.sparse_ops import Weights
 
 B, N, D, K = 8, 12, 5, 3
@@ -48,8 +50,11 @@ def compare(ours: Callable[..., Tensor], formula: Callable[..., Tensor], at: tup
 
 
 def trained(architecture: str) -> Callable[..., Tensor]:
-    settings = TrainSettings(n_features=N, k=K, steps=1, architecture=architecture)  # pyright: ignore[reportArgumentType]
-    own = LOG_THRESHOLD if architecture == "jumprelu" else None
+    settings, own = (
+        TrainSettings(n_features=N, k=K, steps=1, architecture=architecture),
+        {jumprelu.LEARNT: LOG_THRESHOLD},
+    )
+    forward = architecture_named(architecture).forward
     return lambda *w: forward(Weights(*w), own, X, VARIANCE, settings, torch.float64).main
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from helpers.planted import planted
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sae import SAE, Architecture, StepLog, TrainSettings, labelled_batches, measure, train
+from neuraleraser.sae import SAE, StepLog, TrainSettings, labelled_batches, measure, train
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, contrast_loss, discriminants
 
@@ -47,7 +47,7 @@ def concepts() -> tuple[Tensor, Tensor]:
 
 @cache
 def trained(
-    bind: float = 0.0, contrast: float = 0.0, positions: int = 1, architecture: Architecture = "batchtopk"
+    bind: float = 0.0, contrast: float = 0.0, positions: int = 1, architecture: str = "batchtopk"
 ) -> tuple[SAE, list[StepLog]]:
     """With `positions`, as many vectors make a map, and a map shows what any of them does."""
     x, labels = concepts()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import AvoidSubcommands, Positional
 
@@ -15,8 +15,14 @@ from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
-from neuraleraser.sae.train_settings import Architecture, StepLog, TrainSettings
+from neuraleraser.sae.architectures import ARCHITECTURES
+from neuraleraser.sae.train_settings import StepLog, TrainSettings
 from neuraleraser.settings import StreamSettings
+
+if TYPE_CHECKING:
+    ArchitectureName = str
+else:
+    ArchitectureName = Literal[tuple(ARCHITECTURES)]  # choices that the help shows
 
 HELD_OUT = 2**16
 """Vectors that a finished SAE is measured on: those that would have come next."""
@@ -97,7 +103,7 @@ def train(
     n_features: tuple[int, ...] = (2048,),
     k: int = 16,
     steps: int = 1500,
-    architecture: Architecture = "batchtopk",
+    architecture: ArchitectureName = "batchtopk",
     discriminant: bool = False,
     bind: float = 0.0,
     contrast: float = 0.0,

@@ -10,15 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuraleraser.sae.architectures import ARCHITECTURES
+    from neuraleraser.sae.architectures.architecture import Architecture
     from neuraleraser.sae.memory_batches import labelled_batches, pool_batches
     from neuraleraser.sae.mixing_buffer import MixingBuffer
     from neuraleraser.sae.model import SAE
     from neuraleraser.sae.quality import measure
-    from neuraleraser.sae.train_settings import Architecture, StepLog, TrainSettings
+    from neuraleraser.sae.train_settings import StepLog, TrainSettings
     from neuraleraser.sae.training import Run, train, train_together
     from neuraleraser.sae.training_log import TrainingLog
 
 __all__ = [
+    "ARCHITECTURES",
     "SAE",
     "Architecture",
     "MixingBuffer",
@@ -34,8 +37,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "ARCHITECTURES": "architectures",
     "SAE": "model",
-    "Architecture": "train_settings",
+    "Architecture": "architectures.architecture",
     "MixingBuffer": "mixing_buffer",
     "Run": "training",
     "StepLog": "train_settings",

@@ -1,76 +1,16 @@
-"""Losses that a step of training minimises, for every architecture."""
+"""Losses that a step of training minimises beside the architecture's own: revival, and what labels ask for."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from neuraleraser.sae import supervised
-from neuraleraser.sae.jumprelu import jump_losses
-from neuraleraser.sae.matryoshka import nested_residuals, prefixes
-from neuraleraser.sae.sparse_ops import Fired, Weights, select, unexplained_at
-from neuraleraser.sae.topk import mean_cut, select_rows
+from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import TrainSettings
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencoders, appendix A.2
 SETTLING = 10  # times `dead_after`: what a revived feature is given to settle in
-
-
-class Pass(NamedTuple):
-    """Pass of one batch of scaled activations [B, d]."""
-
-    main: Tensor  # scalar, to be minimised
-    fvu: Tensor  # scalar, ||x - x_hat||^2 over the variance, without gradient
-    residual: Tensor  # [B, d], x - x_hat
-    counts: Tensor  # [n] integers, how often each feature fired
-    cut: Tensor  # scalar, what a feature had to exceed to fire; 0 where none fired
-
-
-def forward(
-    w: Weights, log_threshold: Tensor | None, x: Tensor, variance: float, settings: TrainSettings, low: torch.dtype
-) -> Pass:
-    """Reconstruct scaled x [B, d] as `settings.architecture` does, large products in dtype `low`.
-
-    The main loss is mean ||x - x_hat||^2 / `variance`; for JumpReLU (which alone has `log_threshold` [n]) with the
-    penalty on L0, for Matryoshka the mean over the nested dictionaries.
-    """
-    if log_threshold is not None:
-        residual, penalty, counts = jump_losses(w, log_threshold, x, settings.k, low)
-        fvu = unexplained(residual, variance)
-        return Pass(fvu + penalty, fvu.detach(), residual, counts, log_threshold.detach().exp().mean())
-    with torch.no_grad():
-        fired = choose(w, x, settings, low)
-    if settings.architecture == "matryoshka":
-        residuals = nested_residuals(w, x, fired, prefixes(settings.n_features))
-        nested = torch.stack([unexplained(r, variance) for r in residuals])
-        main, fvu, residual = nested.mean(), nested[-1], residuals[-1]
-    else:
-        squares, residual = unexplained_at(w, x, fired, low)
-        main = fvu = squares / (len(x) * variance)
-    if not len(fired.values):
-        cut = x.new_zeros(())
-    else:
-        cut = mean_cut(fired) if settings.architecture == "topk" else fired.values.min()
-    return Pass(main, fvu.detach(), residual, fired.counts, cut)
-
-
-def unexplained(residual: Tensor, variance: float) -> Tensor:
-    """Mean ||residual||^2 of [B, d], over `variance`: a scalar."""
-    return residual.square().sum() / (len(residual) * variance)
-
-
-def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> Fired:
-    """The pairs of scaled x [B, d] that fire: by TopK, or by BatchTopK."""
-    into, w_enc, b_enc = (x - w.b_dec).to(low), w.W_enc.to(low).T, w.b_enc.to(low)
-
-    def pre(rows: slice) -> Tensor:
-        return torch.addmm(b_enc, into[rows], w_enc)
-
-    if settings.architecture == "topk":
-        return select_rows(pre, len(x), settings.n_features, settings.k)
-    return select(pre, len(x), settings.n_features, len(x) * settings.k)
 
 
 def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
@@ -119,7 +59,7 @@ def labelled_losses(
     w: Weights, x: Tensor, labels: Tensor, cut: Tensor | float, settings: TrainSettings, low: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(binding loss, contrast loss) of scaled x [B, d] with labels [M, C] for B / M vectors each; 0 for what has no
-    weight. `cut` is what the bound features have to exceed. Neither moves the bias that all share, b_dec.
+    weight. `cut`, a number or [n], is what features have to exceed. Neither moves the bias that all share, b_dec.
     """
     into = (x - w.b_dec.detach()).to(low)
 
@@ -129,7 +69,9 @@ def labelled_losses(
 
     bind = contrast = x.new_zeros(())
     if settings.bind:
-        bind = supervised.binding_loss(pre(len(x), labels.shape[1]), labels, cut)
+        concepts = labels.shape[1]
+        bound = cut[:concepts] if isinstance(cut, Tensor) and cut.ndim else cut
+        bind = supervised.binding_loss(pre(len(x), concepts), labels, bound)
     if settings.contrast:
         maps = min(len(labels), supervised.MAPS)
         contrast = supervised.contrast_loss(pre(maps * (len(x) // len(labels)), settings.n_features), labels[:maps])

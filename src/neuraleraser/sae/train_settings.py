@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from neuraleraser.errors import SettingsError
+from neuraleraser.sae.architectures import ARCHITECTURES
 from neuraleraser.settings import check_number, check_seed, check_whole
-
-Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
-"""Which features fire in training; afterwards each fires by its own threshold (`topk.py`, `jumprelu.py`,
-`matryoshka.py`; BatchTopK is in `sparse.py`)."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,10 @@ class TrainSettings:
     """Most dead features (and at most 1/8 of them) to explain a vector's residual; None: d / 2, 0: no revival."""
     init_vectors: int = 2**15
     """Vectors from the start of the stream that set the data scale and the decoder bias."""
-    architecture: Architecture = "batchtopk"
-    """batchtopk: the k a vector largest of a batch fire; topk: the k largest of each vector; jumprelu: all that
-    exceed a threshold of their own, learnt; matryoshka: batchtopk, of which the first features alone have to
-    reconstruct too."""
+    architecture: str = "batchtopk"
+    """One of `ARCHITECTURES`. batchtopk: the k a vector largest of a batch fire; topk: the k largest of each vector;
+    jumprelu: all that exceed a threshold of their own, learnt; matryoshka: batchtopk, of which the first features alone
+    have to reconstruct too."""
     bind: float = 0.0
     """Weight of the loss that binds feature c to label c, for a stream of (x, labels); a good start is 0.3, with
     matryoshka, whose first features have to carry what they detect."""
@@ -68,10 +64,8 @@ class TrainSettings:
             check_whole("k_aux", self.k_aux, 0, 2**24)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, 0, 1e30, above=True)
-        if self.architecture not in get_args(Architecture):
-            raise SettingsError(
-                f"architecture is {self.architecture!r}: pass one of {', '.join(get_args(Architecture))}"
-            )
+        if self.architecture not in ARCHITECTURES:
+            raise SettingsError(f"architecture is {self.architecture!r}: pass one of {', '.join(ARCHITECTURES)}")
         check_number("bind", self.bind, 0, 1e6)
         check_number("contrast", self.contrast, 0, 1e6)
         check_seed(self.seed)

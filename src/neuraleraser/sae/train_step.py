@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.precision import has_bf16
 from neuraleraser.sae import kernels
-from neuraleraser.sae.losses import AUX_WEIGHT, choose, forward, labelled_losses, revival, revived_at_once
+from neuraleraser.sae.architectures.architecture import architecture_named
+from neuraleraser.sae.losses import AUX_WEIGHT, labelled_losses, revival, revived_at_once
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import StepLog, TrainSettings
 
@@ -41,7 +42,7 @@ class State:
     threshold: float | Tensor = 0.0  # on a GPU a scalar there, which the host has not waited for
     step: int = 0
     concepts: int = 0  # that the labels tell apart, in labelled training
-    log_threshold: Tensor | None = None  # [n], learnt by JumpReLU
+    own: dict[str, Tensor] = field(default_factory=dict)  # what the architecture learns beside the weights
     bad: Tensor | None = None  # on a GPU: the first batch with NaN or infinity, as a scalar; -1: none yet
     watch: Watch | None = None  # of the kernels for GPUs; in no checkpoint
     whole: bool = True  # no step is half done
@@ -49,8 +50,7 @@ class State:
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters that are learnt, by name."""
-        own = {} if self.log_threshold is None else {"log_threshold": self.log_threshold}
-        return self.weights._asdict() | own
+        return self.weights._asdict() | self.own
 
 
 def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> Callable[[], StepLog]:
@@ -85,12 +85,11 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
     cut = made.cut if waits else float(made.cut)
     rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when the cut moves
     last = max(1, min(LAST, settings.steps // 10))
-    if done > settings.steps - last and settings.architecture in ("batchtopk", "matryoshka"):
-        rate = 1 / (done - settings.steps + last)
-        with torch.no_grad():
-            some = x[:: max(1, len(x) * n // SAMPLE)]  # in full precision, all would take several steps' time
-            values = choose(state.weights, some, settings, x.dtype).values
-        cut = (values.min() if waits else float(values.min())) if len(values) else 0.0
+    if done > settings.steps - last:
+        some = x[:: max(1, len(x) * n // SAMPLE)]  # in full precision, all would take several steps' time
+        final = architecture_named(settings.architecture).last_cut(state.weights, some, settings)
+        if final is not None:
+            rate, cut = 1 / (done - settings.steps + last), final if waits else float(final)
     moved = state.threshold + rate * (cut - state.threshold)
     if isinstance(cut, Tensor):
         state.threshold = torch.where(cut > 0, moved, state.threshold)
@@ -156,7 +155,8 @@ def plain_step(
 ) -> _Made:
     """The step by torch's operations, for every architecture and loss."""
     w = state.weights
-    made = forward(w, state.log_threshold, x, state.variance, settings, low)
+    architecture = architecture_named(settings.architecture)
+    made = architecture.forward(w, state.own, x, state.variance, settings, low)
     state.idle = torch.where(made.counts > 0, 0, state.idle + len(x))
     dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
 
@@ -165,8 +165,7 @@ def plain_step(
     loss = made.main + AUX_WEIGHT * aux
     bind = contrast = x.new_zeros(())
     if labels is not None:
-        own = state.log_threshold
-        cut = state.threshold if own is None else own[: labels.shape[1]].detach().exp()
+        cut = architecture.threshold(state.own, state.threshold)
         bind, contrast = labelled_losses(w, x, labels, cut, settings, low)
         loss = loss + settings.bind * bind + settings.contrast * contrast
     learnt = list(state.parameters().values())

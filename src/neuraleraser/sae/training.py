@@ -15,12 +15,11 @@ from torch import Tensor
 
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
 from neuraleraser.io import artifact
+from neuraleraser.sae.architectures.architecture import architecture_named
 from neuraleraser.sae.batch_checks import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
-from neuraleraser.sae.jumprelu import first_log_threshold
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, discriminants
-from neuraleraser.sae.topk import calibrated
 from neuraleraser.sae.train_settings import StepLog, TrainSettings
 from neuraleraser.sae.train_step import State as _State
 from neuraleraser.sae.train_step import step as _step
@@ -152,11 +151,12 @@ def _advanced(
 
 def _finished(batches: Streams, state: _State, name: str, run: Run) -> SAE:
     """The SAE of a run whose steps are done."""
-    header = _header(state, run)
-    if run.settings.architecture != "topk":
-        return _fold(state, header)
-    sample, _ = first_vectors(only(batches, run.source or name), run.settings)
-    return calibrated(_unscaled(_moved(state, sample.device)), run.settings.k, sample, header)
+    sae = _fold(state, run.settings, _header(state, run))
+
+    def first() -> Tensor:
+        return first_vectors(only(batches, run.source or name), run.settings)[0]
+
+    return architecture_named(run.settings.architecture).finish(sae, run.settings, first)
 
 
 def _start(batches: Stream, settings: TrainSettings) -> _State:
@@ -177,10 +177,10 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
     elif labels is not None and settings.bind:
         toward = concept_directions(sample, labels, rows[:concepts])
         w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
-    own = first_log_threshold(w, sample * scale, settings.k) if settings.architecture == "jumprelu" else None
+    own = architecture_named(settings.architecture).start(w, sample * scale, settings)
     idle = torch.zeros(settings.n_features, dtype=torch.int64, device=sample.device)
-    optimiser = _optimiser([*w] if own is None else [*w, own])
-    return _State(w, optimiser, idle, scale, variance * scale**2, concepts=concepts, log_threshold=own)
+    optimiser = _optimiser([*w, *own.values()])
+    return _State(w, optimiser, idle, scale, variance * scale**2, concepts=concepts, own=own)
 
 
 def _optimiser(learnt: Iterable[Tensor]) -> torch.optim.Adam:
@@ -202,17 +202,11 @@ def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
     return at
 
 
-def _fold(state: _State, header: Mapping[str, Any]) -> SAE:
+def _fold(state: _State, settings: TrainSettings, header: Mapping[str, Any]) -> SAE:
     """The SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
-    own, s = state.log_threshold, state.scale
-    threshold = torch.full_like(state.weights.b_enc, float(state.threshold) / s) if own is None else own.exp() / s
-    return SAE(*_unscaled(state), threshold, header)
-
-
-def _unscaled(state: _State) -> Weights:
-    """The weights for raw activations."""
     w, s = state.weights, state.scale
-    return Weights(w.W_enc, w.b_enc / s, w.W_dec, w.b_dec / s)
+    each = architecture_named(settings.architecture).threshold(state.own, float(state.threshold))
+    return SAE(w.W_enc, w.b_enc / s, w.W_dec, w.b_dec / s, torch.zeros_like(w.b_enc) + each / s, header)
 
 
 def _header(state: _State, run: Run) -> dict[str, Any]:
@@ -230,21 +224,21 @@ def _tensors(state: _State) -> dict[str, Tensor]:
     return tensors
 
 
-def _rebuilt(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> _State:
-    """The state that these tensors and numbers were taken from."""
-    w = Weights(*(tensors[name] for name in Weights._fields))
-    own = tensors.get("log_threshold")
-    learnt = w._asdict() | ({} if own is None else {"log_threshold": own})
+def _rebuilt(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], learns: Iterable[str]) -> _State:
+    """The state that these tensors and numbers were taken from, of an architecture that learns these beside the
+    weights."""
+    w, own = Weights(*(tensors[name] for name in Weights._fields)), {name: tensors[name] for name in learns}
+    learnt = w._asdict() | own
     optimiser = _optimiser(learnt.values())
     for name, p in learnt.items():
         optimiser.state[p] = {m: tensors[f"{name}.{m}"] for m in _MOMENTS}
     plain = {name: numbers[name] for name in _NUMBERS} | {"concepts": numbers.get("concepts", 0)}
-    return _State(w, optimiser, tensors["idle"], **plain, log_threshold=own)
+    return _State(w, optimiser, tensors["idle"], **plain, own=own)
 
 
 def _moved(state: _State, device: torch.device) -> _State:
     """The same state on another device."""
-    return _rebuilt({name: x.to(device) for name, x in _tensors(state).items()}, vars(state))
+    return _rebuilt({name: x.to(device) for name, x in _tensors(state).items()}, vars(state), state.own)
 
 
 def _kept(run: Run, state: _State) -> bool:
@@ -284,15 +278,15 @@ def _resume(path: Path, run: Run) -> _State:
     if other:
         raise SettingsError(f"{path} was made with {'; '.join(other)}: pass those, or another checkpoint")
     try:
-        state = _rebuilt(tensors, header)
+        learns = architecture_named(settings.architecture).learns
+        state = _rebuilt(tensors, header, learns)
         if not 0 < state.step <= settings.steps:
             raise ValueError(f"step {state.step}")
         # Checked to the last tensor: the fused optimiser trusts shapes.
         n, d = settings.n_features, len(state.weights.b_dec)
         shapes = {"idle": (n,)}
         learnt: dict[str, tuple[int, ...]] = dict(zip(Weights._fields, ((n, d), (n,), (n, d), (d,)), strict=True))
-        if settings.architecture == "jumprelu":
-            learnt["log_threshold"] = (n,)
+        learnt |= dict.fromkeys(learns, (n,))
         for name, shape in learnt.items():
             shapes |= {name: shape, f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape, f"{name}.step": ()}
         for name, shape in shapes.items():

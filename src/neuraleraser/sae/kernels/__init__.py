@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from neuraleraser.sae.architectures.architecture import architecture_named
 from neuraleraser.sae.train_settings import TrainSettings
 
 
@@ -21,11 +22,11 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def usable(x: Tensor, settings: TrainSettings, labelled: bool) -> bool:
-    """True if these kernels train on x: BatchTopK or TopK without labels, on a GPU that has bfloat16 (Ampere, 2020, or
-    later), where Triton is installed. All else runs on torch's own operations."""
+    """True if these kernels train on x: an architecture that they know, without labels, on a GPU that has bfloat16
+    (Ampere, 2020, or later), where Triton is installed. All else runs on torch's own operations."""
     return (
         on_gpu(x)
-        and settings.architecture in ("batchtopk", "topk")
+        and architecture_named(settings.architecture).kernel is not None
         and not labelled
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
         and find_spec("triton") is not None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuraleraser.sae.architectures.architecture import Pass, architecture_named
 from neuraleraser.sae.kernels.decode import residual
 from neuraleraser.sae.kernels.select import by_feature, select
 from neuraleraser.sae.kernels.update import Adam, Extra, Moments, update
-from neuraleraser.sae.losses import AUX_WEIGHT, Pass, revived_at_once, revived_error
+from neuraleraser.sae.losses import AUX_WEIGHT, revived_at_once, revived_error
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import TrainSettings
 
@@ -68,7 +69,7 @@ def fused_step(
     centred = x - w.b_dec
     into, w_enc, w_dec = centred.to(low), w.W_enc.to(low), w.W_dec.to(low)
     pre = torch.addmm(w.b_enc.to(low), into, w_enc.T)
-    fired = select(pre, settings.k, per_row=settings.architecture == "topk")
+    fired = select(pre, settings.k, per_row=architecture_named(settings.architecture).kernel == "row")
     del pre
     order = by_feature(fired, n)
     counts = order.start.diff()

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+from neuraleraser.sae.architectures.architecture import Pass, unexplained
+from neuraleraser.sae.architectures.batchtopk import BatchTopK, choose, smallest
 from neuraleraser.sae.sparse_ops import Fired, Weights, decode_at, encode_at, pairs
+from neuraleraser.sae.train_settings import TrainSettings
 
 HALVINGS = 4
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK of nested dictionaries. The kernels for GPUs do not know its loss."""
+
+    kernel = None
+
+    def forward(
+        self,
+        w: Weights,
+        own: Mapping[str, Tensor],
+        x: Tensor,
+        variance: float,
+        settings: TrainSettings,
+        low: torch.dtype,
+    ) -> Pass:
+        """Reconstruct from what fires; the main loss is the mean over the nested dictionaries."""
+        fired = choose(w, x, settings, low)
+        residuals = nested_residuals(w, x, fired, prefixes(settings.n_features))
+        nested = torch.stack([unexplained(r, variance) for r in residuals])
+        return Pass(nested.mean(), nested[-1].detach(), residuals[-1], fired.counts, smallest(fired))
 
 
 def prefixes(n: int) -> tuple[int, ...]:

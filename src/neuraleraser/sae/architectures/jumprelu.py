@@ -19,16 +19,49 @@ uses, lets k mean here what it means in the other architectures.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from neuraleraser.sae.architectures.architecture import Architecture, Pass, unexplained
 from neuraleraser.sae.sparse_ops import Weights, select
+from neuraleraser.sae.train_settings import TrainSettings
 
 WIDTH = 0.2  # eps, in units of sqrt(d / k): the activation of k equal features, in data scaled to E||x||^2 = d
 SAMPLE = 4096  # vectors that the first thresholds are set by
+
+LEARNT = "log_threshold"
+
+
+class JumpReLU(Architecture):
+    """The thresholds are what it has learnt."""
+
+    learns = (LEARNT,)
+
+    def start(self, w: Weights, x: Tensor, settings: TrainSettings) -> dict[str, Tensor]:
+        """Return the thresholds of features that fire as often as they are to."""
+        return {LEARNT: first_log_threshold(w, x, settings.k)}
+
+    def forward(
+        self,
+        w: Weights,
+        own: Mapping[str, Tensor],
+        x: Tensor,
+        variance: float,
+        settings: TrainSettings,
+        low: torch.dtype,
+    ) -> Pass:
+        """Reconstruct from what fires; the main loss has the penalty on L0."""
+        residual, penalty, counts = jump_losses(w, own[LEARNT], x, settings.k, low)
+        fvu = unexplained(residual, variance)
+        return Pass(fvu + penalty, fvu.detach(), residual, counts, own[LEARNT].detach().exp().mean())
+
+    def threshold(self, own: Mapping[str, Tensor], average: Tensor | float) -> Tensor:
+        """Return the thresholds that are learnt, [n]."""
+        return own[LEARNT].detach().exp()
 
 
 class _Fire(torch.autograd.Function):

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuraleraser.sae import sparse_ops
+from neuraleraser.sae.architectures.architecture import Architecture, Pass, pre_activations, sparse_pass
 from neuraleraser.sae.conversion import Source, to_sae
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.sparse_ops import Fired, Weights, pairs
+from neuraleraser.sae.train_settings import TrainSettings
+
+
+class TopK(Architecture):
+    """Every feature gets the threshold by which it fires as often on the first vectors as it does among the k largest:
+    as for a TopK dictionary that is read from a file."""
+
+    kernel = "row"
+
+    def forward(
+        self,
+        w: Weights,
+        own: Mapping[str, Tensor],
+        x: Tensor,
+        variance: float,
+        settings: TrainSettings,
+        low: torch.dtype,
+    ) -> Pass:
+        """Reconstruct from what fires."""
+        with torch.no_grad():
+            fired = select_rows(pre_activations(w, x, low), len(x), settings.n_features, settings.k)
+        return sparse_pass(w, x, fired, mean_cut(fired), variance, low)
+
+    def finish(self, sae: SAE, settings: TrainSettings, first: Callable[[], Tensor]) -> SAE:
+        """Return the SAE with thresholds of its own; `header["calibration"]` gets what was measured on a quarter of the
+        first vectors that is held out. Raises DataError for fewer than 4 of them."""
+        x = first()
+        sae = sae.to(x.device)
+        source = Source(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, k=settings.k)
+        return to_sae(source, Path("a trained TopK dictionary"), x, sae.header).to(x.device)
 
 
 def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired:
@@ -33,15 +63,9 @@ def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired
 
 def mean_cut(fired: Fired) -> Tensor:
     """Return what a feature had to exceed to be kept: the smallest kept value of a vector, on average over vectors
-    that have any."""
+    that have any; 0 where none has."""
+    if not len(fired.values):
+        return fired.values.new_zeros(())
     least = fired.values.new_full((len(fired.row_start),), torch.inf)
     least = least.scatter_reduce(0, fired.rows, fired.values, "amin")
     return least[least < torch.inf].float().mean()
-
-
-def calibrated(w: Weights, k: int, x: Tensor, header: dict[str, Any]) -> SAE:
-    """The SAE with these weights, and for every feature the threshold by which it fires as often on x [M, d] as it
-    does among the k largest: as for a TopK dictionary that is read from a file. `header["calibration"]` gets what
-    was measured on a quarter of x that is held out. Raises DataError for fewer than 4 vectors."""
-    source = Source(*(p.detach() for p in w), k=k)
-    return to_sae(source, Path("a trained TopK dictionary"), x, header).to(x.device)

@@ -1,0 +1,47 @@
+"""BatchTopK: of a whole batch the k a vector largest pre-activations fire (Bussmann et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from neuraleraser.sae.architectures.architecture import Architecture, Pass, pre_activations, sparse_pass
+from neuraleraser.sae.sparse_ops import Fired, Weights, select
+from neuraleraser.sae.train_settings import TrainSettings
+
+
+class BatchTopK(Architecture):
+    """The moving average of the smallest value that fires becomes the threshold of every feature."""
+
+    kernel: ClassVar[Literal["batch", "row"] | None] = "batch"
+
+    def forward(
+        self,
+        w: Weights,
+        own: Mapping[str, Tensor],
+        x: Tensor,
+        variance: float,
+        settings: TrainSettings,
+        low: torch.dtype,
+    ) -> Pass:
+        """Reconstruct from what fires."""
+        fired = choose(w, x, settings, low)
+        return sparse_pass(w, x, fired, smallest(fired), variance, low)
+
+    def last_cut(self, w: Weights, x: Tensor, settings: TrainSettings) -> Tensor:
+        """Return the smallest value that fires."""
+        return smallest(choose(w, x, settings, x.dtype))
+
+
+@torch.no_grad()
+def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> Fired:
+    """Return the pairs of scaled x [B, d] that fire."""
+    return select(pre_activations(w, x, low), len(x), settings.n_features, len(x) * settings.k)
+
+
+def smallest(fired: Fired) -> Tensor:
+    """Return the smallest value that fires, a scalar; 0 where none does."""
+    return fired.values.min() if len(fired.values) else fired.values.new_zeros(())
