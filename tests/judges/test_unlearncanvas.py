@@ -1,9 +1,8 @@
-"""UnlearnCanvas's judge, through small random classifiers in files, and against other implementations of a ViT."""
+"""UnlearnCanvas's judge, through small random classifiers in files, and against a ViT that is written out."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
 
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.evaluation import metrics
@@ -60,45 +58,56 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (20, 40, 24, 3)).astype(np.uint8)
 
 
-def renamed(weights: dict[str, Tensor]) -> Callable[[str], Tensor]:
-    """The same weights by the names of transformers' ViT, whatever version: by what their names say they are."""
-    parts = {"layernorm_before": "norm1", "layernorm_after": "norm2", "output.dense": "mlp.fc2"}
-    parts |= {"intermediate.dense": "mlp.fc1", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    parts |= {"attention.output.dense": "attn.proj", "attention.o_proj": "attn.proj"}
-    thirds = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
+def written_out(w: dict[str, Tensor], shape: Shape, pixels: Tensor) -> Tensor:
+    """The logits [N, outputs] of pixels [N, 3, side, side], written out in float64, one head of one image at a time."""
+    w, size = {name: x.double() for name, x in w.items()}, shape.width // shape.heads
 
-    def find(name: str) -> Tensor:
-        stem, _, leaf = name.rpartition(".")
-        if "cls_token" in name or "position_embeddings" in name:
-            return weights["cls_token" if "cls_token" in name else "pos_embed"]
-        if "patch_embeddings" in name:
-            return weights[f"patch_embed.proj.{leaf}"]
-        number = next((part for part in stem.split(".") if part.isdigit()), None)
-        if number is None:
-            return weights[f"{'head' if 'classifier' in stem else 'norm'}.{leaf}"]
-        last = stem.rpartition(".")[2]
-        if last in thirds:
-            return weights[f"blocks.{number}.attn.qkv.{leaf}"].chunk(3)[thirds[last]]
-        part = max((p for p in parts if stem.endswith(p)), key=len)
-        return weights[f"blocks.{number}.{parts[part]}.{leaf}"]
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ w[f"{name}.weight"].flatten(1).T + w[f"{name}.bias"]
 
-    return find
+    def norm(x: Tensor, name: str) -> Tensor:
+        off = x - x.mean(1, keepdim=True)
+        return off / (off.square().mean(1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    logits = []
+    for image in pixels.double():
+        patches = [
+            image[:, i : i + shape.patch, j : j + shape.patch].flatten()
+            for i in range(0, shape.side, shape.patch)
+            for j in range(0, shape.side, shape.patch)
+        ]
+        x = torch.cat([w["cls_token"][0], linear(torch.stack(patches), "patch_embed.proj")]) + w["pos_embed"][0]
+        for block in (f"blocks.{i}" for i in range(shape.depth)):
+            q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").split(shape.width, 1)
+            heads = [slice(i * size, (i + 1) * size) for i in range(shape.heads)]
+            seen = [((q[:, h] @ k[:, h].T) / size**0.5).softmax(1) @ v[:, h] for h in heads]
+            x = x + linear(torch.cat(seen, 1), f"{block}.attn.proj")
+            hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+            x = x + linear(hidden * (1 + torch.erf(hidden / 2**0.5)) / 2, f"{block}.mlp.fc2")
+        logits.append(linear(norm(x, "norm"), "head")[0])
+    return torch.stack(logits)
 
 
-def test_it_computes_what_transformers_computes():
-    weights = random_weights(SMALL, 20)
-    config = ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=16, patch_size=8,
-        layer_norm_eps=1e-6,
-    )  # fmt: skip
-    config.num_labels = 20
-    other = ViTForImageClassification(config).eval()
-    find = renamed(weights)
+def logits(weights: dict[str, Tensor], shape: Shape, pixels: Tensor) -> Tensor:
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            parameter.copy_(find(name))
-        pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-        torch.testing.assert_close(Vit(weights, SMALL, "cpu").logits(pixels), other(pixels).logits)
+        return Vit(weights, shape, "cpu").model(pixels).logits
+
+
+def test_it_computes_what_timms_names_say() -> None:
+    weights, pixels = random_weights(SMALL, 20), torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    got = logits(weights, SMALL, pixels)
+    torch.testing.assert_close(got, written_out(weights, SMALL, pixels).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(layout(SMALL, 20)))
+def test_every_tensor_of_the_file_is_in_its_place(name: str) -> None:
+    """Changed in the file, each changes the logits as the formula says."""
+    weights, pixels = random_weights(SMALL, 20), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    changed = weights | {name: weights[name].flip(-1)}
+    move = logits(changed, SMALL, pixels) - logits(weights, SMALL, pixels)
+    want = written_out(changed, SMALL, pixels) - written_out(weights, SMALL, pixels)
+    torch.testing.assert_close(move, want.float(), atol=1e-4, rtol=1e-4)
+    assert float(want.abs().max()) > 1e-3
 
 
 @pytest.mark.slow
@@ -111,7 +120,7 @@ def test_it_computes_what_timm_computes_from_the_same_names_at_full_size():
     assert {name: tuple(x.shape) for name, x in state.items()} == layout(LARGE, 51)
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        torch.testing.assert_close(Vit(state, LARGE, "cpu").logits(pixels), other(pixels), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits(state, LARGE, pixels), other(pixels), atol=1e-4, rtol=1e-4)
 
 
 def test_the_full_size_is_that_of_a_large_vit():

@@ -1,7 +1,7 @@
 """UnlearnCanvas's two classifiers, of styles and of objects (arXiv 2402.11846), as a judge.
 
-Each is a ViT-L/16 at 224 pixels with a linear head. Their files hold it under timm's names of the tensors; it is
-computed here straight from those, because timm needs torchvision to import.
+Each is a ViT-L/16 at 224 pixels with a linear head. Their files hold it under timm's names of the tensors; transformers
+computes it here, because timm needs torchvision to import.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -105,39 +104,66 @@ class Vit:
     """A classifying vision transformer (arXiv 2010.11929) from a state dict with timm's names: images to softmax."""
 
     def __init__(self, weights: Mapping[str, Tensor], shape: Shape, device: str | torch.device) -> None:
-        self.weights = {name: x.to(device) for name, x in weights.items()}
-        self.shape, self.device = shape, torch.device(device)
+        from transformers import ViTConfig, ViTForImageClassification
+
+        config = ViTConfig(
+            hidden_size=shape.width,
+            num_hidden_layers=shape.depth,
+            num_attention_heads=shape.heads,
+            intermediate_size=4 * shape.width,
+            image_size=shape.side,
+            patch_size=shape.patch,
+            layer_norm_eps=1e-6,
+        )
+        config.num_labels = self.outputs = len(weights["head.bias"])
+        # Not by load_state_dict: only from_pretrained knows these names in every version of transformers.
+        model: Any = ViTForImageClassification.from_pretrained(
+            None, config=config, state_dict=transformers_names(weights)
+        )
+        self.model, self.side, self.device = model.eval().to(device), shape.side, torch.device(device)
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8], batch: int = 16) -> NDArray[np.float32]:
         """uint8 [N, H, W, 3] -> probabilities [N, outputs], float32."""
-        out = [np.zeros((0, len(self.weights["head.bias"])), np.float32)]
+        out = [np.zeros((0, self.outputs), np.float32)]
         for start in range(0, len(images), batch):
-            pixels = prepare(images[start : start + batch], self.shape.side).to(self.device)
-            out.append(self.logits(pixels).softmax(1).cpu().numpy())
+            pixels = prepare(images[start : start + batch], self.side).to(self.device)
+            out.append(self.model(pixels).logits.softmax(1).cpu().numpy())
         return np.concatenate(out)
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        """float32 [N, 3, side, side] in -1..1 -> [N, outputs]."""
-        w, s = self.weights, self.shape
 
-        def linear(x: Tensor, name: str) -> Tensor:
-            return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+_NAMES = {
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+    "norm": "vit.layernorm",
+    "head": "classifier",
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+"""Names that files on the Hub have for what timm calls so, in a block behind the block's own."""
 
-        def norm(x: Tensor, name: str) -> Tensor:
-            return F.layer_norm(x, (s.width,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6)
 
-        x = F.conv2d(pixels, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=s.patch).flatten(2).mT
-        x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], dim=1) + w["pos_embed"]
-        for block in (f"blocks.{i}" for i in range(s.depth)):
-            qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
-            q, k, v = qkv.unflatten(2, (3, s.heads, -1)).permute(
-                2, 0, 3, 1, 4
-            )  # each [N, heads, positions, width/heads]
-            seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + linear(seen, f"{block}.attn.proj")
-            x = x + linear(F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
-        return linear(norm(x[:, 0], "norm"), "head")
+def transformers_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a classifier's tensors by the names of transformers' files instead of timm's; queries, keys and values,
+    which are one tensor in timm, are three."""
+    named = {
+        "vit.embeddings.cls_token": weights["cls_token"],
+        "vit.embeddings.position_embeddings": weights["pos_embed"],
+    }
+    for name in weights.keys() - {"cls_token", "pos_embed"}:
+        part, _, leaf = name.rpartition(".")
+        home = ""
+        if part.startswith("blocks."):
+            _, number, part = part.split(".", 2)
+            home = f"vit.encoder.layer.{number}."
+        if part == "attn.qkv":
+            for third, x in zip(("query", "key", "value"), weights[name].chunk(3), strict=True):
+                named[f"{home}attention.attention.{third}.{leaf}"] = x
+        else:
+            named[f"{home}{_NAMES[part]}.{leaf}"] = weights[name]
+    return named
 
 
 def prepare(images: NDArray[np.uint8], side: int) -> Tensor:
