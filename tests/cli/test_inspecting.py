@@ -11,9 +11,10 @@ from PIL import Image
 
 from helpers.commands import refused
 from helpers.erasers import GATE
+from helpers.sae_files import WRITTEN, batch, sae
 from neuraleraser.canvas import pipeline as canvas
 from neuraleraser.cli import main
-from neuraleraser.sae import SAE
+from neuraleraser.sae import SAE, formats
 
 
 def test_sites_lists_blocks_with_their_shapes(model: str, capsys: pytest.CaptureFixture[str]):
@@ -68,3 +69,24 @@ def test_inspect_shows_what_the_shipped_file_says(capsys: pytest.CaptureFixture[
     assert f"{figures['explained_variance']:.2%}" in text and "Measured when it was made" in text
     bars = dict(re.findall(r"^ *(never|[\d.]+ to [\d.]+) +([\d,]+)", text, re.M))
     assert sum(int(count.replace(",", "")) for count in bars.values()) == sae.n_features
+
+
+@pytest.mark.parametrize("to", WRITTEN)
+def test_convert(to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    before = sae()
+    before.save("own/sae.safetensors")
+    assert main(["convert", "own/sae.safetensors", "theirs", "--to", to]) == 0
+    assert capsys.readouterr().out == "theirs\n"
+    after = formats.read("theirs")
+    assert after.header == before.header and bool(((after.encode(batch()) > 0) == (before.encode(batch()) > 0)).all())
+    kept = Path("own/sae.safetensors").read_bytes()
+    assert "is the SAE's own folder" in refused(["convert", "own/sae.safetensors", "./own", "--to", to], capsys)
+    assert Path("own/sae.safetensors").read_bytes() == kept and len(list(Path("own").iterdir())) == 1
+
+
+def test_convert_says_what_it_can_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sae().save(tmp_path / "sae.safetensors")
+    said = refused(["convert", str(tmp_path / "sae.safetensors"), str(tmp_path / "out"), "--to", "gemma-scope"], capsys)
+    assert "can be written as saelens, sparsify, saeuron" in said and not (tmp_path / "out").exists()

@@ -48,6 +48,7 @@ TO_FILES = {
 TO_FOLDERS = {
     "collect": ["collect", "--sites", "unet", "--out"],
     "reference": ["reference", "sae.safetensors", "unet", "--model", "m", "--prompts", "p.txt", "--out"],
+    "convert": ["convert", "sae.safetensors"],
     "demo": ["demo", "--folder"],
     "train": ["train", "unet", "--out"],
     "tensorboard": ["train", "unet", "--tensorboard"],

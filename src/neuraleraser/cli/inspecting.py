@@ -1,4 +1,4 @@
-"""The verb that looks at an SAE."""
+"""The verbs that look at an SAE, here and in other tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from neuraleraser.cli.prompts import prompts_of, read_prompts
 from neuraleraser.cli.verbs import Flat, app, bars, table, verb
-from neuraleraser.errors import DataError
+from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.io.names import printable
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.settings import InspectSettings
@@ -66,6 +66,29 @@ def inspect(
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         print("The file holds no measures, or none that can be read.")
     print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
+
+
+@verb(app, "convert")
+def convert(
+    sae: Positional[Path],
+    out: Positional[Path],
+    /,
+    to: str = "saelens",
+) -> None:
+    """Write an SAE as another library has it, to look at it with that library's tools.
+
+    Args:
+        sae: The SAE's file.
+        out: The folder for the library's files; not the SAE's own.
+        to: saelens, sparsify, saeuron, dictionary_learning, openai or sdxl-unbox.
+    """
+    from neuraleraser.sae import SAE, formats
+
+    check_outputs({}, folders={"OUT": out})
+    if os.path.realpath(out) == os.path.dirname(os.path.realpath(sae)):
+        raise SettingsError(f"{out} is the SAE's own folder, where it could be replaced: pass another")
+    formats.write(SAE.load(sae), out, to)
+    print(out)
 
 
 def _measured(

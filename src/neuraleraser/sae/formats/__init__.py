@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str], format: Format | None = None, calibrate: 
     return to_sae(source, weights, calibrate, header)
 
 
-def write(sae: SAE, folder: str | os.PathLike[str], format: Format) -> None:
+def write(sae: SAE, folder: str | os.PathLike[str], format: str) -> None:
     """Write `sae` into `folder` as `format`, in float32, each file in one piece. `read` gives the same SAE back.
 
     TopK formats hold no thresholds: their own libraries will keep the k largest features, k being the header's `k`
