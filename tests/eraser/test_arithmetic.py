@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.erasers import make_correction, make_gate, random
+from helpers.scaling import scale
 from neuraleraser.eraser import KINDS, Correction, Gate, time_bin
-from neuraleraser.fitting.correction_training import scale
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from helpers import erasers, pipelines
 from helpers.erasers import SHUT, make_eraser, make_gate, random
-from neuraleraser.eraser import Eraser, Scaling, attach
+from helpers.scaling import Scaling
+from neuraleraser.eraser import Eraser, attach
 from neuraleraser.sites import Site, record
 
 

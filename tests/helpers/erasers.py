@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.scaling import Scaling
 from neuraleraser.eraser import KINDS, Correction, Eraser, Gate, LowRank
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
@@ -26,6 +27,7 @@ SITES: dict[str, tuple[Site, Site, int]] = {
     "pixart": (Site("transformer.transformer_blocks.0"), Site("transformer.transformer_blocks.1"), 16),
 }
 FAMILIES = sorted(SITES)
+KINDS[Scaling.KIND] = Scaling  # so that every test of a kind is one of several
 SHUT: dict[str, Any] = {"low": 1e6, "high": 2e6}
 """Bounds that no evidence of a random model reaches."""
 

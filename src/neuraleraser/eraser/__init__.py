@@ -17,7 +17,7 @@ where it stays shut nothing is added, and the image keeps its bits. No row sees 
 from __future__ import annotations
 
 from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach
-from neuraleraser.eraser.corrections import KINDS, Correction, LowRank, Scaling
+from neuraleraser.eraser.corrections import KINDS, Correction, LowRank
 from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.gate import Gate, time_bin
 from neuraleraser.eraser.model_card import model_card
@@ -38,7 +38,6 @@ __all__ = [
     "Eraser",
     "Gate",
     "LowRank",
-    "Scaling",
     "Trace",
     "attach",
     "disable_erasers",

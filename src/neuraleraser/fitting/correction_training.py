@@ -1,4 +1,4 @@
-"""Corrections: fitted low-rank ones, and scaling of features."""
+"""Fitting of low-rank corrections."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from neuraleraser.eraser import LowRank, Scaling
+from neuraleraser.eraser import LowRank
 from neuraleraser.precision import fast_dtype
-from neuraleraser.sae import SAE
 from neuraleraser.sites import DenoiserCall, EditContext, Site, denoiser, edit, record, replay
 
 
@@ -123,19 +122,4 @@ def _gather(calls: Sequence[DenoiserCall], rows: Sequence[int]) -> DenoiserCall:
         torch.cat([p.timestep.flatten()[:1] for p in parts]),
         cat([dict(p.conditioning) for p in parts]),
         torch.cat([p.prediction for p in parts]),
-    )
-
-
-def scale(sae: SAE, site: Site, features: Tensor, times: Tensor, factor: float = 0.0) -> Scaling:
-    """Multiply the selected features: z'_i = factor z_i, so delta = (factor - 1) sum_i z_i d_i. 0 ablates, a
-    negative factor steers away as SAeUron does (arXiv 2501.18052, equation 6)."""
-    rows = sae.W_enc[features].float()
-    return Scaling(
-        site,
-        times=times.sort().values[:1].float(),
-        rows=rows.clone(),
-        bias=sae.b_enc[features].float() - rows @ sae.b_dec.float(),
-        threshold=sae.threshold[features].float().clone(),
-        decoder=sae.W_dec[features].clone(),
-        factor=torch.full((1, len(features)), float(factor)),
     )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from neuraleraser.eraser.corrections.correction import BatchedCorrection, Correction
 from neuraleraser.eraser.corrections.low_rank import BatchedLowRank, LowRank
-from neuraleraser.eraser.corrections.scaling import Scaling
 
-KINDS: dict[str, type[Correction]] = {kind.KIND: kind for kind in (LowRank, Scaling)}
+KINDS: dict[str, type[Correction]] = {kind.KIND: kind for kind in (LowRank,)}
 """Kinds of corrections by their name in files. A new kind is one more file, and one more name here."""
 
-__all__ = ["KINDS", "BatchedCorrection", "BatchedLowRank", "Correction", "LowRank", "Scaling"]
+__all__ = ["KINDS", "BatchedCorrection", "BatchedLowRank", "Correction", "LowRank"]

@@ -1,4 +1,9 @@
-"""Scaling of features, as SAeUron does (arXiv 2501.18052, equation 6), without the SAE's error."""
+"""A second kind of correction, from outside the package: features multiplied by a factor, as SAeUron does (arXiv
+2501.18052, equation 6), without the SAE's error.
+
+At the gate's site it erases nothing (docs/explanation/sites.md), so the product has no use for it. Here it shows what
+the contract lets a kind do: a feature that several erasers share is changed once.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from torch import Tensor
 from neuraleraser.eraser.batched import feature_identities, number_features
 from neuraleraser.eraser.corrections.correction import BatchedCorrection
 from neuraleraser.eraser.gate import thresholded_activations, time_bin
+from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 
 
@@ -105,3 +111,18 @@ class CombinedScaling:
         every = torch.stack(changes)
         largest = every.gather(0, every.abs().argmax(0, keepdim=True))[0]
         return largest @ self.decoder.to(largest), None
+
+
+def scale(sae: SAE, site: Site, features: Tensor, times: Tensor, factor: float = 0.0) -> Scaling:
+    """Multiply the selected features: z'_i = factor z_i, so delta = (factor - 1) sum_i z_i d_i. 0 ablates, a
+    negative factor steers away."""
+    rows = sae.W_enc[features].float()
+    return Scaling(
+        site,
+        times=times.sort().values[:1].float(),
+        rows=rows.clone(),
+        bias=sae.b_enc[features].float() - rows @ sae.b_dec.float(),
+        threshold=sae.threshold[features].float().clone(),
+        decoder=sae.W_dec[features].clone(),
+        factor=torch.full((1, len(features)), float(factor)),
+    )
