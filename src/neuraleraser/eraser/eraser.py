@@ -231,4 +231,5 @@ def _value_error(tensors: Mapping[str, Tensor]) -> str | None:
     for name, x in tensors.items():
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             return f"{name} holds NaN or infinity"
-    return None if bool((tensors["times"].diff() > 0).all()) else "times do not ascend"
+    ascending = "times" not in tensors or bool((tensors["times"].diff() > 0).all())
+    return None if ascending else "times do not ascend"
