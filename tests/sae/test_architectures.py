@@ -24,6 +24,7 @@ from neuraleraser.sae import (
     sparse_ops,
     train,
 )
+from neuraleraser.sae.architectures.architecture import architecture_named
 from neuraleraser.sae.architectures.matryoshka import prefixes
 from neuraleraser.sae.architectures.topk import mean_cut, select_rows
 
@@ -193,6 +194,11 @@ def test_bad_input_is_refused(name):
     bad[3, 2] = float("nan")
     with pytest.raises(DataError, match="batch 1 holds 1 NaN or infinite values of 1536"):
         train(lambda step: iter((BANK[:96], bad)[step:]), chosen(name, init_vectors=96))
+
+
+def test_the_kernels_train_what_selects_as_they_do():
+    kernels = {name: architecture_named(name).kernel for name in ARCHITECTURES}
+    assert kernels == {"batchtopk": "batch", "topk": "row", "jumprelu": None, "matryoshka": None}
 
 
 def test_unknown_architectures_are_refused():

@@ -21,8 +21,6 @@ GROUP_FIGURES: Mapping[str, tuple[str, Mapping[str, Callable[..., Estimate]]]] =
     "fragments": (FRAGMENTS, {"shown": metrics.shown_share, "ua": metrics.ua}),
 }
 """Suffix of a name to the group of cells and the figures that are taken of it apart."""
-OFFICIAL = tuple(f"{source}_{name}" for source in ("unlearncanvas", "saeuron") for name in ("UA", "IRA", "CRA"))
-"""Names of the official figures."""
 
 
 @dataclass(frozen=True)
