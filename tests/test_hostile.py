@@ -152,7 +152,7 @@ class Bench:
         e = Eraser.load(path)
         assert e.validation_error() is None and e.name.isprintable()
         assert all(bool(torch.isfinite(x).all()) for x in e._tensors().values() if x.is_floating_point())
-        assert all(c.isprintable() or c == "\n" for c in model_card(dict(e.header)))
+        assert all(c.isprintable() or c == "\n" for c in str(model_card(dict(e.header))))
         out = self.folder / f"{file_name(e.name)}.safetensors"
         try:
             e.save(out)

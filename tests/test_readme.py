@@ -15,7 +15,7 @@ from helpers.erasers import open_eraser
 from neuraleraser import cli
 from neuraleraser.eraser import Eraser
 from neuraleraser.families.canvas import REFERENCE
-from neuraleraser.fitting import fit, from_phrase, load_reference
+from neuraleraser.fitting import Reference, fit, from_phrase
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site
 
@@ -75,6 +75,6 @@ def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_eraser(name: str = "Van_Gogh", seed: int = 0) -> Eraser:
     """For the canvas: always open, with a random correction."""
-    known = load_reference(REFERENCE)
+    known = Reference.load(REFERENCE)
     read = Site("unet.up_blocks.2.attentions.1", "input", "text")
     return open_eraser(name, seed=seed, gate=(known.site, known.sae.d_in), edit=(read, 128))

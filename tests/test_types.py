@@ -17,10 +17,10 @@ eraser = ne.erase(pipe, "Van Gogh style")
 reveal_type(eraser)
 with ne.attach(pipe, eraser) as trace:
     reveal_type(trace)
-reveal_type(ne.Eraser.load("a.safetensors"))
+reveal_type(ne.Eraser.from_pretrained("a.safetensors"))
 reveal_type(ne.evaluate(pipe, [ne.EraserMethod(eraser)]))
 reveal_type(ne.SAE.load("b.safetensors"))
-reveal_type(ne.load_reference("folder"))
+reveal_type(ne.Reference.from_pretrained("owner/name"))
 ne.attach(pipe, 3)
 """
 EXPECTED = ["Eraser", "Trace", "Eraser", "Report", "SAE", "Reference"]

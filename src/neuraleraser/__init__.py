@@ -25,8 +25,12 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.eraser import Eraser as Eraser
     from neuraleraser.eraser import Trace as Trace
     from neuraleraser.eraser import attach as attach
+    from neuraleraser.eraser import delete_erasers as delete_erasers
     from neuraleraser.eraser import disable_erasers as disable_erasers
+    from neuraleraser.eraser import enable_erasers as enable_erasers
     from neuraleraser.eraser import eraser_trace as eraser_trace
+    from neuraleraser.eraser import get_active_erasers as get_active_erasers
+    from neuraleraser.eraser import get_list_erasers as get_list_erasers
     from neuraleraser.eraser import load_eraser as load_eraser
     from neuraleraser.eraser import model_card as model_card
     from neuraleraser.eraser import set_erasers as set_erasers
@@ -53,7 +57,6 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.fitting import Reference as Reference
     from neuraleraser.fitting import calibrate as calibrate
     from neuraleraser.fitting import import_reference as import_reference
-    from neuraleraser.fitting import load_reference as load_reference
     from neuraleraser.fitting import make_reference as make_reference
     from neuraleraser.fitting.clip_judge import clip_judge as clip_judge
     from neuraleraser.fitting.fit import fit as fit
@@ -129,18 +132,21 @@ _HOME: dict[str, str] = {
     "clip_judge": "fitting.clip_judge",
     "collect": "activations",
     "cross_attention_sites": "sites",
+    "delete_erasers": "eraser",
     "disable_erasers": "eraser",
     "doctor": "diagnosis",
     "edit": "sites",
+    "enable_erasers": "eraser",
     "erase": "fitting.from_phrase",
     "eraser_trace": "eraser",
     "evaluate": "evaluation.evaluate",
     "file_concept": "concepts",
     "fit": "fitting.fit",
     "generate": "sampling",
+    "get_active_erasers": "eraser",
+    "get_list_erasers": "eraser",
     "import_reference": "fitting",
     "load_eraser": "eraser",
-    "load_reference": "fitting",
     "make_reference": "fitting",
     "model_card": "eraser",
     "open_pipeline": "families.opening",
@@ -206,18 +212,21 @@ __all__ = [
     "collect",
     "cross_attention_sites",
     "default_neighbours",
+    "delete_erasers",
     "disable_erasers",
     "doctor",
     "edit",
+    "enable_erasers",
     "erase",
     "eraser_trace",
     "evaluate",
     "file_concept",
     "fit",
     "generate",
+    "get_active_erasers",
+    "get_list_erasers",
     "import_reference",
     "load_eraser",
-    "load_reference",
     "make_reference",
     "measure_loss_recovered",
     "model_card",

@@ -18,7 +18,7 @@ from neuraleraser.evaluation.terminal import terminal_tables
 from neuraleraser.families.naming import concept_of
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting import fit
-from neuraleraser.fitting.reference import load_reference, shipped_reference
+from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.precision import fast_dtype
@@ -40,7 +40,7 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     )
     pipe = open_pipeline(s.model, fast_dtype())
     concepts = [(phrase, concept_of(pipe, phrase)) for phrase in s.phrases]
-    known = load_reference(s.reference) if s.reference else shipped_reference(pipe)
+    known = Reference.from_pretrained(s.reference) if s.reference else shipped_reference(pipe)
     run = s.folder / "run"
     if not s.resume and (run / "run.json").is_file():  # its own record says that the folder is ours
         shutil.rmtree(run)

@@ -240,8 +240,8 @@ class DemoSettings:
     """What to erase, in words."""
     model: str = "canvas"
     """The pipeline: 'canvas', or a folder with another canvas."""
-    reference: Path | None = None
-    """Folder of the SAE and its background to fit with; None: the one that ships."""
+    reference: str | None = None
+    """Reference to fit with: a folder or a Hub id; None: the one that ships."""
     resume: bool = False
     """Go on where an interrupted demo stopped, instead of starting anew."""
     fit: FitSettings = field(default_factory=FitSettings)

@@ -19,7 +19,7 @@ from neuraleraser import attach, open_pipeline
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge, Judgement
 from neuraleraser.families.canvas import REFERENCE, canvas_concept
-from neuraleraser.fitting import Reference, fit, load_reference
+from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.reference import UNCONDITIONAL_SHARE
 from neuraleraser.fitting.trajectories import conditional, pooled_features
 from neuraleraser.sampling import generate
@@ -68,7 +68,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def known() -> Reference:
-    return load_reference(REFERENCE)
+    return Reference.load(REFERENCE)
 
 
 @pytest.fixture(scope="module")

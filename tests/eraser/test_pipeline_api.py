@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
-from neuraleraser import attach, disable_erasers, load_eraser, set_erasers, unload_erasers
+from neuraleraser import (
+    attach,
+    delete_erasers,
+    disable_erasers,
+    enable_erasers,
+    eraser_trace,
+    get_active_erasers,
+    get_list_erasers,
+    load_eraser,
+    set_erasers,
+    unload_erasers,
+)
 from neuraleraser.eraser import KINDS, Eraser
 from neuraleraser.errors import EraserNotAppliedError, FileError, SettingsError, SiteError
 from neuraleraser.sites import denoiser
@@ -103,7 +114,75 @@ def test_the_context_manager_stacks_on_what_is_loaded(sd: Any) -> None:
     assert torch.equal(pipelines.run(sd, 0), one)
 
 
-# ConceptRefusedError, and nothing changed.
+# Listed, rested, deleted, as diffusers has it for LoRAs.
+
+
+def test_enabled_again_at_the_strengths_from_before(sd: Any) -> None:
+    a, b = make_eraser(), make_eraser(seed=30, name="Dogs")
+    base = pipelines.run(sd, 0, n=2)
+    assert get_list_erasers(sd) == get_active_erasers(sd) == []
+    enable_erasers(sd)  # nothing is there: nothing to do
+    for eraser in (a, b):
+        load_eraser(sd, eraser)
+    set_erasers(sd, "Dogs", [[0.0, 1.5]])
+    some = pipelines.run(sd, 0, n=2)
+    assert get_list_erasers(sd) == ["Cats", "Dogs"] and get_active_erasers(sd) == ["Dogs"]
+    for _ in range(2):  # twice is once
+        disable_erasers(sd)
+        assert get_active_erasers(sd) == [] and torch.equal(pipelines.run(sd, 0, n=2), base)
+    enable_erasers(sd)
+    assert get_active_erasers(sd) == ["Dogs"] and torch.equal(pipelines.run(sd, 0, n=2), some)
+    disable_erasers(sd)
+    set_erasers(sd, "Cats", 0.5)  # says anew what acts
+    enable_erasers(sd)
+    assert get_active_erasers(sd) == ["Cats"]
+
+
+def test_what_is_loaded_while_others_rest_leaves_them_their_strengths(sd: Any) -> None:
+    a, b = make_eraser(), make_eraser(seed=30, name="Dogs")
+    load_eraser(sd, a)
+    set_erasers(sd, "Cats", 0.5)
+    disable_erasers(sd)
+    load_eraser(sd, b)
+    assert get_active_erasers(sd) == ["Dogs"]
+    alone = pipelines.run(sd, 0)
+    enable_erasers(sd)
+    both = pipelines.run(sd, 0)
+    unload_erasers(sd)
+    assert torch.equal(alone, attached(sd, [a, b], [0.0, 1.0]))
+    assert torch.equal(both, attached(sd, [a, b], [0.5, 1.0]))
+
+
+def test_deleted_erasers_are_gone_and_the_others_as_they_were(sd: Any) -> None:
+    many = {name: make_eraser(seed=20 * i, name=name) for i, name in enumerate("abc")}
+    base = pipelines.run(sd, 0)
+    for name, eraser in many.items():
+        load_eraser(sd, eraser, action="detect" if name == "a" else "erase")
+    set_erasers(sd, list("abc"), [0.3, 2.0, 0.5])
+    pipelines.run(sd, 0)
+    delete_erasers(sd, "b")
+    assert get_list_erasers(sd) == ["a", "c"]
+    rest = pipelines.run(sd, 0)
+    assert [[f["eraser"] for f in r["fired"]] for r in eraser_trace(sd).records()] == [["a", "c"]] * 2
+    assert {f["eraser"]: f["action"] for f in eraser_trace(sd).records()[0]["fired"]} == {"a": "detect", "c": "erase"}
+    disable_erasers(sd)
+    delete_erasers(sd, ["a"])
+    assert torch.equal(pipelines.run(sd, 0), base)
+    enable_erasers(sd)
+    assert torch.equal(pipelines.run(sd, 0), rest)
+    for names in ("a", ["c", "c"], ["c", "b"]):
+        with pytest.raises(SettingsError, match=r"cannot be deleted: .*\['c'\]"):
+            delete_erasers(sd, names)
+    delete_erasers(sd, [])
+    assert torch.equal(pipelines.run(sd, 0), rest) and not torch.equal(rest, base)
+    delete_erasers(sd, "c")
+    assert not left(sd) and get_list_erasers(sd) == [] and torch.equal(pipelines.run(sd, 0), base)
+    with pytest.raises(SettingsError, match=r"cannot be deleted: .*\[\]"):
+        delete_erasers(sd, "c")
+    assert torch.equal(rest, attached(sd, many["c"], 0.5))
+
+
+# Refused, and nothing changed.
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from helpers.prompted_calls import LOUD, QUIET, hears, prompts, twin
 from neuraleraser import (
     ConceptRefusedError,
     attach,
+    delete_erasers,
     disable_erasers,
     eraser_trace,
+    get_list_erasers,
     load_eraser,
     set_erasers,
     unload_erasers,
@@ -49,6 +51,12 @@ def test_any_pipeline_of_the_modules_takes_erasers_off(sd: Any) -> None:
     load_eraser(other, make_eraser())
     unload_erasers(sd)
     assert torch.equal(prompts(other, LOUD), base)
+    load_eraser(sd, make_eraser())
+    load_eraser(sd, make_eraser(seed=40, name="Dogs"))
+    delete_erasers(other, "Dogs")
+    assert get_list_erasers(sd) == ["Cats"] and torch.equal(prompts(sd, LOUD), erased)
+    delete_erasers(other, "Cats")
+    assert get_list_erasers(sd) == [] and torch.equal(prompts(sd, LOUD), base)
     assert not [name for owner in (sd, other, sd.unet) for name in vars(owner) if "neuraleraser" in name]
 
 

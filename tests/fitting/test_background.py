@@ -7,7 +7,7 @@ import pytest
 from neuraleraser.canvas import words
 from neuraleraser.concepts import Concept, Pair, phrase_concept
 from neuraleraser.families.canvas import REFERENCE, canvas_concept
-from neuraleraser.fitting import load_reference
+from neuraleraser.fitting import Reference
 from neuraleraser.fitting.background import concept_phrases, content_words, rows_without
 
 CAT, VAN_GOGH = phrase_concept("a cat"), phrase_concept("Van Gogh style")
@@ -43,7 +43,7 @@ def test_labels_decide_where_one_names_the_concept(label: str) -> None:
 def test_no_two_concepts_of_the_canvas_are_taken_for_one_another() -> None:
     names = (*words.OBJECTS, *words.STYLES)
     assert len({content_words(name) for name in names}) == len(names)
-    known = load_reference(REFERENCE)
+    known = Reference.load(REFERENCE)
     for name in names:
         if name != words.PLAIN:
             kept = rows_without(canvas_concept(name), known.prompts, known.labels)

@@ -133,7 +133,7 @@ def with_header(eraser: Eraser, made: Any) -> Eraser:
 
 
 def test_the_card_names_the_model_and_prints_no_weights(eraser: Eraser) -> None:
-    card = model_card(eraser.header)
+    card = str(model_card(eraser.header))
     assert "| made for | UNet2DConditionModel |" in card
     assert next(iter(eraser.header["made_for"]["weights"])) not in card
 

@@ -6,7 +6,7 @@ import pytest
 
 from neuraleraser.canvas import words
 from neuraleraser.families.canvas import REFERENCE
-from neuraleraser.fitting import load_reference
+from neuraleraser.fitting import Reference
 from neuraleraser.fitting.provenance import MAX_PROMPTS, Provenance, prompt_digest
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 
@@ -26,9 +26,9 @@ def test_what_a_reference_was_made_with_goes_along() -> None:
 
 
 def test_the_shipped_reference_says_what_it_was_made_with() -> None:
-    made = load_reference(REFERENCE).provenance
+    made = Reference.load(REFERENCE).provenance
     assert made.seeds == ((100, 499), (500, 999)) and made.phrasings == (0, 1)
-    assert set(made.labels) == {*words.OBJECTS, *words.STYLES} == set(load_reference(REFERENCE).sae.header["labels"])
-    assert len(made.prompts) > 700 and set(load_reference(REFERENCE).prompts) < set(made.prompts)
+    assert set(made.labels) == {*words.OBJECTS, *words.STYLES} == set(Reference.load(REFERENCE).sae.header["labels"])
+    assert len(made.prompts) > 700 and set(Reference.load(REFERENCE).prompts) < set(made.prompts)
     held_out = [phrase for n in made.labels for phrase in words.VOCABULARY.phrases_of(n)[HELD_OUT_PHRASINGS]]
     assert not [prompt for prompt in made.prompts if any(phrase in prompt for phrase in held_out)]

@@ -34,7 +34,7 @@ def erase(
     model: str = "canvas",
     out: Path | None = None,
     kind: Literal["style", "object"] | None = None,
-    reference: Path | None = None,
+    reference: str | None = None,
     neighbours: tuple[str, ...] = (),
     site: str | None = None,
     num_images: int = 160,
@@ -53,7 +53,8 @@ def erase(
         model: The pipeline: canvas, a folder, or a Hub id.
         out: The eraser's file; None: the concept's name, such as van-gogh.safetensors.
         kind: What the phrase names, where it does not say so itself (not needed on the canvas).
-        reference: Folder of the SAE and its background for this model; None: the canvas's own, or one made here.
+        reference: The SAE and its background for this model, a folder or a Hub id; None: the canvas's own, or one made
+            here.
         neighbours: What the concept could be mistaken for, as phrases; none named: those of a list that ships.
         site: Where a reference made here looks; None: the site that is known to be good in the model's family.
         num_images: Images that a reference made here learns from; half as many more show how it fires.
@@ -69,7 +70,7 @@ def erase(
     from neuraleraser.families.naming import concept_of
     from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import from_phrase
-    from neuraleraser.fitting.reference import load_reference
+    from neuraleraser.fitting.reference import Reference
 
     check_whole("num_images", num_images, 5, MANY)  # hundreds are good
     read = {"the phrase": phrase if phrase.endswith(".json") else None, "--reference": reference, "--model": model}
@@ -79,7 +80,7 @@ def erase(
     concept = concept_of(pipe, phrase, kind)
     path = out or Path(f"{from_phrase.eraser_file_name(concept.name)}.safetensors")
     check_outputs({"--out": path}, read)
-    known = load_reference(reference) if reference else None
+    known = Reference.from_pretrained(reference) if reference else None
     with progress_bar(concept.name) as progress:
         eraser = from_phrase.erase(
             pipe,
@@ -122,7 +123,7 @@ def generate(
         model: The pipeline: canvas, a folder, or a Hub id.
         seed: Seed of the noise that the image starts from.
         eraser: Erasers: files, folders or Hub ids, each with its strength after a colon if not 1:
-            van-gogh.safetensors:0.5, owner/name:0.5 (0 to 2).
+            van-gogh.safetensors:0.5, owner/name:0.5, owner/name@revision:0.5 (0 to 2).
         out: Where the image goes (PNG).
         action: What erasers do. erase; detect, change nothing and say what would have fired; refuse, end with an error
             and write no image where one would have.

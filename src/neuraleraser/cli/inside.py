@@ -61,7 +61,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
 def profile(
     phrases: Positional[tuple[str, ...]],
     /,
-    sae: Path,
+    sae: str,
     site: str | None = None,
     model: str = "canvas",
     num_images: int = 20,
@@ -72,7 +72,7 @@ def profile(
 
     Args:
         phrases: Concepts, such as "Van Gogh style" "cat"; each is compared with the others and with itself taken out.
-        sae: The SAE's file.
+        sae: The SAE: a file, a folder or a Hub id.
         site: Where the SAE reads; None: what its file says.
         model: The pipeline: canvas, a folder, or a Hub id.
         num_images: Images drawn of each concept, and as many without it.
@@ -95,7 +95,7 @@ def profile(
     check_whole("num_images", num_images, 1, 1000)
     check_whole("top", top, 1, 1000)
     check_outputs({"--out": out}, {"--sae": sae, "--model": model})
-    loaded = SAE.load(sae)
+    loaded = SAE.from_pretrained(sae)
     where = site or loaded.header.get("site")
     if not where:
         raise SettingsError(f"{sae} does not say which site it reads: pass --site")

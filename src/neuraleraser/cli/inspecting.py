@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional
@@ -20,7 +18,7 @@ from neuraleraser.settings import InspectSettings
 
 @verb(app, "inspect")
 def inspect(
-    sae: Positional[Path | None] = None,
+    sae: Positional[str | None] = None,
     /,
     settings: Annotated[InspectSettings, Flat] = InspectSettings(),  # noqa: B008  (frozen)
     model: str | None = None,
@@ -31,7 +29,7 @@ def inspect(
     """Say how good an SAE is: on its own activations, and what the pipeline loses with its reconstructions.
 
     Args:
-        sae: The SAE's file; None: the one that ships for the canvas.
+        sae: The SAE: a file, a folder or a Hub id; None: the one that ships for the canvas.
         model: The pipeline to measure it in: canvas, a folder, or a Hub id; None: the canvas where it is the canvas's,
             else only what the file says is shown.
         site: Where the SAE reads; None: what its file says.
@@ -41,25 +39,24 @@ def inspect(
     from neuraleraser.families.canvas import REFERENCE
     from neuraleraser.sae import SAE
 
-    path = sae or REFERENCE / "sae.safetensors"
-    path = path / "sae.safetensors" if os.path.isdir(path) else path
+    source = sae or str(REFERENCE)
     check_outputs(
         {"--comparison-png": settings.comparison_png},
-        {"the SAE": path, "--prompts": settings.prompts, "--model": model},
+        {"the SAE": source, "--prompts": settings.prompts, "--model": model},
     )
-    loaded = SAE.load(path)
+    loaded = SAE.from_pretrained(source)
     said = str(loaded.header.get("model") or ("canvas" if sae is None else ""))
     named = model or ("canvas" if said == "canvas" else None)  # no file decides what is downloaded
     where = site or loaded.header.get("site")
     made = loaded.header.get("settings")
-    lines = [("file", str(path)), ("features", f"{loaded.n_features}, on activations {loaded.d_in} wide")]
+    lines = [("SAE", source), ("features", f"{loaded.n_features}, on activations {loaded.d_in} wide")]
     lines += [("site", str(where or "not said: pass --site")), ("pipeline", named or said or "not said: pass --model")]
     if isinstance(made, dict):
         kind = made.get("architecture", "batchtopk")
         lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
     print(table([(name, "", printable(value, 300)) for name, value in lines]) + "\n")
     if named and where:
-        _measured(loaded, path, named, str(where), settings, num_inference_steps, guidance_scale)
+        _measured(loaded, source, named, str(where), settings, num_inference_steps, guidance_scale)
         return
     try:
         print(_figures(loaded.header["measures"], loaded.n_features, "when it was made"))
@@ -93,7 +90,7 @@ def convert(
 
 def _measured(
     sae: Any,
-    path: Path,
+    source: str,
     model: str,
     where: str,
     s: InspectSettings,
@@ -116,7 +113,7 @@ def _measured(
     together = default_sampling(pipe, steps, guidance_scale, s.num_images)
     x = activation_matrix(pipe, texts, seeds, [at], s.vectors_per_image, together)[at]
     if x.shape[1] != sae.d_in:
-        raise DataError(f"{path}: field W_enc takes activations {sae.d_in} wide, {at} of {model!r} has {x.shape[1]}")
+        raise DataError(f"{source}: field W_enc takes activations {sae.d_in} wide, {at} of {model!r} has {x.shape[1]}")
     print(_figures(measure(sae, x), sae.n_features, f"on {s.num_images} images"))
     found = measure_loss_recovered(pipe, sae, at, texts, seeds, together, s.num_timesteps)
     rows: list[tuple[str, ...]] = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]

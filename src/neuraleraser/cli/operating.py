@@ -119,6 +119,7 @@ def calibrate(
     from neuraleraser.eraser import Eraser
     from neuraleraser.families.naming import concept_of, named_concept, neighbours_of
     from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.io.hub import parse_hub_id
     from neuraleraser.io.outputs import check_outputs, save_or_keep
     from neuraleraser.settings import check_whole
 
@@ -127,7 +128,8 @@ def calibrate(
     if os.path.isfile(eraser):
         path = out or source.with_name(f"{source.stem}-calibrated{source.suffix}")
     else:
-        path = out or Path(f"{source.name}-calibrated.safetensors")
+        asked = None if os.path.isdir(eraser) else parse_hub_id(eraser)
+        path = out or Path(f"{Path(asked[0]).name if asked else source.name}-calibrated.safetensors")
     check_outputs({"--out": path}, {"the eraser": eraser, "--concept": concept, "--model": model})
     loaded = Eraser.from_pretrained(eraser)
     pipe = open_pipeline(model)

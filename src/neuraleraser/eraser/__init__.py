@@ -22,8 +22,12 @@ from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.gate import Gate, time_bin
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.eraser.pipeline_api import (
+    delete_erasers,
     disable_erasers,
+    enable_erasers,
     eraser_trace,
+    get_active_erasers,
+    get_list_erasers,
     load_eraser,
     set_erasers,
     unload_erasers,
@@ -40,8 +44,12 @@ __all__ = [
     "LowRank",
     "Trace",
     "attach",
+    "delete_erasers",
     "disable_erasers",
+    "enable_erasers",
     "eraser_trace",
+    "get_active_erasers",
+    "get_list_erasers",
     "load_eraser",
     "model_card",
     "set_erasers",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser import hub
 from neuraleraser.eraser.corrections import KINDS, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
 from neuraleraser.eraser.gate import Gate
@@ -21,17 +19,24 @@ from neuraleraser.eraser.header import header_error
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.io import artifact
+from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import printable
 from neuraleraser.sites import PROMPT_ROUTES, Site
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
 
 @dataclass(frozen=True)
-class Eraser:
+class Eraser(HubFile):
     """Gate and corrections of one concept, with all that is needed to apply them; a file of kilobytes.
 
     `header` holds what a reader wants to know: concept, kind, base model, time scale, how it was fitted and
     what was measured. Plain JSON values.
     """
+
+    NOUN: ClassVar = "eraser"
+    FILES: ClassVar = ("eraser.safetensors",)
 
     gate: Gate
     corrections: tuple[Correction, ...]
@@ -141,47 +146,9 @@ class Eraser:
             )
         return eraser
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the eraser into a folder, from which `from_pretrained` reads it. Raises as `save` does."""
-        self.save(Path(folder) / hub.FILE)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        subfolder: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> Eraser:
-        """Read an eraser from a file, a folder or the Hub ("owner/name"; on an outage, its cached copy).
-
-        What follows is for the Hub, as `huggingface_hub.hf_hub_download` has it. Pass the 40 digits of a commit as
-        `revision` where a service must draw the same tomorrow. Raises FileError where there is none, or it is no
-        eraser.
-        """
-        options: hub.HubOptions = {
-            "revision": revision,
-            "token": token,
-            "subfolder": subfolder,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
-        return cls.load(hub.find(source, options))
-
-    def push_to_hub(self, repo: str) -> str:
-        """Upload the eraser with its model card to "owner/name", made if need be -> the commit's address.
-
-        Raises SettingsError for what is no id, FileError where the Hub refuses or does not answer.
-        """
-        hub.check_id(repo)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            card = model_card({**self.header, **self._layout()}, repo)
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-            return hub.push(Path(folder), repo)
+    def generate_model_card(self, repo_id: str) -> ModelCard:
+        """Return the card that `push_to_hub` uploads with it: `model_card` of its header."""
+        return model_card({**self.header, **self._layout()}, repo_id)
 
     def validation_error(self) -> str | None:
         """Return what keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""

@@ -5,6 +5,9 @@
     set_erasers(pipe, ["van-gogh"], [[1.0, 0.0]])  # by image of a batch of two
     eraser_trace(pipe).records()  # what fired in which image, when and how far
     disable_erasers(pipe)
+    enable_erasers(pipe)  # at the strengths from before
+    get_list_erasers(pipe), get_active_erasers(pipe)
+    delete_erasers(pipe, "van-gogh")
     unload_erasers(pipe)
 
 Loaded erasers belong to the denoiser. Pipelines that share it (made by `from_pipe`, or of the same components) share
@@ -56,6 +59,7 @@ class _Loaded:
     traces: TraceByPipeline
     attachment: Attachment
     denoiser: WeakReference
+    rested: Tensor | None = None  # the strengths that `disable_erasers` put to 0
 
 
 def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None, action: str = "erase") -> str:
@@ -90,19 +94,9 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
             )
     erasers = {**before.erasers, name: eraser} if before else {name: eraser}
     actions = [*(before.actions if before else ()), action]
-    strengths = torch.ones(1, 1)
-    if before:
-        strengths = torch.cat([before.strengths, torch.ones(1, before.strengths.shape[1])])
-    make = _EmptyTrace(tuple(erasers.values()), tuple(erasers), tuple(actions))
-    traces = TraceByPipeline(pipe, make)
-    replaced = before.attachment if before else None
-    attachment = Attachment(pipe, list(erasers.values()), strengths, actions, traces, replaced)
-    if before:  # only now: what fails above changes nothing
-        before.attachment.close()
-        traces.continue_from(before.traces)
-    loaded = _Loaded(erasers, actions, strengths, traces, attachment, WeakReference(_root(pipe)))
-    setattr(_root(pipe), _STATE_ATTRIBUTE, loaded)
-    vars(pipe)[_STATE_ATTRIBUTE] = loaded
+    strengths = _with_one_more(before.strengths) if before else torch.ones(1, 1)
+    rested = _with_one_more(before.rested) if before and before.rested is not None else None
+    _attach(pipe, erasers, actions, strengths, rested, before)
     return name
 
 
@@ -116,16 +110,24 @@ def set_erasers(pipe: Any, names: str | Sequence[str], strengths: Strengths = 1.
     Raises SettingsError for a name that is not loaded or is given twice, and for strengths out of range; later, before
     anything is drawn, for strengths by image that do not fit the batch.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    loaded, rows = _find(pipe, names, "set")
+    given = strength_table(len(rows), strengths)
+    table = torch.zeros(len(loaded.erasers), given.shape[1])
+    table[rows] = given
+    _set_strengths(loaded, table)
+
+
+def get_list_erasers(pipe: Any) -> list[str]:
+    """Return the names of all loaded erasers, in the order they were loaded."""
     loaded = _loaded(pipe)
-    there = list(loaded.erasers) if loaded else []
-    if loaded is None or len(set(names)) < len(names) or not set(names) <= set(there):
-        raise SettingsError(f"erasers {names} cannot be set: name each once, of those loaded, {there}")
-    given = strength_table(len(names), strengths)
-    table = torch.zeros(len(there), given.shape[1])
-    table[[there.index(n) for n in names]] = given
-    loaded.strengths = table
-    loaded.attachment.set_strengths(table)
+    return list(loaded.erasers) if loaded else []
+
+
+def get_active_erasers(pipe: Any) -> list[str]:
+    """Return the names of the erasers whose strength is above 0, be it in one image of the batch; [] while disabled."""
+    loaded = _loaded(pipe)
+    acts = loaded.strengths.any(1).tolist() if loaded else []
+    return [name for name, on in zip(get_list_erasers(pipe), acts, strict=True) if on]
 
 
 def eraser_trace(pipe: Any) -> Trace:
@@ -140,19 +142,92 @@ def eraser_trace(pipe: Any) -> Trace:
 
 
 def disable_erasers(pipe: Any) -> None:
-    """Set all strengths to 0: the base model's images, bit for bit, until `set_erasers`. Nothing is taken off."""
-    if _loaded(pipe):
-        set_erasers(pipe, [])
+    """Set all strengths to 0: the base model's images, bit for bit, until `enable_erasers` or `set_erasers`. Nothing is
+    taken off."""
+    loaded = _loaded(pipe)
+    if loaded and get_active_erasers(pipe):
+        rested = loaded.strengths
+        _set_strengths(loaded, torch.zeros(len(rested), 1))
+        loaded.rested = rested
+
+
+def enable_erasers(pipe: Any) -> None:
+    """Set the strengths that `disable_erasers` put to 0 as they were; after `set_erasers` there is nothing to do."""
+    loaded = _loaded(pipe)
+    if loaded and loaded.rested is not None:
+        _set_strengths(loaded, loaded.rested)
+
+
+def delete_erasers(pipe: Any, names: str | Sequence[str]) -> None:
+    """Take the named erasers off and leave the others as they are; after the last, no hook is left.
+
+    What they did leaves the trace with them. Raises SettingsError for a name that is not loaded or is given twice.
+    """
+    loaded, rows = _find(pipe, names, "deleted")
+    left = [i for i in range(len(loaded.erasers)) if i not in rows]
+    if not left:
+        unload_erasers(pipe)
+    elif rows:
+        erasers = {name: e for i, (name, e) in enumerate(loaded.erasers.items()) if i in left}
+        actions = [loaded.actions[i] for i in left]
+        rested = None if loaded.rested is None else loaded.rested[left]
+        _attach(pipe, erasers, actions, loaded.strengths[left], rested, loaded)
 
 
 def unload_erasers(pipe: Any) -> None:
     """Take all loaded erasers off: no hook is left, and the pipeline gives the bits it gave before."""
     loaded = _loaded(pipe)
     if loaded:
-        loaded.attachment.close()
-        for owner in (pipe, loaded.attachment.edits.pipeline.get(), loaded.denoiser.get()):
-            if owner is not None:
-                vars(owner).pop(_STATE_ATTRIBUTE, None)
+        _take_off(pipe, loaded)
+
+
+def _attach(
+    pipe: Any,
+    erasers: dict[str, Eraser],
+    actions: list[str],
+    strengths: Tensor,
+    rested: Tensor | None,
+    before: _Loaded | None,
+) -> None:
+    """Load these erasers in place of `before`. Where it raises, nothing has changed."""
+    traces = TraceByPipeline(pipe, _EmptyTrace(tuple(erasers.values()), tuple(erasers), tuple(actions)))
+    replaced = before.attachment if before else None
+    attachment = Attachment(pipe, list(erasers.values()), strengths, actions, traces, replaced)
+    if before:
+        _take_off(pipe, before)
+        traces.continue_from(before.traces)
+    loaded = _Loaded(erasers, actions, strengths, traces, attachment, WeakReference(_root(pipe)), rested)
+    setattr(_root(pipe), _STATE_ATTRIBUTE, loaded)
+    vars(pipe)[_STATE_ATTRIBUTE] = loaded
+
+
+def _take_off(pipe: Any, loaded: _Loaded) -> None:
+    """Leave nothing of it in the pipeline, the one that loaded it, and the denoiser."""
+    loaded.attachment.close()
+    for owner in (pipe, loaded.attachment.edits.pipeline.get(), loaded.denoiser.get()):
+        if owner is not None:
+            vars(owner).pop(_STATE_ATTRIBUTE, None)
+
+
+def _with_one_more(strengths: Tensor) -> Tensor:
+    """Return the table with a row of ones for an eraser that is loaded beside the others."""
+    return torch.cat([strengths, torch.ones(1, strengths.shape[1])])
+
+
+def _set_strengths(loaded: _Loaded, table: Tensor) -> None:
+    """Take these strengths from the next call on; what rested is forgotten."""
+    loaded.strengths, loaded.rested = table, None
+    loaded.attachment.set_strengths(table)
+
+
+def _find(pipe: Any, names: str | Sequence[str], what: str) -> tuple[_Loaded, list[int]]:
+    """Return what is loaded, and the rows of the named erasers in it. Raises SettingsError for a name that is none."""
+    names = [names] if isinstance(names, str) else list(names)
+    loaded = _loaded(pipe)
+    there = list(loaded.erasers) if loaded else []
+    if loaded is None or len(set(names)) < len(names) or not set(names) <= set(there):
+        raise SettingsError(f"erasers {names} cannot be {what}: name each once, of those loaded, {there}")
+    return loaded, [there.index(name) for name in names]
 
 
 def _root(pipe: Any) -> nn.Module:

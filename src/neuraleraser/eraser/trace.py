@@ -124,10 +124,14 @@ class Trace:
                 self._fold()
 
     def continue_from(self, other: Trace) -> None:
-        """Go on with the images of `other`, whose erasers are the first of these."""
+        """Go on with the images of `other`: what erasers of the same names did in them."""
         with _lock:
             other._fold()
-            self._images, self._next, self.heat = other._images, other._next, other.heat
+            at = {i: self.names.index(name) for i, name in enumerate(other.names) if name in self.names}
+            self._images = {
+                image: {at[i]: fired for i, fired in found.items() if i in at} for image, found in other._images.items()
+            }
+            self._next, self.heat = other._next, other.heat
 
     def _line(self, eraser: int, f: _Fired) -> dict[str, Any]:
         times = sorted(f.opened, reverse=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from neuraleraser.errors import SettingsError
 from neuraleraser.families import RecommendedSite, family_of
-from neuraleraser.families.opening import HUB_ID
+from neuraleraser.io.hub import HUB_ID
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site, candidate_sites
 

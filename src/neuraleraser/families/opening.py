@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,23 @@ import torch
 
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.families import FAMILIES
+from neuraleraser.io.hub import parse_hub_id
 from neuraleraser.io.names import printable
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HELP = "pass 'canvas', a folder with a model_index.json, or a Hub id such as 'stabilityai/sdxl-turbo'"
 
 
 def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str | None = None) -> Any:
-    """Open a diffusers pipeline: "canvas" is the one that ships, else a folder, else an id on the Hub.
+    """Open a diffusers pipeline: "canvas" is the one that ships, else a folder, else "owner/name" on the Hub.
 
     `dtype` None is, for the canvas, bfloat16 where the CPU has it (1.8 times as fast as float32) and float32 elsewhere;
-    for others it is float32. `revision` names a commit, tag or branch on the Hub; a commit pins what is opened.
+    for others it is float32. `revision` names a commit, tag or branch on the Hub, and so does "owner/name@revision"; a
+    commit pins what is opened.
 
     Only safetensors weights are read, and no code that comes with them is run: diffusers refuses it in the oldest
     version that is allowed here (before 0.38 it did not for folders on the disk: CVE-2026-44513). Raises FileError
-    where there is no such pipeline, it is damaged, it brings code of its own, or the Hub does not answer.
+    where there is no such pipeline, it is damaged, it brings code of its own, or the Hub does not answer; SettingsError
+    for two revisions.
     """
     _quietly()
     for family in FAMILIES:
@@ -36,9 +37,9 @@ def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str 
         if not os.path.isfile(folder / "model_index.json"):
             raise FileError(f"the folder {name!r} holds no pipeline (no model_index.json): {_HELP}")
         pipe = _opened(name, str(folder), dtype, "from that folder", local_files_only=True)
-    elif HUB_ID.fullmatch(name):
+    elif asked := parse_hub_id(name, revision):
         where = "from the Hub (check the id, the network, and access to it)"
-        pipe = _opened(name, name, dtype, where, revision=revision)
+        pipe = _opened(name, asked[0], dtype, where, revision=asked[1])
     else:
         raise FileError(f"there is no pipeline {printable(name)!r}: {_HELP}")
     pipe.set_progress_bar_config(disable=True)

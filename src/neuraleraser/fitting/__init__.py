@@ -12,6 +12,6 @@ from neuraleraser.fitting.calibrate import calibrate
 from neuraleraser.fitting.fit import fit
 from neuraleraser.fitting.import_reference import import_reference
 from neuraleraser.fitting.make_reference import make_reference
-from neuraleraser.fitting.reference import Reference, load_reference
+from neuraleraser.fitting.reference import Reference
 
-__all__ = ["Reference", "calibrate", "fit", "import_reference", "load_reference", "make_reference"]
+__all__ = ["Reference", "calibrate", "fit", "import_reference", "make_reference"]

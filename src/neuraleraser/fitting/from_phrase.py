@@ -15,7 +15,7 @@ from neuraleraser.families.naming import concept_of, neighbours_of
 from neuraleraser.fitting.fit import fit
 from neuraleraser.fitting.make_reference import estimate_cost, make_reference
 from neuraleraser.fitting.published_references import fetch_reference, published_sae
-from neuraleraser.fitting.reference import Reference, load_reference, shipped_reference
+from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.io.names import file_name, printable
 from neuraleraser.io.outputs import check_outputs
 from neuraleraser.settings import FitSettings, Sampling
@@ -50,10 +50,10 @@ def erase(
     concept: a phrase, the path of a JSON file of prompts, or a `Concept`. kind: "style" or "object"; None: read from
     the phrase. neighbours: phrases of what it could be mistaken for; none: from a list that ships.
 
-    reference: an SAE with how its features fire on other prompts, or its folder. None: the one that ships for the
-    pipeline's family (the canvas alone has one), else one that is published for this model, else one made of `images`
-    of the pipeline's own images and kept in `folder`: interrupted and called again, it goes on. site: where that one
-    looks; None: where the family's features were found good.
+    reference: an SAE with how its features fire on other prompts, its folder, or its Hub id. None: the one that ships
+    for the pipeline's family (the canvas alone has one), else one that is published for this model, else one made of
+    `images` of the pipeline's own images and kept in `folder`: interrupted and called again, it goes on. site: where
+    that one looks; None: where the family's features were found good.
 
     `progress(what, share)` and `announce(sentence)` are called as it goes on; the latter says, before anything is drawn
     for a reference, how long that takes.
@@ -70,7 +70,7 @@ def erase(
     if isinstance(reference, Reference):
         known = reference
     elif reference is not None:
-        known = load_reference(reference)
+        known = Reference.from_pretrained(reference)
     elif family_of(pipe).reference is not None:
         known = shipped_reference(pipe)
     else:

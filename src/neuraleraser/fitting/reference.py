@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,16 @@ from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.fitting.trajectories import pooled_features
 from neuraleraser.io import artifact
+from neuraleraser.io.cards import header_rows, make_card, plain, table
+from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import name_error, printable, prompt_error
 from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 KEPT = 96
 """Features of a row that are kept on disk; weaker ones are zero to any gate. Few rows have more that fire."""
@@ -37,13 +42,16 @@ EVERY = 2
 
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(HubFile):
     """An SAE at the gate's site, and how its features fire on prompts of everything else.
 
     pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending, a subset of the
     sampler's; prompts [M] of the rows, and labels [M], the names of what each shows (none where that is not known);
     provenance: what it was made with.
     """
+
+    NOUN: ClassVar = "reference"
+    FILES: ClassVar = ("sae.safetensors", "background.safetensors")
 
     sae: SAE
     site: Site
@@ -98,6 +106,23 @@ class Reference:
         provenance = Provenance.parse(header["provenance"])
         return cls(sae, Site.parse(header["site"]), pooled, tensors["times"], header["prompts"], labels, provenance)
 
+    def generate_model_card(self, repo_id: str) -> ModelCard:
+        """Return the card that `push_to_hub` uploads with it."""
+        header = self.sae.header
+        model = header.get("model")
+        where = f" of {plain(model)}" if model else ""
+        parts = [
+            f"# Reference: {self.sae.n} features of {plain(str(self.site))}",
+            f"An SAE of that site{where}, and how its features fire on {len(set(self.prompts))} prompts: what "
+            "NeuralEraser makes erasers with.",
+            "## Use",
+            "```python\nimport neuraleraser\n\n"
+            f'eraser = neuraleraser.erase(pipe, "Van Gogh style", reference={repo_id!r})\n```',
+            "## Settings",
+            table(("setting", "value"), header_rows(header, ("model", "site"))),
+        ]
+        return make_card(parts, repo_id=repo_id, base=model)
+
 
 def _background_error(tensors: Mapping[str, Tensor], header: Mapping[str, Any], n: int) -> str | None:
     """Say what keeps a background from being one of an SAE of `n` features, or None."""
@@ -138,11 +163,6 @@ def _is_prompt(text: Any) -> bool:
 
 def _are_names(names: Any) -> bool:
     return isinstance(names, list) and len(names) <= 64 and all(name_error(name) is None for name in names)
-
-
-def load_reference(folder: str | Path) -> Reference:
-    """Read the reference in a folder. Raises FileError."""
-    return Reference.load(Path(folder))
 
 
 def shipped_reference(pipe: Any) -> Reference:

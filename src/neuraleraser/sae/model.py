@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.io import artifact
+from neuraleraser.io.cards import header_rows, make_card, plain, table
+from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import printable
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 KIND = "sae"
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 
 
-class SAE(nn.Module):
+class SAE(nn.Module, HubFile):
     """n features on activations of width d:
 
         pre   = (x - b_dec) W_enc^T + b_enc        [..., n]
@@ -29,6 +34,9 @@ class SAE(nn.Module):
     training is folded into the weights. `header` holds what is known about it (site, time scale, settings,
     measures) and is saved with it. Weights come frozen; gradients flow to x.
     """
+
+    NOUN: ClassVar = "SAE"
+    FILES: ClassVar = ("sae.safetensors",)
 
     W_enc: Tensor
     b_enc: Tensor
@@ -104,6 +112,26 @@ class SAE(nn.Module):
             return cls(**tensors, header=header)
         except DataError as e:
             raise FileError(f"{path} is not a sound SAE: {e}") from e
+
+    def generate_model_card(self, repo_id: str) -> ModelCard:
+        """Return the card that `push_to_hub` uploads with it: what its header says."""
+        model, site = self.header.get("model"), self.header.get("site")
+        where = f" of {plain(model)}" if model else ""
+        measures = self.header.get("measures")
+        figures = header_rows(measures) if isinstance(measures, Mapping) else []
+        parts = [
+            f"# SAE: {self.n} features of {plain(site or 'a site that it does not name')}",
+            f"A sparse autoencoder on activations{where} that are {self.d} wide, for NeuralEraser. A feature fires "
+            "against a threshold of its own, whatever others do.",
+            "## Use",
+            f"```python\nfrom neuraleraser import SAE\n\nsae = SAE.from_pretrained({repo_id!r})\n"
+            f"z = sae.encode(x)  # x [..., {self.d}] -> z [..., {self.n}], mostly zeros\n```",
+            "## What was measured",
+            table(("figure", "value"), figures) if figures else "Nothing: this file carries no measurement.",
+            "## Settings",
+            table(("setting", "value"), header_rows(self.header, ("model", "site", "measures"))),
+        ]
+        return make_card(parts, repo_id=repo_id, base=model)
 
     def extra_repr(self) -> str:
         return f"n={self.n_features}, d={self.d_in}"
