@@ -88,10 +88,10 @@ def test_wrong_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixtur
         (["train", "unet", "mid", "--out", "one.safetensors"], "2 SAEs do not fit into one file one.safetensors"),
         (["train", "unet", "--activations", "nowhere"], "nowhere/index.safetensors does not exist"),
         (["train", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
-        (["inspect", "no.safetensors"], "no.safetensors does not exist"),
+        (["inspect", "no.safetensors"], "there is no SAE 'no.safetensors'"),
         (["inspect", "--num-images", "0"], "images is 0"),
         (["profile", "--sae", "no.safetensors"], "no concept was named"),
-        (["profile", "cat", "--sae", "no.safetensors"], "no.safetensors does not exist"),
+        (["profile", "cat", "--sae", "no.safetensors"], "there is no SAE 'no.safetensors'"),
         (["canvas", "sheet", "--objects", "Unicorns"], "pass objects of Architectures"),
     ],
 )
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_one_sentence(
         (["erase", "a unicorn"], "no concept 'a unicorn'"),
         (["erase", "Van Gog style"], "Did you mean Van_Gogh"),
         (["erase", "missing.json"], "missing.json is no readable JSON"),
-        (["erase", "cat", "--reference", "nowhere"], "sae.safetensors does not exist"),
+        (["erase", "cat", "--reference", "nowhere"], "there is no reference 'nowhere': pass a folder or a Hub id"),
         (["collect", "--sites", "unet.mid_block.attention.0"], "the nearest are"),
     ],
 )

@@ -127,6 +127,8 @@ def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsy
         ("2", ("2", 1.0)),
         ("owner/name", ("owner/name", 1.0)),
         ("owner/name:0.5", ("owner/name", 0.5)),
+        ("owner/name@v1", ("owner/name@v1", 1.0)),
+        ("owner/name@v1:0.5", ("owner/name@v1", 0.5)),
         ("folder/:2", ("folder/", 2.0)),
         (r"C:\erasers\a.safetensors", (r"C:\erasers\a.safetensors", 1.0)),
         (r"C:\erasers\a.safetensors:0.5", (r"C:\erasers\a.safetensors", 0.5)),

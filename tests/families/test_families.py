@@ -67,6 +67,24 @@ def test_the_hub_out_of_reach_is_one_sentence():
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+def test_a_revision_of_either_spelling_reaches_the_hub(monkeypatch: pytest.MonkeyPatch):
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    asked: list[tuple[str, str | None]] = []
+
+    def opened(name: str, revision: str | None, **_: Any) -> Any:
+        asked.append((name, revision))
+        return SimpleNamespace(set_progress_bar_config=lambda **_: None)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", opened)
+    open_pipeline("owner/model@v1")
+    open_pipeline("owner/model", revision="v1")
+    open_pipeline("owner/model")
+    assert asked == [("owner/model", "v1")] * 2 + [("owner/model", None)]
+    with pytest.raises(SettingsError, match="names one revision"):
+        open_pipeline("owner/model@v1", revision="v2")
+
+
 def test_image_to_image_shares_the_modules():
     pipe = stable_diffusion()
     other = image_to_image(pipe)

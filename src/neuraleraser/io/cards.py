@@ -53,7 +53,10 @@ def eval_results(measured: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult("text-to-image", "prompts", "prompts and seeds of `neuraleraser evaluate`", metric, value)
         for metric, value in values.items()
-        if _METRIC.fullmatch(metric) and type(value) in (int, float) and -_MOST <= value <= _MOST
+        if _METRIC.fullmatch(metric)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -_MOST <= value <= _MOST
     ]
 
 
