@@ -49,7 +49,7 @@ def test_erasers(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str], m
 def test_saes(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str]):
     assert main(["inspect", "owner/an-sae@v1"]) == 0
     assert f"{GATE}" in capsys.readouterr().out
-    argv = ["profile", "a d", "a b", "--model", model, "--images", "1", "--sae"]
+    argv = ["profile", "a d", "a b", "--model", model, "--num-images", "1", "--sae"]
     for source in ("owner/an-sae@v1", "dir", "dir/sae.safetensors"):
         assert main([*argv, source, "--out", "p.safetensors"]) == 0
         assert "gap to the worst neighbour" in capsys.readouterr().out

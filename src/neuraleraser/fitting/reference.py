@@ -112,7 +112,7 @@ class Reference(HubFile):
         model = header.get("model")
         where = f" of {plain(model)}" if model else ""
         parts = [
-            f"# Reference: {self.sae.n} features of {plain(str(self.site))}",
+            f"# Reference: {self.sae.n_features} features of {plain(str(self.site))}",
             f"An SAE of that site{where}, and how its features fire on {len(set(self.prompts))} prompts: what "
             "NeuralEraser makes erasers with.",
             "## Use",

@@ -120,12 +120,12 @@ class SAE(nn.Module, HubFile):
         measures = self.header.get("measures")
         figures = header_rows(measures) if isinstance(measures, Mapping) else []
         parts = [
-            f"# SAE: {self.n} features of {plain(site or 'a site that it does not name')}",
-            f"A sparse autoencoder on activations{where} that are {self.d} wide, for NeuralEraser. A feature fires "
+            f"# SAE: {self.n_features} features of {plain(site or 'a site that it does not name')}",
+            f"A sparse autoencoder on activations{where} that are {self.d_in} wide, for NeuralEraser. A feature fires "
             "against a threshold of its own, whatever others do.",
             "## Use",
             f"```python\nfrom neuraleraser import SAE\n\nsae = SAE.from_pretrained({repo_id!r})\n"
-            f"z = sae.encode(x)  # x [..., {self.d}] -> z [..., {self.n}], mostly zeros\n```",
+            f"z = sae.encode(x)  # x [..., {self.d_in}] -> z [..., {self.n_features}], mostly zeros\n```",
             "## What was measured",
             table(("figure", "value"), figures) if figures else "Nothing: this file carries no measurement.",
             "## Settings",
