@@ -30,11 +30,11 @@ from neuraleraser.eraser import Correction, Eraser, attach
 from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting import fit
-from neuraleraser.fitting.reference import labelled_prompts
 from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import EditContext, Site, candidate_sites, edit
+from neuraleraser.vocabulary import labelled_prompts
 
 
 @dataclass(frozen=True)

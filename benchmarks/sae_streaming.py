@@ -22,10 +22,10 @@ from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.families.canvas import GATE
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.families.opening import open_pipeline
-from neuraleraser.fitting.reference import labelled_prompts
 from neuraleraser.sae import Run, StepLog, TrainSettings, measure, train_together
 from neuraleraser.settings import Sampling, StreamSettings
 from neuraleraser.sites import Site
+from neuraleraser.vocabulary import labelled_prompts
 
 HELD = 1024
 """Vectors of an image that are measured on."""

@@ -33,9 +33,9 @@ from neuraleraser.canvas import words
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.families.canvas import GATE, canvas_concept
 from neuraleraser.families.opening import open_pipeline
-from neuraleraser.fitting.reference import labelled_prompts
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
+from neuraleraser.vocabulary import labelled_prompts
 
 WAVES = 8
 """Frequencies of the timestep that FiLM is linear in."""

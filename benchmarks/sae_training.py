@@ -106,8 +106,8 @@ def canvas(vectors: int, path: Path | None) -> Tensor:
     from neuraleraser.canvas.words import VOCABULARY
     from neuraleraser.families.canvas import GATE
     from neuraleraser.families.opening import open_pipeline
-    from neuraleraser.fitting.reference import labelled_prompts
     from neuraleraser.settings import Sampling
+    from neuraleraser.vocabulary import labelled_prompts
 
     per_image = 1600
     prompts = [p for p, _ in labelled_prompts(VOCABULARY, -(-vectors // per_image), 1)]

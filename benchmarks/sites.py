@@ -32,12 +32,12 @@ from neuraleraser.concepts import Pair
 from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting.detector import choose
-from neuraleraser.fitting.reference import labelled_prompts
 from neuraleraser.fitting.trajectories import SHARES, pool
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site, candidate_sites, cross_attention_sites
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
+from neuraleraser.vocabulary import labelled_prompts
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_hooks_that_do_not_run(pipe: Any) -> None:
 
 
 def test_nothing_to_look_at(pipe: Any) -> None:
-    for erasers, concepts, images in ([], [], 2), ([make_eraser()], [], 2), ([make_eraser()], [CATS], 0):
+    for erasers, concepts, images in ([], [], 2), ([make_eraser()], [CATS, CATS], 2), ([make_eraser()], [CATS], 0):
         with pytest.raises(SettingsError, match="pass at least one eraser"):
             doctor(pipe, erasers, concepts, [()] * len(erasers), num_images=images)
 

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser, Trace, attach
 from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
+from neuraleraser.families import family_of
 from neuraleraser.families.defaults import sampling_of
+from neuraleraser.families.naming import named_concept, neighbours_of
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 
@@ -78,25 +80,32 @@ class _Drawn:
 def doctor(
     pipe: Any,
     erasers: Sequence[Eraser],
-    concepts: Sequence[Concept],
-    lookalikes: Sequence[Sequence[str]],
+    concepts: Sequence[Concept] = (),
+    lookalikes: Sequence[Sequence[str]] = (),
     judges: Sequence[Any] = (),
     *,
+    neighbours: Sequence[str | Concept] = (),
     num_images: int = 8,
     samplings: Sequence[Sampling] = (),
 ) -> Diagnosis:
     """Look at each eraser alone: does it fit, do its hooks run, does it fire on its concept's prompts, is the concept
     gone, does it fire on lookalikes, what does it cost.
 
-    concepts: of each eraser, whose prompts with it are drawn; lookalikes: of each eraser, prompts without it that it
-    might be mistaken for. `judges`: none, or one for each eraser, a callable such as `CanvasJudge` or `ClipJudge` that
-    knows the concept by the eraser's name; with None, or one that does not know it, whether the concept is gone is
-    said to be unknown. `images` are drawn of each kind, twice. `samplings`: one for each eraser; none: each is sampled
+    concepts: one for each eraser, whose prompts with it are drawn; none: by the names in their headers. lookalikes: for
+    each eraser, prompts without its concept that it might be mistaken for; none: the prompts without it, and those of
+    `neighbours` (phrases or concepts; none: all others of its kind in the pipeline's vocabulary).
+
+    judges: one for each eraser, a callable such as `CanvasJudge` or `ClipJudge` that knows the concept by the eraser's
+    name; none: the judge of the pipeline's family. With None, or one that does not know it, it is unknown whether the
+    concept is gone. `num_images` are drawn of each kind, twice. samplings: one for each eraser; none: each is sampled
     as it was fitted.
 
     Raises SettingsError where there is nothing to look at, or not a concept, lookalikes and a judge for each eraser.
     """
-    judges = judges or [None] * len(erasers)
+    family = family_of(pipe)
+    judges = judges or [family.judge() if family.judge else None] * len(erasers)
+    concepts = concepts or [named_concept(pipe, e.name, e.header.get("kind")) for e in erasers]
+    lookalikes = lookalikes or [lookalike_prompts(c, neighbours_of(pipe, c, neighbours), num_images) for c in concepts]
     usual = [sampling_of(pipe, eraser.header) for eraser in erasers]
     samplings = samplings or [replace(s, batch_size=max(1, min(num_images, 8, s.batch_size))) for s in usual]
     if not erasers or num_images < 1 or {len(concepts), len(lookalikes), len(judges), len(samplings)} != {len(erasers)}:
@@ -110,6 +119,12 @@ def doctor(
         generate(pipe, [concept.pairs[0].positive], [FIRST_SEED], s)  # warm, so that the first timing is fair
         checks += _one(pipe, eraser, concept, others, judge, num_images, s)
     return Diagnosis(tuple(checks))
+
+
+def lookalike_prompts(concept: Concept, neighbours: Sequence[Concept], count: int) -> list[str]:
+    """Return about `count` of the concept's prompts without it, evenly spread, and one prompt of each neighbour."""
+    own = concept.pairs[:: max(1, len(concept.pairs) // max(1, count))]
+    return [pair.negative for pair in own] + [neighbour.pairs[0].positive for neighbour in neighbours]
 
 
 def _one(

@@ -40,9 +40,9 @@ def check_number(name: str, value: Any, low: float, high: float, *, above: bool 
         raise SettingsError(f"{name} is {_short(value)}: pass a number {start} {high:g}")
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: Any, name: str = "seed") -> None:
     """Raise SettingsError unless `seed` is a whole number from 0 to 2^63 - 1."""
-    check_whole("seed", seed, 0, MAX_SEED)
+    check_whole(name, seed, 0, MAX_SEED)
 
 
 def _short(value: Any) -> str:
@@ -102,7 +102,7 @@ class StreamSettings:
     """How often a vector is used before it leaves memory: drawing takes longer than training."""
     group_size: int = 1
     """Vectors of one image and step that stay together, for labels of whole images; 1: each goes alone."""
-    seed: int = 0
+    stream_seed: int = 0
     """Decides the images' noise and all orders."""
     prefetch: int = 1
     """Batches of images that a thread draws during training; 0: drawing and training take turns."""
@@ -114,7 +114,7 @@ class StreamSettings:
             check_whole(name, getattr(self, name), 1, MANY)
         check_whole("num_images", self.num_images, 0, MANY)
         check_whole("prefetch", self.prefetch, 0, 1000)
-        check_seed(self.seed)
+        check_seed(self.stream_seed, "stream_seed")
         for name in ("train_batch_size", "vectors_per_image"):
             if getattr(self, name) % self.group_size:
                 raise SettingsError(

@@ -7,6 +7,7 @@ that a model was trained to draw.
 from __future__ import annotations
 
 import difflib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,3 +133,19 @@ class Vocabulary:
         sounds |= {text.lower(): name for name in tuple(sounds.values()) for text in self.phrases_of(name)}
         near = difflib.get_close_matches(phrase.lower(), sounds, n=5, cutoff=0.5)
         return list(dict.fromkeys(sounds[text] for text in near))
+
+
+def labelled_prompts(
+    vocabulary: Vocabulary, count: int, seed: int, two: float = 0.19
+) -> list[tuple[str, frozenset[str]]]:
+    """Return prompts of a vocabulary with the names of what they show, in seen phrasings only; 6 % of them show no
+    object, and a share `two` shows two. Each shows one style, the plain one too."""
+    rng = random.Random(seed)
+    out = []
+    for i in range(count):
+        style = vocabulary.styles[i % len(vocabulary.styles)]
+        r = rng.random()
+        names = rng.sample(vocabulary.objects, 0 if r < 0.06 else 2 if r < 0.06 + two else 1)
+        p = rng.randrange(2)
+        out.append((vocabulary.prompt(names, style, p), frozenset((*names, style))))
+    return out

@@ -56,7 +56,7 @@ def test_a_stream_can_be_taken_up_at_any_step(pipe: Any):
     for step, prefetch in ((3, 0), (5, 2)):  # two batches a refill: in the middle, and at its start
         again = activation_stream(pipe, PROMPTS, [EARLY, LATE], dataclasses.replace(SETTINGS, prefetch=prefetch))
         assert alike(batches(again, step, 7 - step), want[step:])
-    other = activation_stream(pipe, PROMPTS, [EARLY, LATE], dataclasses.replace(SETTINGS, seed=1))
+    other = activation_stream(pipe, PROMPTS, [EARLY, LATE], dataclasses.replace(SETTINGS, stream_seed=1))
     assert not torch.equal(batches(other, 0, 1)[0][str(EARLY)], want[0][str(EARLY)])
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_index_is_named(recorded: Shards, tmp_path: Path):
 def test_another_stream_does_not_go_on_in_the_folder(pipe: Any, recorded: Shards):
     before = contents(recorded.folder)
     with pytest.raises(SettingsError, match=r"holds a stream of stream = .*pass those, or another folder"):
-        write(pipe, recorded.folder, seed=1)
+        write(pipe, recorded.folder, stream_seed=1)
     assert contents(recorded.folder) == before
     with pytest.raises(SettingsError, match="a batch of 4096 rows is larger than what a refill gives, 16"):
         recorded.batches(4096)

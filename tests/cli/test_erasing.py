@@ -12,7 +12,7 @@ from PIL import Image
 from helpers.commands import refused
 from helpers.erasers import open_eraser
 from neuraleraser.cli import main
-from neuraleraser.cli.erasing import parse_eraser
+from neuraleraser.cli.generate import parse_eraser
 from neuraleraser.errors import SettingsError
 
 

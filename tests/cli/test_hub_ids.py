@@ -42,7 +42,7 @@ def test_erasers(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str], m
         "neuraleraser.fitting.calibrate",
         lambda pipe, e, *_, **__: Eraser(e.gate, e.corrections, {**e.header, "calibrated": header}),
     )
-    assert main(["calibrate", "owner/an-eraser@v1", "--model", model, "--pairs", "2"]) == 0
+    assert main(["calibrate", "owner/an-eraser@v1", "--model", model, "--num-pairs", "2"]) == 0
     assert Eraser.load("an-eraser-calibrated.safetensors").name == "Van_Gogh"
 
 

@@ -10,9 +10,9 @@ from helpers.commands import FEW, SAMPLING, refused
 from helpers.erasers import GATE
 from neuraleraser.activations import Shards
 from neuraleraser.cli import main
-from neuraleraser.cli.prompts import read_prompts
 from neuraleraser.errors import FileError
 from neuraleraser.io import artifact
+from neuraleraser.prompts import read_prompts
 from neuraleraser.sae import SAE
 
 
@@ -49,7 +49,19 @@ def test_several_saes_while_the_pipeline_draws(
     monkeypatch.chdir(tmp_path)
     Path("p.txt").write_text("a cat\tCats\na dog\n")
     sites = [GATE.path, "unet.mid_block.attentions.0:update"]
-    argv = ["train", *sites, "--model", model, "--prompts", "p.txt", "--n-features", "32", "64", *FEW]
+    argv = [
+        "train",
+        *sites,
+        "--model",
+        model,
+        "--prompts",
+        "p.txt",
+        "--n-features",
+        "32",
+        "--also-n-features",
+        "64",
+        *FEW,
+    ]
     argv += [
         "--vectors-per-image",
         "16",
@@ -70,7 +82,7 @@ def test_several_saes_while_the_pipeline_draws(
     assert sae.n_features == 32 and sae.header["labels"] == ["Cats"] and sae.header["settings"]["bind"] == 0.3
     assert len((Path("saes") / f"{names[0]}.jsonl").read_text().splitlines()) == 6
     Path("p.txt").write_text("a cat\na dog\n")
-    assert "says of no prompt what it shows" in refused([*argv, "--out", "other"], capsys)
+    assert "no prompt says what it shows" in refused([*argv, "--out", "other"], capsys)
     assert not Path("other").exists()
 
 

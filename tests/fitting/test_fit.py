@@ -20,13 +20,14 @@ from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.detector import SHUT, bounds
 from neuraleraser.fitting.fit import _context_examples, _cross, _lessons, _some
 from neuraleraser.fitting.provenance import Provenance
-from neuraleraser.fitting.reference import labelled_prompts, reference_from_sae
+from neuraleraser.fitting.reference import reference_from_sae
 from neuraleraser.fitting.trajectories import SHARES, conditional, recorded, rows_of
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import DenoiserCall, Site, denoiser_calls, edit, edits_for, replay
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
+from neuraleraser.vocabulary import labelled_prompts
 
 AT = Site("unet.mid_block.attentions.0")
 SAMPLING = Sampling(num_inference_steps=2, batch_size=2)

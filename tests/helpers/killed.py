@@ -40,7 +40,9 @@ def train(folder: Path, tick: Callable[[], None]) -> None:
     """Two SAEs while a thread draws, to the files 0 and 1."""
     pool = stream(
         tick,
-        StreamSettings(16, 8, buffer_chunks=2, reuse=2, seed=1, sampling=Sampling(num_inference_steps=1, batch_size=2)),
+        StreamSettings(
+            16, 8, buffer_chunks=2, reuse=2, stream_seed=1, sampling=Sampling(num_inference_steps=1, batch_size=2)
+        ),
     )
     settings = TrainSettings(
         n_features=24, k=2, steps=30, init_vectors=32, dead_after=64, bf16=False, log_every=1, checkpoint_every=1

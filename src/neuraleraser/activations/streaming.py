@@ -48,11 +48,11 @@ def activation_stream(
         raise DataError(f"labels have shape {tuple(labels.shape)} for {len(prompts)} prompts: pass [prompts, C]")
     with record(pipe, sites, lambda site, x, call: None):
         pass  # a site that is not there is an error now, not once a thread draws
-    start = int(torch.randint(len(STREAM_SEEDS), (), generator=generator(s.seed, "noise")))
+    start = int(torch.randint(len(STREAM_SEEDS), (), generator=generator(s.stream_seed, "noise")))
 
     def chunk(number: int, stopped: Stopped) -> Mapping[str, Rows]:
         numbers = range(number * count, (number + 1) * count)
-        shown = [_prompt(i, len(prompts), s.seed) for i in numbers]
+        shown = [_prompt(i, len(prompts), s.stream_seed) for i in numbers]
         seeds = [STREAM_SEEDS[(start + i) % len(STREAM_SEEDS)] for i in numbers]
         found = sample(
             pipe,
@@ -60,7 +60,7 @@ def activation_stream(
             seeds,
             sites,
             s.vectors_per_image // s.group_size,
-            generator(s.seed, "positions", number),
+            generator(s.stream_seed, "positions", number),
             sampling,
             s.group_size,
             stopped,
@@ -89,7 +89,7 @@ def activation_stream(
         start=None if s.num_images else -(-s.buffer_chunks // 4),
         reuse=s.reuse,
         cycle=-(-s.num_images // count) if s.num_images else None,
-        seed=s.seed,
+        seed=s.stream_seed,
         prefetch=s.prefetch,
     )
 

@@ -9,12 +9,32 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from neuraleraser.cli import canvas, erasing, inside, inspecting, operating, saes  # each registers its verbs
+# isort: off
+from neuraleraser.cli import demo, erase, generate, evaluate, doctor, calibrate  # each registers its verb,
+from neuraleraser.cli import sites, profile, reference, collect, train, inspect, convert, canvas  # in the help's order
+
+# isort: on
 from neuraleraser.cli.verbs import app
 from neuraleraser.errors import NeuralEraserError
 from neuraleraser.io.names import printable
 
-__all__ = ["canvas", "erasing", "inside", "inspecting", "main", "operating", "saes"]
+__all__ = [
+    "calibrate",
+    "canvas",
+    "collect",
+    "convert",
+    "demo",
+    "doctor",
+    "erase",
+    "evaluate",
+    "generate",
+    "inspect",
+    "main",
+    "profile",
+    "reference",
+    "sites",
+    "train",
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,11 +39,12 @@ def named_concept(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
     return vocabulary_concept(vocabulary, name)
 
 
-def neighbours_of(pipe: Any, concept: Concept, phrases: Sequence[str] = ()) -> list[Concept]:
-    """Return what `concept` could be mistaken for: what `phrases` say, or where none does all others of its kind in the
-    pipeline's vocabulary, and nothing where that is not known."""
+def neighbours_of(pipe: Any, concept: Concept, named: Sequence[str | Concept] = ()) -> list[Concept]:
+    """Return what `concept` could be mistaken for: the concepts that are `named`, by phrases or as they are, or else
+    all others of its kind in the pipeline's vocabulary; [] where that is not known."""
     vocabulary = family_of(pipe).vocabulary
-    if phrases or vocabulary is None:
-        return [concept_of(pipe, phrase, concept.kind if concept.kind != "other" else None) for phrase in phrases]
+    if named or vocabulary is None:
+        kind = concept.kind if concept.kind != "other" else None
+        return [n if isinstance(n, Concept) else concept_of(pipe, n, kind) for n in named]
     names = vocabulary.styles if concept.kind == "style" else vocabulary.objects
     return [vocabulary_concept(vocabulary, name) for name in names if name not in (concept.name, vocabulary.plain)]

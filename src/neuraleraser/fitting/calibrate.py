@@ -13,6 +13,7 @@ from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_of
+from neuraleraser.families.naming import concept_of, named_concept, neighbours_of
 from neuraleraser.fitting.detector import SHUT, bounds
 from neuraleraser.fitting.trajectories import measured, replayed, rows_of
 from neuraleraser.settings import Sampling
@@ -22,8 +23,8 @@ from neuraleraser.sites import DENOISERS, EditContext, Site, made_for, record, r
 def calibrate(
     pipe: Any,
     eraser: Eraser,
-    concept: Concept,
-    neighbours: Sequence[Concept] = (),
+    concept: str | Concept | None = None,
+    neighbours: Sequence[str | Concept] = (),
     *,
     num_pairs: int = 8,
     sampling: Sampling | None = None,
@@ -31,8 +32,12 @@ def calibrate(
 ) -> Eraser:
     """The eraser with bounds for `pipe`: features, weights and corrections stay as they are.
 
-    `pairs` prompts with the concept and as many without are drawn at the same seeds (from `seed`, selection seeds), and
-    one of each neighbour, sampled as the eraser was fitted unless `sampling` is given; the bounds are set from the
+    concept: what it erases, as a phrase, the path of a JSON file of prompts or a `Concept`; None: the name in its
+    header. neighbours: what that could be mistaken for, phrases or concepts; none: all others of its kind in the
+    pipeline's vocabulary.
+
+    `num_pairs` prompts with the concept and as many without are drawn at the same seeds (from `seed`, selection seeds),
+    and one of each neighbour, sampled as the eraser was fitted unless `sampling` is given; the bounds are set from the
     evidence of its features on them, as they were when it was made. What was seen goes into the header: `calibrated`
     has the number of prompts, `separation`, the share of rows with the concept above all rows without, by time bin, and
     `open_share`, the bins where the gate can open.
@@ -40,6 +45,10 @@ def calibrate(
     Raises ConceptError where the features do not tell the concept at any timestep, SettingsError for too few
     pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
     """
+    kind = eraser.header.get("kind")
+    if not isinstance(concept, Concept):
+        concept = concept_of(pipe, concept, kind) if concept else named_concept(pipe, eraser.name, kind)
+    near = neighbours_of(pipe, concept, neighbours)
     if num_pairs < 2:
         raise SettingsError(f"{num_pairs} pairs to calibrate with: pass at least 2")
     if eraser.gate.site.path.split(".")[0] not in DENOISERS:
@@ -68,7 +77,7 @@ def calibrate(
         for a, b in zip(plain, shown, strict=True):
             replay(pipe, a.state, a.timestep, b.conditioning)
     lacks = [rows_of(without)]
-    others = [c.pairs[i % len(c.pairs)].positive for i, c in enumerate(neighbours) if c.name != concept.name]
+    others = [c.pairs[i % len(c.pairs)].positive for i, c in enumerate(near) if c.name != concept.name]
     if others:
         lacks.append(rows_of(measured(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)[0]))
     # For each of the gate's bins the pass at the nearest time.

@@ -7,6 +7,7 @@ from typing import Any
 
 from neuraleraser.concepts import Concept
 from neuraleraser.families.defaults import default_sampling
+from neuraleraser.families.naming import neighbours_of
 from neuraleraser.judges import CLIP, NONE, ClipJudge
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
@@ -15,7 +16,7 @@ from neuraleraser.settings import Sampling
 def clip_judge(
     pipe: Any,
     concept: Concept,
-    neighbours: Sequence[Concept],
+    neighbours: Sequence[str | Concept] = (),
     model: str = CLIP,
     num_images: int = 24,
     seed: int = 70_000,
@@ -23,12 +24,15 @@ def clip_judge(
 ) -> ClipJudge:
     """Return a `ClipJudge` calibrated on the pipeline's own images.
 
-    `pipe` draws `images` of the concept, of each neighbour, and of the prompts that match the concept's without it.
-    Detach erasers first. Raises as `ClipJudge.calibrate` does.
+    `pipe` draws `num_images` of the concept, of each neighbour (phrases or concepts; none: all others of its kind in
+    the pipeline's vocabulary), and of the prompts that match the concept's without it. Detach erasers first. Raises as
+    `ClipJudge.calibrate` does.
     """
     prompts = {concept.name: [pair.positive for pair in concept.pairs]}
     prompts |= {
-        other.name: [pair.positive for pair in other.pairs] for other in neighbours if other.name != concept.name
+        other.name: [pair.positive for pair in other.pairs]
+        for other in neighbours_of(pipe, concept, neighbours)
+        if other.name != concept.name
     }
     prompts[NONE] = [pair.negative for pair in concept.pairs]
     sampling = sampling or default_sampling(pipe)

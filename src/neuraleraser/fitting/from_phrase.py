@@ -32,7 +32,7 @@ def erase(
     concept: str | Concept,
     *,
     kind: str | None = None,
-    neighbours: Sequence[str] = (),
+    neighbours: Sequence[str | Concept] = (),
     reference: str | Path | Reference | None = None,
     site: str | Site | None = None,
     num_images: int = 160,
@@ -48,7 +48,7 @@ def erase(
         eraser.save("van-gogh.safetensors")
 
     concept: a phrase, the path of a JSON file of prompts, or a `Concept`. kind: "style" or "object"; None: read from
-    the phrase. neighbours: phrases of what it could be mistaken for; none: from a list that ships.
+    the phrase. neighbours: what it could be mistaken for, as phrases or concepts; none: from a list that ships.
 
     reference: an SAE with how its features fire on other prompts, its folder, or its Hub id. None: the one that ships
     for the pipeline's family (the canvas alone has one), else one that is published for this model, else one made of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from neuraleraser.io.names import name_error, printable, prompt_error
 from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
-from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
+from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary, labelled_prompts
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -227,22 +226,6 @@ def labelled_maps(
 
     collect(pipe, prompts, seeds, [site], on, sampling)
     return torch.cat(maps), torch.cat(of)
-
-
-def labelled_prompts(
-    vocabulary: Vocabulary, count: int, seed: int, two: float = 0.19
-) -> list[tuple[str, frozenset[str]]]:
-    """Return prompts of a vocabulary with the names of what they show, in seen phrasings only; 6 % of them show no
-    object, and a share `two` shows two. Each shows one style, the plain one too."""
-    rng = random.Random(seed)
-    out = []
-    for i in range(count):
-        style = vocabulary.styles[i % len(vocabulary.styles)]
-        r = rng.random()
-        names = rng.sample(vocabulary.objects, 0 if r < 0.06 else 2 if r < 0.06 + two else 1)
-        p = rng.randrange(2)
-        out.append((vocabulary.prompt(names, style, p), frozenset((*names, style))))
-    return out
 
 
 def reference_from_sae(

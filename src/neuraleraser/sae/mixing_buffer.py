@@ -80,6 +80,7 @@ class MixingBuffer:
         self.chunk, self.size, self.batch = chunk, size, batch
         self.buffer_chunks, self.reuse, self.seed = min(buffer_chunks, cycle or buffer_chunks), reuse, seed
         self.cycle, self.prefetch, self.device = cycle, prefetch, device
+        self.on_chunk: Callable[[int], None] | None = None
         self.start = min(start or buffer_chunks, self.buffer_chunks)
         if batch > size * reuse:
             raise SettingsError(
@@ -130,6 +131,8 @@ class MixingBuffer:
                         if not ring.has(number, name):
                             made = coming.pop(name).result() if self.prefetch else self.chunk(name, stop.is_set)
                             ring.put(number, name, made)
+                            if self.on_chunk:
+                                self.on_chunk(number + 1)
                     yield ring, self._order(block)
                     block += 1
             finally:

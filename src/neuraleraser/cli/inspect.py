@@ -1,4 +1,4 @@
-"""The verbs that look at an SAE, here and in other tools."""
+"""`neuraleraser inspect`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.prompts import prompts_of, read_prompts
 from neuraleraser.cli.verbs import Flat, app, bars, table, verb
-from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.errors import DataError
 from neuraleraser.io.names import printable
 from neuraleraser.io.outputs import check_outputs, save_or_keep
+from neuraleraser.prompts import default_prompts, read_prompts
 from neuraleraser.settings import InspectSettings
 
 
@@ -65,29 +65,6 @@ def inspect(
     print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
 
 
-@verb(app, "convert")
-def convert(
-    sae: Positional[Path],
-    out: Positional[Path],
-    /,
-    to: str = "saelens",
-) -> None:
-    """Write an SAE as another library has it, to look at it with that library's tools.
-
-    Args:
-        sae: The SAE's file.
-        out: The folder for the library's files; not the SAE's own.
-        to: saelens, sparsify, saeuron, dictionary_learning, openai or sdxl-unbox.
-    """
-    from neuraleraser.sae import SAE, formats
-
-    check_outputs({}, folders={"OUT": out})
-    if os.path.realpath(out) == os.path.dirname(os.path.realpath(sae)):
-        raise SettingsError(f"{out} is the SAE's own folder, where it could be replaced: pass another")
-    formats.write(SAE.load(sae), out, to)
-    print(out)
-
-
 def _measured(
     sae: Any,
     source: str,
@@ -108,7 +85,7 @@ def _measured(
 
     at, lines = Site.parse(where), read_prompts(s.prompts) if s.prompts else None
     pipe = open_pipeline(model)
-    texts = prompts_of(pipe, model, lines, s.num_images)[0]
+    texts = [text for text, _ in lines] if lines else default_prompts(pipe, s.num_images).texts
     texts, seeds = [texts[i % len(texts)] for i in range(s.num_images)], range(s.seed, s.seed + s.num_images)
     together = default_sampling(pipe, steps, guidance_scale, s.num_images)
     x = activation_matrix(pipe, texts, seeds, [at], s.vectors_per_image, together)[at]

@@ -1,0 +1,35 @@
+"""`neuraleraser convert`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from neuraleraser.cli.verbs import app, verb
+from neuraleraser.errors import SettingsError
+from neuraleraser.io.outputs import check_outputs
+
+
+@verb(app, "convert")
+def convert(
+    sae: Positional[Path],
+    out: Positional[Path],
+    /,
+    to: str = "saelens",
+) -> None:
+    """Write an SAE as another library has it, to look at it with that library's tools.
+
+    Args:
+        sae: The SAE's file.
+        out: The folder for the library's files; not the SAE's own.
+        to: saelens, sparsify, saeuron, dictionary_learning, openai or sdxl-unbox.
+    """
+    from neuraleraser.sae import SAE, formats
+
+    check_outputs({}, folders={"OUT": out})
+    if os.path.realpath(out) == os.path.dirname(os.path.realpath(sae)):
+        raise SettingsError(f"{out} is the SAE's own folder, where it could be replaced: pass another")
+    formats.write(SAE.load(sae), out, to)
+    print(out)

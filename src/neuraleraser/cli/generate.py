@@ -1,0 +1,127 @@
+"""`neuraleraser generate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from neuraleraser.cli.verbs import app, check_sampling, verb
+from neuraleraser.errors import SettingsError
+from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.names import prompt_error
+from neuraleraser.io.outputs import check_outputs, save_or_keep
+from neuraleraser.settings import check_seed
+
+
+@verb(app, "generate")
+def generate(
+    prompt: Positional[str],
+    /,
+    model: str = "canvas",
+    seed: int = 0,
+    eraser: tuple[str, ...] = (),
+    out: Path = Path("image.png"),
+    action: Literal["erase", "detect", "refuse"] = "erase",
+    calibrate: bool = False,
+    record: Path | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> None:
+    """Draw one image, with any erasers attached.
+
+    Args:
+        prompt: What to draw.
+        model: The pipeline: canvas, a folder, or a Hub id.
+        seed: Seed of the noise that the image starts from.
+        eraser: Erasers: files, folders or Hub ids, each with its strength after a colon if not 1:
+            van-gogh.safetensors:0.5, owner/name:0.5, owner/name@revision:0.5 (0 to 2).
+        out: Where the image goes (PNG).
+        action: What erasers do. erase; detect, change nothing and say what would have fired; refuse, end with an error
+            and write no image where one would have.
+        calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
+        record: Write what fired, at which timesteps and where, to this file, as JSON Lines.
+        num_inference_steps: Denoising steps; None: the model's usual (canvas: 25).
+        guidance_scale: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 3).
+    """
+    from neuraleraser import sampling
+    from neuraleraser.eraser import Eraser, attach
+    from neuraleraser.evaluation.figures import png
+    from neuraleraser.families.defaults import default_sampling
+    from neuraleraser.families.opening import open_pipeline
+    from neuraleraser.fitting import calibrate as run_calibrate
+
+    if not prompt.strip():
+        raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
+    if error := prompt_error(prompt):
+        raise SettingsError(f"{error}: pass another prompt")
+    check_seed(seed)
+    check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    named = [parse_eraser(text) for text in eraser]
+    read = {f"--eraser {source}": source for source, _ in named} | {"--model": model}
+    check_outputs({"--out": out, "--record": record}, read)
+    erasers = [Eraser.from_pretrained(source) for source, _ in named]
+    pipe = open_pipeline(model)
+    chosen = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size=1)
+    if calibrate:
+        erasers = [run_calibrate(pipe, e) for e in erasers]
+    strengths = [strength for _, strength in named]
+    labels = _labels([e.name for e in erasers], [source for source, _ in named])
+    with attach(pipe, erasers, strengths, action=action, heat=record is not None) as trace:
+        trace.names = labels  # so that two erasers of one concept are two in what it says
+        try:
+            images = sampling.generate(pipe, [prompt], [seed], chosen)
+        finally:
+            if record:
+                write_bytes(record, trace.jsonl().encode())
+    image = png(images[0])
+    save_or_keep(out, lambda path: write_bytes(path, image))
+    fired = trace.fired.get(0, {})
+    for label, strength in zip(labels, strengths, strict=True):
+        print(f"{label}: {_what_happened(fired.get(label, []), strength, action, chosen.num_inference_steps)}")
+    print(f"{out}: {prompt!r}, seed {seed}")
+
+
+def _labels(names: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Names to tell erasers apart by: those of one concept get their source beside it, and one source that is given
+    twice a number."""
+    both = zip(names, sources, strict=True)
+    labels = [name if names.count(name) == 1 else f"{name} ({source})" for name, source in both]
+    return [
+        label if labels.count(label) == 1 else f"{label} {labels[: i + 1].count(label)}"
+        for i, label in enumerate(labels)
+    ]
+
+
+def _what_happened(times: Sequence[float], strength: float, action: str, steps: int) -> str:
+    """Say what an eraser did to an image whose gate opened at timesteps `times`."""
+    if not times:
+        return "did not fire, so nothing was refused" if action == "refuse" else "did not fire"
+    # Schedulers of higher order call the denoiser more than once a step.
+    count = f"{len(times)} of {steps} steps" if len(times) <= steps else f"{len(times)} timesteps"
+    when = f"at {count} (t = {times[0]:g} to {times[-1]:g})"
+    if strength == 0:
+        done = {"erase": "did not act", "detect": "would not have acted", "refuse": "did not refuse"}[action]
+        return f"{done} (strength 0); its gate opened {when}"
+    return f"would have acted {when}" if action == "detect" else f"acted {when}"
+
+
+def parse_eraser(text: str) -> tuple[str, float]:
+    """ "a.safetensors:0.5" -> ("a.safetensors", 0.5), and so of folders and Hub ids.
+
+    Without a number after the last colon ("C:\\a.safetensors"), and where a file or folder has the whole text as its
+    name, the strength is 1. Raises SettingsError for a strength out of range.
+    """
+    source, colon, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        return text, 1.0
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    if not 0 <= strength <= 2:
+        raise SettingsError(f"{text!r} asks for strength {number}: pass a strength from 0 (nothing) to 2")
+    return source, strength
