@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path("src/neuraleraser")
 MOST_LINES = 400
-STILL_LONGER = {"src/neuraleraser/sites/hooks.py"}
-"""Source files to be cut down; strike one from here once it is short."""
 NO_ROOM = {"helpers"}
 """Folders of tests that stand for no room."""
 
 
-def too_long(root: Path, longer: Collection[str] = ()) -> list[str]:
-    """Files of source and tests with more lines than a file may have, and those in `longer` that have no more."""
+def too_long(root: Path) -> list[str]:
+    """Files of source and tests with more lines than a file may have."""
     found = []
     for path in sorted(p for folder in ("src", "tests") for p in (root / folder).rglob("*.py")):
         name, lines = path.relative_to(root).as_posix(), len(path.read_text(encoding="utf-8").splitlines())
-        if lines > MOST_LINES and name not in longer:
+        if lines > MOST_LINES:
             found.append(f"{name} has {lines} lines: split it along its themes")
-    for name in longer:
-        if not (root / name).is_file() or len((root / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES:
-            found.append(f"{name} is not too long: strike it from STILL_LONGER")
     return found
 
 
@@ -55,7 +49,7 @@ def shared_names(root: Path) -> list[str]:
 
 
 def test_no_file_is_long() -> None:
-    assert too_long(ROOT, STILL_LONGER) == []
+    assert too_long(ROOT) == []
 
 
 def test_tests_are_in_the_folder_of_their_room() -> None:
@@ -84,14 +78,11 @@ def test_a_house_in_disorder_is_seen(tmp_path: Path) -> None:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text, encoding="utf-8")
 
-    def disorder(longer: Collection[str] = ()) -> list[str]:
-        return too_long(tmp_path, longer) + homeless(tmp_path) + shared_names(tmp_path)
+    def disorder() -> list[str]:
+        return too_long(tmp_path) + homeless(tmp_path) + shared_names(tmp_path)
 
     write()
     assert disorder() == []
-    assert disorder({"src/neuraleraser/sites/rows.py"}) == [
-        "src/neuraleraser/sites/rows.py is not too long: strike it from STILL_LONGER"
-    ]
     write(**{
         "src/neuraleraser/eraser/__init__.py": "",
         "src/neuraleraser/eraser/deep/rows.py": "",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from neuraleraser.sites.hooks import ComponentHooks
+from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.site import unwrap
 
 

@@ -14,8 +14,9 @@ from neuraleraser.errors import SiteError
 from neuraleraser.sites import compiled
 from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.edit import Edit, EditContext, EditFunction, F, FunctionEdit
+from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.guard import CallGuard, Observer, Unobserved, join_pipeline, leave_pipeline
-from neuraleraser.sites.hooks import ComponentHooks, SiteHook
+from neuraleraser.sites.hooks import SiteHook
 from neuraleraser.sites.site import (
     Site,
     check_stream,

@@ -20,7 +20,7 @@ from neuraleraser.sites import compiled
 from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.caller import Caller, CallIdentity, find_caller
 from neuraleraser.sites.edit import F
-from neuraleraser.sites.hooks import ComponentHooks, Forward
+from neuraleraser.sites.forwards import ComponentHooks, Forward
 from neuraleraser.sites.routes import routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
 from neuraleraser.sites.site import components, is_text_encoder, unwrap
@@ -155,7 +155,7 @@ class CallGuard(Generic[F, C]):
         for name, hooks in self.components.items():
             hooks.check_finite()  # of the call before, on a GPU
             if pipeline is not None and hooks.sites and is_text_encoder(name) and name not in encoders:
-                hooks.raise_missed([hook.name for hook in hooks.sites], "this call of the pipeline")
+                hooks.raise_missed(hooks.sites, "this call of the pipeline")
         identity = CallIdentity(pipeline, schedule)
         routes = routes_of(pipeline, caller.variables) if caller else frozenset()
         thread.state = self.observer.on_call_start(Call(pipeline, rows.images, identity.batch, routes))
@@ -233,7 +233,7 @@ class CallGuard(Generic[F, C]):
             module = held.get(name)
             if module is None or not _carries(unwrap(module), hooks):
                 if hooks.sites or hooks.timestep_index is not None:
-                    sites = ", ".join(hook.name for hook in hooks.sites)
+                    sites = ", ".join(hooks.sites)
                     raise EraserNotAppliedError(
                         f"{sites or name} did not run in this call of the pipeline: its {name} was replaced. Attach "
                         "again."
@@ -248,7 +248,7 @@ class CallGuard(Generic[F, C]):
             hooks.check_guarded()
             hooks.check_finite()
             hooks.check_outside()
-            never = [hook.name for number, hook in enumerate(hooks.sites) if number not in hooks.ever_ran]
+            never = [name for number, name in enumerate(hooks.sites) if number not in hooks.ever_ran]
             if self.called and hooks.timestep_index is None and not is_text_encoder(hooks.name):
                 hooks.raise_missed(never, "any call of the pipeline")
         thread = self.thread.get()

@@ -1,0 +1,245 @@
+"""Forwards of a component while an attachment is open: where one begins and ends, and what its hooks met in it.
+
+Module-level classes that hold no module, so that a deep copy or a pickle of a hooked model carries its own. All that
+changes during a forward belongs to the thread that runs it. Only tensor operations and plain values: torch.compile
+traces them without a break.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neuraleraser.errors import EraserNotAppliedError
+from neuraleraser.sites.rows import Rows
+from neuraleraser.sites.site import forward_arguments
+from neuraleraser.sites.threads import PerThread
+
+
+@dataclass
+class Forward:
+    """One forward of a component, in one thread.
+
+    timestep: [] or [B] float32, None where the component has no time. state: the edits' own, one for all sites.
+    ran: for each of the component's hooks, whether it has run. probes: for each, a zero that turns NaN once it meets
+    NaN or infinity; a tensor, as asking at each step would stall a GPU. image_tokens: positions of the image in a
+    transformer's sequence, None elsewhere. text_tokens: tokens of the text that it was given, None without.
+    """
+
+    timestep: Tensor | None
+    rows: Rows
+    state: Any
+    ran: list[bool]
+    probes: list[Tensor | None]
+    image_tokens: int | None = None
+    text_tokens: int | None = None
+    timestep_per_row: Tensor | None = None
+    cached_sum: tuple[Tensor, Hashable, Tensor] | None = None  # a text, the key of what was added to it, the sum
+
+
+@dataclass
+class ComponentState:
+    """State of one component in one thread."""
+
+    rows: Rows | None = None  # of the forward in progress, decoded where Python runs
+    forward: Forward | None = None  # in progress; of a compiled one, the last
+    outside: Forward | None = None  # of hooks that run outside a forward, as in a VAE, of which decode is called
+    guarded: bool = False  # a boundary outside the compiled graph is open
+    unguarded: bool = False  # a compiled forward ran without one: what it met is not known
+    pending: dict[int, Tensor] = field(default_factory=dict)  # probes by hook that nobody has looked at yet
+
+
+class Boundary(Protocol):
+    """Observer of a component's forwards, outside compiled graphs."""
+
+    def new_state(self) -> Any:
+        """Return the edits' state for a new forward."""
+        ...
+
+    def on_forward_start(
+        self, hooks: ComponentHooks, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Rows:
+        """Return the layout of the rows of a forward that begins."""
+        ...
+
+    def on_forward_end(self, hooks: ComponentHooks, forward: Forward) -> None:
+        """Look at a forward that is over; raise before its result is used."""
+        ...
+
+
+class ComponentHooks:
+    """Hooks of one attachment inside one component (a denoiser, a text encoder)."""
+
+    def __init__(self, name: str, component: nn.Module, boundary: Boundary) -> None:
+        arguments = forward_arguments(component)
+        self.name, self.boundary = name, boundary
+        self.arguments = arguments
+        self.timestep_index = arguments.index("timestep") if "timestep" in arguments else None
+        self.patch = _patch_size(component) if "transformer" in name else None
+        self.sites: list[str] = []  # name of each hook, by its number
+        self.active = True  # a compiled graph guards on this, so that it is not used once the hooks are gone
+        self.ever_ran: set[int] = set()  # hooks, by number, that ran in any thread
+        self.thread: PerThread[ComponentState] = PerThread(ComponentState)
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return an argument of the component's forward by name, None if it was not passed."""
+        return argument_of(args, kwargs, name, self.arguments.index(name) if name in self.arguments else None)
+
+    def first_argument(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the first argument of the component's forward: a denoiser's latents, a text encoder's tokens."""
+        return args[0] if args else kwargs.get(self.arguments[0] if self.arguments else "")
+
+    def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the component: bind timestep and rows."""
+        if not self.active:
+            return
+        thread = self.thread.get()
+        if not thread.guarded:
+            if torch.compiler.is_compiling():
+                thread.rows = None
+            else:
+                thread.forward = None
+                thread.rows = self.boundary.on_forward_start(self, module, args, kwargs)
+        timestep = None
+        if self.timestep_index is not None:
+            timestep = argument_of(args, kwargs, "timestep", self.timestep_index)
+            if timestep is None:
+                raise EraserNotAppliedError(f"{self.name} was called without a timestep, which the sites in it need.")
+            timestep = torch.as_tensor(timestep, dtype=torch.float32)
+        first, rows = self.first_argument(args, kwargs), thread.rows
+        if rows is None:  # a forward that was compiled with the hooks in it, and that nothing guards
+            rows = Rows(len(first) if isinstance(first, Tensor) else 1)
+        text = self.argument("encoder_hidden_states", args, kwargs)
+        thread.forward = Forward(
+            timestep,
+            rows,
+            self.boundary.new_state(),
+            [False] * len(self.sites),
+            [None] * len(self.sites),
+            self._image_tokens(first),
+            text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None,
+        )
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the component: everything in it must have run."""
+        thread = self.thread.get()
+        if not self.active or thread.guarded:
+            return
+        if torch.compiler.is_compiling():
+            thread.unguarded = True
+        else:
+            self.finish()
+
+    def open_boundary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a compiled forward, outside its graph."""
+        thread = self.thread.get()
+        thread.forward, thread.rows = None, self.boundary.on_forward_start(self, module, args, kwargs)
+        thread.guarded = True
+
+    def close_boundary(self, failed: bool) -> None:
+        """End a compiled forward, outside its graph. Raises as `finish` does, unless it failed by itself."""
+        self.thread.get().guarded = False
+        if not failed:
+            self.finish()
+
+    def finish(self) -> None:
+        """Check the forward that is over: EraserNotAppliedError for a hook that did not run, or NaN or infinity."""
+        thread = self.thread.get()
+        forward, thread.forward, thread.rows = thread.forward, None, None
+        ran = forward.ran if forward is not None else [False] * len(self.sites)
+        self.ever_ran |= {number for number, did in enumerate(ran) if did}
+        self.raise_missed([name for name, did in zip(self.sites, ran, strict=True) if not did])
+        if forward is None:
+            return
+        for number, probe in enumerate(forward.probes):
+            if probe is not None:
+                thread.pending[number] = thread.pending[number] + probe if number in thread.pending else probe
+        self.check_finite(on="cpu")
+        self.boundary.on_forward_end(self, forward)
+
+    def raise_missed(self, names: list[str], where: str = "a forward of {name}") -> None:
+        """EraserNotAppliedError if there are names of hooks that did not run."""
+        if names:
+            raise EraserNotAppliedError(
+                f"{', '.join(names)} did not run in {where.format(name=self.name)}: its module was compiled before "
+                "(attach first, or call torch._dynamo.reset()), was replaced, was skipped, or was not needed because "
+                "its result was passed in (prompt_embeds)."
+            )
+
+    def check_finite(self, on: str | None = None) -> None:
+        """EraserNotAppliedError for NaN or infinity met so far in this thread. Waits for the device; `on` limits to one
+        kind."""
+        thread = self.thread.get()
+        for number, probe in list(thread.pending.items()):
+            if on in (None, probe.device.type):
+                del thread.pending[number]
+                if not math.isfinite(probe.item()):
+                    thread.pending.clear()
+                    raise EraserNotAppliedError(
+                        f"{self.sites[number]}: NaN or infinity in the activations or in the edit; "
+                        "look at the model's dtype (fp16 overflows), its input and the edit's strength."
+                    )
+
+    def check_outside(self) -> None:
+        """EraserNotAppliedError for NaN or infinity that hooks met outside a forward of the component."""
+        thread = self.thread.get()
+        if thread.outside is not None:
+            found, thread.outside = thread.outside, None
+            self.ever_ran |= {number for number, did in enumerate(found.ran) if did}
+            thread.pending |= {number: probe for number, probe in enumerate(found.probes) if probe is not None}
+            self.check_finite()
+
+    def check_guarded(self) -> None:
+        """EraserNotAppliedError if a compiled forward ran in this thread that nothing could look at."""
+        thread = self.thread.get()
+        if thread.unguarded:
+            thread.unguarded = False
+            raise EraserNotAppliedError(
+                f"{self.name} was compiled after its hooks were attached, and ran outside its pipeline: what fired "
+                "there is not known. Attach after compiling."
+            )
+
+    def forward_now(self, site: str) -> Forward:
+        """Return this thread's forward; EraserNotAppliedError for a site of a denoiser whose block runs outside any."""
+        thread = self.thread.get()
+        if thread.forward is not None:
+            return thread.forward
+        if self.timestep_index is not None:
+            raise EraserNotAppliedError(
+                f"{site}: no timestep is bound, as the block ran outside a forward of {self.name}. Gradient "
+                "checkpointing does that in the backward pass: turn it off."
+            )
+        if thread.outside is None:
+            count = len(self.sites)
+            thread.outside = Forward(None, Rows(1), self.boundary.new_state(), [False] * count, [None] * count)
+        return thread.outside
+
+    def _image_tokens(self, latents: Any) -> int | None:
+        if self.patch is None or not isinstance(latents, Tensor):
+            return None
+        if latents.ndim == 3:
+            return latents.shape[1]
+        frames, height, width = self.patch
+        tokens = (latents.shape[-2] // height) * (latents.shape[-1] // width)
+        return tokens * (latents.shape[2] // frames) if latents.ndim == 5 else tokens
+
+
+def argument_of(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, index: int | None) -> Any:
+    """Return an argument of a call by its name or its position, None if it was not passed."""
+    if name in kwargs:
+        return kwargs[name]
+    return args[index] if index is not None and index < len(args) else None
+
+
+def _patch_size(component: nn.Module) -> tuple[int, int, int] | None:
+    """Return a transformer's patch (frames, height, width), None where its configuration does not say."""
+    config: Any = getattr(component, "config", {})
+    patch = config.get("patch_size")
+    if isinstance(patch, int):
+        return config.get("patch_size_t") or 1, patch, patch
+    return tuple(patch) if isinstance(patch, (tuple, list)) and len(patch) == 3 else None  # type: ignore[return-value]
