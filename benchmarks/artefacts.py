@@ -26,8 +26,8 @@ from neuraleraser.activations import activation_matrix
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.words import VOCABULARY
+from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import Correction, Eraser, attach
-from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting import fit
 from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train

@@ -53,7 +53,7 @@ from neuraleraser.sites import (
 from neuraleraser.sites.edit import Edit, FunctionEdit
 from neuraleraser.sites.edits import no_state
 from neuraleraser.sites.guard import Observer, Unobserved
-from neuraleraser.sites.site import resolve
+from neuraleraser.sites.modules import resolve
 
 RANK, BINS = 32, 13
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs

@@ -31,7 +31,8 @@ from torch.nn.functional import linear, normalize
 from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.words import VOCABULARY
-from neuraleraser.families.canvas import GATE, canvas_concept
+from neuraleraser.concepts import canvas_concept
+from neuraleraser.families.canvas import GATE
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site

@@ -23,10 +23,10 @@ from reading import read
 from neuraleraser import attach
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.words import VOCABULARY
+from neuraleraser.concepts import canvas_concept
 from neuraleraser.evaluation import metrics
 from neuraleraser.evaluation.protocol import VocabularyCells
 from neuraleraser.evaluation.results import concat
-from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting import fit
 from neuraleraser.sampling import generate

@@ -28,8 +28,7 @@ from neuraleraser.activations import ActivationBatch, activation_matrix, collect
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.words import VOCABULARY
-from neuraleraser.concepts import Pair
-from neuraleraser.families.canvas import canvas_concept
+from neuraleraser.concepts import Pair, canvas_concept
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting.detector import choose
 from neuraleraser.fitting.trajectories import SHARES, pool

@@ -12,10 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.canvas import words
-from neuraleraser.concepts import MAX_FILE, Concept, Pair, add_context_pairs, file_concept, phrase_concept
+from neuraleraser.concepts import (
+    MAX_FILE,
+    Concept,
+    Pair,
+    add_context_pairs,
+    canvas_concept,
+    file_concept,
+    phrase_concept,
+)
 from neuraleraser.errors import ConceptError
 from neuraleraser.evaluation.protocol import VocabularyCells
-from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.sae.scores import Profile, margin_score, profile, saeuron_score
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS

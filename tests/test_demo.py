@@ -14,7 +14,7 @@ from helpers.erasers import open_eraser
 from neuraleraser import demo as module
 from neuraleraser import families
 from neuraleraser.assessment import with_measurement
-from neuraleraser.concepts import Concept
+from neuraleraser.concepts import Concept, concept_of
 from neuraleraser.demo import demo
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError
@@ -22,7 +22,6 @@ from neuraleraser.evaluation.figures import Pair
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.families.canvas import CANVAS
-from neuraleraser.families.naming import concept_of
 from neuraleraser.settings import DemoSettings
 
 

@@ -28,12 +28,13 @@ from neuraleraser.evaluation.evaluate import evaluate
 from neuraleraser.evaluation.protocol import TARGET, Cell, EvaluationProtocol
 from neuraleraser.evaluation.report import Report
 from neuraleraser.families import family_of, opening
-from neuraleraser.families.defaults import default_gate_site, default_sampling
+from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting import published_references
 from neuraleraser.methods import NoMethod
 from neuraleraser.sae import ARCHITECTURES, SAE, StepLog, TrainSettings, measure, pool_batches, train
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings, FitSettings, Sampling
+from neuraleraser.sites import default_gate_site
 
 PAGES = Path(__file__).parents[1] / "docs" / "how-to"
 FEW = EvaluateSettings(

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # From the top: a room may import from those before it.
 ORDER = (
-    "errors precision io settings vocabulary sites sae concepts eraser judges canvas families prompts sampling "
+    "errors precision io settings vocabulary site judges canvas families prompts sites sae concepts eraser sampling "
     "activations fitting evaluation methods assessment sealed atlas diagnosis demo cli studio"
 ).split()
 # Rooms of the plan that nothing fills yet; strike one from here when it is made.

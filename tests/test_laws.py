@@ -15,9 +15,9 @@ from helpers.canvas_cells import notes_on, target_cells
 from helpers.erasers import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate, random
 from helpers.scaling import scale
 from neuraleraser.canvas import words
+from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import KINDS, Eraser, attach
 from neuraleraser.errors import EraserNotAppliedError, FileError, SplitError
-from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.methods import EraserMethod
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.sampling import generate

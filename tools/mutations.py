@@ -248,6 +248,18 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/test_default_sampling.py",),
     ),
     Mutation(
+        "exact-class",
+        "a block whose class inherits from a known one is not known",
+        (Text("src/neuraleraser/sites/modules.py", "type(module).__mro__)", "type(module).__mro__[:1])"),),
+        ("tests/families/test_family.py::test_a_family_makes_them_known",),
+    ),
+    Mutation(
+        "wrapped-family",
+        "a compiled transformer is of no family",
+        (Text("src/neuraleraser/families/family.py", 'getattr(transformer, "_orig_mod", transformer)', "transformer"),),
+        ("tests/families/test_family.py::test_a_compiled_denoiser_is_of_its_family",),
+    ),
+    Mutation(
         "object-site",
         "an object of SDXL is looked for where style lies",
         (

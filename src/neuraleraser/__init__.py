@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
     from neuraleraser.concepts import add_context_pairs as add_context_pairs
+    from neuraleraser.concepts import canvas_concept as canvas_concept
     from neuraleraser.concepts import default_neighbours as default_neighbours
     from neuraleraser.concepts import file_concept as file_concept
     from neuraleraser.concepts import phrase_concept as phrase_concept
@@ -52,7 +53,6 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.evaluation.report import Report as Report
     from neuraleraser.evaluation.report_files import write_report as write_report
     from neuraleraser.families import Family as Family
-    from neuraleraser.families.canvas import canvas_concept as canvas_concept
     from neuraleraser.families.opening import open_pipeline as open_pipeline
     from neuraleraser.fitting import Reference as Reference
     from neuraleraser.fitting import calibrate as calibrate
@@ -77,7 +77,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.settings import FitSettings as FitSettings
     from neuraleraser.settings import Sampling as Sampling
     from neuraleraser.settings import StreamSettings as StreamSettings
-    from neuraleraser.sites import Site as Site
+    from neuraleraser.site import Site as Site
     from neuraleraser.sites import candidate_sites as candidate_sites
     from neuraleraser.sites import cross_attention_sites as cross_attention_sites
     from neuraleraser.sites import edit as edit
@@ -114,7 +114,7 @@ _HOME: dict[str, str] = {
     "Sampling": "settings",
     "SettingsError": "errors",
     "Shards": "activations",
-    "Site": "sites",
+    "Site": "site",
     "SiteError": "errors",
     "SplitError": "errors",
     "StreamSettings": "settings",
@@ -128,7 +128,7 @@ _HOME: dict[str, str] = {
     "activation_matrix": "activations",
     "calibrate": "fitting",
     "candidate_sites": "sites",
-    "canvas_concept": "families.canvas",
+    "canvas_concept": "concepts",
     "clip_judge": "fitting.clip_judge",
     "collect": "activations",
     "cross_attention_sites": "sites",

@@ -11,11 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from neuraleraser.assessment import evaluate_erasers
+from neuraleraser.concepts import concept_of
 from neuraleraser.eraser import Eraser
 from neuraleraser.evaluation.report import Report, size_text
 from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.terminal import terminal_tables
-from neuraleraser.families.naming import concept_of
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting import fit
 from neuraleraser.fitting.reference import Reference, shipped_reference

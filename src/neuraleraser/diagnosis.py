@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neuraleraser.concepts import Concept
+from neuraleraser.concepts import Concept, named_concept, neighbours_of
 from neuraleraser.eraser import Eraser, Trace, attach
 from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import sampling_of
-from neuraleraser.families.naming import named_concept, neighbours_of
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from neuraleraser import attach, open_pipeline
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge, Judgement
-from neuraleraser.families.canvas import REFERENCE, canvas_concept
+from neuraleraser.concepts import canvas_concept
+from neuraleraser.families.canvas import REFERENCE
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.reference import UNCONDITIONAL_SHARE
 from neuraleraser.fitting.trajectories import conditional, pooled_features

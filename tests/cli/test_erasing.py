@@ -61,10 +61,10 @@ def test_a_published_reference_out_of_reach_is_said_and_replaced(
 ):
     import huggingface_hub
 
-    from neuraleraser.families.defaults import default_gate_site
     from neuraleraser.families.opening import open_pipeline
     from neuraleraser.families.stable_diffusion import STABLE_DIFFUSION
     from neuraleraser.fitting import published_references as table
+    from neuraleraser.sites import default_gate_site
 
     def offline(*_: object, **__: object) -> str:
         raise OSError("no network")

@@ -125,8 +125,8 @@ def test_a_result_is_kept_where_its_path_fails_after_the_work(
 
     if name == "eraser":
         monkeypatch.setattr(fitting, "calibrate", lambda pipe, eraser, *_, **__: in_the_way(lambda: eraser)())
-        monkeypatch.setattr("neuraleraser.families.naming.named_concept", lambda *_: None)
-        monkeypatch.setattr("neuraleraser.families.naming.neighbours_of", lambda *_: [])
+        monkeypatch.setattr("neuraleraser.concepts.named_concept", lambda *_: None)
+        monkeypatch.setattr("neuraleraser.concepts.neighbours_of", lambda *_: [])
         argv = ["calibrate", "vg.safetensors", "--model", model, "--out", "late/x.safetensors"]
     elif name == "image":
         monkeypatch.setattr(sampling, "generate", in_the_way(sampling.generate))

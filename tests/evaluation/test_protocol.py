@@ -11,6 +11,7 @@ import pytest
 from helpers.canvas_cells import base_cells, canvas_protocol, fragment_cells, notes_on, target_cells
 from helpers.erasers import open_eraser
 from neuraleraser.canvas import words
+from neuraleraser.concepts import canvas_concept
 from neuraleraser.errors import ConceptError, SplitError
 from neuraleraser.evaluation.protocol import (
     FRAGMENTS,
@@ -21,7 +22,6 @@ from neuraleraser.evaluation.protocol import (
     TARGET,
     TWO_OBJECTS,
 )
-from neuraleraser.families.canvas import canvas_concept
 from neuraleraser.methods import EraserMethod, string_filters
 from neuraleraser.settings import SEALED_SEEDS, SELECTION_SEEDS, TEST_SEEDS, DemoSettings, EvaluateSettings
 from neuraleraser.vocabulary import FUNCTION_WORDS

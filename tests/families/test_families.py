@@ -20,18 +20,12 @@ from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tok
 from neuraleraser.errors import FileError, SettingsError, SiteError
 from neuraleraser.families import FAMILIES
 from neuraleraser.families.canvas import CANVAS
-from neuraleraser.families.defaults import (
-    default_gate_site,
-    default_sampling,
-    model_name,
-    recommended_sites,
-    sampling_of,
-)
+from neuraleraser.families.defaults import default_sampling, model_name, recommended_sites, sampling_of
 from neuraleraser.families.opening import image_to_image, open_pipeline
 from neuraleraser.families.sdxl import SDXL
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, candidate_sites, cross_attention_sites, edits_for, text_streams
+from neuraleraser.sites import Site, candidate_sites, cross_attention_sites, default_gate_site, edits_for, text_streams
 
 
 def test_a_saved_folder_opens_to_the_same_bits(tmp_path: Path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from neuraleraser.canvas import words
-from neuraleraser.concepts import Concept, Pair, phrase_concept
-from neuraleraser.families.canvas import REFERENCE, canvas_concept
+from neuraleraser.concepts import Concept, Pair, canvas_concept, phrase_concept
+from neuraleraser.families.canvas import REFERENCE
 from neuraleraser.fitting import Reference
 from neuraleraser.fitting.background import concept_phrases, content_words, rows_without
 

@@ -12,12 +12,12 @@ from helpers import pipelines
 from neuraleraser import attach
 from neuraleraser.concepts import Concept, Pair, default_neighbours, phrase_concept
 from neuraleraser.errors import ConceptError, SettingsError
-from neuraleraser.families.defaults import default_gate_site, default_sampling
+from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting import fit
 from neuraleraser.fitting.make_reference import estimate_cost, make_reference, own_prompts
 from neuraleraser.sampling import generate
 from neuraleraser.settings import STREAM_SEEDS, FitSettings, Sampling
-from neuraleraser.sites import Site
+from neuraleraser.sites import Site, default_gate_site
 
 S = Sampling(num_inference_steps=2, batch_size=2)
 SITE = Site("unet.up_blocks.0.attentions.0")

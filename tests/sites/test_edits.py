@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from helpers import pipelines
 from helpers.site_edits import FAMILIES, MIDDLE, all_sites, recorded, shift, zero
 from neuraleraser.sites import EditContext, Site, candidate_sites, edit, record
-from neuraleraser.sites.site import resolve
+from neuraleraser.sites.modules import resolve
 
 
 @pytest.fixture(params=FAMILIES)

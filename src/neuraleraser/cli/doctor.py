@@ -41,10 +41,10 @@ def doctor(
         num_inference_steps: Denoising steps; None: as each eraser was fitted.
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """
+    from neuraleraser.concepts import named_concept
     from neuraleraser.diagnosis import doctor as look
     from neuraleraser.eraser import Eraser
     from neuraleraser.families.defaults import sampling_of
-    from neuraleraser.families.naming import named_concept
     from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import calibrate as run_calibrate
     from neuraleraser.fitting.clip_judge import clip_judge

@@ -50,10 +50,10 @@ def erase(
     """
     from tqdm import tqdm
 
+    from neuraleraser.concepts import concept_of
     from neuraleraser.demo import progress_bar, separability_warning
     from neuraleraser.evaluation.report import size_text
     from neuraleraser.families.defaults import default_sampling
-    from neuraleraser.families.naming import concept_of
     from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import from_phrase
     from neuraleraser.fitting.reference import Reference

@@ -35,7 +35,7 @@ def profile(
     """
     import torch
 
-    from neuraleraser.families.naming import concept_of
+    from neuraleraser.concepts import concept_of
     from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting.profile_concepts import profile_concepts
     from neuraleraser.io import artifact

@@ -1,8 +1,13 @@
-"""The canvas: the embedded model, whose whole world is known. Nothing else imports its room."""
+"""The canvas: the embedded model, whose whole world is known.
+
+Nothing else imports its room; and all of it but the words is imported when it is used, as every pipeline asks for its
+family.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,17 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from neuraleraser.canvas import words
-from neuraleraser.canvas.pipeline import WEIGHTS, load_pipeline
-from neuraleraser.concepts import Concept, vocabulary_concept
 from neuraleraser.errors import NeuralEraserError
 from neuraleraser.families.family import Family, RecommendedSite
 from neuraleraser.judges import Judge
 from neuraleraser.precision import fast_dtype
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site
-from neuraleraser.vocabulary import SEEN
+from neuraleraser.site import Site
 
-REFERENCE = WEIGHTS / "reference"
+REFERENCE = Path(words.__file__).parent / "weights" / "reference"
 GATE = Site("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2")
 
 
@@ -37,6 +39,8 @@ def matches(pipe: Any) -> bool:
 
 def load(dtype: torch.dtype | None) -> Any:
     """Open the canvas that ships; `dtype` None is bfloat16 where the CPU has it, and float32 elsewhere."""
+    from neuraleraser.canvas.pipeline import load_pipeline
+
     return load_pipeline(dtype=dtype or fast_dtype())
 
 
@@ -69,8 +73,3 @@ CANVAS = Family(
     reference=REFERENCE,
     load=load,
 )
-
-
-def canvas_concept(name: str, phrasings: slice = SEEN) -> Concept:
-    """Return a concept of the canvas. Raises ConceptError for a name that it has not."""
-    return vocabulary_concept(words.VOCABULARY, name, phrasings)

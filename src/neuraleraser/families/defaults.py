@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from neuraleraser.errors import SettingsError
 from neuraleraser.families import RecommendedSite, family_of
 from neuraleraser.io.hub import HUB_ID
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, candidate_sites
+from neuraleraser.site import Site
 
 
 def model_name(pipe: Any) -> str:
@@ -29,26 +28,6 @@ def recommended_sites(pipe: Any) -> list[RecommendedSite]:
     """Return the sites that were found good in the pipeline's family, those of them that it has, in the order they run;
     [] where none is known."""
     return [known for known in family_of(pipe).sites if _has(pipe, known.site)]
-
-
-def default_gate_site(pipe: Any, kind: str) -> Site:
-    """Return where a concept of this kind ("style", "object" or "other") is best looked for.
-
-    That is the site that is recommended for its kind in the pipeline's family, or else for any; else the first that is
-    recommended at all; else a text-conditioned block in the middle.
-
-    Raises SettingsError for a pipeline without such a block.
-    """
-    known = recommended_sites(pipe)
-    for wanted in (kind, "any"):
-        for recommended in known:
-            if recommended.kind == wanted:
-                return recommended.site
-    blocks = candidate_sites(pipe)
-    found = [*(recommended.site for recommended in known), *blocks[len(blocks) // 2 :]]
-    if not found:
-        raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here: pass a site")
-    return found[0]
 
 
 def default_sampling(

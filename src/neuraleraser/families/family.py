@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,23 @@ from numpy.typing import NDArray
 
 from neuraleraser.judges import Judge
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site
+from neuraleraser.site import Site
 from neuraleraser.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a transformer that the prompt conditions. Classes go by their names; subclasses are as they are.
+
+    lists: parts of the transformer that hold them, in the order they run; items that read no prompt are left out.
+    text_first: classes of blocks that take hidden_states and encoder_hidden_states and return (text, image). Stated,
+    not guessed: others return the two the other way round (CogVideoX, HunyuanVideo), and no tensor shows it.
+    one_sequence: classes of blocks that have an argument for the prompt, and hold it in one sequence with the image.
+    """
+
+    lists: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
+    text_first: tuple[str, ...] = ()
+    one_sequence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,10 @@ class Family:
     matches: tells whether a pipeline is of it. sites: those found good, in the order they run. published: SAEs that
     others have published. sampling: how it is usually sampled; None: by the defaults of the pipeline's own call.
 
+    blocks: those of its transformer. further_denoisers: components that denoise beside `unet` or `transformer`.
+    guidance_names: variables of its call that hold the scale of classifier-free guidance where `guidance_scale` does
+    not. position_arguments: arguments of its denoiser that number positions, so have no row an image.
+
     Of a family whose world is known: vocabulary: its styles and objects. judge: opens a judge of them that measures
     artefacts and that no fit reads. render: draws them, for image-to-image to start from. reference: the folder of the
     reference that ships. load: opens the pipeline that ships, in a dtype, by the family's name.
@@ -73,6 +92,10 @@ class Family:
     sites: tuple[RecommendedSite, ...] = ()
     published: tuple[PublishedSAE, ...] = ()
     sampling: Sampling | None = None
+    blocks: Blocks = Blocks()
+    further_denoisers: tuple[str, ...] = ()
+    guidance_names: tuple[str, ...] = ()
+    position_arguments: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
     judge: Callable[[], Judge] | None = None
     render: Render | None = None
@@ -94,5 +117,17 @@ class Family:
 
 
 def has_transformer(*names: str) -> Callable[[Any], bool]:
-    """Return a test for pipelines whose transformer is of a class with one of these names."""
-    return lambda pipe: type(getattr(pipe, "transformer", None)).__name__ in names
+    """Return a test for pipelines whose transformer is of a class with one of these names, or of a subclass."""
+
+    def matches(pipe: Any) -> bool:
+        transformer = getattr(pipe, "transformer", None)
+        plain = getattr(transformer, "_orig_mod", transformer)  # without torch.compile's wrapper
+        return any(base.__name__ in names for base in type(plain).__mro__)
+
+    return matches
+
+
+def unet_config(pipe: Any) -> Mapping[str, Any] | None:
+    """Return the configuration of a pipeline's UNet; None where it has no UNet."""
+    unet = getattr(pipe, "unet", None)
+    return None if unet is None else getattr(unet, "config", {})

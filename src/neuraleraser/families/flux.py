@@ -1,16 +1,19 @@
-"""FLUX.1."""
+"""FLUX.1, and what is built like it: FLUX.2 and Chroma."""
 
 from __future__ import annotations
 
-from neuraleraser.families.family import Family, PublishedSAE, RecommendedSite, has_transformer
-from neuraleraser.sae.formats import openai
-from neuraleraser.sites import Site
+from neuraleraser.families.family import Blocks, Family, PublishedSAE, RecommendedSite, has_transformer
+from neuraleraser.site import Site
 
 _LAST_DOUBLE = Site("transformer.transformer_blocks.18")  # of 19 double blocks
+_POSITIONS = ("img_ids", "txt_ids")
 
 FLUX = Family(
     name="flux",
     matches=has_transformer("FluxTransformer2DModel"),
+    blocks=Blocks(text_first=("FluxTransformerBlock", "FluxSingleTransformerBlock")),
+    guidance_names=("true_cfg_scale",),  # guidance_scale is the distilled one
+    position_arguments=_POSITIONS,
     sites=(
         RecommendedSite(
             _LAST_DOUBLE,
@@ -25,8 +28,22 @@ FLUX = Family(
             _LAST_DOUBLE,
             "antoniomari/SAE_flux_18",
             "",
-            (openai.UNBOX_CONFIG, openai.UNBOX_WEIGHTS, *openai.STATISTICS.values()),
+            ("config.json", "state_dict.pth", "mean.pt", "std.pt"),
             "sdxl-unbox (utils/loaders.py)",
         ),
     ),
+)
+
+FLUX_2 = Family(
+    name="flux-2",
+    matches=has_transformer("Flux2Transformer2DModel"),
+    blocks=Blocks(text_first=("Flux2TransformerBlock",), one_sequence=("Flux2SingleTransformerBlock",)),
+    position_arguments=_POSITIONS,
+)
+
+CHROMA = Family(
+    name="chroma",
+    matches=has_transformer("ChromaTransformer2DModel"),
+    blocks=Blocks(text_first=("ChromaTransformerBlock",)),
+    position_arguments=_POSITIONS,
 )

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuraleraser.families.family import Family, PublishedSAE, RecommendedSite
-from neuraleraser.sae.formats import openai
-from neuraleraser.sites import Site
+from neuraleraser.families.family import Family, PublishedSAE, RecommendedSite, unet_config
+from neuraleraser.site import Site
 
 _UNBOX = "sdxl-unbox (arXiv 2410.22366), SDXL Turbo"
 
 
 def matches(pipe: Any) -> bool:
     """Return True if `pipe` denoises with a UNet that is given sizes and crops beside the text."""
-    unet = getattr(pipe, "unet", None)
-    return unet is not None and unet.config.get("addition_embed_type") == "text_time"
+    config = unet_config(pipe)
+    return config is not None and config.get("addition_embed_type") == "text_time"
 
 
 def _published(path: str) -> PublishedSAE:
@@ -23,7 +22,7 @@ def _published(path: str) -> PublishedSAE:
         Site(path, "update"),
         "surokpro2/Unboxing_SDXL_with_SAEs",
         f"checkpoints/{path}_k10_hidden5120_auxk256_bs4096_lr0.0001/final",
-        (openai.UNBOX_CONFIG, openai.UNBOX_WEIGHTS, *openai.STATISTICS.values()),
+        ("config.json", "state_dict.pth", "mean.pt", "std.pt"),
         "sdxl-unbox (arXiv 2410.22366)",
         "space",
     )

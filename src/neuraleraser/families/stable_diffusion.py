@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuraleraser.families.family import Family, PublishedSAE, RecommendedSite
-from neuraleraser.sae.formats import sparsify
-from neuraleraser.sites import Site
+from neuraleraser.families.family import Family, PublishedSAE, RecommendedSite, unet_config
+from neuraleraser.site import Site
 
 _SAEURON = "SAeUron (arXiv 2501.18052), Stable Diffusion 1.5"
 
 
 def matches(pipe: Any) -> bool:
     """Return True if `pipe` denoises with a UNet of the first kind."""
-    unet = getattr(pipe, "unet", None)
-    return unet is not None and unet.config.get("addition_embed_type") != "text_time"
+    config = unet_config(pipe)
+    return config is not None and config.get("addition_embed_type") != "text_time"
 
 
 STABLE_DIFFUSION = Family(
@@ -30,7 +29,7 @@ STABLE_DIFFUSION = Family(
             Site("unet.up_blocks.1.attentions.1"),
             "bcywinski/SAeUron_coco",
             "unet.up_blocks.1.attentions.1",
-            (sparsify.CONFIG, sparsify.WEIGHTS),
+            ("cfg.json", "sae.safetensors"),
             "SAeUron (arXiv 2501.18052), trained on captions of COCO",
         ),
     ),

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.concepts import Concept
+from neuraleraser.concepts import Concept, concept_of, named_concept, neighbours_of
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_of
-from neuraleraser.families.naming import concept_of, named_concept, neighbours_of
 from neuraleraser.fitting.detector import SHUT, bounds
 from neuraleraser.fitting.trajectories import measured, replayed, rows_of
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import DENOISERS, EditContext, Site, made_for, record, replay
+from neuraleraser.sites import EditContext, Site, is_denoiser, made_for, record, replay
 
 
 def calibrate(
@@ -51,7 +50,7 @@ def calibrate(
     near = neighbours_of(pipe, concept, neighbours)
     if num_pairs < 2:
         raise SettingsError(f"{num_pairs} pairs to calibrate with: pass at least 2")
-    if eraser.gate.site.path.split(".")[0] not in DENOISERS:
+    if not is_denoiser(eraser.gate.site.path.split(".")[0]):
         raise SettingsError(
             f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
         )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from neuraleraser.concepts import Concept
+from neuraleraser.concepts import Concept, neighbours_of
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.families.naming import neighbours_of
 from neuraleraser.judges import CLIP, NONE, ClipJudge
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling

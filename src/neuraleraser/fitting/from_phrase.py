@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from neuraleraser.concepts import Concept, add_context_pairs, default_neighbours
+from neuraleraser.concepts import Concept, add_context_pairs, concept_of, default_neighbours, neighbours_of
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import FileError
 from neuraleraser.families import family_of
-from neuraleraser.families.defaults import default_gate_site, default_sampling, model_name
-from neuraleraser.families.naming import concept_of, neighbours_of
+from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.fit import fit
 from neuraleraser.fitting.make_reference import estimate_cost, make_reference
 from neuraleraser.fitting.published_references import fetch_reference, published_sae
@@ -19,7 +18,7 @@ from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.io.names import file_name, printable
 from neuraleraser.io.outputs import check_outputs
 from neuraleraser.settings import FitSettings, Sampling
-from neuraleraser.sites import Site
+from neuraleraser.sites import Site, default_gate_site
 
 FOLDER = Path("runs/references")
 """Folder in which references are made and kept."""

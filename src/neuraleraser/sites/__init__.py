@@ -18,10 +18,12 @@ activations that an earlier one leaves; edits of one context on one block all se
 
 from __future__ import annotations
 
+from neuraleraser.site import Site
 from neuraleraser.sites.denoiser_calls import DenoiserCall, denoiser_calls, replay
 from neuraleraser.sites.discovery import (
     candidate_sites,
     cross_attention_sites,
+    default_gate_site,
     edits_for,
     text_encoder_sites,
     text_streams,
@@ -30,13 +32,12 @@ from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record
 from neuraleraser.sites.fingerprint import differs, made_for
 from neuraleraser.sites.guard import Call, Observer
+from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
 from neuraleraser.sites.routes import PROMPT_ROUTES, ROUTES
 from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, drawing, match_rows
 from neuraleraser.sites.schedulers import noised, scheduler_steps
-from neuraleraser.sites.site import DENOISERS, Site, components, denoiser, denoisers, is_denoiser, unwrap
 
 __all__ = [
-    "DENOISERS",
     "PROMPT_ROUTES",
     "ROUTES",
     "Batch",
@@ -55,6 +56,7 @@ __all__ = [
     "components",
     "cross_attention_sites",
     "current_batch",
+    "default_gate_site",
     "denoiser",
     "denoiser_calls",
     "denoisers",

@@ -16,6 +16,7 @@ from typing import Any
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
+from neuraleraser.families import known_names
 from neuraleraser.sites.rows import Batch, CallFacts, current_batch
 
 _LATENTS = ("latents", "intermediate_images")  # one row an image, in every pipeline that has one of them
@@ -62,8 +63,8 @@ def _facts(pipeline: DiffusionPipeline, variables: dict[str, Any]) -> CallFacts:
 
 
 def _guidance(pipeline: DiffusionPipeline, variables: dict[str, Any]) -> float | None:
-    """Return the scale of classifier-free guidance; of FLUX and Qwen the true one, not the distilled one."""
-    for name in ("true_cfg_scale", "current_guidance_scale"):
+    """Return the scale of classifier-free guidance; not the distilled one, where there are both."""
+    for name in known_names(lambda family: family.guidance_names):
         if isinstance(variables.get(name), (int, float)):
             return float(variables[name])
     given = variables.get("guidance_scale")

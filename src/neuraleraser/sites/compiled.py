@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from neuraleraser.sites.forwards import ComponentHooks
-from neuraleraser.sites.site import unwrap
+from neuraleraser.sites.modules import unwrap
 
 
 class GuardedCall:

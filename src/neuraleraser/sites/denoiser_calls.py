@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from neuraleraser.families import known_names
 from neuraleraser.sites.caller import find_caller
+from neuraleraser.sites.modules import denoiser, unwrap
 from neuraleraser.sites.rows import CallFacts, Rows, decode_rows
-from neuraleraser.sites.site import denoiser, unwrap
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,9 @@ class DenoiserCall:
 def _rows(name: str, value: Any, b: int, index: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _rows(k, v, b, index) for k, v in value.items()}
-    # FLUX's img_ids and txt_ids number positions, not images (SDXL's time_ids have one row an image).
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == b and name not in ("img_ids", "txt_ids"):
-        return value[index]
-    return value
+    if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != b:
+        return value
+    return value if name in known_names(lambda family: family.position_arguments) else value[index]
 
 
 @contextmanager

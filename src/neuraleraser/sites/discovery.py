@@ -1,4 +1,4 @@
-"""Useful sites of a pipeline: blocks, their text streams, cross-attentions, and text encoders' layers."""
+"""Useful sites of a pipeline: blocks, their text streams, cross-attentions, text encoders' layers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from neuraleraser.errors import SiteError
-from neuraleraser.sites.site import (
-    Site,
+from neuraleraser.errors import SettingsError, SiteError
+from neuraleraser.families import family_of, known_names
+from neuraleraser.families.defaults import recommended_sites
+from neuraleraser.site import Site
+from neuraleraser.sites.modules import (
     check_stream,
     components,
     denoiser,
     denoiser_name,
     forward_arguments,
+    is_one_of,
     is_text_encoder,
     is_text_first,
     resolve,
@@ -40,9 +43,9 @@ def candidate_sites(pipe: Any) -> list[Site]:
     else:
         paths = [
             f"{part}.{i}"
-            for part in ("joint_transformer_blocks", "transformer_blocks", "single_transformer_blocks")
+            for part in family_of(pipe).blocks.lists
             for i, block in enumerate(getattr(root, part, ()))
-            if is_text_first(unwrap(block)) or _reads_text_apart(unwrap(block))
+            if _reads_text_apart(unwrap(block))
         ]
     return [Site(f"{name}.{path}") for path in paths]
 
@@ -66,6 +69,26 @@ def cross_attention_sites(pipe: Any) -> list[Site]:
     ]
 
 
+def default_gate_site(pipe: Any, kind: str) -> Site:
+    """Return where a concept of this kind ("style", "object" or "other") is best looked for.
+
+    That is the site that is recommended for its kind in the pipeline's family, or else for any; else the first that is
+    recommended at all; else a text-conditioned block in the middle.
+
+    Raises SettingsError for a pipeline without such a block.
+    """
+    known = recommended_sites(pipe)
+    for wanted in (kind, "any"):
+        for recommended in known:
+            if recommended.kind == wanted:
+                return recommended.site
+    blocks = candidate_sites(pipe)
+    found = [*(recommended.site for recommended in known), *blocks[len(blocks) // 2 :]]
+    if not found:
+        raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here: pass a site")
+    return found[0]
+
+
 def text_encoder_sites(pipe: Any) -> list[Site]:
     """Return the layers of each text encoder that the pipeline holds, in order. They run once a prompt."""
     return [
@@ -78,9 +101,11 @@ def text_encoder_sites(pipe: Any) -> list[Site]:
 
 
 def _reads_text_apart(block: nn.Module) -> bool:
-    """Return True for a block that reads the prompt beside its image; not where both are one sequence."""
-    one_sequence = {"Flux2SingleTransformerBlock", "HiDreamImageSingleTransformerBlock"}
-    return "encoder_hidden_states" in forward_arguments(block) and type(block).__name__ not in one_sequence
+    """Return True for a block that has the prompt beside its image; not where both are one sequence."""
+    if is_text_first(block):
+        return True
+    together = known_names(lambda family: family.blocks.one_sequence)
+    return "encoder_hidden_states" in forward_arguments(block) and not is_one_of(block, together)
 
 
 def _parts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

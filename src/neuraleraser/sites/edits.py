@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from neuraleraser.errors import SiteError
+from neuraleraser.site import Site
 from neuraleraser.sites import compiled
 from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.edit import Edit, EditContext, EditFunction, F, FunctionEdit
 from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.guard import CallGuard, Observer, Unobserved, join_pipeline, leave_pipeline
 from neuraleraser.sites.hooks import SiteHook
-from neuraleraser.sites.site import (
-    Site,
+from neuraleraser.sites.modules import (
     check_stream,
     components,
     forward_arguments,

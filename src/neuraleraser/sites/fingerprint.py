@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neuraleraser.sites.site import Site, resolve
+from neuraleraser.site import Site
+from neuraleraser.sites.modules import resolve
 
 _TENSORS, _EACH = 64, 4  # weights that are looked at: of so many tensors, so many values
 _LEAST = 8  # tensors that can be compared at all (quantised and offloaded ones cannot)

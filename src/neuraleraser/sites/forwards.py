@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from neuraleraser.errors import EraserNotAppliedError
+from neuraleraser.sites.modules import forward_arguments
 from neuraleraser.sites.rows import Rows
-from neuraleraser.sites.site import forward_arguments
 from neuraleraser.sites.threads import PerThread
 
 

@@ -21,9 +21,9 @@ from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.caller import Caller, CallIdentity, find_caller
 from neuraleraser.sites.edit import F
 from neuraleraser.sites.forwards import ComponentHooks, Forward
+from neuraleraser.sites.modules import components, is_text_encoder, unwrap
 from neuraleraser.sites.routes import routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
-from neuraleraser.sites.site import components, is_text_encoder, unwrap
 from neuraleraser.sites.threads import PerThread, WeakReference
 
 C = TypeVar("C")

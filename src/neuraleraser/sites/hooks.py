@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from neuraleraser.errors import EraserNotAppliedError, SiteError
+from neuraleraser.families import known_names
+from neuraleraser.site import Site
 from neuraleraser.sites.edit import Change, Edit, EditContext
 from neuraleraser.sites.forwards import ComponentHooks, Forward, argument_of
 from neuraleraser.sites.layout import add_keeping_bits, replace_tensor, to_positions
-from neuraleraser.sites.site import TEXT_FIRST, Site, forward_arguments, is_text_first
+from neuraleraser.sites.modules import forward_arguments, is_text_first
 
 
 class SiteHook:
@@ -198,9 +200,10 @@ class SiteHook:
         elif isinstance(output, tuple):
             part = output[0]
             if self.text_index is not None and len(output) == 2 and _two_sequences_of_one_width(part, output[1]):
+                known = sorted(known_names(lambda family: family.blocks.text_first))
                 raise SiteError(
                     f"{self.name}: {self.kind} returns two sequences, and which is the text is not "
-                    f"known; blocks with known streams are {', '.join(sorted(TEXT_FIRST))}."
+                    f"known; blocks with known streams are {', '.join(known)}."
                 )
         else:
             part = output

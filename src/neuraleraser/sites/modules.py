@@ -1,71 +1,20 @@
-"""Places in a pipeline where activations are read or edited, and their modules."""
+"""Modules of a pipeline: its components, those that denoise, and the module of a site."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import nn
 
 from neuraleraser.errors import SiteError
+from neuraleraser.families import known_names
+from neuraleraser.site import Site
 
-DENOISERS = ("unet", "transformer", "transformer_2")
-"""Names of components that denoise; Wan 2.2 has two."""
-
-# Blocks that take hidden_states and encoder_hidden_states and return (text, image). Named, not guessed: other models
-# return the two the other way round (CogVideoX, HunyuanVideo), and nothing in the tensors shows it.
-TEXT_FIRST = {
-    "AuraFlowJointTransformerBlock",
-    "ChromaTransformerBlock",
-    "Flux2TransformerBlock",
-    "FluxSingleTransformerBlock",
-    "FluxTransformerBlock",
-    "JointTransformerBlock",
-    "QwenImageTransformerBlock",
-}
-
-_TAPS = ("output", "update", "input")
-_STREAMS = ("image", "text")
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """A place in a pipeline: the module at `path` (dotted from the pipeline), `tap` and `stream`.
-
-    `output` is what the block returns, `update` what it adds to its input. `input` is what the block reads of the
-    prompt, its encoder_hidden_states [B, tokens, d], with the stream "text". A block with one stream, such as a text
-    encoder's, has the stream "image". Sites are blocks: a tensor of four dimensions is read as
-    [B, C, H, W], which the parts of an attention need not be.
-    """
-
-    path: str
-    tap: Literal["output", "update", "input"] = "output"
-    stream: Literal["image", "text"] = "image"
-
-    def __post_init__(self) -> None:
-        if self.tap not in _TAPS or self.stream not in _STREAMS:
-            raise SiteError(
-                f"Site {self.path!r} with tap {self.tap!r} and stream {self.stream!r}: "
-                f"a tap is one of {_TAPS}, a stream one of {_STREAMS}."
-            )
-        if ":" in self.path or not all(self.path.split(".")):
-            raise SiteError(f"{self.path!r} is no module path; one looks like 'unet.up_blocks.1.attentions.0'.")
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.tap}:{self.stream}"
-
-    @classmethod
-    def parse(cls, text: str) -> Site:
-        """The inverse of str(); short forms are "path", "path:update", "path:text" and "path:input". Or SiteError."""
-        path, *marks = text.split(":")
-        tap = marks.pop(0) if marks and marks[0] in _TAPS else "output"
-        stream = marks.pop(0) if marks and marks[0] in _STREAMS else "text" if tap == "input" else "image"
-        if marks:
-            raise SiteError(f"{text!r} is no site; expected path, path:tap, path:stream or path:tap:stream.")
-        return cls(path, tap, stream)  # type: ignore[arg-type]
+_DENOISERS = ("unet", "transformer")
+"""Names of the component that denoises, in every family."""
 
 
 def components(pipe: Any) -> dict[str, nn.Module]:
@@ -82,7 +31,7 @@ def components(pipe: Any) -> dict[str, nn.Module]:
 
 def is_denoiser(name: str) -> bool:
     """Return True if a component of this name denoises."""
-    return name in DENOISERS
+    return name in _DENOISERS or name in known_names(lambda family: family.further_denoisers)
 
 
 def is_text_encoder(name: str) -> bool:
@@ -96,7 +45,7 @@ def denoiser(pipe: Any) -> nn.Module:
 
 
 def denoisers(pipe: Any) -> list[str]:
-    """Return the names of the components that denoise; Wan 2.2 has two."""
+    """Return the names of the components that denoise."""
     return [name for name in components(pipe) if is_denoiser(name)]
 
 
@@ -140,7 +89,12 @@ def forward_arguments(module: nn.Module) -> list[str]:
 
 def is_text_first(module: nn.Module) -> bool:
     """Return True if this block carries two streams and returns (text, image)."""
-    return not TEXT_FIRST.isdisjoint(base.__name__ for base in type(module).__mro__)
+    return is_one_of(module, known_names(lambda family: family.blocks.text_first))
+
+
+def is_one_of(module: nn.Module, names: Collection[str]) -> bool:
+    """Return True if the module's class, or one that it inherits from, has one of these names."""
+    return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -157,7 +111,7 @@ def _nearest(name: str, names: list[str]) -> list[str]:
 
 def denoiser_name(pipe: Any) -> str:
     """Return "unet" or "transformer". SiteError where the pipeline has neither."""
-    for name in ("unet", "transformer"):
+    for name in _DENOISERS:
         if isinstance(getattr(pipe, name, None), nn.Module):
             return name
     raise SiteError(f"{type(pipe).__name__} has neither a unet nor a transformer, only {', '.join(pipe.components)}.")

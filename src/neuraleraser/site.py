@@ -1,0 +1,48 @@
+"""Place in a pipeline where activations are read or edited, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neuraleraser.errors import SiteError
+
+_TAPS = ("output", "update", "input")
+_STREAMS = ("image", "text")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in a pipeline: the module at `path` (dotted from the pipeline), `tap` and `stream`.
+
+    `output` is what the block returns, `update` what it adds to its input. `input` is what the block reads of the
+    prompt, its encoder_hidden_states [B, tokens, d], with the stream "text". A block with one stream, such as a text
+    encoder's, has the stream "image". Sites are blocks: a tensor of four dimensions is read as
+    [B, C, H, W], which the parts of an attention need not be.
+    """
+
+    path: str
+    tap: Literal["output", "update", "input"] = "output"
+    stream: Literal["image", "text"] = "image"
+
+    def __post_init__(self) -> None:
+        if self.tap not in _TAPS or self.stream not in _STREAMS:
+            raise SiteError(
+                f"Site {self.path!r} with tap {self.tap!r} and stream {self.stream!r}: "
+                f"a tap is one of {_TAPS}, a stream one of {_STREAMS}."
+            )
+        if ":" in self.path or not all(self.path.split(".")):
+            raise SiteError(f"{self.path!r} is no module path; one looks like 'unet.up_blocks.1.attentions.0'.")
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.tap}:{self.stream}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The inverse of str(); short forms are "path", "path:update", "path:text" and "path:input". Or SiteError."""
+        path, *marks = text.split(":")
+        tap = marks.pop(0) if marks and marks[0] in _TAPS else "output"
+        stream = marks.pop(0) if marks and marks[0] in _STREAMS else "text" if tap == "input" else "image"
+        if marks:
+            raise SiteError(f"{text!r} is no site; expected path, path:tap, path:stream or path:tap:stream.")
+        return cls(path, tap, stream)  # type: ignore[arg-type]
