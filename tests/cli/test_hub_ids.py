@@ -53,6 +53,8 @@ def test_saes(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str]):
     for source in ("owner/an-sae@v1", "dir", "dir/sae.safetensors"):
         assert main([*argv, source, "--out", "p.safetensors"]) == 0
         assert "gap to the worst neighbour" in capsys.readouterr().out
+    assert main(["convert", "owner/an-sae@v1", "theirs"]) == 0 and Path("theirs/cfg.json").is_file()
+    assert "is the SAE's own folder" in refused(["convert", "dir", "dir"], capsys)
     assert "the Hub has no repository 'owner/no-sae'" in refused([*argv, "owner/no-sae"], capsys)
 
 

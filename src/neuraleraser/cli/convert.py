@@ -14,7 +14,7 @@ from neuraleraser.io.outputs import check_outputs
 
 @verb(app, "convert")
 def convert(
-    sae: Positional[Path],
+    sae: Positional[str],
     out: Positional[Path],
     /,
     to: str = "saelens",
@@ -22,14 +22,15 @@ def convert(
     """Write an SAE as another library has it, to look at it with that library's tools.
 
     Args:
-        sae: The SAE's file.
+        sae: The SAE: a file, a folder or a Hub id.
         out: The folder for the library's files; not the SAE's own.
         to: saelens, sparsify, saeuron, dictionary_learning, openai or sdxl-unbox.
     """
     from neuraleraser.sae import SAE, formats
 
     check_outputs({}, folders={"OUT": out})
-    if os.path.realpath(out) == os.path.dirname(os.path.realpath(sae)):
+    source = os.path.realpath(sae)
+    if os.path.realpath(out) == (source if os.path.isdir(source) else os.path.dirname(source)):
         raise SettingsError(f"{out} is the SAE's own folder, where it could be replaced: pass another")
-    formats.write(SAE.load(sae), out, to)
+    formats.write(SAE.from_pretrained(sae), out, to)
     print(out)
