@@ -35,7 +35,7 @@ from machine import facts
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from neuraleraser.eraser import Eraser, Gate, LowRank, Trace
+from neuraleraser.eraser import Eraser, EraserHeader, Gate, LowRank, Trace
 from neuraleraser.eraser.runtime import ErasureRuntime
 from neuraleraser.eraser.traces import OneTrace
 from neuraleraser.families.canvas import GATE
@@ -233,7 +233,7 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
         w = shapes[site][1]
         down, up, bias = random(1, w, RANK) / w**0.5, 1e-4 * random(1, RANK, w), 1e-4 * random(1, w)
         edits.append(LowRank(site, times[:1], down, up, bias, tuple(also)))
-    return Eraser(gate, tuple(edits), {"concept": str(seed)})
+    return Eraser(gate, tuple(edits), EraserHeader(str(seed)))
 
 
 class FullSAE:

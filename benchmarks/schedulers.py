@@ -65,7 +65,7 @@ def main(s: Settings) -> None:
             base = read(judge, cells, generate(pipe, prompts, seeds, sampling))
             with attach(pipe, eraser):
                 images = generate(pipe, prompts, seeds, sampling)
-            after = read(judge, cells, images, name, str(eraser.header["kind"]))
+            after = read(judge, cells, images, name, str(eraser.header.kind))
             as_asked = metrics.right(base, "style") & metrics.right(base, "object")
             whole = whole or float(as_asked.mean())
             pairs = metrics.pair_with_base(concat([base, after]), "neuraleraser", name)

@@ -26,7 +26,7 @@ from neuraleraser import (
     measure_loss_recovered,
 )
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Eraser, EraserHeader
 from neuraleraser.errors import ConceptError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting import fit
@@ -60,16 +60,16 @@ def sae() -> SAE:
     return SAE(w, random(40, seed=2), w, 0.1 * random(32, seed=3), torch.full((40,), 0.1))
 
 
-def eraser(**header: Any) -> Eraser:
+def eraser(sampling: Sampling | None = None) -> Eraser:
     gate = make_gate(AT, 32, f=40)
     correction = make_correction(Site("unet.up_blocks.0.attentions.1"), 32)
-    return Eraser(gate, (correction,), {"concept": "x", "kind": "object", "seeds": [0, 1], **header})
+    return Eraser(gate, (correction,), EraserHeader("x", kind="object", seeds=(0, 1), sampling=sampling))
 
 
 def fitting(pipe: Any, folder: Path) -> None:
     known = reference_from_sae(pipe, sae(), AT, [(p, frozenset()) for p in PROMPTS], default_sampling(pipe))
     settings = FitSettings(num_pairs=2, rank=1, steps=1, train_batch_size=1)
-    assert fit(pipe, CONCEPT, settings, known=known).header["sampling"]["num_inference_steps"] == STEPS
+    assert fit(pipe, CONCEPT, settings, known=known).header.sampling == default_sampling(pipe)
 
 
 def calibrating(pipe: Any, folder: Path) -> None:
@@ -128,9 +128,7 @@ def test_an_eraser_is_looked_at_as_it_was_fitted(
     verb: Callable[[Any, Path], Any], pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, float]] = []
-    fitted = eraser(
-        sampling={"num_inference_steps": 2, "guidance_scale": 4.0, "batch_size": 1, "height": 0, "width": 0}
-    )
+    fitted = eraser(Sampling(num_inference_steps=2, guidance_scale=4.0, batch_size=1))
     monkeypatch.setitem(globals(), "eraser", lambda: fitted)
     with denoiser_calls(pipe, lambda call: calls.append((call.state.shape[0], float(call.timestep.flatten()[0])))):
         verb(pipe, tmp_path)

@@ -43,7 +43,9 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         one = Estimate(1.0, 20, 0.83, 1.0)
         image = np.zeros((8, 8, 3), np.uint8)
         entries = [
-            ErasureReport("neuraleraser", e.name, e.header["kind"], {"ua": one}, pairs=[Pair("a cat", 1, image, image)])
+            ErasureReport(
+                "neuraleraser", e.name, e.header.kind or "", {"ua": one}, pairs=[Pair("a cat", 1, image, image)]
+            )
             for e in erasers
         ]
         for e, entry in zip(erasers, entries, strict=True):
@@ -66,7 +68,7 @@ def test_five_concepts_from_phrases(fitted: list[str], tmp_path: Path):
     text = "\n".join(said)
     assert "erased" in text and "n=20" in text and str(tmp_path / "report.html") in text
     kept = Eraser.load(tmp_path / "erasers" / "Cats.safetensors")
-    assert kept.header["measured"]["ua"] == {"value": 1.0, "low": 0.83, "high": 1.0, "n": 20}
+    assert kept.header.measured["ua"] == {"value": 1.0, "low": 0.83, "high": 1.0, "n": 20}
     assert f"'Fire' -> {tmp_path / 'erasers' / 'On_Fire.safetensors'}" in text
 
 

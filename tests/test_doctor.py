@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_one_for_another_pipeline_or_other_weights(pipe: Any) -> None:
     assert found(d) == {"fits": False} and "NOT WELL" in d.verdict
     e = make_eraser()
     made = made_for(pipe, [e.gate.site, *(c.site for c in e.corrections)])
-    told = type(e)(e.gate, e.corrections, {**e.header, "made_for": made})
+    told = replace(e, header=replace(e.header, made_for=made))
     assert found(look(pipe, told))["fits"] is True
     tuned = copy.deepcopy(pipe)
     for p in tuned.unet.parameters():

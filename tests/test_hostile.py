@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from helpers import pipelines
 from helpers.erasers import make_eraser
 from helpers.hostile import MUTATIONS
 from neuraleraser.concepts import Concept, file_concept
-from neuraleraser.eraser import KINDS, Eraser, attach, model_card
+from neuraleraser.eraser import KINDS, Calibration, Eraser, attach, model_card
+from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import DataError, NeuralEraserError
-from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.fitting.reference import Reference
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.names import file_name
 from neuraleraser.sae import SAE, formats
 from neuraleraser.sampling import generate
-from neuraleraser.settings import Sampling
+from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site, made_for
 
 CASES = {"eraser": 8000, "sae": 4000, "reference": 3000, "concept": 3000, "foreign": 2000}
@@ -123,8 +124,20 @@ class Bench:
         for kind in sorted(KINDS):
             e = make_eraser(kind=kind)
             made = made_for(self.pipe, e.sites)
-            header = {**e.header, "made_for": made, "base": "canvas", "prompts": ["a cat"], "open_share": 0.9}
-            Eraser(e.gate, e.corrections, header).save(folder / f"{kind}.safetensors")
+            header = replace(
+                e.header,
+                made_for=made,
+                base="canvas",
+                prompts=("a cat",),
+                open_share=0.9,
+                settings=FitSettings(),
+                sampling=self.sampling,
+                separation=(0.5, 1.0),
+                reference=Provenance(((500, 999),), ("a dog",), (0, 1), ("Cats",)),
+                measured={"ua": {"value": 1.0, "low": 0.8, "high": 1.0, "n": 20}},
+                calibrated=Calibration(4, (0.5, 1.0), 1.0),
+            )
+            replace(e, header=header).save(folder / f"{kind}.safetensors")
 
     def make_sae(self, folder: Path) -> None:
         sae().save(folder / "x.safetensors")
@@ -152,7 +165,7 @@ class Bench:
         e = Eraser.load(path)
         assert e.validation_error() is None and e.name.isprintable()
         assert all(bool(torch.isfinite(x).all()) for x in e._tensors().values() if x.is_floating_point())
-        assert all(c.isprintable() or c == "\n" for c in str(model_card(dict(e.header))))
+        assert all(c.isprintable() or c == "\n" for c in str(model_card(e.header)))
         out = self.folder / f"{file_name(e.name)}.safetensors"
         try:
             e.save(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from helpers.erasers import FAMILIES, SHUT, SITES, make_correction, make_eraser,
 from helpers.scaling import scale
 from neuraleraser.canvas import words
 from neuraleraser.concepts import canvas_concept
-from neuraleraser.eraser import KINDS, Eraser, attach
+from neuraleraser.eraser import KINDS, Eraser, EraserHeader, Provenance, attach
 from neuraleraser.errors import EraserNotAppliedError, FileError, SplitError
 from neuraleraser.methods import EraserMethod
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
@@ -192,7 +193,7 @@ def test_law_11_erasers_commute(family: str) -> None:
         assert torch.equal(pipelines.run(pipe, 0), one)
     at, on, d = SITES[family]
     same = make_correction(on, d, "scaling")
-    a, b = (Eraser(make_gate(at, d, seed=s), (same,), {"concept": str(s)}) for s in (1, 2))
+    a, b = (Eraser(make_gate(at, d, seed=s), (same,), EraserHeader(str(s))) for s in (1, 2))
     with attach(pipe, a):
         once = pipelines.run(pipe, 0)
     with attach(pipe, [a, b], [1.0, 0.5]):  # b shares a's features and changes them less
@@ -207,13 +208,13 @@ def test_law_12_split() -> None:
         cells = target_cells(name, EvaluateSettings())
         fair = make_eraser(name=name)
         notes_on(EraserMethod(fair), cells)
-        leaks = ({"seeds": [0, cells[0].seed]}, {"prompts": [f"a picture of {reserved[0]}"]}, {"phrasings": [2]})
+        seeds, prompts = (0, cells[0].seed), (f"a picture of {reserved[0]}",)
+        references = (Provenance((seeds,)), Provenance(prompts=prompts), Provenance(phrasings=(2,)))
+        leaks = [{"seeds": seeds}, {"prompts": prompts}, {"seeds": None}, *({"reference": r} for r in references)]
         for leak in leaks:
-            of_reference = {**leak, "seeds": [leak["seeds"]]} if "seeds" in leak else leak
-            for header in (leak, {"reference": of_reference}, {"seeds": None}):
-                leaky = Eraser(fair.gate, fair.corrections, {**fair.header, **header})
-                with pytest.raises(SplitError):
-                    notes_on(EraserMethod(leaky), cells)
+            leaky = replace(fair, header=replace(fair.header, **leak))
+            with pytest.raises(SplitError):
+                notes_on(EraserMethod(leaky), cells)
     for sealed in (*words.SEALED_STYLES, *words.SEALED_OBJECTS):
         with pytest.raises(SplitError):
             target_cells(sealed, EvaluateSettings())

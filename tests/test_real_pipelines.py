@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers import pipelines, text_encoders
 from helpers.erasers import SHUT, make_correction, make_gate
-from neuraleraser.eraser import KINDS, Eraser, attach
+from neuraleraser.eraser import KINDS, Eraser, EraserHeader, attach
 from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import (
     EditContext,
@@ -67,7 +67,7 @@ class Case:
             for at, *also in acts
         )
         return Eraser(
-            make_gate(first, self.seen[first].shape[2], seed=seed, times=times, **gate), edits, {"concept": concept}
+            make_gate(first, self.seen[first].shape[2], seed=seed, times=times, **gate), edits, EraserHeader(concept)
         )
 
 

@@ -18,6 +18,7 @@ from neuraleraser import sealed as module
 from neuraleraser.canvas import words
 from neuraleraser.cli import main
 from neuraleraser.concepts import Concept, vocabulary_concept
+from neuraleraser.eraser import Provenance
 from neuraleraser.errors import SettingsError, SplitError
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.sealed import evaluate_sealed
@@ -83,7 +84,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 def make(pipe: Any, concept: Concept) -> Any:
     e = open_eraser(concept.name, concept.kind)
-    return replace(e, header={**e.header, "reference": {"seeds": [[0, 999]]}})
+    return replace(e, header=replace(e.header, reference=Provenance(((0, 999),))))
 
 
 def run(checkout: Path, tmp_path: Path, judge: Judge | None = None) -> Any:

@@ -161,7 +161,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "reference",
         "an eraser's header does not say what its reference was made with",
-        (Text(_FITTING, '        "reference": known.provenance.in_short(),\n', ""),),
+        (Text(_FITTING, "        reference=known.provenance.in_short(),\n", ""),),
         (f"{FIT}::test_the_whole_fit",),
     ),
     Mutation(
@@ -241,7 +241,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/fitting/calibrate.py",
-                "    usual = sampling_of(pipe, eraser.header)\n",
+                "    usual = sampling_of(pipe, eraser.header.sampling)\n",
                 "    usual = Sampling()\n",
             ),
         ),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.concepts import phrase_concept as phrase_concept
     from neuraleraser.diagnosis import doctor as doctor
     from neuraleraser.eraser import Eraser as Eraser
+    from neuraleraser.eraser import EraserHeader as EraserHeader
     from neuraleraser.eraser import Trace as Trace
     from neuraleraser.eraser import attach as attach
     from neuraleraser.eraser import delete_erasers as delete_erasers
@@ -94,6 +95,7 @@ _HOME: dict[str, str] = {
     "ConceptError": "errors",
     "DataError": "errors",
     "Eraser": "eraser",
+    "EraserHeader": "eraser",
     "EraserMethod": "methods",
     "EvaluateSettings": "settings",
     "EvaluationProtocol": "evaluation.protocol",
@@ -174,6 +176,7 @@ __all__ = [
     "ConceptRefusedError",
     "DataError",
     "Eraser",
+    "EraserHeader",
     "EraserMethod",
     "EraserNotAppliedError",
     "EvaluateSettings",

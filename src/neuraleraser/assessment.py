@@ -48,7 +48,7 @@ def evaluate_erasers(
         path = folder / "erasers" / f"{file_name(m.concept)}.safetensors"
         m.eraser.save(path)
         costs = {"bytes": float(path.stat().st_size)} | overhead(pipe, m, own, s)
-        if isinstance(seconds := m.eraser.header.get("seconds"), int | float):
+        if (seconds := m.eraser.header.seconds) is not None:
             costs["make_seconds"] = float(seconds)
         target = [c for c in own if c.group in MAIN and c.asks_for(m.concept)]
         panels = feature_panels(pipe, m.eraser, target, s.sampling)
@@ -71,4 +71,4 @@ def with_measurement(eraser: Eraser, entry: ErasureReport) -> Eraser:
         for name, m in entry.figures.items()
         if isinstance(m, Estimate)
     }
-    return replace(eraser, header={**eraser.header, "measured": figures})
+    return replace(eraser, header=replace(eraser.header, measured=figures))

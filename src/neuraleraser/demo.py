@@ -54,8 +54,7 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
             with progress_bar(phrase) as progress:
                 save_or_keep(path, fit(pipe, concept, s.fit, progress, known=known).save)
         erasers.append(Eraser.load(path))
-        made = erasers[-1].header.get("seconds", 0)
-        say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {float(made):.0f} s")
+        say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {erasers[-1].header.seconds or 0:.0f} s")
         if said := separability_warning(erasers[-1]):
             say(said)
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
@@ -76,8 +75,8 @@ def _eraser_path(folder: Path, name: str) -> Path:
 
 def separability_warning(eraser: Eraser) -> str:
     """Return what to say of an eraser whose features could not tell the concept apart; "" if they could."""
-    share = float(eraser.header.get("open_share", 1))
-    if share >= 0.5:
+    share = eraser.header.open_share
+    if share is None or share >= 0.5:
         return ""
     return (
         f"Careful: the features set {eraser.name} apart from the rest at only {share:.0%} of the timesteps; at the "

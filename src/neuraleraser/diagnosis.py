@@ -103,9 +103,9 @@ def doctor(
     """
     family = family_of(pipe)
     judges = judges or [family.judge() if family.judge else None] * len(erasers)
-    concepts = concepts or [named_concept(pipe, e.name, e.header.get("kind")) for e in erasers]
+    concepts = concepts or [named_concept(pipe, e.name, e.header.kind) for e in erasers]
     lookalikes = lookalikes or [lookalike_prompts(c, neighbours_of(pipe, c, neighbours), num_images) for c in concepts]
-    usual = [sampling_of(pipe, eraser.header) for eraser in erasers]
+    usual = [sampling_of(pipe, eraser.header.sampling) for eraser in erasers]
     samplings = samplings or [replace(s, batch_size=max(1, min(num_images, 8, s.batch_size))) for s in usual]
     if not erasers or num_images < 1 or {len(concepts), len(lookalikes), len(judges), len(samplings)} != {len(erasers)}:
         raise SettingsError(

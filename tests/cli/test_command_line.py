@@ -26,7 +26,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """The canvas with random weights in place of the shipped one."""
     words = canvas.build_tokenizer()
     pipe = canvas.assemble(canvas.build_unet(), canvas.build_vae(), canvas.build_text_encoder(words), words)
-    monkeypatch.setattr("neuraleraser.families.canvas.load_pipeline", lambda *args, **kwargs: pipe)
+    monkeypatch.setattr("neuraleraser.canvas.pipeline.load_pipeline", lambda *args, **kwargs: pipe)
 
 
 def test_help_is_quick_and_loads_nothing_heavy():

@@ -48,7 +48,8 @@ def test_a_model_without_a_reference_gets_its_own(
     from neuraleraser import Eraser
 
     made = Eraser.load(Path("a-d.safetensors"))
-    assert made.header["sampling"]["num_inference_steps"] == 2 and made.header["sampling"]["batch_size"] == 2
+    drawn = made.header.sampling
+    assert drawn is not None and (drawn.num_inference_steps, drawn.batch_size) == (2, 2)
     (folder,) = Path("runs/references").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == ["background.safetensors", "sae.safetensors"]
     assert main(argv) == 0  # the second time it is there

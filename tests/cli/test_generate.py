@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from helpers.commands import refused, said
 from helpers.erasers import open_eraser
 from neuraleraser.cli import main
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Calibration, Eraser
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -94,8 +95,7 @@ def test_an_eraser_may_be_a_folder_or_on_the_hub(
 
 
 def _calibrated(eraser: Eraser) -> Eraser:
-    header = {"prompts": 2, "open_share": 1.0, "separation": [1.0, 1.0]}
-    return Eraser(eraser.gate, eraser.corrections, {**eraser.header, "calibrated": header})
+    return replace(eraser, header=replace(eraser.header, calibrated=Calibration(2, (1.0, 1.0), 1.0)))
 
 
 def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from helpers.commands import refused, said
 from helpers.erasers import GATE, open_eraser
 from helpers.fake_hub import FakeHub, content, make_reference
 from neuraleraser.cli import main
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Calibration, Eraser
 from neuraleraser.errors import ConceptError
 from neuraleraser.sae import SAE
 
@@ -37,10 +38,10 @@ def test_erasers(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str], m
     argv = ["generate", "a cat", "--model", model, "--eraser"]
     assert "safetensors" in refused([*argv, "owner/an-eraser"], capsys)  # today's is none
     assert "has no revision 'v2'" in refused([*argv, "owner/an-eraser@v2:0.5"], capsys)
-    header = {"prompts": 2, "open_share": 1.0, "separation": [1.0, 1.0]}
+    seen = Calibration(2, (1.0, 1.0), 1.0)
     monkeypatch.setattr(
         "neuraleraser.fitting.calibrate",
-        lambda pipe, e, *_, **__: Eraser(e.gate, e.corrections, {**e.header, "calibrated": header}),
+        lambda pipe, e, *_, **__: replace(e, header=replace(e.header, calibrated=seen)),
     )
     assert main(["calibrate", "owner/an-eraser@v1", "--model", model, "--num-pairs", "2"]) == 0
     assert Eraser.load("an-eraser-calibrated.safetensors").name == "Van_Gogh"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import erasers, pipelines
 from helpers.erasers import SHUT, make_correction, make_eraser, make_gate
-from neuraleraser.eraser import KINDS, Eraser, LowRank, attach
+from neuraleraser.eraser import KINDS, Eraser, EraserHeader, LowRank, attach
 from neuraleraser.eraser.corrections import BatchedLowRank
 from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
 from neuraleraser.sites import EditContext, Site, record
@@ -103,10 +103,10 @@ def test_no_erasers_at_all(sd: Any) -> None:
 def test_an_eraser_of_another_width(sd: Any) -> None:
     at, on, _ = erasers.SITES["stable_diffusion"]
     base = pipelines.run(sd, 0)
-    narrow = Eraser(make_gate(at, 16), (make_correction(on, 16),), {"concept": "Cats"})
+    narrow = Eraser(make_gate(at, 16), (make_correction(on, 16),), EraserHeader("Cats"))
     with pytest.raises(SiteError, match="32 wide, and the eraser of 'Cats' expects 16"), attach(sd, narrow):
         pipelines.run(sd, 0)
-    edit_only = Eraser(make_gate(at, 32, **SHUT), (make_correction(on, 16),), {"concept": "Cats"})
+    edit_only = Eraser(make_gate(at, 32, **SHUT), (make_correction(on, 16),), EraserHeader("Cats"))
     with pytest.raises(SiteError, match="expects 16"), attach(sd, edit_only):
         pipelines.run(sd, 0)  # although the gate is shut
     assert torch.equal(pipelines.run(sd, 0), base)
@@ -114,7 +114,7 @@ def test_an_eraser_of_another_width(sd: Any) -> None:
 
 def test_an_edit_before_its_gate(sd: Any) -> None:
     at, on, d = erasers.SITES["stable_diffusion"]
-    early = Eraser(make_gate(on, d), (make_correction(at, d),), {"concept": "Cats"})
+    early = Eraser(make_gate(on, d), (make_correction(at, d),), EraserHeader("Cats"))
     with pytest.raises(EraserNotAppliedError, match="ran before"), attach(sd, early):
         pipelines.run(sd, 0)
 

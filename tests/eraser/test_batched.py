@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import pipelines
 from helpers.erasers import SHUT, make_correction, make_eraser, make_gate, random
-from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser import Eraser, EraserHeader, attach
 from neuraleraser.eraser.batched import BatchedGates
 from neuraleraser.eraser.corrections import BatchedLowRank, LowRank
 from neuraleraser.eraser.corrections.correction import sites_of
@@ -125,7 +125,7 @@ def test_what_a_shut_gate_costs(erasers: int, most: int) -> None:
 def test_erasers_of_different_widths_at_one_site() -> None:
     pipe = pipelines.stable_diffusion()
     wide = make_eraser()
-    narrow = Eraser(make_gate(wide.gate.site, 16), (make_correction(wide.gate.site, 16),), {"concept": "Dogs"})
+    narrow = Eraser(make_gate(wide.gate.site, 16), (make_correction(wide.gate.site, 16),), EraserHeader("Dogs"))
     with pytest.raises(SiteError, match="'Dogs' expects 16, 'Cats' expects 32"), attach(pipe, [wide, narrow]):
         pass
     assert not pipe.unet.mid_block.attentions[0]._forward_hooks
@@ -154,7 +154,7 @@ READ = tuple(Site(path, "input", "text") for path in ("unet.up_blocks.0.attentio
 def reader(sites: tuple[Site, ...], seed: int = 0, d: int = pipelines.WIDTH, **gate: Any) -> Eraser:
     """Looks at the middle, changes the prompt that later blocks read."""
     correction = make_correction(sites[0], d, seed=seed, also=sites[1:])
-    return Eraser(make_gate(SITE, 32, seed=seed, **gate), (correction,), {"concept": f"Cats {seed}"})
+    return Eraser(make_gate(SITE, 32, seed=seed, **gate), (correction,), EraserHeader(f"Cats {seed}"))
 
 
 def apart(eraser: Eraser) -> Eraser:

@@ -21,7 +21,7 @@ from neuraleraser import (
     load_eraser,
     unload_erasers,
 )
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Eraser, EraserHeader
 from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import Site
 
@@ -201,7 +201,7 @@ def test_a_second_denoiser_without_the_eraser_is_an_error() -> None:
 
     def eraser(component: str) -> Eraser:
         reads = Site(f"{component}.blocks.1", "input", "text")
-        return Eraser(make_gate(Site(f"{component}.blocks.0"), 24), (make_correction(reads, 24),), {"concept": "Cats"})
+        return Eraser(make_gate(Site(f"{component}.blocks.0"), 24), (make_correction(reads, 24),), EraserHeader("Cats"))
 
     call: dict[str, Any] = {
         "prompt_embeds": torch.ones(1, 8, 32), "negative_prompt_embeds": torch.zeros(1, 8, 32), "height": 16,

@@ -11,7 +11,7 @@ from torch import Tensor
 from helpers import pipelines
 from helpers.erasers import SITES, make_correction, make_gate
 from neuraleraser import attach, disable_erasers, load_eraser, set_erasers, unload_erasers
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Eraser, EraserHeader
 from neuraleraser.errors import EraserNotAppliedError, SettingsError
 from neuraleraser.sites import candidate_sites, edits_for
 
@@ -42,7 +42,7 @@ def attached(pipe: Any, erasers: Any, strength: Any = 1.0) -> Tensor:
 
 def one_block(seed: int, mode: str) -> Eraser:
     site, _, d = SITES["stable_diffusion"]
-    return Eraser(make_gate(site, d, seed=seed), (make_correction(site, d, mode, seed=seed),), {"concept": str(seed)})
+    return Eraser(make_gate(site, d, seed=seed), (make_correction(site, d, mode, seed=seed),), EraserHeader(str(seed)))
 
 
 def graphs() -> int:
@@ -115,7 +115,7 @@ def test_a_change_that_later_blocks_repeat_is_in_the_graph(small: Any) -> None:
         Eraser(
             make_gate(first, 16, seed=seed),
             (make_correction(read[0], pipelines.WIDTH, seed=seed, also=read[1:]),),
-            {"concept": str(seed)},
+            EraserHeader(str(seed)),
         )
         for seed in (0, 30)
     ]

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from helpers.erasers import make_eraser
 from helpers.fake_hub import make_reference
 from helpers.sae_files import sae
-from neuraleraser import model_card
+from neuraleraser import EraserHeader, FitSettings, model_card
 
 
 def test_the_card_tells_what_the_header_holds() -> None:
-    header = {
-        "concept": "Van_Gogh",
-        "kind": "style",
-        "base": "someone/a-model",
-        "settings": {"rank": 8, "bins": 5},
-        "seeds": [0, 23],
-        "measured": {"ua": {"value": 0.9, "n": 40, "low": 0.8, "high": 1.0}, "kept": 0.95},
-    }
+    header = EraserHeader(
+        "Van_Gogh",
+        kind="style",
+        base="someone/a-model",
+        settings=FitSettings(rank=8),
+        seeds=(0, 23),
+        measured={"ua": {"value": 0.9, "n": 40, "low": 0.8, "high": 1.0}, "kept": 0.95},
+    )
     card = model_card(header, "someone/van-gogh")
     assert card.data.base_model == "someone/a-model" and "concept-erasure" in card.data.tags
     for text in ("# Eraser: Van_Gogh", "the style Van_Gogh", "| ua | 0.9 | 0.8 to 1.0 | 40 |", "| kept | 0.95 |"):
@@ -28,7 +28,7 @@ def test_the_card_tells_what_the_header_holds() -> None:
     for text in (r"| settings: rank | 8 |", r"\[0, 23\]", "## Limits", "load_eraser(pipe, 'someone/van-gogh')"):
         assert text in card.text
     assert "no measurement" not in card.text
-    for unmeasured in ({"concept": "Cats"}, make_eraser().header, {"concept": "Cats", "measured": "a lot"}):
+    for unmeasured in (EraserHeader("Cats"), make_eraser().header):
         plain = model_card(unmeasured)
         assert "no measurement" in plain.text and plain.data.eval_results is None
 
@@ -36,7 +36,7 @@ def test_the_card_tells_what_the_header_holds() -> None:
 def test_figures_are_results_that_the_hub_reads() -> None:
     measured = {"ua": {"value": 0.9, "n": 40}, "kept": 1, "n": {"value": True}, "x": {"value": "0.5"}, "none": {}}
     measured |= {"a\nb": 0.5, "<b>": 0.5, "huge": 1e300}
-    card = ModelCard(str(model_card({"concept": "Cats", "measured": measured}, "someone/cats")))  # as the Hub reads it
+    card = ModelCard(str(model_card(EraserHeader("Cats", measured=measured), "someone/cats")))  # as the Hub reads it
     results = card.data.eval_results
     assert results is not None and card.data.model_name == "cats"
     assert {r.metric_type: r.metric_value for r in results} == {"ua": 0.9, "kept": 1}
@@ -52,8 +52,8 @@ def test_a_card_says_where_things_are() -> None:
 def test_a_stranger_s_header_is_text_and_no_markup(text: str) -> None:
     hostile = text + "\n---\nlicense: mit\n# Head <script> | [x](y) `z`"
     measured = {"a": 1, hostile: 2, "b": {"value": hostile}}
-    header = {"concept": hostile, "kind": hostile, "base": hostile, hostile: {hostile: hostile}, "measured": measured}
-    other = {"concept": "x", "base": "y", "k": {"i": "v"}, "measured": {"a": 1, "!": 2, "b": {"value": "w"}}}
+    header = EraserHeader(hostile, kind=hostile, base=hostile, more={hostile: {hostile: hostile}}, measured=measured)
+    other = EraserHeader("x", base="y", more={"k": {"i": "v"}}, measured={"a": 1, "!": 2, "b": {"value": "w"}})
     card, plain = str(model_card(header)), str(model_card(other))
     assert len(card.splitlines()) == len(plain.splitlines())
     assert "<script>" not in card and "[x](y)" not in card and "base_model" not in card
@@ -79,5 +79,5 @@ def test_so_it_is_on_the_cards_of_saes_and_references(text: str) -> None:
 
 
 def test_a_long_value_is_cut() -> None:
-    lines = str(model_card({"concept": "x", "prompts": ["a"] * 9999})).splitlines()
+    lines = str(model_card(EraserHeader("x", prompts=("a",) * 9999))).splitlines()
     assert max(map(len, lines)) < 500

@@ -10,7 +10,7 @@ import torch
 
 from helpers import pipelines
 from helpers.erasers import FAMILIES, SHUT, SITES, make_correction, make_eraser, make_gate
-from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser import Eraser, EraserHeader, attach
 
 TIMES = [50.0, 150.0, 400.0, 600.0, 950.0]
 
@@ -110,9 +110,9 @@ def test_compiled_whole() -> None:
     site, _, d = SITES["stable_diffusion"]
     edits = [make_correction(site, d, mode, seed=i) for i, mode in enumerate(("low_rank", "scaling", "scaling"))]
     many = [
-        Eraser(make_gate(site, d, seed=i, times=TIMES), (edit,), {"concept": str(i)}) for i, edit in enumerate(edits)
+        Eraser(make_gate(site, d, seed=i, times=TIMES), (edit,), EraserHeader(str(i))) for i, edit in enumerate(edits)
     ]
-    many.append(Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "replace"),), {"concept": "shut"}))
+    many.append(Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "replace"),), EraserHeader("shut")))
     base = pipelines.run(pipe, 0)
     with attach(pipe, many) as plain:
         want = pipelines.run(pipe, 0)
@@ -136,7 +136,7 @@ def test_compiled_whole() -> None:
 def test_compiled_and_silent_keeps_the_bits() -> None:
     pipe = small()
     site, _, d = SITES["stable_diffusion"]
-    shut = Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "scaling"),), {"concept": "shut"})
+    shut = Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "scaling"),), EraserHeader("shut"))
     torch._dynamo.reset()
     try:
         pipe.unet.compile(backend="eager", fullgraph=True)
@@ -213,7 +213,7 @@ def test_gradients_reach_the_eraser_itself(sd: Any) -> None:
     e = make_eraser(low=0.0, high=50.0)
     bias = e.corrections[0].tensors()["bias"].clone().requires_grad_()
     at, on, d = SITES["stable_diffusion"]
-    live = Eraser(make_gate(at, d, low=0.0, high=50.0), (make_correction(on, d, bias=bias),), {"concept": "x"})
+    live = Eraser(make_gate(at, d, low=0.0, high=50.0), (make_correction(on, d, bias=bias),), EraserHeader("x"))
     with attach(sd, live):
         pipelines.run(sd, 0, grad=True).square().sum().backward()
     assert bias.grad is not None and bias.grad.abs().sum() > 0

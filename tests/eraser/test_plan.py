@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers import erasers, pipelines
 from helpers.erasers import SHUT, make_eraser, make_gate, random
 from helpers.scaling import Scaling
-from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser import Eraser, EraserHeader, attach
 from neuraleraser.sites import Site, record
 
 
@@ -47,7 +47,7 @@ def test_the_key_tells_all_that_acts() -> None:
         make_eraser(kind="scaling").content_hash,
     ]
     assert len(set(keys)) == 5
-    assert Eraser(e.gate, e.corrections, {"concept": "renamed"}).content_hash == e.content_hash
+    assert Eraser(e.gate, e.corrections, EraserHeader("renamed")).content_hash == e.content_hash
 
 
 def deltas(sd: Any, erasers: list[Eraser], strengths: list[float]) -> Tensor:
@@ -67,7 +67,7 @@ def sharing(seed: int, factors: list[float], rows: Tensor, decoder: Tensor) -> E
     f = len(rows)
     bias, threshold = torch.full((f,), 50.0), torch.zeros(f)
     c = Scaling(on, torch.tensor([500.0]), rows, bias, threshold, decoder, torch.tensor([factors]))
-    return Eraser(make_gate(at, d, seed=seed), (c,), {"concept": f"c{seed}"})
+    return Eraser(make_gate(at, d, seed=seed), (c,), EraserHeader(f"c{seed}"))
 
 
 def test_a_shared_feature_is_edited_once_by_the_larger_change(sd: Any) -> None:

@@ -48,7 +48,7 @@ def test_each_route_is_named_once(name: str) -> None:
 
 def test_a_gate_that_sees_a_route_is_not_warned_of() -> None:
     pipe, eraser = pipelines.EVERY["sd1_inpaint"](), make_eraser(**SHUT)
-    sees = replace(eraser, header={**eraser.header, "routes": [*PROMPT_ROUTES, START_IMAGE]})
+    sees = replace(eraser, header=replace(eraser.header, routes=(*PROMPT_ROUTES, START_IMAGE)))
     assert named_in(pipe, sees) == [INPAINTING]
 
 
@@ -90,9 +90,9 @@ def test_adapters_are_told_from_start_images() -> None:
 def test_a_file_says_which_routes_its_gate_sees(tmp_path: Any) -> None:
     eraser = make_eraser()
     assert eraser.routes == PROMPT_ROUTES, "what no file says is the prompt alone"
-    said = replace(eraser, header={**eraser.header, "routes": [*PROMPT_ROUTES, START_IMAGE]})
+    said = replace(eraser, header=replace(eraser.header, routes=(*PROMPT_ROUTES, START_IMAGE)))
     said.save(tmp_path / "said.safetensors")
     assert Eraser.load(tmp_path / "said.safetensors").routes == (*PROMPT_ROUTES, START_IMAGE)
     for wrong in ("start image", ["by post"], [1], {"start image": 1}):
         with pytest.raises(DataError, match="field routes"):
-            replace(eraser, header={**eraser.header, "routes": wrong}).save(tmp_path / "wrong.safetensors")
+            replace(eraser, header=replace(eraser.header, routes=wrong)).save(tmp_path / "wrong.safetensors")

@@ -25,6 +25,7 @@ from neuraleraser import (
     set_erasers,
     unload_erasers,
 )
+from neuraleraser.eraser import EraserHeader
 from neuraleraser.errors import SettingsError
 
 
@@ -94,7 +95,7 @@ def test_an_eraser_acts_once_however_often_it_is_given(sd: Any) -> None:
         ("once", eraser, 1.0),
         ("thrice", [eraser] * 3, 1.0),
         ("weaker beside", [eraser, eraser], [1.0, 0.5]),
-        ("a fit of the same features", [eraser, replace(eraser, header={"concept": "again"})], [1.0, 0.9]),
+        ("a fit of the same features", [eraser, replace(eraser, header=EraserHeader("again"))], [1.0, 0.9]),
     ]
     for name, erasers, strength in plans:
         with attach(sd, erasers, strength):

@@ -18,7 +18,7 @@ from helpers.stamp_judge import STYLES, StampJudge, stamp, stamping
 from neuraleraser.assessment import evaluate_erasers
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge
-from neuraleraser.eraser import Eraser, attach, model_card
+from neuraleraser.eraser import Eraser, Provenance, attach, model_card
 from neuraleraser.errors import ConceptError, SettingsError, SplitError
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.evaluation import timing
@@ -62,7 +62,7 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     assert full["ua"] == seen["ua"] == 1 and full["ua_held_out"] == 1 and seen["ua_held_out"] == 0
     assert full["unchanged_compared"] == 1 and full["ns"]["idle_identical"] >= 2
     kept = Eraser.load(tmp_path / "erasers" / "Van_Gogh.safetensors")
-    assert kept.header["measured"]["ua"]["value"] == pytest.approx(style["ua"], abs=1e-4)
+    assert kept.header.measured["ua"]["value"] == pytest.approx(style["ua"], abs=1e-4)
     assert "| ua |" in str(model_card(kept.header))
     assert report.erasures[0].features and report.erasures[0].features[0].heatmaps and report.erasures[0].pairs
     assert not report.erasures[1].pairs
@@ -236,8 +236,8 @@ def test_cells_of_one_s_own(pipe: Any, tmp_path: Path):
     [
         ({"concept": "Unicorns"}, ConceptError, "cannot be measured"),
         ({"kind": "object"}, ConceptError, "cannot be measured"),
-        ({"seeds": [9_000, 11_000]}, SplitError, "seeds 9000 to 11000"),
-        ({"reference": {"seeds": [[0, 1], [9_000, 11_000]]}}, SplitError, "seeds 9000 to 11000"),
+        ({"seeds": (9_000, 11_000)}, SplitError, "seeds 9000 to 11000"),
+        ({"reference": Provenance(((0, 1), (9_000, 11_000)))}, SplitError, "seeds 9000 to 11000"),
         ({"concept": "Bricks"}, SplitError, "Bricks: sealed"),
     ],
 )
@@ -247,7 +247,7 @@ def test_what_cannot_be_measured_fairly_is_refused_before_anything_is_drawn(
     e = open_eraser()
     judge = StampJudge()
     with pytest.raises(error, match=message):
-        evaluate_erasers(pipe, [replace(e, header={**e.header, **change})], S, tmp_path, judge=judge)
+        evaluate_erasers(pipe, [replace(e, header=replace(e.header, **change))], S, tmp_path, judge=judge)
     assert judge.calls == 0 and not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ from helpers.canvas_cells import base_cells, canvas_protocol, fragment_cells, no
 from helpers.erasers import open_eraser
 from neuraleraser.canvas import words
 from neuraleraser.concepts import canvas_concept
+from neuraleraser.eraser import Provenance
 from neuraleraser.errors import ConceptError, SplitError
 from neuraleraser.evaluation.protocol import (
     FRAGMENTS,
@@ -149,16 +150,16 @@ def test_an_unknown_concept_has_no_cells():
 
 def test_a_fair_eraser_passes_and_what_a_reader_should_know_is_said():
     eraser = open_eraser()
-    known = replace(eraser, header={**eraser.header, "reference": {"seeds": [[0, 900]], "labels": ["Cats"]}})
+    known = replace(eraser, header=replace(eraser.header, reference=Provenance(((0, 900),), labels=("Cats",))))
     assert notes_on(EraserMethod(known), everything()) == []
     (note,) = notes_on(EraserMethod(eraser), everything())
     assert "does not say what its reference was made with" in note
-    labelled = replace(eraser, header={**eraser.header, "reference": {"labels": ["Cats", "Van_Gogh"]}})
+    labelled = replace(eraser, header=replace(eraser.header, reference=Provenance(labels=("Cats", "Van_Gogh"))))
     (note,) = notes_on(EraserMethod(labelled), everything())
     assert "labelled with this concept" in note
-    foreign = replace(eraser, header={**eraser.header, "reference": {"sae": "a Hub id"}})
+    foreign = replace(eraser, header=replace(eraser.header, reference=Provenance(sae="a Hub id")))
     assert "trained elsewhere (a Hub id)" in notes_on(EraserMethod(foreign), everything())[0]
-    dev = replace(known, header={**known.header, "concept": "Cartoon"})
+    dev = replace(known, header=replace(known.header, concept="Cartoon"))
     (note,) = notes_on(EraserMethod(dev), everything())
     assert "Cartoon is a development concept" in note
 
@@ -176,30 +177,27 @@ DIGEST = hashlib.sha256(b"a cat as a Van Gogh painting").hexdigest()[:8]
     [
         ({"seeds": (0, 10_000)}, "made with the seeds 0 to 10000"),
         ({"seeds": (TEST_SEEDS.start, TEST_SEEDS.start)}, "made with the seeds 10000"),
-        ({"prompts": ["a cat as a Van Gogh painting"]}, "'a cat as a Van Gogh painting', which would test it"),
-        ({"prompts": ["a lighthouse like The Starry Night"]}, "lighthouse like The Starry Night', which is held out"),
-        ({"prompts_sha256": f"01234567 {DIGEST}"}, "'a cat as a Van Gogh painting', which would test it"),
-        ({"phrasings": [0, 3]}, "the phrasing 3, which is held out"),
-        ({"seeds": ("a", "b")}, "does not say which seeds"),
-        ({"prompts": "a cat"}, "does not say which seeds"),
+        ({"prompts": ("a cat as a Van Gogh painting",)}, "'a cat as a Van Gogh painting', which would test it"),
+        ({"prompts": ("a lighthouse like The Starry Night",)}, "lighthouse like The Starry Night', which is held out"),
+        ({"prompt_digests": ("01234567", DIGEST)}, "'a cat as a Van Gogh painting', which would test it"),
+        ({"phrasings": (0, 3)}, "the phrasing 3, which is held out"),
     ],
 )
 def test_an_overlap_is_refused_in_the_eraser_s_own_data_and_in_its_reference_s(where: str, leak: dict, message: str):
     eraser = open_eraser()
-    if where == "reference" or "prompts_sha256" in leak:
-        ranges = {"seeds": [[1, 2], leak["seeds"]]} if "seeds" in leak else {}
-        header = {**eraser.header, "reference": {**leak, **ranges}}
+    if where == "reference" or not hasattr(eraser.header, next(iter(leak))):
+        ranges = {"seeds": ((1, 2), leak["seeds"])} if "seeds" in leak else {}
+        header = replace(eraser.header, reference=Provenance(**{**leak, **ranges}))
     else:
-        header = {**eraser.header, **leak}
+        header = replace(eraser.header, **leak)
     with pytest.raises(SplitError, match=message):
         notes_on(EraserMethod(replace(eraser, header=header)), [*base_cells(1), *target_cells("Van_Gogh", FULL)])
 
 
-@pytest.mark.parametrize("change", [{"seeds": None}, {"reference": "none"}, {"reference": {"seeds": [7]}}])
-def test_a_header_that_says_nothing_fair_is_refused(change: dict):
+def test_a_header_without_seeds_is_refused():
     eraser = open_eraser()
     with pytest.raises(SplitError, match="does not say which seeds"):
-        notes_on(EraserMethod(replace(eraser, header={**eraser.header, **change})), everything())
+        notes_on(EraserMethod(replace(eraser, header=replace(eraser.header, seeds=None))), everything())
 
 
 def test_held_out_grid_is_a_group_of_its_own():

@@ -17,6 +17,7 @@ from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from helpers.pipelines import BUILDERS, stable_diffusion
 from neuraleraser import families
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
+from neuraleraser.eraser import EraserHeader
 from neuraleraser.errors import FileError, SettingsError, SiteError
 from neuraleraser.families import FAMILIES
 from neuraleraser.families.canvas import CANVAS
@@ -177,36 +178,10 @@ def test_the_sampling_that_an_eraser_was_fitted_with():
     pipe = stable_diffusion()
     usual = default_sampling(pipe)
     assert (usual.num_inference_steps, usual.guidance_scale) == (50, 7.5), "as its own call has it, not as the canvas"
-    fitted = {
-        "num_inference_steps": 1,
-        "guidance_scale": 0.0,
-        "batch_size": 64,
-        "height": 32,
-        "width": 48,
-        "strength": 9,
-        "more": [],
-    }
-    assert sampling_of(pipe, {"sampling": fitted}) == replace(
-        usual, num_inference_steps=1, guidance_scale=0.0, height=32, width=48
-    )
-    strange: list[Any] = [
-        None,
-        7,
-        [],
-        {"num_inference_steps": 0},
-        {"num_inference_steps": 10**9},
-        {"num_inference_steps": True},
-        {"guidance_scale": "3"},
-    ]
-    strange += [
-        {"guidance_scale": float("nan")},
-        {"guidance_scale": -1},
-        {"height": -8},
-        {"width": 10**9},
-        {"num_inference_steps": 2.5},
-    ]
-    for said in strange:
-        assert sampling_of(pipe, {"sampling": said}) == sampling_of(pipe, {}) == usual
+    fitted = Sampling(num_inference_steps=1, guidance_scale=0.0, batch_size=64, height=32, width=48)
+    header = EraserHeader("x", sampling=fitted)
+    assert sampling_of(pipe, header.sampling) == replace(fitted, batch_size=usual.batch_size) != fitted
+    assert sampling_of(pipe, EraserHeader("x").sampling) == usual
 
 
 def test_edits_are_spread_over_what_follows():

@@ -16,11 +16,11 @@ from helpers.erasers import SHUT, make_correction, make_eraser, make_gate
 from neuraleraser import attach, calibrate, load_eraser
 from neuraleraser.activations import collect
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.eraser import Eraser, model_card
+from neuraleraser.eraser import Eraser, EraserHeader, model_card
 from neuraleraser.errors import ConceptError, DataError, SettingsError, SiteError
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, denoiser, made_for
+from neuraleraser.sites import Fingerprint, Site, denoiser, made_for
 
 AT = Site("unet.mid_block.attentions.0.transformer_blocks.0.attn2")  # reads the prompt and little else
 ON = Site("unet.up_blocks.0.attentions.1")
@@ -48,8 +48,8 @@ def eraser(pipe: Any) -> Eraser:
     gate = make_gate(AT, len(row), f=1, **SHUT)
     gate = replace(gate, rows=row[None], bias=-(row @ (means[0] + means[1]))[None] / 2, weight=torch.ones(1))
     sites = [AT, ON]
-    header = {"concept": "x", "kind": "other", "prompts": ["made with this"], "seeds": [3, 9], "measured": {"ua": 1.0}}
-    header["made_for"] = made_for(pipe, sites)
+    header = EraserHeader("x", "other", prompts=("made with this",), seeds=(3, 9), measured={"ua": 1.0})
+    header = replace(header, made_for=made_for(pipe, sites))
     return Eraser(gate, (make_correction(ON, 32),), header)
 
 
@@ -72,11 +72,11 @@ def test_a_gate_is_fitted_to_the_model_it_is_on(pipe: Any, eraser: Eraser) -> No
     fitted = calibrate(pipe, eraser, CONCEPT, [NEAR], num_pairs=4, sampling=S)
     assert len(images(pipe, fitted, shows)) >= 3 and len(images(pipe, fitted, lacks)) <= 1  # of four, with new seeds
     assert fitted.corrections is eraser.corrections and torch.equal(fitted.gate.rows, eraser.gate.rows)
-    seen = fitted.header["calibrated"]
-    assert seen["prompts"] == 9 and seen["open_share"] == 1.0 and min(seen["separation"]) >= 0.5
+    seen = fitted.header.calibrated
+    assert seen is not None and seen.prompts == 9 and seen.open_share == 1.0 and min(seen.separation) >= 0.5
     # What it was fitted to may not be tested with, and what was measured before does not hold.
-    assert set(fitted.header["prompts"]) == {"made with this", *shows, *lacks, NEAR.pairs[0].positive}
-    assert fitted.header["seeds"] == [0, 9] and "measured" not in fitted.header
+    assert set(fitted.header.prompts) == {"made with this", *shows, *lacks, NEAR.pairs[0].positive}
+    assert fitted.header.seeds == (0, 9) and not fitted.header.measured
 
 
 def test_other_weights_are_warned_of_until_the_gate_is_fitted(pipe: Any, eraser: Eraser) -> None:
@@ -113,7 +113,8 @@ def test_another_architecture_is_refused(pipe: Any, eraser: Eraser) -> None:
     wide = pipelines.stable_diffusion(cross_attention_dim=24)  # the same sites, as wide, reading another text encoder
     with pytest.raises(SiteError, match=r"another architecture \(the weights at its sites have other shapes"):
         load_eraser(wide, eraser)
-    told = {**eraser.header, "made_for": {**eraser.header["made_for"], "class": "UNetMotionModel"}}
+    assert eraser.header.made_for is not None
+    told = replace(eraser.header, made_for=replace(eraser.header.made_for, model_class="UNetMotionModel"))
     with (
         pytest.raises(SiteError, match="made for a UNetMotionModel, and this is a UNet2DConditionModel"),
         attach(pipe, replace(eraser, header=told)),
@@ -121,21 +122,22 @@ def test_another_architecture_is_refused(pipe: Any, eraser: Eraser) -> None:
         pass
 
 
-@pytest.mark.parametrize("made", [7, {"weights": 3}, {"weights": {"x": [1]}, "shapes": None}, {"class": None}, "text"])
-def test_a_stranger_s_header_is_data(pipe: Any, eraser: Eraser, made: Any) -> None:
-    with pytest.raises(DataError, match="field made_for"), attach(pipe, with_header(eraser, made)):
+@pytest.mark.parametrize("made", [7, "text", Fingerprint(weights={"x": (1.0,)}), Fingerprint(model_class="a\nb")])
+def test_a_header_that_cannot_be_is_refused(pipe: Any, eraser: Eraser, made: Any) -> None:
+    bad = replace(eraser, header=replace(eraser.header, made_for=made))
+    with pytest.raises(DataError, match="field made_for"), attach(pipe, bad):
         pass
-    silent(pipe, with_header(eraser, {}))  # says nothing
 
 
-def with_header(eraser: Eraser, made: Any) -> Eraser:
-    return replace(eraser, header={**eraser.header, "made_for": made})
+@pytest.mark.parametrize("made", [None, Fingerprint()])
+def test_a_header_that_says_nothing_is_no_warning(pipe: Any, eraser: Eraser, made: Fingerprint | None) -> None:
+    silent(pipe, replace(eraser, header=replace(eraser.header, made_for=made)))
 
 
 def test_the_card_names_the_model_and_prints_no_weights(eraser: Eraser) -> None:
     card = str(model_card(eraser.header))
     assert "| made for | UNet2DConditionModel |" in card
-    assert next(iter(eraser.header["made_for"]["weights"])) not in card
+    assert eraser.header.made_for is not None and next(iter(eraser.header.made_for.weights)) not in card
 
 
 def test_what_cannot_be_calibrated(pipe: Any, eraser: Eraser) -> None:

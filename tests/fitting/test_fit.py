@@ -15,11 +15,11 @@ from neuraleraser.activations import activation_matrix
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.detector import SHUT, bounds
 from neuraleraser.fitting.fit import _context_examples, _cross, _lessons, _some
-from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.fitting.reference import reference_from_sae
 from neuraleraser.fitting.trajectories import SHARES, conditional, recorded, rows_of
 from neuraleraser.sae import SAE
@@ -76,9 +76,9 @@ def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), known=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
-    assert eraser.header["seeds"] == [0, 2] and set(eraser.header["prompts"]) == {"a x", "b x", "c x", "a", "b", "c"}
-    assert eraser.header["reference"] == known.provenance.in_short()
-    assert eraser.header["routes"] == ["named", "paraphrased"]
+    assert eraser.header.seeds == (0, 2) and set(eraser.header.prompts) == {"a x", "b x", "c x", "a", "b", "c"}
+    assert eraser.header.reference == known.provenance.in_short()
+    assert eraser.header.routes == ("named", "paraphrased")
     assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
     (made,) = eraser.corrections  # one, for all that the later blocks read
     assert (made.site, *made.also) == edits_for(pipe, AT)[0] and made.tensors()["down"].shape == (1, pipelines.WIDTH, 2)
@@ -219,8 +219,8 @@ def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Referen
     settings = FitSettings(num_pairs=3, num_context_pairs=2, rank=2, steps=3, train_batch_size=2)
     alone = fit(pipe, CONCEPT, settings, known=known, sampling=SAMPLING)
     both = fit(pipe, replace(CONCEPT, context_pairs=beside), settings, known=known, sampling=SAMPLING)
-    assert both.header["seeds"] == [0, 4]  # two prompts of what stays
-    assert both.header["prompts"][6:] == ["x and y", "y and x", "y", "x and z", "z"]
+    assert both.header.seeds == (0, 4)  # two prompts of what stays
+    assert both.header.prompts[6:] == ("x and y", "y and x", "y", "x and z", "z")
     assert both.gate.features.tolist() == alone.gate.features.tolist()  # the gate is chosen by the concept alone
     assert not torch.equal(both.corrections[0].tensors()["up"], alone.corrections[0].tensors()["up"])
 

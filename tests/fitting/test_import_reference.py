@@ -57,7 +57,7 @@ def test_published_dictionaries_become_erasers(
     eraser = fit(pipe, CONCEPT, FitSettings(num_pairs=3, steps=3, train_batch_size=2, rank=2), known=known, sampling=S)
     eraser.save(tmp_path / "x.safetensors")
     back = Eraser.load(tmp_path / "x.safetensors")
-    assert back.header["sae"] == {"format": format, "k": 4, "calibration": seen}
+    assert back.header.sae == {"format": format, "k": 4, "calibration": seen}
     with attach(pipe, back):
         generate(pipe, ["x x"], [1], S)
     known.save(tmp_path / "ours")

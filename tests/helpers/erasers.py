@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.scaling import Scaling
-from neuraleraser.eraser import KINDS, Correction, Eraser, Gate, LowRank
+from neuraleraser.eraser import KINDS, Correction, Eraser, EraserHeader, Gate, LowRank
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import EditContext, Site, record
@@ -111,7 +111,7 @@ def make_eraser(
     scale = 1e-3 if family == "flux" else 1.0  # its time runs from 0 to 1
     times = [scale * t for t in gate.pop("times", (250.0, 750.0))]
     correction = make_correction(on, d, kind, seed=seed, times=[scale * t for t in (100.0, 500.0, 900.0)])
-    header = {"concept": name, "kind": "object", "seeds": [0, 9]}
+    header = EraserHeader(name, kind="object", seeds=(0, 9))
     return Eraser(make_gate(at, d, seed=seed, times=times, **gate), (correction,), header)
 
 
@@ -142,13 +142,7 @@ def open_eraser(
         high=torch.full((bins,), 1e-3),
     )
     down, up, bias = random(bins, edit[1], 2), random(bins, 2, edit[1]), random(bins, edit[1])
-    header = {
-        "concept": name,
-        "kind": kind,
-        "seeds": [0, 23],
-        "prompts": ["made with this"],
-        "seconds": 12.5,
-    }
+    header = EraserHeader(name, kind, seeds=(0, 23), prompts=("made with this",), seconds=12.5)
     return Eraser(looks, (LowRank(edit[0], looks.times, down, up, bias),), header)
 
 

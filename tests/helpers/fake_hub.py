@@ -16,8 +16,8 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from helpers.erasers import make_eraser
 from helpers.sae_files import N, rand, sae
 from neuraleraser.eraser import Eraser
+from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.fitting import Reference
-from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.io.hub import HubFile
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site

@@ -48,9 +48,10 @@ def calibrate(
     loaded = Eraser.from_pretrained(eraser)
     fitted = run(open_pipeline(model), loaded, concept, neighbours, num_pairs=num_pairs)
     save_or_keep(path, fitted.save)
-    seen = fitted.header["calibrated"]
-    apart = sum(seen["separation"]) / len(seen["separation"])
+    seen = fitted.header.calibrated
+    assert seen is not None, "calibrate says what it saw"
+    apart = sum(seen.separation) / len(seen.separation)
     print(
-        f"{path}: fitted with {seen['prompts']} prompts; its gate can open at {seen['open_share']:.0%} of its "
+        f"{path}: fitted with {seen.prompts} prompts; its gate can open at {seen.open_share:.0%} of its "
         f"timesteps, where {apart:.0%} of the images with the concept stand out"
     )

@@ -61,7 +61,7 @@ def doctor(
     loaded = [Eraser.from_pretrained(source) for source in erasers]
     given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
     pipe = open_pipeline(model)
-    samplings = [sampling_of(pipe, e.header) for e in loaded]
+    samplings = [sampling_of(pipe, e.header.sampling) for e in loaded]
     samplings = [replace(s, batch_size=min(num_images, 8, s.batch_size)) for s in samplings]
     if num_inference_steps is not None:
         samplings = [replace(s, num_inference_steps=num_inference_steps) for s in samplings]
@@ -71,7 +71,7 @@ def doctor(
         ]
     judges: list[Any] = []
     if clip:
-        concepts = [named_concept(pipe, e.name, e.header.get("kind")) for e in loaded]
+        concepts = [named_concept(pipe, e.name, e.header.kind) for e in loaded]
         judges = [clip_judge(pipe, c, neighbours, clip, sampling=s) for c, s in zip(concepts, samplings, strict=True)]
     elif unlearncanvas:
         judges = [UnlearnCanvasJudge.load(*unlearncanvas, device=pipe.device)] * len(loaded)

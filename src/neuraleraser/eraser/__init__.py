@@ -20,6 +20,7 @@ from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach
 from neuraleraser.eraser.corrections import KINDS, Correction, LowRank
 from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.gate import Gate, time_bin
+from neuraleraser.eraser.header import Calibration, EraserHeader
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.eraser.pipeline_api import (
     delete_erasers,
@@ -32,16 +33,20 @@ from neuraleraser.eraser.pipeline_api import (
     set_erasers,
     unload_erasers,
 )
+from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.eraser.trace import Trace
 
 __all__ = [
     "ACTIONS",
     "KINDS",
     "MAX_STRENGTH",
+    "Calibration",
     "Correction",
     "Eraser",
+    "EraserHeader",
     "Gate",
     "LowRank",
+    "Provenance",
     "Trace",
     "attach",
     "delete_erasers",

@@ -82,10 +82,9 @@ def check_erasers(erasers: Any) -> list[Eraser]:
 
 def _check_model(pipe: Any, e: Eraser) -> None:
     """SiteError for an eraser of another architecture than the pipeline's, a warning for one of other weights."""
-    made = e.header.get("made_for")
-    if not isinstance(made, Mapping):
+    if e.header.made_for is None:
         return
-    what, how = differs(pipe, e.sites, made)
+    what, how = differs(pipe, e.sites, e.header.made_for)
     if what == "architecture":
         raise SiteError(
             f"the eraser of {e.name!r} is for another architecture ({how}): use it with the pipeline it was made for"

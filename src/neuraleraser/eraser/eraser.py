@@ -15,13 +15,13 @@ from torch import Tensor
 from neuraleraser.eraser.corrections import KINDS, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
 from neuraleraser.eraser.gate import Gate
-from neuraleraser.eraser.header import header_error
+from neuraleraser.eraser.header import EraserHeader
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.io import artifact
 from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import printable
-from neuraleraser.sites import PROMPT_ROUTES, Site
+from neuraleraser.sites import Site
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -29,28 +29,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Eraser(HubFile):
-    """Gate and corrections of one concept, with all that is needed to apply them; a file of kilobytes.
-
-    `header` holds what a reader wants to know: concept, kind, base model, time scale, how it was fitted and
-    what was measured. Plain JSON values.
-    """
+    """Gate and corrections of one concept, with all that is needed to apply them; a file of kilobytes."""
 
     NOUN: ClassVar = "eraser"
     FILES: ClassVar = ("eraser.safetensors",)
 
     gate: Gate
+    """Where it looks, and when it acts."""
     corrections: tuple[Correction, ...]
-    header: Mapping[str, Any]
+    """What is added while the gate is open."""
+    header: EraserHeader
+    """What a reader wants to know: concept, base model, how it was made and what was measured."""
 
     @property
     def name(self) -> str:
         """The concept's name."""
-        return str(self.header["concept"])
+        return self.header.concept
 
     @property
     def routes(self) -> tuple[str, ...]:
         """Routes that its gate sees (`sites.ROUTES`); of a file that does not say, the prompt alone."""
-        return tuple(self.header.get("routes", PROMPT_ROUTES))
+        return self.header.routes
 
     @property
     def content_hash(self) -> str:
@@ -102,7 +101,7 @@ class Eraser(HubFile):
             k: v.half() if k == "gate/rows" or (k.startswith("correction") and not k.endswith("times")) else v
             for k, v in self._tensors().items()
         }
-        artifact.save(path, "eraser", tensors, dict(self.header) | self._layout())
+        artifact.save(path, "eraser", tensors, self.header.as_json() | self._layout())
 
     @classmethod
     def load(cls, path: str | Path) -> Eraser:
@@ -116,11 +115,11 @@ class Eraser(HubFile):
             found = parts.pop("gate")
             if problem := _spec_error(found, Gate.AXES):
                 raise ValueError(f"gate/{problem}")
-            about = header["gate"]
-            tokens = about.get("text_tokens")
+            said = header["gate"]
+            tokens = said.get("text_tokens")
             gate = Gate(
-                Site.parse(about["site"]),
-                share=float(about["share"]),
+                Site.parse(said["site"]),
+                share=float(said["share"]),
                 text_tokens=None if tokens is None else int(tokens),
                 **found,
             )
@@ -138,7 +137,13 @@ class Eraser(HubFile):
             raise FileError(
                 f"{path} is no complete eraser ({printable(repr(error))} is missing or malformed): make it again"
             ) from error
-        eraser = cls(gate, tuple(corrections), {k: v for k, v in header.items() if k not in ("gate", "corrections")})
+        try:
+            about = EraserHeader.parse({k: v for k, v in header.items() if k not in ("gate", "corrections")})
+        except ValueError as error:
+            raise FileError(
+                f"{path} is an eraser with a malformed header ({printable(error, 300)}): make it again"
+            ) from error
+        eraser = cls(gate, tuple(corrections), about)
         problem = eraser.validation_error()
         if problem:
             raise FileError(
@@ -148,11 +153,13 @@ class Eraser(HubFile):
 
     def generate_model_card(self, repo_id: str) -> ModelCard:
         """Return the card that `push_to_hub` uploads with it: `model_card` of its header."""
-        return model_card({**self.header, **self._layout()}, repo_id)
+        rows = [("gate", str(self.gate.site))]
+        rows += [("correction", f"{c.KIND} at {', '.join(map(str, sites_of(c)))}") for c in self.corrections]
+        return model_card(self.header, repo_id, rows)
 
     def validation_error(self) -> str | None:
         """Return what keeps this eraser from being applied, or None: `load` and `attach` refuse one that has any."""
-        if error := header_error(self.header):
+        if error := self.header.validation_error():
             return error
         g, sites = self.gate, [s for c in self.corrections for s in sites_of(c)]
         if not sites or len(set(sites)) < len(sites):

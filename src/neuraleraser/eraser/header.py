@@ -1,74 +1,212 @@
-"""Checks of an eraser's header: the fields that the package reads, each of its kind and within bounds."""
+"""The header of an eraser: what a reader wants to know of it, checked field by field where a file says it."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from neuraleraser.concepts import KINDS
-from neuraleraser.io.names import name_error, printable, prompt_error
-from neuraleraser.settings import MAX_SEED
-from neuraleraser.sites import ROUTES
+from neuraleraser.eraser.provenance import Provenance, is_span
+from neuraleraser.errors import SettingsError
+from neuraleraser.io.fields import are_numbers, are_prompts, is_line, is_number, is_whole
+from neuraleraser.io.names import name_error, printable
+from neuraleraser.settings import MANY, FitSettings, Sampling
+from neuraleraser.sites import PROMPT_ROUTES, ROUTES, Fingerprint
 
 _MAX_PROMPTS = 100_000
-_MAX_WEIGHT = 1e38  # no float32 is larger, and sums of these stay finite in float64
+_ELSEWHERE = ("gate", "corrections")
+"""Fields of an eraser's file that the header does not hold."""
+S = TypeVar("S", FitSettings, Sampling)
 
 
-def header_error(header: Mapping[str, Any]) -> str | None:
-    """Say which field of an eraser's header is missing or cannot be what it says, or None.
+@dataclass(frozen=True)
+class Calibration:
+    """Record of what was seen when an eraser's gate was fitted to other weights."""
 
-    Fields that the package does not read may hold any JSON. A file may be a stranger's: the name is printed, prompts
-    are drawn, seeds are compared, and `made_for` is compared with a model's weights.
+    prompts: int
+    """Prompts that were drawn."""
+    separation: tuple[float, ...]
+    """Share of the rows with the concept that lie above all rows without, by time bin."""
+    open_share: float
+    """Share of the time bins where the gate can open."""
+
+
+@dataclass(frozen=True)
+class EraserHeader:
+    """Facts of an eraser that do not act: what it erases, how it was made, what was measured.
+
+    A field at its default is one that the file does not say.
     """
-    if error := name_error(header.get("concept")):
-        return f"field concept: {error}"
-    for field, fits in _FIELDS.items():
-        if field in header and not fits(header[field]):
-            return f"field {field} is {printable(header[field])}"
-    return None
+
+    concept: str
+    """Name of what it erases."""
+    kind: str | None = None
+    """ "style", "object" or "other"; None: not said."""
+    routes: tuple[str, ...] = PROMPT_ROUTES
+    """Routes that its gate sees (DESIGN.md, law 13)."""
+    base: str = ""
+    """Name of the pipeline that it was made for, which may be a Hub id."""
+    time_scale: str = ""
+    """Range of the timesteps of the gate and the corrections: "0-999" or "0-1"."""
+    prompts: tuple[str, ...] = ()
+    """Every prompt that it was made with: none may test it."""
+    seeds: tuple[int, int] | None = None
+    """First and last of the seeds that it was made with: none may test it."""
+    settings: FitSettings | None = None
+    """Settings of its fit."""
+    sampling: Sampling | None = None
+    """Sampling of the images that it was fitted on."""
+    separation: tuple[float, ...] = ()
+    """Share of the rows with the concept above all rows without, by time bin, when its features were chosen."""
+    open_share: float | None = None
+    """Share of the time bins where the gate can open."""
+    loss: tuple[float, ...] = ()
+    """Loss of the corrections at the start and at the end of the fit."""
+    seconds: float | None = None
+    """Time that the fit took."""
+    made_for: Fingerprint | None = None
+    """Fingerprint of the weights that it fits."""
+    reference: Provenance | None = None
+    """Data that its reference was made with: none may test it."""
+    sae: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of an SAE of another library: its format, its k, and how far calibrated thresholds differ from TopK."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """Figures by metric, each a number or {"value", "low", "high", "n"}."""
+    calibrated: Calibration | None = None
+    """Record of the fit of its gate to other weights, if there was one."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of its file that this version does not know: any JSON, kept as it is."""
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> EraserHeader:
+        """Read what `as_json` returned, or a stranger wrote. Raises ValueError that names a field and its value."""
+        if error := name_error(data.get("concept")):
+            raise ValueError(f"field concept: {error}")
+        known: dict[str, Any] = {"concept": data["concept"]}
+        for name, read in _READ.items():
+            if name in data:
+                try:
+                    known[name] = read(data[name])
+                except (SettingsError, ValueError) as error:
+                    raise ValueError(f"field {name} is {printable(data[name])}: {printable(error)}") from error
+        return cls(**known, more={name: value for name, value in data.items() if name not in known})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON without the fields that say nothing; `parse` reads it."""
+        usual = EraserHeader("")
+        names = [f.name for f in dataclasses.fields(self) if f.name != "more"]
+        said = [n for n in names if n in ("concept", "routes") or getattr(self, n) != getattr(usual, n)]
+        return {name: _plain(getattr(self, name)) for name in said} | dict(self.more)
+
+    def validation_error(self) -> str | None:
+        """Return which field cannot be what it says, or None."""
+        if taken := set(self.more) & {"concept", *_READ, *_ELSEWHERE}:
+            return f"field more has {min(taken)}, which has a place of its own"
+        try:
+            self.parse(self.as_json())
+        except (AttributeError, TypeError, ValueError) as error:  # the first two of objects of other classes
+            return str(error)
+        return None
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _plain(value: Any) -> Any:
+    """A field's value as JSON."""
+    if isinstance(value, Fingerprint | Provenance):
+        return value.as_json()
+    if isinstance(value, Calibration | FitSettings | Sampling):
+        return {name: _plain(inner) for name, inner in vars(value).items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _is_number(value: Any) -> bool:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return real and -_MAX_WEIGHT <= value <= _MAX_WEIGHT and math.isfinite(value)
+def _expect(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"expected {what}")
 
 
-def _is_line(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 300 and value.isprintable()
+def _line(value: Any) -> str:
+    _expect(is_line(value), "one printable line of at most 300 characters")
+    return value
 
 
-def _are_prompts(value: Any) -> bool:
-    texts = isinstance(value, list) and len(value) <= _MAX_PROMPTS
-    return texts and all(isinstance(prompt, str) and prompt_error(prompt) is None for prompt in value)
+def _kind(value: Any) -> str:
+    _expect(value in KINDS, f"one of {', '.join(KINDS)}")
+    return value
 
 
-def _are_seeds(value: Any) -> bool:
-    pair = isinstance(value, list) and len(value) == 2 and all(_is_whole(seed) for seed in value)
-    return pair and 0 <= value[0] <= value[1] <= MAX_SEED
+def _routes(value: Any) -> tuple[str, ...]:
+    _expect(isinstance(value, list) and all(v in ROUTES for v in value), f"a list of some of {', '.join(ROUTES)}")
+    return tuple(value)
 
 
-def _is_model(value: Any) -> bool:
-    """True for what `sites.made_for` could write: {"component", "class", "shapes", "weights": {key: 4 numbers}}."""
-    if not isinstance(value, Mapping) or not all(_is_line(value.get(k, "")) for k in ("component", "class", "shapes")):
-        return False
-    weights = value.get("weights", {})
-    return isinstance(weights, Mapping) and all(
-        isinstance(values, list) and len(values) == 4 and all(map(_is_number, values)) for values in weights.values()
-    )
+def _prompts(value: Any) -> tuple[str, ...]:
+    _expect(are_prompts(value) and len(value) <= _MAX_PROMPTS, f"a list of at most {_MAX_PROMPTS:,} prompts")
+    return tuple(value)
 
 
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "kind": lambda value: value in KINDS,
-    "base": _is_line,
-    "prompts": _are_prompts,
-    "seeds": _are_seeds,
-    "seconds": lambda value: _is_number(value) and value >= 0,
-    "routes": lambda value: isinstance(value, list) and set(map(str, value)) <= set(ROUTES),
-    "open_share": lambda value: _is_number(value) and 0 <= value <= 1,
-    "made_for": _is_model,
+def _seeds(value: Any) -> tuple[int, int]:
+    _expect(is_span(value), "[first, last], from 0 up")
+    return value[0], value[1]
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    _expect(are_numbers(value), "a list of numbers")
+    return tuple(value)
+
+
+def _share(value: Any) -> float:
+    _expect(is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+    return value
+
+
+def _seconds(value: Any) -> float:
+    _expect(is_number(value) and value >= 0, "a number from 0 up")
+    return value
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    _expect(isinstance(value, Mapping), "an object")
+    return value
+
+
+def _settings(cls: type[S]) -> Callable[[Any], S]:
+    def read(value: Any) -> S:
+        usual = {f.name: f.default for f in dataclasses.fields(cls)}
+        known = isinstance(value, Mapping) and value.keys() <= usual.keys()
+        _expect(known, f"an object of {', '.join(usual)}")
+        for name, given in value.items():  # numbers are checked by the class
+            if isinstance(usual[name], bool) != isinstance(given, bool):
+                raise ValueError(f"expected another {name} than {given}")
+        return cls(**value)
+
+    return read
+
+
+def _calibration(value: Any) -> Calibration:
+    names = [f.name for f in dataclasses.fields(Calibration)]
+    _expect(isinstance(value, Mapping) and value.keys() == set(names), f"an object of {', '.join(names)}")
+    _expect(is_whole(value["prompts"]) and 0 <= value["prompts"] <= MANY, "a number of prompts")
+    return Calibration(value["prompts"], _numbers(value["separation"]), _share(value["open_share"]))
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "kind": _kind,
+    "routes": _routes,
+    "base": _line,
+    "time_scale": _line,
+    "prompts": _prompts,
+    "seeds": _seeds,
+    "settings": _settings(FitSettings),
+    "sampling": _settings(Sampling),
+    "separation": _numbers,
+    "open_share": _share,
+    "loss": _numbers,
+    "seconds": _seconds,
+    "made_for": Fingerprint.parse,
+    "reference": Provenance.parse,
+    "sae": _object,
+    "measured": _object,
+    "calibrated": _calibration,
 }
+"""Readers of the fields, each from JSON; they raise ValueError or SettingsError for what cannot be."""

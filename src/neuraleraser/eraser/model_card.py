@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from neuraleraser.eraser.header import EraserHeader
 from neuraleraser.io.cards import eval_results, header_rows, make_card, plain, table
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
+_SHOWN = ("concept", "kind", "base", "measured", "made_for")
 _LIMITS = """\
 - It fits the pipeline that it was made with. On another one it is refused where a site is missing or has another
   width; on other weights of the same shape it runs, and nobody has measured what it does there.
@@ -26,17 +28,18 @@ _LIMITS = """\
 """
 
 
-def model_card(header: Mapping[str, Any], repo_id: str = "owner/name") -> ModelCard:
-    """Return a card whose `str` is Markdown with front matter. `header` is an eraser's, `repo_id` where it lies.
+def model_card(
+    header: EraserHeader, repo_id: str = "owner/name", settings: Sequence[tuple[str, str]] = ()
+) -> ModelCard:
+    """Return a card whose `str` is Markdown with front matter. `header` is an eraser's, `repo_id` where it lies, and
+    `settings` come before those in the header.
 
-    A header may be a stranger's: its values appear as quoted text, never as markup. Its `measured` maps a metric to
-    a number or to {"value", "n", "low", "high"}, which the Hub shows, too; where it has none, the card says so.
+    A header may be a stranger's: its values appear as quoted text, never as markup. What it has `measured` the Hub
+    shows, too; where it has nothing, the card says so.
     """
-    name, kind = plain(header["concept"]), plain(header.get("kind") or "concept")
-    base = header.get("base", header.get("model"))
-    where = f" of {plain(base)}" if base else ""
-    measured = header.get("measured")
-    measured = measured if isinstance(measured, Mapping) else {}
+    name, kind = plain(header.concept), plain(header.kind or "concept")
+    where = f" of {plain(header.base)}" if header.base else ""
+    made = [("made for", header.made_for.model_class)] if header.made_for else []
     parts = [
         f"# Eraser: {name}",
         f"Takes the {kind} {name} out of the images{where}, with "
@@ -47,19 +50,19 @@ def model_card(header: Mapping[str, Any], repo_id: str = "owner/name") -> ModelC
         f"name = load_eraser(pipe, {repo_id!r})  # pipe: a diffusers pipeline\n"
         "set_erasers(pipe, name, 1.0)  # 0 changes nothing, 1 is as fitted, up to 2\n```",
         "## What was measured",
-        _measured(measured),
+        _measured(header.measured),
         "## Settings",
-        table(("setting", "value"), _settings(header)),
+        table(("setting", "value"), [*made, *settings, *header_rows(header.as_json(), _SHOWN)]),
         "## Limits",
         _LIMITS,
     ]
     return make_card(
         parts,
         repo_id=repo_id,
-        base=base,
+        base=header.base,
         task="text-to-image",
         tags=["concept-erasure"],
-        results=eval_results(measured),
+        results=eval_results(header.measured),
     )
 
 
@@ -78,25 +81,3 @@ def _measured(measured: Mapping[str, Any]) -> str:
         else:
             rows.append((metric, m, "", ""))
     return table(("metric", "value", "95 % interval", "images"), rows)
-
-
-def _settings(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return all else that the header says."""
-    rows: list[tuple[str, Any]] = []
-    made = header.get("made_for")
-    if isinstance(made, Mapping):
-        rows.append(("made for", made.get("class")))
-    gate = header.get("gate")
-    if isinstance(gate, Mapping):
-        rows.append(("gate", gate.get("site")))
-    corrections = header.get("corrections")
-    if isinstance(corrections, list):
-        rows += [("correction", _correction(c)) for c in corrections if isinstance(c, Mapping)]
-    shown = ("concept", "kind", "base", "model", "measured", "made_for", "gate", "corrections")
-    return rows + header_rows(header, shown)
-
-
-def _correction(correction: Mapping[str, Any]) -> str:
-    also = correction.get("also")
-    first = f"{correction.get('kind')} at {correction.get('site')}"
-    return ", ".join([first, *(map(str, also) if isinstance(also, list) else ())])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,25 +41,14 @@ def default_sampling(
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
-def sampling_of(pipe: Any, header: Mapping[str, Any]) -> Sampling:
-    """Return how the images that an eraser was fitted on were sampled, from its header.
+def sampling_of(pipe: Any, fitted: Sampling | None) -> Sampling:
+    """Return how to draw with an eraser that was fitted on images sampled so, in the pipeline's usual batch.
 
-    What that does not say, or not in a usable form, is as `pipe` is usually sampled, and so is the batch. An eraser of
-    a one-step model is calibrated and diagnosed at one step, too.
+    None, where its header does not say: as `pipe` is usually sampled. An eraser of a one-step model is calibrated and
+    diagnosed at one step, too.
     """
-    usual, said = default_sampling(pipe), header.get("sampling")
-    if not isinstance(said, Mapping):
-        return usual
-    bounds = {"num_inference_steps": (1, 1000), "height": (0, 8192), "width": (0, 8192)}
-    found: dict[str, Any] = {
-        name: said[name]
-        for name, (least, most) in bounds.items()
-        if type(said.get(name)) is int and least <= said[name] <= most
-    }
-    guidance = said.get("guidance_scale")
-    if isinstance(guidance, int | float) and 0 <= guidance <= 100:
-        found["guidance_scale"] = float(guidance)
-    return replace(usual, **found)
+    usual = default_sampling(pipe)
+    return usual if fitted is None else replace(fitted, batch_size=usual.batch_size)
 
 
 def _has(pipe: Any, site: Site) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, concept_of, named_concept, neighbours_of
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Calibration, Eraser
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_of
 from neuraleraser.fitting.detector import SHUT, bounds
@@ -37,14 +37,12 @@ def calibrate(
 
     `num_pairs` prompts with the concept and as many without are drawn at the same seeds (from `seed`, selection seeds),
     and one of each neighbour, sampled as the eraser was fitted unless `sampling` is given; the bounds are set from the
-    evidence of its features on them, as they were when it was made. What was seen goes into the header: `calibrated`
-    has the number of prompts, `separation`, the share of rows with the concept above all rows without, by time bin, and
-    `open_share`, the bins where the gate can open.
+    evidence of its features on them, as they were when it was made. What was seen goes into the header: `calibrated`.
 
     Raises ConceptError where the features do not tell the concept at any timestep, SettingsError for too few
     pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
     """
-    kind = eraser.header.get("kind")
+    kind = eraser.header.kind
     if not isinstance(concept, Concept):
         concept = concept_of(pipe, concept, kind) if concept else named_concept(pipe, eraser.name, kind)
     near = neighbours_of(pipe, concept, neighbours)
@@ -54,7 +52,7 @@ def calibrate(
         raise SettingsError(
             f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
         )
-    usual = sampling_of(pipe, eraser.header)
+    usual = sampling_of(pipe, eraser.header.sampling)
     s = sampling or replace(usual, batch_size=min(8, num_pairs, usual.batch_size))
     # Spread over the concept's own, whose order goes by phrasing and subject.
     some = [concept.pairs[i * len(concept.pairs) // num_pairs] for i in range(num_pairs)]
@@ -91,21 +89,17 @@ def calibrate(
             "new eraser for it"
         )
     used = [prompt for p in some for prompt in (p.positive, p.negative)] + others
-    spans = [*eraser.header.get("seeds", ()), seed, seed + max(num_pairs, len(others)) - 1]
-    header = {
-        **eraser.header,
+    spans = [*(eraser.header.seeds or ()), seed, seed + max(num_pairs, len(others)) - 1]
+    header = replace(
+        eraser.header,
         # A test must not draw what the gate was fitted to.
-        "prompts": list(dict.fromkeys([*eraser.header.get("prompts", ()), *used])),
-        "seeds": [min(spans), max(spans)],
-        "base": model_name(pipe),
-        "made_for": made_for(pipe, eraser.sites),
-        "open_share": round(opens, 3),
-        "calibrated": {
-            "prompts": len(used),
-            "separation": [round(float(v), 4) for v in separation],
-            "open_share": round(opens, 3),
-        },
-    }
-    header.pop("measured", None)  # on other weights
+        prompts=tuple(dict.fromkeys((*eraser.header.prompts, *used))),
+        seeds=(min(spans), max(spans)),
+        base=model_name(pipe),
+        made_for=made_for(pipe, eraser.sites),
+        open_share=round(opens, 3),
+        calibrated=Calibration(len(used), tuple(round(float(v), 4) for v in separation), round(opens, 3)),
+        measured={},  # it was on other weights
+    )
     fitted = replace(eraser.gate, low=low, high=high, text_tokens=plain[0].text_tokens)
     return Eraser(fitted, eraser.corrections, header)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.eraser import Eraser, time_bin
+from neuraleraser.eraser import Eraser, EraserHeader, time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.background import rows_without
@@ -99,25 +99,25 @@ def fit(
     gate = build(known.sae, known.site, detector, known.times, low, high)
     gate = dataclasses.replace(gate, text_tokens=plain[0].text_tokens)
     say("done", 1.0)
-    header = {
-        "concept": concept.name,
-        "kind": concept.kind,
-        "routes": list(PROMPT_ROUTES),  # the gate reads a cross-attention: what the image takes out of the prompt
-        "base": model_name(pipe),
-        "time_scale": "0-1" if float(known.times.max()) <= 1 else "0-999",
-        "prompts": _drawn(pairs, stays),
-        "seeds": [seeds[0], seeds[-1] + len(stays)],
-        "settings": dataclasses.asdict(s),
-        "sampling": dataclasses.asdict(sampling),
-        "separation": [round(float(v), 4) for v in detector.separation],
-        "open_share": round(float((low < SHUT).float().mean()), 3),
-        "loss": [round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)] if losses else [],
-        "seconds": round(time.monotonic() - started, 1),
-        "made_for": made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
-        "reference": known.provenance.in_short(),
+    header = EraserHeader(
+        concept=concept.name,
+        kind=concept.kind,
+        routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
+        base=model_name(pipe),
+        time_scale="0-1" if float(known.times.max()) <= 1 else "0-999",
+        prompts=_drawn(pairs, stays),
+        seeds=(seeds[0], seeds[-1] + len(stays)),
+        settings=s,
+        sampling=sampling,
+        separation=tuple(round(float(v), 4) for v in detector.separation),
+        open_share=round(float((low < SHUT).float().mean()), 3),
+        loss=(round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)) if losses else (),
+        seconds=round(time.monotonic() - started, 1),
+        made_for=made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
+        reference=known.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
-        "sae": {k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
-    }
+        sae={k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
+    )
     return Eraser(gate, corrections, header)
 
 
@@ -200,11 +200,11 @@ def _context_examples(
     return examples
 
 
-def _drawn(pairs: Sequence[Pair], stays: Mapping[str, Sequence[str]]) -> list[str]:
+def _drawn(pairs: Sequence[Pair], stays: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return every prompt that the fit draws or conditions on, each once: a test must not repeat them."""
     prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
     prompts += [prompt for alone, both in stays.items() for prompt in (*both, alone)]
-    return list(dict.fromkeys(prompts))
+    return tuple(dict.fromkeys(prompts))
 
 
 def _conditioned(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:

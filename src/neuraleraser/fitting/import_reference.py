@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from neuraleraser.activations import activation_matrix
+from neuraleraser.eraser import Provenance
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.fitting.reference import Reference, reference_from_sae
 from neuraleraser.sae import formats
 from neuraleraser.sampling import generate

@@ -18,10 +18,10 @@ import torch
 
 from neuraleraser.activations import activation_stream, described, write_shards
 from neuraleraser.concepts import Concept
+from neuraleraser.eraser import Provenance
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.import_reference import shapes_of
-from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.fitting.reference import Reference, reference_from_sae
 from neuraleraser.sae import Run, TrainSettings, measure, train_together
 from neuraleraser.sae.train_settings import StepLog

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
+from neuraleraser.eraser import Provenance
 from neuraleraser.errors import DataError, FileError, SettingsError, SiteError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.fitting.provenance import Provenance
 from neuraleraser.fitting.trajectories import pooled_features
 from neuraleraser.io import artifact
 from neuraleraser.io.cards import header_rows, make_card, plain, table
@@ -86,7 +86,7 @@ class Reference(HubFile):
                 "n": self.pooled.shape[-1],
                 "prompts": list(self.prompts),
                 "labels": [sorted(shown) for shown in self.labels],
-                "provenance": self.provenance.in_full(),
+                "provenance": self.provenance.as_json(),
             },
         )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from neuraleraser.eraser import Eraser, Trace, attach
+from neuraleraser.eraser import Eraser, Provenance, Trace, attach
 from neuraleraser.errors import SplitError
 from neuraleraser.evaluation.method import MadeWith
 
@@ -31,8 +30,8 @@ class EraserMethod:
 
     @property
     def kind(self) -> str:
-        """ "style" or "object"."""
-        return str(self.eraser.header.get("kind"))
+        """ "style", "object" or "other"."""
+        return self.eraser.header.kind or "other"
 
     @property
     def key(self) -> str:
@@ -41,29 +40,25 @@ class EraserMethod:
 
     @property
     def made_with(self) -> MadeWith:
-        """Seeds, prompts and phrasings in the eraser's header, its own and its reference's (under "reference").
+        """Seeds, prompts and phrasings in the eraser's header, its own and its reference's.
 
-        Raises SplitError for a header that does not say which seeds the eraser was made with, or is malformed.
+        Raises SplitError for a header that does not say which seeds the eraser was made with.
         """
         header = self.eraser.header
-        reference = header.get("reference", {})
-        try:
-            first, last = header["seeds"]
-            own = ((int(first), int(last)),)
-            more = tuple((int(a), int(b)) for a, b in reference.get("seeds", ()))
-            return MadeWith(
-                seeds=own + more,
-                prompts=_texts(header, "prompts") + _texts(reference, "prompts"),
-                phrasings=tuple(int(p) for p in (*header.get("phrasings", ()), *reference.get("phrasings", ()))),
-                prompt_digests=frozenset(reference.get("prompts_sha256", "").split()),
-                labels=_texts(reference, "labels"),
-                unknown=_unknown(reference),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if header.seeds is None:
             raise SplitError(
-                f"the eraser of {self.concept!r} does not say which seeds, prompts and reference it was made with "
-                f"({error!r}), so nothing can be tested fairly: make it again with `neuraleraser erase`"
-            ) from error
+                f"the eraser of {self.concept!r} does not say which seeds it was made with, so nothing can be tested "
+                "fairly: make it again with `neuraleraser erase`"
+            )
+        reference = header.reference or Provenance()
+        return MadeWith(
+            seeds=(header.seeds, *reference.seeds),
+            prompts=header.prompts + reference.prompts,
+            phrasings=reference.phrasings,
+            prompt_digests=frozenset(reference.prompt_digests),
+            labels=reference.labels,
+            unknown=_unknown(header.reference),
+        )
 
     def applied(self, pipe: Any) -> AbstractContextManager[Trace]:
         """Erase."""
@@ -74,16 +69,9 @@ class EraserMethod:
         return attach(pipe, self.eraser, action="detect")
 
 
-def _unknown(reference: Mapping[str, Any]) -> str:
-    if not reference:
+def _unknown(reference: Provenance | None) -> str:
+    if reference is None:
         return "its header does not say what its reference was made with"
-    if sae := reference.get("sae"):
-        return f"its SAE was trained elsewhere ({sae}), on data that is not known"
+    if reference.sae:
+        return f"its SAE was trained elsewhere ({reference.sae}), on data that is not known"
     return ""
-
-
-def _texts(header: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    values = header.get(name, ())
-    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{name} is no list of texts")
-    return tuple(values)

@@ -30,7 +30,7 @@ from neuraleraser.sites.discovery import (
 )
 from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record
-from neuraleraser.sites.fingerprint import differs, made_for
+from neuraleraser.sites.fingerprint import Fingerprint, differs, made_for
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
 from neuraleraser.sites.routes import PROMPT_ROUTES, ROUTES
@@ -47,6 +47,7 @@ __all__ = [
     "Edit",
     "EditContext",
     "EditFunction",
+    "Fingerprint",
     "HookedEdits",
     "Observer",
     "Rows",

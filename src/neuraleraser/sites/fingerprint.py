@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neuraleraser.io.fields import are_numbers, is_line
 from neuraleraser.site import Site
 from neuraleraser.sites.modules import resolve
 
@@ -17,8 +19,44 @@ _TENSORS, _EACH = 64, 4  # weights that are looked at: of so many tensors, so ma
 _LEAST = 8  # tensors that can be compared at all (quantised and offloaded ones cannot)
 
 
-def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
-    """Return a fingerprint of the model that a file is made for, as JSON.
+@dataclass(frozen=True)
+class Fingerprint:
+    """Marks by which a model is known again. A mark that is empty says nothing."""
+
+    component: str = ""
+    """Name of the component that the sites lie in, such as "unet"."""
+    model_class: str = ""
+    """Class of the component; "class" in JSON."""
+    shapes: str = ""
+    """Digest of the shapes of the weights at the sites."""
+    weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Four values of each of some tensors, by digests of the tensors' names."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON; `parse` reads it."""
+        return {
+            "component": self.component,
+            "class": self.model_class,
+            "shapes": self.shapes,
+            "weights": {key: list(values) for key, values in self.weights.items()},
+        }
+
+    @classmethod
+    def parse(cls, data: Any) -> Fingerprint:
+        """Read what `as_json` returned, or a part of it. Raises ValueError for anything else."""
+        if not isinstance(data, Mapping) or not data.keys() <= {"component", "class", "shapes", "weights"}:
+            raise ValueError("expected component, class, shapes and weights")
+        component, model_class, shapes = (data.get(name, "") for name in ("component", "class", "shapes"))
+        weights = data.get("weights", {})
+        if not (is_line(component) and is_line(model_class) and is_line(shapes)):
+            raise ValueError("its component, class and shapes are no printable lines")
+        if not isinstance(weights, Mapping) or not all(map(_are_values, weights.values())):
+            raise ValueError(f"its weights are no lists of {_EACH} numbers")
+        return cls(component, model_class, shapes, {key: tuple(values) for key, values in weights.items()})
+
+
+def made_for(pipe: Any, sites: Sequence[Site]) -> Fingerprint:
+    """Return a fingerprint of the model that a file is made for.
 
     It has the class of the component that `sites` lie in, a digest of the shapes of their weights, and 256 of the
     component's weights.
@@ -27,12 +65,12 @@ def made_for(pipe: Any, sites: Sequence[Site]) -> dict[str, Any]:
     component = resolve(pipe, Site(name))
     known = {_key(path): p for path, p in _weights(component)}
     chosen = {key: known[key] for key in sorted(known)[:_TENSORS]}
-    values = {key: [float(f"{v:.4g}") for v in _values(p)] for key, p in chosen.items() if _readable(p)}
-    return {"component": name, "class": type(component).__name__, "shapes": _shapes(pipe, sites), "weights": values}
+    values = {key: tuple(float(f"{v:.4g}") for v in _values(p)) for key, p in chosen.items() if _readable(p)}
+    return Fingerprint(name, type(component).__name__, _shapes(pipe, sites), values)
 
 
-def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[str, str]:
-    """Return how the pipeline differs from what `made_for` wrote.
+def differs(pipe: Any, sites: Sequence[Site], made: Fingerprint) -> tuple[str, str]:
+    """Return how the pipeline differs from the one that `made` is of.
 
     ("architecture", what), ("weights", what) or ("", "").
 
@@ -42,19 +80,16 @@ def differs(pipe: Any, sites: Sequence[Site], made: Mapping[str, Any]) -> tuple[
     """
     component = resolve(pipe, Site(sites[0].path.split(".")[0]))
     kind = type(component).__name__
-    if made.get("class") not in (None, kind):
-        return "architecture", f"it was made for a {str(made['class'])[:60]}, and this is a {kind}"
-    if made.get("shapes") not in (None, _shapes(pipe, sites)):
+    if made.model_class not in ("", kind):
+        return "architecture", f"it was made for a {made.model_class[:60]}, and this is a {kind}"
+    if made.shapes not in ("", _shapes(pipe, sites)):
         return "architecture", "the weights at its sites have other shapes"
-    want = made.get("weights")
-    if not isinstance(want, Mapping):
-        return "", ""
-    pairs = []
-    for path, p in _weights(component):
-        known = want.get(_key(path))
-        if _are_values(known) and _readable(p):
-            pairs.append((known, _values(p)))
-    if len(pairs) < max(1, min(_LEAST, len(want))):
+    pairs = [
+        (made.weights[key], _values(p))
+        for path, p in _weights(component)
+        if (key := _key(path)) in made.weights and _readable(p)
+    ]
+    if len(pairs) < max(1, min(_LEAST, len(made.weights))):
         return "", ""
     there, here = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
     near = np.abs(there - here) <= 0.01 * np.abs(there) + 1e-3 * np.abs(there).mean()
@@ -76,8 +111,7 @@ def _key(path: str) -> str:
 
 def _are_values(known: Any) -> bool:
     """True where these can be values of a float32 tensor, so that sums of them stay finite."""
-    numbers = isinstance(known, list) and len(known) == _EACH and all(isinstance(v, (int, float)) for v in known)
-    return numbers and all(abs(v) < 1e38 for v in known)
+    return are_numbers(known) and len(known) == _EACH
 
 
 def _readable(p: Tensor) -> bool:
