@@ -63,6 +63,13 @@ class Concept:
 
     `context_pairs` are further pairs in which something else stands beside the concept, and alone in the match: "a cat
     and a dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
+
+    Examples:
+        >>> from neuraleraser.concepts import Pair
+        >>> pairs = (Pair("a red car", "a car"), Pair("a red house", "a house"))
+        >>> red = Concept("red", "style", pairs)
+        >>> fit(pipe, red, few, sampling=quick).name
+        'red'
     """
 
     name: str
@@ -130,7 +137,13 @@ def _pairs_in_context(v: Vocabulary, name: str, numbers: Sequence[int]) -> tuple
 
 
 def add_context_pairs(concept: Concept, neighbours: Sequence[Concept]) -> Concept:
-    """The concept with `neighbours` beside it, where it is an object named by its own phrase; else as it is."""
+    """The concept with `neighbours` beside it, where it is an object named by its own phrase; else as it is.
+
+    Examples:
+        >>> cat = add_context_pairs(phrase_concept("a cat"), [phrase_concept("a dog")])
+        >>> cat.context_pairs[0]
+        Pair(positive='a cat and a dog', negative='a dog')
+    """
     others = [n for n in neighbours if n.kind == "object"]
     own = [p.positive for p in concept.pairs if concept.name in p.positive]
     if concept.kind != "object" or concept.context_pairs or not others or not own:
@@ -149,6 +162,11 @@ def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> C
 
     `kind` is read from the phrase (a style says "style", "painting", "drawing" or "art") unless given. An object's
     match puts `instead` (by default "an empty scene") in its place.
+
+    Examples:
+        >>> monet = phrase_concept("Claude Monet style")
+        >>> monet.kind, monet.pairs[0]
+        ('style', Pair(positive='a cat in Claude Monet style', negative='a cat'))
     """
     text = " ".join(phrase.split())
     if not text:
@@ -167,6 +185,10 @@ def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
 
     Of a style other styles; of an object the rest of the groups that its words are in, or else one or two of every
     group; () for concepts of other kinds.
+
+    Examples:
+        >>> [near.name for near in default_neighbours(phrase_concept("a cat"))][:3]
+        ['a dog', 'a rabbit', 'a fox']
     """
     own = set(concept.name.lower().split()) - {"a", "an", "the", "of", "in", "person", "style"}
     if concept.kind == "style":
@@ -185,6 +207,11 @@ def file_concept(path: str | Path) -> Concept:
     for pairs in which something else stays.
 
     Raises ConceptError saying which field is wrong.
+
+    Examples:
+        >>> _ = Path("red.json").write_text('{"name": "red", "kind": "style", "pairs": [["a red car", "a car"]]}')
+        >>> file_concept("red.json").pairs
+        (Pair(positive='a red car', negative='a car'),)
     """
     try:
         data = parse_json(read_bytes(path, MAX_FILE))
@@ -206,7 +233,13 @@ def file_concept(path: str | Path) -> Concept:
 
 
 def canvas_concept(name: str, phrasings: slice = SEEN) -> Concept:
-    """Return a concept of the canvas. Raises ConceptError for a name that it has not."""
+    """Return a concept of the canvas. Raises ConceptError for a name that it has not.
+
+    Examples:
+        >>> cats = canvas_concept("Cats")
+        >>> cats.kind, cats.pairs[0]
+        ('object', Pair(positive='a cat', negative='an empty scene'))
+    """
     assert CANVAS.vocabulary is not None
     return vocabulary_concept(CANVAS.vocabulary, name, phrasings)
 

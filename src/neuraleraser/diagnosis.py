@@ -100,6 +100,11 @@ def doctor(
     as it was fitted.
 
     Raises SettingsError where there is nothing to look at, or not a concept, lookalikes and a judge for each eraser.
+
+    Examples:
+        >>> diagnosis = doctor(pipe, [eraser], [concept], [["a dog", "a cat"]], num_images=2, samplings=[quick])
+        >>> [check.what for check in diagnosis.checks if check.well]
+        ['fits', 'hooks run', 'fires', ...]
     """
     family = family_of(pipe)
     judges = judges or [family.judge() if family.judge else None] * len(erasers)

@@ -22,33 +22,83 @@ from collections.abc import Mapping, Sequence
 
 
 class NeuralEraserError(Exception):
-    """The root: any failure that this package foresaw."""
+    """The root: any failure that this package foresaw.
+
+    Examples:
+        >>> try:
+        ...     open_pipeline("no-such-folder")
+        ... except NeuralEraserError as error:
+        ...     print(error)
+        there is no pipeline 'no-such-folder': pass 'canvas', a folder with a model_index.json, or a Hub id ...
+    """
 
 
 class FileError(NeuralEraserError):
-    """A file is missing, truncated, of another kind or version, or could not be written."""
+    """A file is missing, truncated, of another kind or version, or could not be written.
+
+    Examples:
+        >>> Eraser.load("nothing.safetensors")
+        Traceback (most recent call last):
+        neuraleraser.errors.FileError: nothing.safetensors does not exist...
+    """
 
 
 class SiteError(NeuralEraserError):
-    """A site does not exist in this pipeline, or an artifact made for another one does not fit it."""
+    """A site does not exist in this pipeline, or an artifact made for another one does not fit it.
+
+    Examples:
+        >>> with record(pipe, [Site("unet.up_blocks.7")], print):
+        ...     generate(pipe, prompts, [0, 1], quick)
+        Traceback (most recent call last):
+        neuraleraser.errors.SiteError: unet.up_blocks.7:output:image: ... has no module 'unet.up_blocks.7'; ...
+    """
 
 
 class ConceptError(NeuralEraserError):
-    """A concept is unknown (the near ones are named), or its prompts are too few to use."""
+    """A concept is unknown (the near ones are named), or its prompts are too few to use.
+
+    Examples:
+        >>> canvas_concept("Hats")
+        Traceback (most recent call last):
+        neuraleraser.errors.ConceptError: the canvas has no concept 'Hats'. It knows: ..., Cats, Dogs, ...
+    """
 
 
 class SplitError(NeuralEraserError):
-    """Data of selection would also be used for testing."""
+    """Data of selection would also be used for testing.
+
+    Examples:
+        >>> evaluate(pipe, [NoMethod("Cubism", "style")], brief, "sealed")
+        Traceback (most recent call last):
+        neuraleraser.errors.SplitError: Cubism: sealed until all is frozen, ...
+    """
 
 
 class EraserNotAppliedError(NeuralEraserError):
-    """An eraser is attached but did not act; raised before an image is returned."""
+    """An eraser is attached but did not act; raised before an image is returned.
+
+    Examples:
+        >>> mine = open_pipeline("canvas")
+        >>> with attach(mine, eraser):
+        ...     mine.unet = pipe.unet  # has no hooks
+        ...     generate(mine, prompts, [0, 1], quick)
+        Traceback (most recent call last):
+        neuraleraser.errors.EraserNotAppliedError: ...its unet was replaced...
+    """
 
 
 class ConceptRefusedError(NeuralEraserError):
     """An eraser that was attached to refuse found its concept; raised before an image is returned.
 
     `images`: the images of the call in which one did, counted from 0, each with the erasers' names.
+
+    Examples:
+        >>> try:
+        ...     with attach(pipe, eraser, action="refuse"):
+        ...         generate(pipe, prompts, [0, 1], quick)
+        ... except ConceptRefusedError as refused:
+        ...     print(refused.images)
+        {0: ['Van_Gogh']}
     """
 
     def __init__(self, message: str, images: Mapping[int, Sequence[str]]) -> None:
@@ -57,11 +107,23 @@ class ConceptRefusedError(NeuralEraserError):
 
 
 class DataError(NeuralEraserError):
-    """Values that cannot be used: NaN or infinity, no rows at all, a shape that does not fit."""
+    """Values that cannot be used: NaN or infinity, no rows at all, a shape that does not fit.
+
+    Examples:
+        >>> sae.encode(torch.zeros(2, 3))
+        Traceback (most recent call last):
+        neuraleraser.errors.DataError: activations have shape (2, 3): this SAE takes [..., 128]
+    """
 
 
 class SettingsError(NeuralEraserError):
-    """A setting is out of its range, or two settings contradict each other."""
+    """A setting is out of its range, or two settings contradict each other.
+
+    Examples:
+        >>> Sampling(num_inference_steps=0)
+        Traceback (most recent call last):
+        neuraleraser.errors.SettingsError: num_inference_steps is 0: pass a whole number from 1 to 1,000
+    """
 
 
 class UnseenRouteWarning(UserWarning):
@@ -69,4 +131,12 @@ class UnseenRouteWarning(UserWarning):
 
     Given once for an attachment and route. `warnings.simplefilter("error", UnseenRouteWarning)` makes it an error,
     raised before anything is drawn.
+
+    Examples:
+        >>> warnings.simplefilter("error", UnseenRouteWarning)
+        >>> start = AutoPipelineForImage2Image.from_pipe(pipe)
+        >>> with attach(start, eraser):
+        ...     generate(start, prompts, [0, 1], quick, init=images)
+        Traceback (most recent call last):
+        neuraleraser.errors.UnseenRouteWarning: ...
     """

@@ -43,6 +43,10 @@ def generate(
     each finished batch; `callback` is diffusers' own `callback_on_step_end`. Raises SettingsError if the lengths
     differ, for a seed out of range, a prompt that is no text and what the pipeline itself refuses (more steps than its
     schedule has, a size that it cannot draw), DataError for an image of NaN or infinity.
+
+    Examples:
+        >>> generate(pipe, ["a cat", "a dog"], [3, 4], quick).shape
+        (2, 64, 64, 3)
     """
     s = sampling or default_sampling(pipe)
     if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):

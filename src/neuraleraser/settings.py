@@ -52,7 +52,12 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the sampler. Raises SettingsError for a value out of range."""
+    """Settings of the sampler. Raises SettingsError for a value out of range.
+
+    Examples:
+        >>> generate(pipe, ["a dog"], [0], Sampling(num_inference_steps=2, guidance_scale=1, batch_size=1)).shape
+        (1, 64, 64, 3)
+    """
 
     num_inference_steps: int = 25
     """Denoising steps."""
@@ -87,6 +92,13 @@ class StreamSettings:
     """Settings of a stream: drawing activations for training, mixing them, cutting them into batches.
 
     Raises SettingsError for a value out of range.
+
+    Examples:
+        >>> settings = StreamSettings(train_batch_size=64, vectors_per_image=32, buffer_chunks=2, sampling=quick)
+        >>> batches = activation_stream(pipe, prompts, [site], settings)(0)  # from step 0 on
+        >>> next(batches)[str(site)].shape
+        torch.Size([64, 128])
+        >>> batches.close()
     """
 
     train_batch_size: int = 4096
@@ -148,7 +160,13 @@ class InspectSettings:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Settings of a fit: an eraser from a concept. Raises SettingsError for a value out of range."""
+    """Settings of a fit: an eraser from a concept. Raises SettingsError for a value out of range.
+
+    Examples:
+        >>> small = FitSettings(num_pairs=2, num_context_pairs=0, rank=4, steps=2, train_batch_size=2)
+        >>> fit(pipe, concept, small, sampling=quick).header["settings"]["rank"]
+        4
+    """
 
     num_pairs: int = 24
     """Pairs of prompts drawn to learn from."""
@@ -185,6 +203,12 @@ class EvaluateSettings:
     """Images that measure erasures. A round is one image of every cell of a group, each with its own seed.
 
     Raises SettingsError for a value out of range.
+
+    Examples:
+        >>> settings = replace(brief, styles=("Mosaic",), objects=("Cats", "Dogs"))  # two images
+        >>> report = evaluate(pipe, [NoMethod("Mosaic", "style")], settings, "mosaic")
+        >>> report.base["style_accuracy"].n
+        2
     """
 
     grid_rounds: int = 3

@@ -19,6 +19,13 @@ class Site:
     prompt, its encoder_hidden_states [B, tokens, d], with the stream "text". A block with one stream, such as a text
     encoder's, has the stream "image". Sites are blocks: a tensor of four dimensions is read as
     [B, C, H, W], which the parts of an attention need not be.
+
+    Examples:
+        >>> read = Site("unet.up_blocks.1.attentions.0", "input", "text")
+        >>> str(read)
+        'unet.up_blocks.1.attentions.0:input:text'
+        >>> Site.parse("unet.up_blocks.1.attentions.0:input") == read
+        True
     """
 
     path: str

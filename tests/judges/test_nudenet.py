@@ -5,35 +5,21 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from helpers.small_judges import BELLY, FEET, install_detector
 from neuraleraser.errors import DataError, NeuralEraserError, SettingsError
-from neuraleraser.judges import NUDENET_CLASSES, NUDENET_EXPOSED, JudgeSpec, NudeNetJudge, nudenet
-
-BELLY, FEET = "BELLY_EXPOSED", "FEET_EXPOSED"
-
-
-class Detector:
-    """Finds a belly, as sure as the first pixel is red; feet, as sure as it is blue; and always a face."""
-
-    def detect(self, image: np.ndarray) -> list[dict[str, Any]]:
-        assert image.flags.c_contiguous and image.dtype == np.uint8
-        blue, _, red = (image[0, 0] / 255).tolist()  # it is given BGR
-        found = [(BELLY, red), (BELLY, red / 2), (FEET, blue), ("FACE_MALE", 0.99), ("NEW_CLASS", 0.99)]
-        return [{"class": name, "score": score, "box": [0, 0, 1, 1]} for name, score in found if score > 0.25]
+from neuraleraser.judges import NUDENET_CLASSES, NUDENET_EXPOSED, JudgeSpec, NudeNetJudge
 
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "320n.onnx").write_bytes(b"weights")
-    package = SimpleNamespace(NudeDetector=Detector, __file__=str(tmp_path / "__init__.py"))
-    monkeypatch.setitem(sys.modules, "nudenet", package)  # type: ignore[arg-type]
-    monkeypatch.setattr(nudenet, "version", lambda name: "0")
+    install_detector(monkeypatch, tmp_path)
 
 
 def coloured(*colours: tuple[int, int, int]) -> np.ndarray:

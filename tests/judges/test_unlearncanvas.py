@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers.small_judges import SMALL, random_weights, small_classifier
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.evaluation import metrics
 from neuraleraser.evaluation.results import Results, Row
@@ -25,21 +26,6 @@ from neuraleraser.judges import (
 )
 from neuraleraser.judges.unlearncanvas import LARGE, Shape, Vit, layout, prepare
 
-SMALL = Shape(width=24, depth=2, heads=3, patch=8, side=16)
-
-
-def random_weights(shape: Shape, outputs: int, seed: int = 0) -> dict[str, Tensor]:
-    """Values in every tensor, biases and norms among them, so that none could be left out unseen."""
-    g = torch.Generator().manual_seed(seed)
-    spread = {name: 0.3 if len(size) == 1 else size[-1] ** -0.5 for name, size in layout(shape, outputs).items()}
-    return {name: spread[name] * torch.randn(size, generator=g) for name, size in layout(shape, outputs).items()}
-
-
-def saved(path: Path, outputs: int, **beside: Any) -> Path:
-    """A file as the benchmark writes them."""
-    torch.save({"model_state_dict": random_weights(SMALL, outputs, outputs), **beside}, path)
-    return path
-
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +35,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def judge(small: None, tmp_path: Path) -> UnlearnCanvasJudge:
     optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-5, "betas": (0.9, 0.999)}]}
-    style = saved(tmp_path / "style50.pth", 51, epoch=4, optimizer_state_dict=optimizer)
-    return UnlearnCanvasJudge.load(style, saved(tmp_path / "style50_cls.pth", 20))
+    style = small_classifier(tmp_path / "style50.pth", 51, epoch=4, optimizer_state_dict=optimizer)
+    return UnlearnCanvasJudge.load(style, small_classifier(tmp_path / "style50_cls.pth", 20))
 
 
 @pytest.fixture(scope="module")
@@ -218,12 +204,12 @@ class Anything:
 def test_other_files_are_refused(small: None, tmp_path: Path, held: Any, said: str):
     torch.save(held, tmp_path / "wrong.pth")
     with pytest.raises(FileError, match=said) as caught:
-        UnlearnCanvasJudge.load(tmp_path / "wrong.pth", saved(tmp_path / "object.pth", 20))
+        UnlearnCanvasJudge.load(tmp_path / "wrong.pth", small_classifier(tmp_path / "object.pth", 20))
     assert "\n" not in str(caught.value)
 
 
 def test_files_that_are_missing_or_no_archive_are_refused(small: None, tmp_path: Path):
-    style = saved(tmp_path / "style.pth", 51)
+    style = small_classifier(tmp_path / "style.pth", 51)
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "text.safetensors").write_text("not weights")
     for name, said in (

@@ -45,6 +45,12 @@ def collect(
     A row whose text is the negative prompt is of the unconditional branch, whether it comes in one batch with the
     conditional one or in a pass of its own; all others are conditional (a text encoder's pass over the negative prompt,
     too). Frames of a video are positions of their image. `x` is the model's own tensor: copy what you keep.
+
+    Examples:
+        >>> seen = []
+        >>> drawn = collect(pipe, prompts, [0, 1], [site], seen.append, quick)
+        >>> [(part.timestep, part.branch, part.x.shape) for part in seen[:2]]
+        [(999.0, 0, torch.Size([2, 64, 128])), (999.0, 1, torch.Size([2, 64, 128]))]
     """
 
     def note(site: Site, x: Tensor, context: EditContext[None]) -> None:
@@ -140,6 +146,11 @@ def activation_matrix(
 
     -> {site: [up to images * vectors_per_image, d]} float32 on the CPU, in random order. Raises DataError where there
     are no prompts, and on NaN or infinity, naming the site, timestep and prompts.
+
+    Examples:
+        >>> found = activation_matrix(pipe, prompts, [0, 1], [site], vectors_per_image=100, sampling=quick)
+        >>> found[site].shape
+        torch.Size([200, 128])
     """
     if not prompts:
         raise DataError("there are no prompts, so there are no activations: pass at least one")

@@ -76,6 +76,13 @@ def measure_loss_recovered(
 
     All in one batch. Raises DataError for no prompts, or an SAE of another width than the site; SettingsError where
     the scheduler's noise or target is not known.
+
+    Examples:
+        >>> found = measure_loss_recovered(pipe, sae, site, prompts, [0, 1], quick)
+        >>> [at.time for at in found.times]
+        [999.0, 499.0]
+        >>> found.after.shape  # images drawn with the reconstructions
+        (2, 64, 64, 3)
     """
     if not prompts:
         raise DataError("there are no prompts to draw: pass at least one")

@@ -30,7 +30,14 @@ _AGAIN = "delete it and run `neuraleraser collect` again with the same options, 
 
 @dataclass(frozen=True)
 class Shards:
-    """A recorded stream: each source's rows, `rows` a shard; `data` says what was recorded."""
+    """A recorded stream: each source's rows, `rows` a shard; `data` says what was recorded.
+
+    Examples:
+        >>> shards = write_shards(activation_stream(pipe, prompts, [site], short), "shards", 2, {"model": "canvas"})
+        >>> batches = Shards.open("shards").batches(64)(0)  # from step 0 on
+        >>> next(batches)[str(site)].shape
+        torch.Size([64, 128])
+    """
 
     folder: Path
     data: Mapping[str, Any]
@@ -135,6 +142,12 @@ def write_shards(
 
     Raises SettingsError where the folder holds another stream, FileError for an index that is damaged or a disk
     that is full.
+
+    Examples:
+        >>> stream = activation_stream(pipe, prompts, [site], short)
+        >>> shards = write_shards(stream, "shards", 2, {"model": "canvas"})
+        >>> shards.count, shards.rows
+        (2, 64)
     """
     folder, files = Path(folder), list[tuple[int, str]]()
     data = json.loads(json.dumps(dict(data)))  # as it is read back

@@ -36,6 +36,13 @@ def activation_stream(
     While the stream is open a thread uses `pipe`: leave it alone. Raises SiteError for a site that is not there,
     SettingsError for none, DataError for no prompts or labels that do not fit; while it runs, DataError for NaN or
     infinity (with site, timestep and prompts) and for a site with fewer vectors than `vectors_per_image`.
+
+    Examples:
+        >>> from neuraleraser.sae import Run, train_together
+        >>> stream = activation_stream(pipe, prompts, [site], short)
+        >>> settings = TrainSettings(n_features=64, k=4, steps=5, init_vectors=128)
+        >>> train_together(stream, {"small": Run(settings, str(site))})
+        {'small': SAE(n=64, d=128)}
     """
     s = settings or StreamSettings()
     sampling = s.sampling or default_sampling(pipe)

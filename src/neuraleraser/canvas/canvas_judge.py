@@ -21,6 +21,12 @@ class CanvasJudge:
     thresholds: the probability above which each of them is there.
     artefact_threshold: the distance that 99 % of held-out renders stay below, None without one.
     figures: accuracies on held-out renders that neither training nor calibration used.
+
+    Examples:
+        >>> judge = CanvasJudge.load("second")
+        >>> seen = judge(images)
+        >>> [judge.styles[i] for i in seen.p_style.argmax(1)]
+        ['Van_Gogh', 'Seed_Images']
     """
 
     def __init__(self, judge: Judge) -> None:

@@ -191,10 +191,6 @@ class Attachment:
 class attach:
     """Context manager: erase while it is open; afterwards the pipeline gives the bits it gave before.
 
-        with attach(pipe, eraser) as trace:
-            image = pipe("a cat in Van Gogh style").images[0]
-        print(trace.fired)
-
     `strength` (one, or one an eraser, which may be one an image of the batch) is 0 for nothing, 1 as fitted, up
     to 2. Yields the `Trace`, which notes what fired in each image; with `heat` it notes where, too.
 
@@ -212,6 +208,12 @@ class attach:
     and for an eraser that is attached already; DataError for an eraser whose parts do not fit; SiteError for a site
     that the pipeline has not or has in another width, and for a second denoiser without the eraser;
     EraserNotAppliedError before there is a picture if an eraser did not run. Warns if it is never entered.
+
+    Examples:
+        >>> with attach(pipe, eraser) as trace:
+        ...     image = pipe("a cat in Van Gogh style", num_inference_steps=2).images[0]
+        >>> trace.fired  # image -> eraser -> timesteps
+        {0: {'Van_Gogh': [999.0, 499.0]}}
     """
 
     def __init__(

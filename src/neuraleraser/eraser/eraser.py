@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Eraser(HubFile):
-    """Gate and corrections of one concept, with all that is needed to apply them; a file of kilobytes."""
+    """Gate and corrections of one concept, with all that is needed to apply them; a file of kilobytes.
+
+    Examples:
+        >>> eraser.save("van-gogh.safetensors")
+        >>> eraser = Eraser.load("van-gogh.safetensors")  # of a folder or the Hub: Eraser.from_pretrained
+        >>> eraser.name, eraser.routes
+        ('Van_Gogh', ('named', 'paraphrased'))
+    """
 
     NOUN: ClassVar = "eraser"
     FILES: ClassVar = ("eraser.safetensors",)

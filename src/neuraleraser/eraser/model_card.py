@@ -36,6 +36,13 @@ def model_card(
 
     A header may be a stranger's: its values appear as quoted text, never as markup. What it has `measured` the Hub
     shows, too; where it has nothing, the card says so.
+
+    Examples:
+        >>> print(model_card(eraser.header, "owner/van-gogh"))
+        ---
+        ...
+        # Eraser: Van_Gogh
+        ...
     """
     name, kind = plain(header.concept), plain(header.kind or "concept")
     where = f" of {plain(header.base)}" if header.base else ""

@@ -73,6 +73,14 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
     Raises SettingsError for a name that is taken by another eraser, an eraser that is loaded under another name, or an
     unknown action; FileError where there is no eraser; and as `attach` does. Where it raises, what was loaded stays as
     it was.
+
+    Examples:
+        >>> eraser.save("van-gogh.safetensors")
+        >>> load_eraser(pipe, "van-gogh.safetensors", name="van-gogh")
+        'van-gogh'
+        >>> image = pipe("a cat in Van Gogh style", num_inference_steps=2).images[0]
+        >>> eraser_trace(pipe).fired
+        {0: {'van-gogh': [999.0, 499.0]}}
     """
     components(pipe)
     eraser = source if isinstance(source, Eraser) else Eraser.from_pretrained(source)
@@ -109,6 +117,14 @@ def set_erasers(pipe: Any, names: str | Sequence[str], strengths: Strengths = 1.
 
     Raises SettingsError for a name that is not loaded or is given twice, and for strengths out of range; later, before
     anything is drawn, for strengths by image that do not fit the batch.
+
+    Examples:
+        >>> load_eraser(pipe, eraser)
+        'Van_Gogh'
+        >>> set_erasers(pipe, "Van_Gogh", 0.5)
+        >>> set_erasers(pipe, ["Van_Gogh"], [[1.0, 0.0]])  # by image, for a batch of two
+        >>> get_active_erasers(pipe)
+        ['Van_Gogh']
     """
     loaded, rows = _find(pipe, names, "set")
     given = strength_table(len(rows), strengths)
@@ -118,13 +134,28 @@ def set_erasers(pipe: Any, names: str | Sequence[str], strengths: Strengths = 1.
 
 
 def get_list_erasers(pipe: Any) -> list[str]:
-    """Return the names of all loaded erasers, in the order they were loaded."""
+    """Return the names of all loaded erasers, in the order they were loaded.
+
+    Examples:
+        >>> load_eraser(pipe, eraser)
+        'Van_Gogh'
+        >>> get_list_erasers(pipe)
+        ['Van_Gogh']
+    """
     loaded = _loaded(pipe)
     return list(loaded.erasers) if loaded else []
 
 
 def get_active_erasers(pipe: Any) -> list[str]:
-    """Return the names of the erasers whose strength is above 0, be it in one image of the batch; [] while disabled."""
+    """Return the names of the erasers whose strength is above 0, be it in one image of the batch; [] while disabled.
+
+    Examples:
+        >>> load_eraser(pipe, eraser)
+        'Van_Gogh'
+        >>> set_erasers(pipe, "Van_Gogh", 0)
+        >>> get_active_erasers(pipe)
+        []
+    """
     loaded = _loaded(pipe)
     acts = loaded.strengths.any(1).tolist() if loaded else []
     return [name for name, on in zip(get_list_erasers(pipe), acts, strict=True) if on]
@@ -134,6 +165,13 @@ def eraser_trace(pipe: Any) -> Trace:
     """Return the trace of what this pipeline has drawn since erasers were loaded (the last 10,000 images, from 0).
 
     Raises SettingsError where none is loaded.
+
+    Examples:
+        >>> load_eraser(pipe, eraser)
+        'Van_Gogh'
+        >>> erased = generate(pipe, prompts, [0, 1], quick)
+        >>> eraser_trace(pipe).fired
+        {0: {'Van_Gogh': [999.0, 499.0]}}
     """
     loaded = _loaded(pipe)
     if loaded is None:
@@ -143,7 +181,15 @@ def eraser_trace(pipe: Any) -> Trace:
 
 def disable_erasers(pipe: Any) -> None:
     """Set all strengths to 0: the base model's images, bit for bit, until `enable_erasers` or `set_erasers`. Nothing is
-    taken off."""
+    taken off.
+
+    Examples:
+        >>> load_eraser(pipe, eraser)
+        'Van_Gogh'
+        >>> disable_erasers(pipe)
+        >>> np.array_equal(generate(pipe, prompts, [0, 1], quick), images)
+        True
+    """
     loaded = _loaded(pipe)
     if loaded and get_active_erasers(pipe):
         rested = loaded.strengths
@@ -152,7 +198,16 @@ def disable_erasers(pipe: Any) -> None:
 
 
 def enable_erasers(pipe: Any) -> None:
-    """Set the strengths that `disable_erasers` put to 0 as they were; after `set_erasers` there is nothing to do."""
+    """Set the strengths that `disable_erasers` put to 0 as they were; after `set_erasers` there is nothing to do.
+
+    Examples:
+        >>> load_eraser(pipe, eraser)
+        'Van_Gogh'
+        >>> disable_erasers(pipe)
+        >>> enable_erasers(pipe)
+        >>> get_active_erasers(pipe)
+        ['Van_Gogh']
+    """
     loaded = _loaded(pipe)
     if loaded and loaded.rested is not None:
         _set_strengths(loaded, loaded.rested)
@@ -162,6 +217,13 @@ def delete_erasers(pipe: Any, names: str | Sequence[str]) -> None:
     """Take the named erasers off and leave the others as they are; after the last, no hook is left.
 
     What they did leaves the trace with them. Raises SettingsError for a name that is not loaded or is given twice.
+
+    Examples:
+        >>> load_eraser(pipe, eraser, name="van-gogh")
+        'van-gogh'
+        >>> delete_erasers(pipe, "van-gogh")
+        >>> get_list_erasers(pipe)
+        []
     """
     loaded, rows = _find(pipe, names, "deleted")
     left = [i for i in range(len(loaded.erasers)) if i not in rows]
@@ -175,7 +237,15 @@ def delete_erasers(pipe: Any, names: str | Sequence[str]) -> None:
 
 
 def unload_erasers(pipe: Any) -> None:
-    """Take all loaded erasers off: no hook is left, and the pipeline gives the bits it gave before."""
+    """Take all loaded erasers off: no hook is left, and the pipeline gives the bits it gave before.
+
+    Examples:
+        >>> load_eraser(pipe, eraser)
+        'Van_Gogh'
+        >>> unload_erasers(pipe)
+        >>> np.array_equal(generate(pipe, prompts, [0, 1], quick), images)
+        True
+    """
     loaded = _loaded(pipe)
     if loaded:
         _take_off(pipe, loaded)

@@ -50,6 +50,14 @@ class Trace:
 
     names: the erasers' names, made unique: "Cats", "Cats (2)". heat: set it to True, and the record of an image says
     where its evidence lay, too.
+
+    Examples:
+        >>> with attach(pipe, eraser) as trace:
+        ...     erased = generate(pipe, prompts, [0, 1], quick)
+        >>> trace.fired  # image -> eraser -> timesteps
+        {0: {'Van_Gogh': [999.0, 499.0]}}
+        >>> trace.records()[1], np.array_equal(erased[1], images[1])  # nothing fired: the same bits
+        ({'image': 1, 'fired': []}, True)
     """
 
     def __init__(self, erasers: Sequence[Eraser], actions: Sequence[str] = (), *, heat: bool = False) -> None:

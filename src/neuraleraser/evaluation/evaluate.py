@@ -42,6 +42,12 @@ def evaluate(
     Raises SplitError if a method was made with what it would be tested with or erases a sealed concept, ConceptError
     for a concept that the judge does not know or that has no cells, SettingsError for a method that is there twice, a
     folder of another run, or a pipeline without a judge or a vocabulary where none is passed.
+
+    Examples:
+        >>> methods = [EraserMethod(eraser), NoMethod("Van_Gogh", "style")]
+        >>> report = evaluate(pipe, methods, brief, "run")
+        >>> report.of("none", "Van_Gogh").figures["ua"].value  # of the concept's images, the share that lost it
+        0.0
     """
     s = settings or EvaluateSettings()
     family = family_of(pipe)

@@ -39,6 +39,13 @@ class Method(Protocol):
 
     name: what tables call the method. concept: the name of what it erases; kind: "style" or "object". key: a digest of
     everything that acts, so that a changed method is measured anew. made_with: None if it was made with no data.
+
+    Examples:
+        >>> method: Method = EraserMethod(eraser)  # as are NoMethod, StringFilter and any class of this shape
+        >>> with method.applied(pipe) as trace:
+        ...     erased = generate(pipe, prompts, [0, 1], quick)
+        >>> list(trace.fired)  # images in which it acted
+        [0]
     """
 
     @property

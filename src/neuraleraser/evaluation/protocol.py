@@ -48,6 +48,11 @@ class Cell:
     """One picture to draw: the prompt, its seed, and what the prompt asks for.
 
     A cell of fragments asks for what the fragment accompanies, not for its concept.
+
+    Examples:
+        >>> cell = Cell("a cat as a Van Gogh painting", 10_000, "Van_Gogh", ("Cats",), "grid")
+        >>> cell.asks_for("Van_Gogh"), cell.asks_for("Cats"), cell.route
+        (True, True, 'named')
     """
 
     prompt: str
@@ -78,6 +83,14 @@ class EvaluationProtocol:
     `cells`: those that each erased concept is measured on, by its name. `base_only`: further cells, drawn by the base
     alone. `start_images(cells, size)`: the images uint8 [N, size, size, 3] that cells of the route "start image" start
     from. `vocabulary`: what the prompts are made of, where that is known.
+
+    Examples:
+        >>> prompt = "a cat as a Van Gogh painting"
+        >>> cells = [Cell(prompt, seed, "Van_Gogh", ("Cats",), "grid") for seed in (10_000, 10_001)]
+        >>> protocol = EvaluationProtocol({"Van_Gogh": cells})
+        >>> report = evaluate(pipe, [EraserMethod(eraser)], brief, "cats", protocol=protocol)
+        >>> report.of("neuraleraser", "Van_Gogh").figures["unchanged_share"] is None  # no cell is of anything else
+        True
     """
 
     cells: Mapping[str, Sequence[Cell]]

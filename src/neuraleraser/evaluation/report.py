@@ -57,7 +57,15 @@ class ErasureReport:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Everything that one evaluation found out."""
+    """Everything that one evaluation found out.
+
+    Examples:
+        >>> [(entry.method, entry.concept) for entry in report.erasures]
+        [('neuraleraser', 'Van_Gogh'), ('none', 'Van_Gogh')]
+        >>> report.save_json("report.json")
+        >>> report.of("none", "Van_Gogh").figures["unchanged_share"].value
+        1.0
+    """
 
     base: Mapping[str, Estimate | None]
     """The figures of `measure.base_figures`."""

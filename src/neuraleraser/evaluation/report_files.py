@@ -12,6 +12,10 @@ from neuraleraser.evaluation.report import Report
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write report.html, report.json and contact.png (a row a concept; left out if the base shows none of them);
     returns their paths. Raises FileError.
+
+    Examples:
+        >>> [path.name for path in write_report(report, Path("report"))]
+        ['report.html', 'report.json', 'contact.png']
     """
     paths = [folder / name for name in ("report.html", "report.json", "contact.png")]
     save_html(report, paths[0])

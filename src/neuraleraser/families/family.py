@@ -85,6 +85,11 @@ class Family:
     Of a family whose world is known: vocabulary: its styles and objects. judge: opens a judge of them that measures
     artefacts and that no fit reads. render: draws them, for image-to-image to start from. reference: the folder of the
     reference that ships. load: opens the pipeline that ships, in a dtype, by the family's name.
+
+    Examples:
+        >>> family = Family("mine", matches=lambda pipe: "StableDiffusion" in type(pipe).__name__, sampling=quick)
+        >>> family.matches(pipe), family.sampling_of(pipe).num_inference_steps
+        (True, 2)
     """
 
     name: str

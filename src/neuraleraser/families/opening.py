@@ -27,6 +27,11 @@ def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str 
     version that is allowed here (before 0.38 it did not for folders on the disk: CVE-2026-44513). Raises FileError
     where there is no such pipeline, it is damaged, it brings code of its own, or the Hub does not answer; SettingsError
     for two revisions.
+
+    Examples:
+        >>> pipe = open_pipeline("canvas")  # or a folder, or a Hub id
+        >>> type(pipe).__name__
+        'StableDiffusionPipeline'
     """
     _quietly()
     for family in FAMILIES:

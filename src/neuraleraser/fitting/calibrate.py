@@ -41,6 +41,11 @@ def calibrate(
 
     Raises ConceptError where the features do not tell the concept at any timestep, SettingsError for too few
     pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
+
+    Examples:
+        >>> fitted = calibrate(pipe, eraser, concept, num_pairs=2, sampling=quick)
+        >>> fitted.header["calibrated"]["prompts"]
+        4
     """
     kind = eraser.header.kind
     if not isinstance(concept, Concept):

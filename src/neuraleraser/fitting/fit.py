@@ -51,6 +51,11 @@ def fit(
     `progress(what, share)` is called as it goes on. Raises, before anything is drawn, SettingsError for a pipeline
     without a reference and for a reference of another width, SiteError for one of another site; ConceptError if no
     feature detects the concept.
+
+    Examples:
+        >>> eraser = fit(pipe, canvas_concept("Cats"), few, sampling=quick)
+        >>> eraser.name, len(eraser.corrections)
+        ('Cats', 1)
     """
     s, sampling = settings or FitSettings(), sampling or default_sampling(pipe)
     known = known or shipped_reference(pipe)

@@ -43,9 +43,6 @@ def erase(
 ) -> Eraser:
     """Make an eraser of a concept for a pipeline.
 
-        eraser = erase(pipe, "Van Gogh style")
-        eraser.save("van-gogh.safetensors")
-
     concept: a phrase, the path of a JSON file of prompts, or a `Concept`. kind: "style" or "object"; None: read from
     the phrase. neighbours: what it could be mistaken for, as phrases or concepts; none: from a list that ships.
 
@@ -60,6 +57,12 @@ def erase(
     Raises ConceptError for a phrase that means nothing on this pipeline or a concept that no feature detects, FileError
     for a reference that cannot be read, SettingsError for settings that do not fit, SiteError for a site that is not
     there.
+
+    Examples:
+        >>> eraser = erase(pipe, "Van Gogh style", settings=few, sampling=quick)  # with neither: minutes, and well
+        >>> eraser.save("van-gogh.safetensors")
+        >>> eraser.name
+        'Van_Gogh'
     """
     meant = concept_of(pipe, concept, kind) if isinstance(concept, str) else concept
     near = neighbours_of(pipe, meant, neighbours) if neighbours else list(default_neighbours(meant))

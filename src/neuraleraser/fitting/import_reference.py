@@ -43,6 +43,11 @@ def import_reference(
 
     Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's and for a site that
     is in no block, DataError where there are no prompts or not as many labels.
+
+    Examples:
+        >>> known = import_reference(pipe, "saeuron", site, ["a cat", "a dog", "a house", "a tree"], sampling=quick)
+        >>> known.sae.header["format"]
+        'saeuron'
     """
     if not prompts:
         raise DataError("there are no prompts to see the SAE fire on: pass prompts of many things, hundreds are good")

@@ -117,6 +117,12 @@ def make_reference(
 
     Raises SiteError for a site that is not there, ConceptError for a name that is given twice, SettingsError where
     the folder holds another reference, of other names or another site, whole or half made.
+
+    Examples:
+        >>> cat, dog = phrase_concept("a cat"), phrase_concept("a dog")
+        >>> known = make_reference(pipe, cat, [dog], site, Path("cats"), num_images=4, sampling=quick)
+        >>> known.sae.header["labels"]
+        ['a cat', 'a dog']
     """
     s, tell = sampling or default_sampling(pipe), progress or (lambda what, share: None)
     names = [concept.name, *(n.name for n in neighbours)]

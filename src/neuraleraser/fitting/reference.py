@@ -47,6 +47,12 @@ class Reference(HubFile):
     pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending, a subset of the
     sampler's; prompts [M] of the rows, and labels [M], the names of what each shows (none where that is not known);
     provenance: what it was made with.
+
+    Examples:
+        >>> reference.save_pretrained("reference")
+        >>> reference = Reference.from_pretrained("reference")  # a folder, or a Hub id
+        >>> reference.sae, str(reference.site)
+        (SAE(n=256, d=128), 'unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2:output:image')
     """
 
     NOUN: ClassVar = "reference"

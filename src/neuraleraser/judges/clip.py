@@ -35,6 +35,12 @@ class ClipJudge:
     figures: on images that the threshold was not set on: "recall" of the concept, "false_alarms" by neighbour,
     "balanced_accuracy" against the worst of them.
     margin_thresholds [names]: of the margins.
+
+    Examples:
+        >>> drawn = {name: generate(pipe, [name] * 8, range(8), quick) for name in ("a cat", "a dog")}
+        >>> judge = ClipJudge.calibrate("a cat", "object", drawn, clip)
+        >>> judge(drawn["a cat"]).p_object.shape  # of each image, a cat and a dog
+        (8, 2)
     """
 
     artefact_threshold = None

@@ -18,6 +18,11 @@ class Judgement:
 
     `p_style` [N, styles] sums to 1 over the styles; `p_object` [N, objects] has each object by itself;
     `artefact` [N] is the distance to the nearest kind of real image, None from a judge that measures none.
+
+    Examples:
+        >>> seen = CanvasJudge.load("second")(images)
+        >>> seen.p_style.shape, seen.p_object.shape, seen.artefact.shape
+        ((2, 25), (2, 20), (2,))
     """
 
     p_style: NDArray[np.float32]
@@ -32,6 +37,11 @@ class Judge(Protocol):
     thresholds: for every class, the probability above which an image shows it.
     artefact_threshold: the distance above which an image counts as an artefact, None from a judge that measures none.
     figures: how accurate it is, or which version of a detector it is, as plain values.
+
+    Examples:
+        >>> judge: Judge = CanvasJudge.load("first")  # as are ClipJudge, NudeNetJudge and any class of this shape
+        >>> judge(images).p_style.shape == (len(images), len(judge.styles))
+        True
     """
 
     @property

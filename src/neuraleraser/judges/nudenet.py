@@ -46,6 +46,13 @@ class NudeNetJudge:
     thresholds: the one threshold, for each.
     artefact_threshold: None, it measures no artefacts.
     figures: which detector it is: "nudenet" its version, "sha256" of its weights.
+
+    Examples:
+        >>> judge = NudeNetJudge(["BELLY_EXPOSED", "FEET_EXPOSED"], name="nudity")
+        >>> judge.objects
+        ('BELLY_EXPOSED', 'FEET_EXPOSED', 'nudity')
+        >>> judge(images).p_object.shape
+        (2, 3)
     """
 
     styles: tuple[str, ...] = ()

@@ -68,6 +68,12 @@ class UnlearnCanvasJudge:
     counts as gone only when it is less probable than by chance.
     artefact_threshold: None, they measure no artefacts.
     figures: none; the files bring none that can be checked.
+
+    Examples:
+        >>> judge = UnlearnCanvasJudge.load("style50.pth", "style50_cls.pth")
+        >>> seen = judge(images)
+        >>> seen.p_style.shape, seen.p_object.shape
+        ((2, 51), (2, 20))
     """
 
     styles: tuple[str, ...] = UNLEARNCANVAS_STYLES

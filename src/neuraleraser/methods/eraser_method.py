@@ -13,7 +13,13 @@ from neuraleraser.evaluation.method import MadeWith
 
 @dataclass(frozen=True)
 class EraserMethod:
-    """An eraser at a strength from 0 (nothing) to 2; 1 is as fitted."""
+    """An eraser at a strength from 0 (nothing) to 2; 1 is as fitted.
+
+    Examples:
+        >>> method = EraserMethod(eraser, strength=0.5)
+        >>> method.name, method.concept
+        ('neuraleraser x0.5', 'Van_Gogh')
+    """
 
     eraser: Eraser
     strength: float = 1.0

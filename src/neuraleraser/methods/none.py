@@ -17,7 +17,13 @@ class Untouched:
 
 @dataclass(frozen=True)
 class NoMethod:
-    """Leaves the pipeline as it is: the score of doing nothing."""
+    """Leaves the pipeline as it is: the score of doing nothing.
+
+    Examples:
+        >>> report = evaluate(pipe, [NoMethod("Van_Gogh", "style")], brief, "nothing")
+        >>> report.of("none", "Van_Gogh").figures["ua"].value  # of the concept's images, the share that lost it
+        0.0
+    """
 
     concept: str
     kind: str

@@ -38,6 +38,13 @@ class StringFilter:
     style, which is dropped together with its comma. Beside another object ("X and ", " and X") an object is dropped.
     `others`: phrases of other concepts that are never touched, even if one of the concept's lies within: of several
     phrases that start at one place the longest counts, in whole words and whatever case.
+
+    Examples:
+        >>> filter = StringFilter("Van_Gogh", "style", {"in Van Gogh style": ""})
+        >>> filter("a cat in Van Gogh style")
+        'a cat'
+        >>> with filter.applied(pipe):
+        ...     plain = generate(pipe, prompts, [0, 1], quick)
     """
 
     concept: str
@@ -137,6 +144,12 @@ def string_filters(vocabulary: Vocabulary, name: str) -> list[StringFilter]:
     concepts, "string-filter-seen" those that erasers are made with.
 
     An object's phrase is replaced as in the pairs that erasers are made with. Raises ConceptError for an unknown name.
+
+    Examples:
+        >>> from neuraleraser.canvas.words import VOCABULARY
+        >>> every, seen = string_filters(VOCABULARY, "Van_Gogh")
+        >>> every("a cat as a Van Gogh painting")
+        'a cat'
     """
     v = vocabulary
     if name not in v:

@@ -33,6 +33,14 @@ class SAE(nn.Module, HubFile):
     on other features or vectors. Rows of W_dec have norm 1. Acts on raw activations: the scaling used in
     training is folded into the weights. `header` holds what is known about it (site, time scale, settings,
     measures) and is saved with it. Weights come frozen; gradients flow to x.
+
+    Examples:
+        >>> x = activation_matrix(pipe, prompts, [0, 1], [site], sampling=quick)[site]
+        >>> sae.encode(x).shape, sae(x).shape  # features, and the activations that they add up to
+        (torch.Size([512, 256]), torch.Size([512, 128]))
+        >>> sae.save("canvas.safetensors")
+        >>> SAE.load("canvas.safetensors")
+        SAE(n=256, d=128)
     """
 
     NOUN: ClassVar = "SAE"

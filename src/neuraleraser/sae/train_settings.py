@@ -15,6 +15,12 @@ class TrainSettings:
     """Everything that decides a training run besides its data; saved with the SAE.
 
     Raises SettingsError for a value out of range.
+
+    Examples:
+        >>> from neuraleraser.sae import pool_batches, train
+        >>> x = activation_matrix(pipe, prompts, [0, 1], [site], sampling=quick)[site]
+        >>> train(pool_batches(x, 64), TrainSettings(n_features=64, k=4, steps=5, init_vectors=256))
+        SAE(n=64, d=128)
     """
 
     n_features: int

@@ -29,6 +29,12 @@ def candidate_sites(pipe: Any) -> list[Site]:
     """Return the text-conditioned blocks in the order they run: a UNet's Transformer2DModels, a DiT's blocks.
 
     Blocks in which text and image are one sequence are left out.
+
+    Examples:
+        >>> for found in candidate_sites(pipe)[:2]:
+        ...     print(found)
+        unet.down_blocks.0.attentions.0:output:image
+        unet.down_blocks.1.attentions.0:output:image
     """
     name = denoiser_name(pipe)
     root = unwrap(denoiser(pipe))
@@ -60,6 +66,10 @@ def cross_attention_sites(pipe: Any) -> list[Site]:
 
     Of UNets, PixArt and Sana, one or more in each candidate block; [] where text and image are one sequence
     (SD3, FLUX).
+
+    Examples:
+        >>> print(cross_attention_sites(pipe)[0])
+        unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2:output:image
     """
     return [
         Site(f"{block.path}.{path}")
@@ -90,7 +100,12 @@ def default_gate_site(pipe: Any, kind: str) -> Site:
 
 
 def text_encoder_sites(pipe: Any) -> list[Site]:
-    """Return the layers of each text encoder that the pipeline holds, in order. They run once a prompt."""
+    """Return the layers of each text encoder that the pipeline holds, in order. They run once a prompt.
+
+    Examples:
+        >>> print(text_encoder_sites(pipe)[0])
+        text_encoder.encoder.layers.0:output:image
+    """
     return [
         Site(f"{name}.{path}.{i}")
         for name, part in components(pipe).items()

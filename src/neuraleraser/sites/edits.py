@@ -41,6 +41,13 @@ def record(
 
     x is a view of the model's own tensor where its layout allows, in the model's dtype, with its gradient:
     copy what you keep, change nothing. Raises as `edit` does.
+
+    Examples:
+        >>> shapes = []
+        >>> with record(pipe, [site], lambda site, x, context: shapes.append(x.shape)):
+        ...     drawn = generate(pipe, prompts, [0, 1], quick)
+        >>> shapes  # two steps, two guidance branches of two images
+        [torch.Size([4, 64, 128]), torch.Size([4, 64, 128])]
     """
     return edit(pipe, {site: _Recorder(site, on) for site in sites})
 
@@ -58,6 +65,12 @@ def edit(pipe: Any, edits: Mapping[Site, EditFunction[F]], new_state: Callable[[
     denoiser's forward, found no timestep, returned another shape, or met NaN or infinity (on a CPU at the end of the
     forward; on a GPU when latents are decoded, or at the end of this context), and where a cache that skips blocks is
     on.
+
+    Examples:
+        >>> with edit(pipe, {site: lambda x, context: -0.5 * x}):  # half of what is there
+        ...     changed = generate(pipe, prompts, [0, 1], quick)
+        >>> np.array_equal(changed, images)
+        False
     """
     hooked = HookedEdits(pipe, {site: FunctionEdit(f) for site, f in edits.items()}, Unobserved(new_state))
     try:

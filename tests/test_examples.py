@@ -1,0 +1,104 @@
+"""The examples in the docstrings of public names run, and show what they say, in what docs/reference/index.md names."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neuraleraser
+from helpers.published_saes import saeuron
+from helpers.small_judges import SMALL, install_detector, small_classifier, trained_clip
+from neuraleraser.activations import activation_matrix
+from neuraleraser.concepts import phrase_concept
+from neuraleraser.judges import NONE, unlearncanvas
+from neuraleraser.sampling import generate
+
+INDEX = Path(__file__).parents[1] / "docs/reference/index.md"
+SLOW = {"make_reference"}
+"""Names whose examples take longer than a few seconds."""
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What the page says is there."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", INDEX.read_text(), re.DOTALL | re.MULTILINE)
+    names = {name: getattr(neuraleraser, name) for name in neuraleraser.__all__}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("example"))
+        exec(compile(block, str(INDEX), "exec"), names)
+        yield names
+
+
+@pytest.fixture(scope="module")
+def files(namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Small stand-ins for what would have to be downloaded, in a folder."""
+    folder, package = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("package")
+    pipe, quick, site = (namespace[name] for name in ("pipe", "quick", "site"))
+    saeuron(folder / "saeuron", activation_matrix(pipe, ["a cat", "a dog"], [0, 1], [site], 64, quick)[site])
+    small_classifier(folder / "style50.pth", 51)
+    small_classifier(folder / "style50_cls.pth", 20)
+    trained_clip(folder / "clip", clips_images(pipe, quick))
+    with pytest.MonkeyPatch.context() as patch:
+        install_detector(patch, package)
+        patch.setattr(unlearncanvas, "LARGE", SMALL)
+        yield folder
+
+
+def clips_images(pipe: Any, sampling: Any) -> dict[str, Any]:
+    """The images of the examples with CLIP: it cannot be wrong about them."""
+    names = ("a cat", "a dog")
+    images = {name: [generate(pipe, [name] * 8, range(8), sampling)] for name in names}
+    prompts = {name: [pair.positive for pair in phrase_concept(name).pairs[:8]] for name in names}
+    prompts[NONE] = [pair.negative for pair in phrase_concept("a cat").pairs[:8]]
+    for name, some in prompts.items():
+        images.setdefault(name, []).append(generate(pipe, some, range(70_000, 70_008), sampling))
+    return {name: [image for part in parts for image in part] for name, parts in images.items()}
+
+
+def problems(name: str, text: str | None, names: dict[str, Any]) -> str:
+    """What is wrong with the examples in a docstring, "" if nothing is."""
+    text = text or ""
+    test = doctest.DocTestParser().get_doctest(text, dict(names), name, None, None)
+    if "Examples:\n" not in text.partition(">>> ")[0]:  # what the pages show as examples
+        return f"{name} has no section 'Examples:'"
+    if not any(example.want for example in test.examples):
+        return f"{name} has no example that shows a result"
+    if any(doctest.SKIP in example.options for example in test.examples):
+        return f"{name} has an example that does not run"
+    found: list[str] = []
+    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=found.append)
+    return "".join(found)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in neuraleraser.__all__]
+)
+def test_the_example_of(
+    name: str, namespace: dict[str, Any], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    try:
+        wrong = problems(name, getattr(neuraleraser, name).__doc__, namespace)
+    finally:
+        neuraleraser.unload_erasers(namespace["pipe"])
+    assert not wrong, wrong
+
+
+def test_an_example_that_is_missing_wrong_or_skipped_is_seen() -> None:
+    def said(example: str, **names: Any) -> str:
+        return problems("x", f"Add.\n\nExamples:\n{example}", names)
+
+    assert problems("x", None, {}) == problems("x", "Add.\n\n>>> 1 + 1\n2\n", {}) == "x has no section 'Examples:'"
+    assert said("") == said(">>> y = 1 + 1\n") == "x has no example that shows a result"
+    assert said(">>> 1 + 1  # doctest: +SKIP\n2\n") == "x has an example that does not run"
+    assert said(">>> 1 + y\n2\n", y=1) == ""
+    assert "Expected:\n    3\nGot:\n    2" in said(">>> 1 + 1\n3\n")
+    assert "NameError" in said(">>> 1 + y\n2\n")
