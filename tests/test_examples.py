@@ -1,4 +1,4 @@
-"""The examples in the docstrings of public names run, and show what they say, in what docs/reference/index.md names."""
+"""The examples in the reference, one for each public name, run and show what they say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import doctest
 import re
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,23 @@ from neuraleraser.concepts import phrase_concept
 from neuraleraser.judges import NONE, unlearncanvas
 from neuraleraser.sampling import generate
 
-INDEX = Path(__file__).parents[1] / "docs/reference/index.md"
+PAGES = Path(__file__).parents[1] / "docs/reference"
+INDEX = PAGES / "index.md"
 SLOW = {"make_reference"}
 """Names whose examples take longer than a few seconds."""
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def entries() -> dict[str, Any]:
+    """All that the pages show, and every public name."""
+    found = {name: getattr(neuraleraser, name) for name in neuraleraser.__all__}
+    for page in PAGES.glob("*.md"):
+        for home, name in re.findall(r"^::: (neuraleraser\.\S+)\.(\w+)$", page.read_text(), re.MULTILINE):
+            found[name] = getattr(import_module(home), name)
+    return found
+
+
+ENTRIES = entries()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +92,7 @@ def problems(name: str, text: str | None, names: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in neuraleraser.__all__]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(ENTRIES)]
 )
 def test_the_example_of(
     name: str, namespace: dict[str, Any], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +100,7 @@ def test_the_example_of(
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     try:
-        wrong = problems(name, getattr(neuraleraser, name).__doc__, namespace)
+        wrong = problems(name, ENTRIES[name].__doc__, namespace)
     finally:
         neuraleraser.unload_erasers(namespace["pipe"])
     assert not wrong, wrong

@@ -94,11 +94,11 @@ class StreamSettings:
     Raises SettingsError for a value out of range.
 
     Examples:
-        >>> settings = StreamSettings(train_batch_size=64, vectors_per_image=32, buffer_chunks=2, sampling=quick)
-        >>> batches = activation_stream(pipe, prompts, [site], settings)(0)  # from step 0 on
-        >>> next(batches)[str(site)].shape
-        torch.Size([64, 128])
-        >>> batches.close()
+        >>> settings = replace(short, train_batch_size=32, group_size=16)  # 16 vectors share an image's labels
+        >>> batches = activation_stream(pipe, prompts, [site], settings, torch.eye(2))(0)
+        >>> x, labels = next(batches)[str(site)]
+        >>> x.shape, labels.shape
+        (torch.Size([32, 128]), torch.Size([2, 2]))
     """
 
     train_batch_size: int = 4096

@@ -38,11 +38,10 @@ def activation_stream(
     infinity (with site, timestep and prompts) and for a site with fewer vectors than `vectors_per_image`.
 
     Examples:
-        >>> from neuraleraser.sae import Run, train_together
-        >>> stream = activation_stream(pipe, prompts, [site], short)
-        >>> settings = TrainSettings(n_features=64, k=4, steps=5, init_vectors=128)
-        >>> train_together(stream, {"small": Run(settings, str(site))})
-        {'small': SAE(n=64, d=128)}
+        >>> batches = activation_stream(pipe, prompts, [site], short)(0)  # from step 0 on
+        >>> next(batches)[str(site)].shape
+        torch.Size([64, 128])
+        >>> batches.close()  # the thread that draws stops
     """
     s = settings or StreamSettings()
     sampling = s.sampling or default_sampling(pipe)

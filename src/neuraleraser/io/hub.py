@@ -53,6 +53,11 @@ class HubFile:
 
     NOUN: what messages call it. FILES: its files in a folder or a repository. `save` and `load` take the path of the
     file where it has one, and that of the folder where it has several.
+
+    Examples:
+        >>> sae.save_pretrained("sae")
+        >>> SAE.from_pretrained("sae")  # a folder; or on the Hub "owner/name", or "owner/name@revision"
+        SAE(n=256, d=128)
     """
 
     NOUN: ClassVar[str]

@@ -26,6 +26,12 @@ def measure(sae: SAE, x: Tensor) -> dict[str, Any]:
       lowest bin takes all that is rarer; features that never fired are in none)
 
     Raises DataError for no vectors, another width, NaN or infinity.
+
+    Examples:
+        >>> from neuraleraser.sae import measure
+        >>> x = activation_matrix(pipe, prompts, [0, 1], [site], sampling=quick)[site]
+        >>> list(measure(sae, x))
+        ['vectors', 'explained_variance', 'l0', 'dead_share', 'rates']
     """
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != sae.d_in:
         raise DataError(f"activations have shape {tuple(x.shape)}: pass [N, {sae.d_in}] with N > 0")

@@ -19,8 +19,9 @@ class TrainSettings:
     Examples:
         >>> from neuraleraser.sae import pool_batches, train
         >>> x = activation_matrix(pipe, prompts, [0, 1], [site], sampling=quick)[site]
-        >>> train(pool_batches(x, 64), TrainSettings(n_features=64, k=4, steps=5, init_vectors=256))
-        SAE(n=64, d=128)
+        >>> settings = TrainSettings(n_features=64, k=4, steps=5, init_vectors=256, architecture="matryoshka")
+        >>> train(pool_batches(x, 64), settings).header["settings"]["architecture"]
+        'matryoshka'
     """
 
     n_features: int

@@ -33,7 +33,15 @@ _FREE = ("log_every", "checkpoint_every")  # settings that a resumed run may cha
 
 @dataclass(frozen=True)
 class Run:
-    """One SAE of several that are trained from one stream."""
+    """One SAE of several that are trained from one stream.
+
+    Examples:
+        >>> from neuraleraser.sae import Run, train_together
+        >>> settings = TrainSettings(n_features=64, k=4, steps=3, init_vectors=64)
+        >>> run = Run(settings, str(site), "small.training")  # stopped and called again, it goes on from that file
+        >>> train_together(activation_stream(pipe, prompts, [site], short), {"small": run})
+        {'small': SAE(n=64, d=128)}
+    """
 
     settings: TrainSettings
     source: str = ""
@@ -74,6 +82,12 @@ def train(
     Raises DataError for NaN or infinity, a batch that is not [B, d] with one d throughout, labels that are missing
     or do not fit, a stream that is empty or ends early; SettingsError for settings other than the checkpoint's, or
     divergence; FileError for a damaged checkpoint.
+
+    Examples:
+        >>> from neuraleraser.sae import pool_batches, train
+        >>> x = activation_matrix(pipe, prompts, [0, 1], [site], sampling=quick)[site]
+        >>> train(pool_batches(x, 64), TrainSettings(n_features=64, k=4, steps=5, init_vectors=256))
+        SAE(n=64, d=128)
     """
 
     def alone(step: int) -> Iterator[dict[str, Batch]]:
@@ -98,6 +112,12 @@ def train_together(
     the stream starts at the step of the one that is least far, and the others wait. What a run has learnt is written
     to its checkpoint also where the stream fails or is interrupted, or another run diverges. Raises as `train`
     does; DataError, too, where the stream lacks a run's source.
+
+    Examples:
+        >>> from neuraleraser.sae import Run, train_together
+        >>> runs = {str(n): Run(TrainSettings(n, 4, 3, init_vectors=64), str(site)) for n in (64, 128)}
+        >>> train_together(activation_stream(pipe, prompts, [site], short), runs)
+        {'64': SAE(n=64, d=128), '128': SAE(n=128, d=128)}
     """
     if not runs:
         raise SettingsError("there are no runs to train: pass at least one")

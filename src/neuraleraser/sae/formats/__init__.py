@@ -82,6 +82,12 @@ def write(sae: SAE, folder: str | os.PathLike[str], format: str) -> None:
     TopK formats hold no thresholds: their own libraries will keep the k largest features, k being the header's `k`
     or the one it was trained with. The header, and those thresholds, go into a neuraleraser.json beside.
     Raises SettingsError for a format that is not written, or without k; FileError when the disk does.
+
+    Examples:
+        >>> from neuraleraser.sae import formats
+        >>> formats.write(sae, "theirs", "saelens")
+        >>> formats.read("theirs")
+        SAE(n=256, d=128)
     """
     if format not in get_args(Format) or format == "gemma-scope":
         written = ", ".join(name for name in get_args(Format) if name != "gemma-scope")
