@@ -102,7 +102,7 @@ def doctor(
     Raises SettingsError where there is nothing to look at, or not a concept, lookalikes and a judge for each eraser.
 
     Examples:
-        >>> diagnosis = doctor(pipe, [eraser], [concept], [["a dog", "a cat"]], num_images=2, samplings=[quick])
+        >>> diagnosis = doctor(pipe, [eraser], neighbours=["cartoon style"], num_images=2, samplings=[quick])
         >>> [check.what for check in diagnosis.checks if check.well]
         ['fits', 'hooks run', 'fires', ...]
     """

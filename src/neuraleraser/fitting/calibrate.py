@@ -43,9 +43,9 @@ def calibrate(
     pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
 
     Examples:
-        >>> fitted = calibrate(pipe, eraser, concept, num_pairs=2, sampling=quick)
+        >>> fitted = calibrate(pipe, eraser, neighbours=["cartoon style"], num_pairs=2, sampling=quick)
         >>> fitted.header["calibrated"]["prompts"]
-        4
+        5
     """
     kind = eraser.header.kind
     if not isinstance(concept, Concept):

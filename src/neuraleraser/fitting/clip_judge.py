@@ -26,6 +26,12 @@ def clip_judge(
     `pipe` draws `num_images` of the concept, of each neighbour (phrases or concepts; none: all others of its kind in
     the pipeline's vocabulary), and of the prompts that match the concept's without it. Detach erasers first. Raises as
     `ClipJudge.calibrate` does.
+
+    Examples:
+        >>> dog = phrase_concept("a dog")
+        >>> judge = clip_judge(pipe, phrase_concept("a cat"), [dog], clip, num_images=8, sampling=quick)
+        >>> judge.objects
+        ('a cat', 'a dog')
     """
     prompts = {concept.name: [pair.positive for pair in concept.pairs]}
     prompts |= {
