@@ -164,7 +164,7 @@ class FitSettings:
 
     Examples:
         >>> small = FitSettings(num_pairs=2, num_context_pairs=0, rank=4, steps=2, train_batch_size=2)
-        >>> fit(pipe, concept, small, sampling=quick).header["settings"]["rank"]
+        >>> fit(pipe, concept, small, sampling=quick).header.settings.rank
         4
     """
 

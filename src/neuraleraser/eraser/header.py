@@ -23,7 +23,13 @@ S = TypeVar("S", FitSettings, Sampling)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Record of what was seen when an eraser's gate was fitted to other weights."""
+    """Record of what was seen when an eraser's gate was fitted to other weights.
+
+    Examples:
+        >>> seen = calibrate(pipe, eraser, num_pairs=2, sampling=quick).header.calibrated
+        >>> len(seen.separation) == len(eraser.gate.times)
+        True
+    """
 
     prompts: int
     """Prompts that were drawn."""
@@ -38,6 +44,13 @@ class EraserHeader:
     """Facts of an eraser that do not act: what it erases, how it was made, what was measured.
 
     A field at its default is one that the file does not say.
+
+    Examples:
+        >>> header = eraser.header
+        >>> header.concept, header.kind, header.base
+        ('Van_Gogh', 'style', 'canvas')
+        >>> EraserHeader.parse(header.as_json()) == header
+        True
     """
 
     concept: str

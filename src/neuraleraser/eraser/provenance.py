@@ -18,7 +18,13 @@ _DIGESTS = re.compile(r"[0-9a-f]{8}( [0-9a-f]{8})*")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Data that a reference was made with: its SAE, and the images on which the SAE's features were seen to fire."""
+    """Data that a reference was made with: its SAE, and the images on which the SAE's features were seen to fire.
+
+    Examples:
+        >>> made = eraser.header.reference
+        >>> made.seeds[0], "Van_Gogh" in made.labels
+        ((100, 499), True)
+    """
 
     seeds: tuple[tuple[int, int], ...] = ()
     """Ranges of seeds, (first, last) of each."""

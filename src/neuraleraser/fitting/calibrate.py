@@ -44,7 +44,7 @@ def calibrate(
 
     Examples:
         >>> fitted = calibrate(pipe, eraser, neighbours=["cartoon style"], num_pairs=2, sampling=quick)
-        >>> fitted.header["calibrated"]["prompts"]
+        >>> fitted.header.calibrated.prompts
         5
     """
     kind = eraser.header.kind
