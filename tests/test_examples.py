@@ -14,7 +14,7 @@ import pytest
 
 import neuraleraser
 from helpers.published_saes import saeuron
-from helpers.small_judges import SMALL, install_detector, small_classifier, trained_clip
+from helpers.small_judges import SMALL, ClipByHeart, install_detector, small_classifier
 from neuraleraser.activations import activation_matrix
 from neuraleraser.concepts import phrase_concept
 from neuraleraser.judges import NONE, unlearncanvas
@@ -58,15 +58,16 @@ def files(namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     saeuron(folder / "saeuron", activation_matrix(pipe, ["a cat", "a dog"], [0, 1], [site], 64, quick)[site])
     small_classifier(folder / "style50.pth", 51)
     small_classifier(folder / "style50_cls.pth", 20)
-    trained_clip(folder / "clip", clips_images(pipe, quick))
+    clip = ClipByHeart("object", images_for_clip(pipe, quick))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neuraleraser.judges.clip._Clip", lambda model, device: clip)
         install_detector(patch, package)
         patch.setattr(unlearncanvas, "LARGE", SMALL)
         yield folder
 
 
-def clips_images(pipe: Any, sampling: Any) -> dict[str, Any]:
-    """The images of the examples with CLIP: it cannot be wrong about them."""
+def images_for_clip(pipe: Any, sampling: Any) -> dict[str, Any]:
+    """The images of the examples with CLIP, by what they show."""
     names = ("a cat", "a dog")
     images = {name: [generate(pipe, [name] * 8, range(8), sampling)] for name in names}
     prompts = {name: [pair.positive for pair in phrase_concept(name).pairs[:8]] for name in names}

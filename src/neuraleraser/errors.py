@@ -78,7 +78,7 @@ class EraserNotAppliedError(NeuralEraserError):
     """An eraser is attached but did not act; raised before an image is returned.
 
     Examples:
-        >>> mine = open_pipeline("canvas")
+        >>> mine = open_pipeline("canvas", torch.float32)
         >>> with attach(mine, eraser):
         ...     mine.unet = pipe.unet  # has no hooks
         ...     generate(mine, prompts, [0, 1], quick)

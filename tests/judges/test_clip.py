@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from helpers import pipelines
-from helpers.small_judges import small_clip
 from neuraleraser.concepts import phrase_concept
 from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.fitting.clip_judge import clip_judge
@@ -26,7 +25,23 @@ PAIR = ("red style", "blue style")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_clip(tmp_path_factory.mktemp("clip"))
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(3)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": 8,
+    }
+    text = pipelines.clip_text(max_position_embeddings=64).to_dict()
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    pipelines.tokenizer(64).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        folder
+    )
+    return str(folder)
 
 
 def coloured(colour: Sequence[int], n: int = 16, seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> np.ndarray:
