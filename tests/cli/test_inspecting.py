@@ -19,7 +19,7 @@ from neuraleraser.sae import SAE, formats
 
 def test_sites_lists_blocks_with_their_shapes(model: str, capsys: pytest.CaptureFixture[str]):
     assert main(["sites", model]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == "site what positions width blocks after it known good".split()
     rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
     assert rows["unet.down_blocks.0.attentions.0"].split() == ["block", "64", "16", "6"]
@@ -54,7 +54,7 @@ def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     bar = [line for line in text.splitlines() if "█" in line]
     assert bar and max(map(len, text.splitlines())) <= 120
     kept = text[text.index("timestep") :].splitlines()
-    assert kept[0].split()[-1] == "kept" and len(kept[1].split()) == 7
+    assert kept[0].split()[-1] == "kept" and len(kept[2].split()) == 7
     with Image.open("s.png") as sheet:
         assert sheet.width > 2 * 16
     wrong = ["--site", "unet.up_blocks.1.attentions.0", "--num-inference-steps", "1"]

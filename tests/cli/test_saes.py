@@ -38,7 +38,7 @@ def test_from_prompts_to_an_sae_and_its_profile(model: str, tmp_path: Path, caps
     argv = ["profile", "Van Gogh style", "--sae", str(sae), "--model", model, "--num-images", "2", "--top", "3"]
     assert main([*argv, "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "SAeUron's share score" in text and len(text.splitlines()) == 1 + 4 + 2
+    assert "SAeUron's share score" in text and len(text.splitlines()) == 1 + 5 + 2
     assert artifact.load(out, "profile")[1]["names"] == ["Van Gogh style", "no Van Gogh style"]
 
 

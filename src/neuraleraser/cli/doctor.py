@@ -8,8 +8,9 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, table, verb
+from neuraleraser.cli.verbs import app, verb
 from neuraleraser.errors import SettingsError
+from neuraleraser.io.tables import text_table
 from neuraleraser.settings import check_whole
 
 
@@ -87,6 +88,7 @@ def doctor(
         samplings=samplings,
     )
     mark = {True: "well", False: "WRONG", None: "?"}
-    print(table([("eraser", "check", "", "found"), *((c.eraser, c.what, mark[c.well], c.found) for c in found.checks)]))
+    rows = [(c.eraser, c.what, mark[c.well], c.found) for c in found.checks]
+    print(text_table(rows, ("eraser", "check", "", "found"), left=(0, 1, 2, 3)))
     print(f"\n{found.verdict}")
     return 0 if found.well else 1

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import Flat, app, bars, table, verb
+from neuraleraser.cli.verbs import Flat, app, bars, verb
 from neuraleraser.errors import DataError
 from neuraleraser.io.names import printable
 from neuraleraser.io.outputs import check_outputs, save_or_keep
+from neuraleraser.io.tables import text_table
 from neuraleraser.prompts import default_prompts, read_prompts
 from neuraleraser.settings import InspectSettings
 
@@ -54,7 +55,7 @@ def inspect(
     if isinstance(made, dict):
         kind = made.get("architecture", "batchtopk")
         lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
-    print(table([(name, "", printable(value, 300)) for name, value in lines]) + "\n")
+    print(text_table([(name, printable(value, 300)) for name, value in lines], left=(0, 1)) + "\n")
     if named and where:
         _measured(loaded, source, named, str(where), settings, num_inference_steps, guidance_scale)
         return
@@ -93,7 +94,8 @@ def _measured(
         raise DataError(f"{source}: field W_enc takes activations {sae.d_in} wide, {at} of {model!r} has {x.shape[1]}")
     print(_figures(measure(sae, x), sae.n_features, f"on {s.num_images} images"))
     found = measure_loss_recovered(pipe, sae, at, texts, seeds, together, s.num_timesteps)
-    rows: list[tuple[str, ...]] = [("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")]
+    head = ("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")
+    rows: list[tuple[str, ...]] = []
     for t in found.times:
         losses = [f"{value:.4f}" for value in (t.loss, t.replaced, t.mean)]
         rows.append(
@@ -105,7 +107,9 @@ def _measured(
                 f"{t.recovered:.1%}" if t.mean > t.loss else "-",
             )
         )
-    print("\nDenoising loss with the reconstructions, or the mean, in place of the activations\n" + table(rows))
+    print(
+        "\nDenoising loss with the reconstructions, or the mean, in place of the activations\n" + text_table(rows, head)
+    )
     print("kept: of what the activations are worth for the loss; 100 % is as good as the model itself")
     print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
     if s.comparison_png:
@@ -120,18 +124,17 @@ def _figures(figures: Mapping[str, Any], n: int, where: str) -> str:
     edges, counts = figures["rates"]["log10_edges"], figures["rates"]["features"]
     dead = round(figures["dead_share"] * n)
     rows = [
-        ("variance explained", "", f"{figures['explained_variance']:.2%}"),
-        ("features that fire", "", f"{figures['l0']:.2f} for a vector"),
-        ("dead features", "", f"{figures['dead_share']:.2%} ({dead:,} of {n:,} never fired)"),
+        ("variance explained", f"{figures['explained_variance']:.2%}"),
+        ("features that fire", f"{figures['l0']:.2f} for a vector"),
+        ("dead features", f"{figures['dead_share']:.2%} ({dead:,} of {n:,} never fired)"),
     ]
     ranges = [f"{_percent(low)} to {_percent(high)}" for low, high in pairwise(edges)]
     shown = list(zip(ranges, counts, strict=True))
     while shown and not shown[0][1]:
         shown.pop(0)
-    histogram = bars([("never", dead), *shown])
-    return (
-        f"Measured {where}, {figures['vectors']:,} vectors\n{table(rows)}\n\nFeatures by firing rate, in %\n{histogram}"
-    )
+    title = f"Measured {where}, {figures['vectors']:,} vectors"
+    histogram = "Features by firing rate, in %\n" + bars([("never", dead), *shown])
+    return f"{title}\n{text_table(rows, left=(0, 1))}\n\n{histogram}"
 
 
 def _percent(log10: float) -> str:

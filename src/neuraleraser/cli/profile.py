@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, table, verb
+from neuraleraser.cli.verbs import app, verb
 from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.io.tables import text_table
 from neuraleraser.settings import check_whole
 
 
@@ -61,8 +62,9 @@ def profile(
     for concept in asked:
         score = scores.margin_score(stats, concept.name).mean(0)
         share = scores.saeuron_score(stats, concept.name).mean(0)
-        rows = [("feature", "gap to the worst neighbour", "SAeUron's share score", "")]
+        head = ("feature", "gap to the worst neighbour", "SAeUron's share score")
+        rows: list[tuple[str, ...]] = []
         for k in torch.topk(score, min(top, len(score))).indices.tolist():
-            rows.append((str(k), f"{score[k]:.2f}", f"{share[k]:.4f}", ""))
-        print(f"{concept.name}\n{table(rows)}\n")
+            rows.append((str(k), f"{score[k]:.2f}", f"{share[k]:.4f}"))
+        print(f"{concept.name}\n{text_table(rows, head)}\n")
     print(out)

@@ -6,7 +6,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, table, verb
+from neuraleraser.cli.verbs import app, verb
+from neuraleraser.io.tables import text_table
 from neuraleraser.settings import Sampling
 
 
@@ -42,7 +43,8 @@ def sites(model: Positional[str] = "canvas", /) -> None:
     shapes: dict[Any, tuple[int, int]] = {}
     with record(pipe, found, lambda site, x, call: shapes.update({site: (x.shape[1], x.shape[2])})):
         sampling.generate(pipe, ["a picture"], [0], Sampling(num_inference_steps=1, guidance_scale=1.0, batch_size=1))
-    rows = [("site", "what", "positions", "width", "blocks after it", "known good")]
+    head = ("site", "what", "positions", "width", "blocks after it", "known good")
+    rows: list[tuple[str, ...]] = []
     for site, what in found.items():
         positions, width = shapes[site]
         # text encoders run before all blocks, a cross-attention inside its own
@@ -50,4 +52,4 @@ def sites(model: Positional[str] = "canvas", /) -> None:
         good = known.get(site.path, "") if what in ("block", "cross-attention") else ""
         name = site.path if site.stream == "image" else f"{site.path}:{'input' if site.tap == 'input' else 'text'}"
         rows.append((name, what, str(positions), str(width), str(len(blocks) - 1 - at), good))
-    print(table(rows))
+    print(text_table(rows, head, left=(0, 1, -1)))

@@ -36,17 +36,6 @@ def check_sampling(**given: Any) -> None:
     Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first and the last to the left, others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    last = len(widths) - 1
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, range(len(row)), strict=True)
-        lines.append("  ".join(c.ljust(w) if i in (0, last) else c.rjust(w) for c, w, i in cells).rstrip())
-    return "\n".join(lines)
-
-
 def bars(rows: Sequence[tuple[str, int]], width: int = 48) -> str:
     """A histogram: a line for each (name, count), the longest bar `width` characters long."""
     most = max((count for _, count in rows), default=0) or 1

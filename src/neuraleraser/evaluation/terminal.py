@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from neuraleraser.evaluation.columns import TABLES, Table
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Report
+from neuraleraser.io.tables import text_table
 
 _LABEL = 26
 
@@ -25,7 +26,7 @@ def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
     columns = table.filled(entries)
     if not columns:
         return ""
-    rows = [(table.title, [c.head for c in columns])]
+    rows: list[list[str]] = []
     above = ""
     for entry in table.rows(entries):
         figures = [entry.figures.get(c.name) for c in columns]
@@ -35,17 +36,13 @@ def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
             [f"n={f.n}" if isinstance(f, Estimate) else "" for f in figures],
         ]
         if entry.concept != above:
-            rows.append((entry.concept, [""] * len(columns)))
-        rows += zip([f"  {entry.method}", "", ""], [line for line in lines if any(line)], strict=False)
+            rows.append([entry.concept, *[""] * len(columns)])
+        names = [f"  {entry.method}", "", ""]
+        rows += [[name, *line] for name, line in zip(names, [x for x in lines if any(x)], strict=False)]
         above = entry.concept
-    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(columns))]
-    label = min(max(len(name) for name, _ in rows), _LABEL)
-    lines = [
-        " ".join([_shorten(name, label).ljust(label), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))])
-        for name, cells in rows
-    ]
-    rule = " ".join("-" * width for width in (label, *widths))
-    return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))
+    for row in rows:
+        row[0] = _shorten(row[0], _LABEL)
+    return text_table(rows, [_shorten(table.title, _LABEL), *(c.head for c in columns)], width=120)
 
 
 def _shorten(text: str, width: int) -> str:
