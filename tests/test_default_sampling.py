@@ -19,7 +19,7 @@ from neuraleraser import (
     activation_stream,
     calibrate,
     collect,
-    doctor,
+    diagnose,
     generate,
     import_reference,
     make_reference,
@@ -69,7 +69,7 @@ def eraser(sampling: Sampling | None = None) -> Eraser:
 def fitting(pipe: Any, folder: Path) -> None:
     known = reference_from_sae(pipe, sae(), AT, [(p, frozenset()) for p in PROMPTS], default_sampling(pipe))
     settings = FitSettings(num_pairs=2, rank=1, steps=1, train_batch_size=1)
-    assert fit(pipe, CONCEPT, settings, known=known).header.sampling == default_sampling(pipe)
+    assert fit(pipe, CONCEPT, settings, reference=known).header.sampling == default_sampling(pipe)
 
 
 def calibrating(pipe: Any, folder: Path) -> None:
@@ -91,7 +91,7 @@ def streaming(pipe: Any, folder: Path) -> None:
 VERBS: dict[str, Callable[[Any, Path], Any]] = {
     "fit": fitting,
     "calibrate": calibrating,
-    "doctor": lambda pipe, folder: doctor(pipe, [eraser()], [CONCEPT], [("g", "h")], num_images=4),
+    "doctor": lambda pipe, folder: diagnose(pipe, [eraser()], [CONCEPT], [("g", "h")], num_images=4),
     "make_reference": lambda pipe, folder: make_reference(pipe, CONCEPT, [], AT, folder, num_images=8),
     "import_reference": lambda pipe, folder: import_reference(
         pipe, saeuron(folder / "theirs", random(64, 32)), AT, PROMPTS, vectors_per_image=8

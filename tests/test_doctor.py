@@ -13,7 +13,7 @@ import torch
 
 from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
-from neuraleraser import doctor
+from neuraleraser import diagnose
 from neuraleraser.cli import main
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.diagnosis import Diagnosis, _shows
@@ -48,7 +48,7 @@ class Judge:
 
 
 def look(pipe: Any, eraser: Any, judge: Any = None, lookalikes: tuple[str, ...] = ()) -> Diagnosis:
-    return doctor(pipe, [eraser], [CATS], [lookalikes], [judge], num_images=2, samplings=[S])
+    return diagnose(pipe, [eraser], [CATS], [lookalikes], [judge], num_images=2, samplings=[S])
 
 
 def found(d: Diagnosis) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_hooks_that_do_not_run(pipe: Any) -> None:
 def test_nothing_to_look_at(pipe: Any) -> None:
     for erasers, concepts, images in ([], [], 2), ([make_eraser()], [CATS, CATS], 2), ([make_eraser()], [CATS], 0):
         with pytest.raises(SettingsError, match="pass at least one eraser"):
-            doctor(pipe, erasers, concepts, [()] * len(erasers), num_images=images)
+            diagnose(pipe, erasers, concepts, [()] * len(erasers), num_images=images)
 
 
 def test_on_the_command_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

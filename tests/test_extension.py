@@ -30,7 +30,7 @@ from neuraleraser.evaluation.report import Report
 from neuraleraser.families import family_of, opening
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting import published_references
-from neuraleraser.methods import NoMethod
+from neuraleraser.methods import DoNothing
 from neuraleraser.sae import ARCHITECTURES, SAE, StepLog, TrainSettings, measure, pool_batches, train
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings, FitSettings, Sampling
@@ -142,7 +142,7 @@ def test_a_judge_and_a_method(add: Add, tmp_path: Path) -> None:
 
     cells = [Cell(f"a red wall {i}", i, "", ("Red",), TARGET) for i in range(4)]
     protocol = EvaluationProtocol({"Red": [*cells, Cell("a blue wall", 9, "", ("Blue",), TARGET)]})
-    methods = [method, NoMethod("Red", "object")]
+    methods = [method, DoNothing("Red", "object")]
     report = evaluate(pipe, methods, FEW, tmp_path / "run", judge=judge, protocol=protocol)
     assert [e.method for e in report.erasures] == ["negative-prompt", "none"]
     assert unchanged(report, 0) < 1 == unchanged(report, 1)
@@ -165,5 +165,5 @@ def test_a_family(add: Add, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     eraser = neuraleraser.erase(pipe, "crimson", num_images=10, settings=fit, folder=tmp_path / "references")
     assert (eraser.name, eraser.header.kind, eraser.gate.site) == ("Red", "object", site)
     assert eraser.header.sampling == walls.sampling
-    report = evaluate(pipe, [NoMethod("Red", "object")], FEW, tmp_path / "run")
+    report = evaluate(pipe, [DoNothing("Red", "object")], FEW, tmp_path / "run")
     assert unchanged(report, 0) == 1 and report.base["object_accuracy"] is not None

@@ -122,8 +122,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "    lacks = known.pooled[rows_without(concept, known.prompts, known.labels)]\n",
-                "    lacks = known.pooled\n",
+                "    lacks = reference.pooled[rows_without(concept, reference.prompts, reference.labels)]\n",
+                "    lacks = reference.pooled\n",
             ),
         ),
         (f"{FIT}::test_rows_that_show_the_concept_are_no_background",),
@@ -161,7 +161,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "reference",
         "an eraser's header does not say what its reference was made with",
-        (Text(_FITTING, "        reference=known.provenance.in_short(),\n", ""),),
+        (Text(_FITTING, "        reference=reference.provenance.in_short(),\n", ""),),
         (f"{FIT}::test_the_whole_fit",),
     ),
     Mutation(
@@ -190,7 +190,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "width",
         "a reference of another width is not refused",
-        (Text(_FITTING, "    if width != known.sae.d_in:\n", "    if False:\n"),),
+        (Text(_FITTING, "    if width != reference.sae.d_in:\n", "    if False:\n"),),
         (f"{FIT}::test_no_reference_is_taken_for_another_pipeline_s",),
     ),
     Mutation(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.concepts import default_neighbours as default_neighbours
     from neuraleraser.concepts import file_concept as file_concept
     from neuraleraser.concepts import phrase_concept as phrase_concept
-    from neuraleraser.diagnosis import doctor as doctor
+    from neuraleraser.diagnosis import diagnose as diagnose
     from neuraleraser.eraser import Eraser as Eraser
     from neuraleraser.eraser import EraserHeader as EraserHeader
     from neuraleraser.eraser import Trace as Trace
@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.fitting import calibrate as calibrate
     from neuraleraser.fitting import import_reference as import_reference
     from neuraleraser.fitting import make_reference as make_reference
-    from neuraleraser.fitting.clip_judge import clip_judge as clip_judge
+    from neuraleraser.fitting.clip_judge import calibrate_clip_judge as calibrate_clip_judge
     from neuraleraser.fitting.fit import fit as fit
     from neuraleraser.fitting.from_phrase import erase as erase
     from neuraleraser.judges import ClipJudge as ClipJudge
@@ -67,8 +67,8 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.judges import Judgement as Judgement
     from neuraleraser.judges import NudeNetJudge as NudeNetJudge
     from neuraleraser.judges import UnlearnCanvasJudge as UnlearnCanvasJudge
+    from neuraleraser.methods import DoNothing as DoNothing
     from neuraleraser.methods import EraserMethod as EraserMethod
-    from neuraleraser.methods import NoMethod as NoMethod
     from neuraleraser.methods import StringFilter as StringFilter
     from neuraleraser.methods import string_filters as string_filters
     from neuraleraser.sae import SAE as SAE
@@ -93,10 +93,13 @@ _HOME: dict[str, str] = {
     "ClipJudge": "judges",
     "Concept": "concepts",
     "ConceptError": "errors",
+    "ConceptRefusedError": "errors",
     "DataError": "errors",
+    "DoNothing": "methods",
     "Eraser": "eraser",
     "EraserHeader": "eraser",
     "EraserMethod": "methods",
+    "EraserNotAppliedError": "errors",
     "EvaluateSettings": "settings",
     "EvaluationProtocol": "evaluation.protocol",
     "Family": "families",
@@ -106,11 +109,8 @@ _HOME: dict[str, str] = {
     "Judgement": "judges",
     "Method": "evaluation.method",
     "NeuralEraserError": "errors",
-    "NoMethod": "methods",
-    "EraserNotAppliedError": "errors",
     "NudeNetJudge": "judges",
     "Reference": "fitting",
-    "ConceptRefusedError": "errors",
     "Report": "evaluation.report",
     "SAE": "sae",
     "Sampling": "settings",
@@ -125,18 +125,20 @@ _HOME: dict[str, str] = {
     "TrainSettings": "sae",
     "UnlearnCanvasJudge": "judges",
     "UnseenRouteWarning": "errors",
-    "activation_stream": "activations",
-    "attach": "eraser",
     "activation_matrix": "activations",
+    "activation_stream": "activations",
+    "add_context_pairs": "concepts",
+    "attach": "eraser",
     "calibrate": "fitting",
+    "calibrate_clip_judge": "fitting.clip_judge",
     "candidate_sites": "sites",
     "canvas_concept": "concepts",
-    "clip_judge": "fitting.clip_judge",
     "collect": "activations",
     "cross_attention_sites": "sites",
+    "default_neighbours": "concepts",
     "delete_erasers": "eraser",
+    "diagnose": "diagnosis",
     "disable_erasers": "eraser",
-    "doctor": "diagnosis",
     "edit": "sites",
     "enable_erasers": "eraser",
     "erase": "fitting.from_phrase",
@@ -150,17 +152,15 @@ _HOME: dict[str, str] = {
     "import_reference": "fitting",
     "load_eraser": "eraser",
     "make_reference": "fitting",
+    "measure_loss_recovered": "activations",
     "model_card": "eraser",
     "open_pipeline": "families.opening",
     "phrase_concept": "concepts",
     "record": "sites",
     "set_erasers": "eraser",
-    "default_neighbours": "concepts",
     "string_filters": "methods",
-    "measure_loss_recovered": "activations",
     "text_encoder_sites": "sites",
     "unload_erasers": "eraser",
-    "add_context_pairs": "concepts",
     "write_report": "evaluation.report_files",
     "write_shards": "activations",
 }
@@ -175,6 +175,7 @@ __all__ = [
     "ConceptError",
     "ConceptRefusedError",
     "DataError",
+    "DoNothing",
     "Eraser",
     "EraserHeader",
     "EraserMethod",
@@ -188,7 +189,6 @@ __all__ = [
     "Judgement",
     "Method",
     "NeuralEraserError",
-    "NoMethod",
     "NudeNetJudge",
     "Reference",
     "Report",
@@ -209,15 +209,15 @@ __all__ = [
     "add_context_pairs",
     "attach",
     "calibrate",
+    "calibrate_clip_judge",
     "candidate_sites",
     "canvas_concept",
-    "clip_judge",
     "collect",
     "cross_attention_sites",
     "default_neighbours",
     "delete_erasers",
+    "diagnose",
     "disable_erasers",
-    "doctor",
     "edit",
     "enable_erasers",
     "erase",

@@ -17,7 +17,7 @@ from neuraleraser.evaluation.timing import overhead
 from neuraleraser.families import family_of
 from neuraleraser.io.names import file_name
 from neuraleraser.judges import Judge
-from neuraleraser.methods import EraserMethod, NoMethod, string_filters
+from neuraleraser.methods import DoNothing, EraserMethod, string_filters
 from neuraleraser.methods.feature_panels import feature_panels
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.vocabulary import Vocabulary
@@ -61,7 +61,7 @@ def controls(method: Method, vocabulary: Vocabulary | None) -> list[Method]:
     """Return the controls of a method: two string filters, where the vocabulary has the concept, and doing nothing."""
     known = vocabulary if vocabulary is not None and method.concept in vocabulary else None
     filters = string_filters(known, method.concept) if known is not None else []
-    return [*filters, NoMethod(method.concept, method.kind)]
+    return [*filters, DoNothing(method.concept, method.kind)]
 
 
 def with_measurement(eraser: Eraser, entry: ErasureReport) -> Eraser:

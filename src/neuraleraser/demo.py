@@ -52,7 +52,7 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
             say(f"{phrase!r}: {path} is there already")
         else:
             with progress_bar(phrase) as progress:
-                save_or_keep(path, fit(pipe, concept, s.fit, progress, known=known).save)
+                save_or_keep(path, fit(pipe, concept, s.fit, progress, reference=known).save)
         erasers.append(Eraser.load(path))
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {erasers[-1].header.seconds or 0:.0f} s")
         if said := separability_warning(erasers[-1]):

@@ -1,4 +1,4 @@
-"""`doctor`: whether erasers do on this pipeline what they are for, looked at in a few images.
+"""`diagnose`: whether erasers do on this pipeline what they are for, looked at in a few images.
 
 A quick look before an eraser goes into service, and after the model or a library under it changed. It is no
 measurement (`evaluate` is one): the prompts are those the concept is known by, and there are few of them.
@@ -76,7 +76,7 @@ class _Drawn:
     trace: Trace | None
 
 
-def doctor(
+def diagnose(
     pipe: Any,
     erasers: Sequence[Eraser],
     concepts: Sequence[Concept] = (),
@@ -102,7 +102,7 @@ def doctor(
     Raises SettingsError where there is nothing to look at, or not a concept, lookalikes and a judge for each eraser.
 
     Examples:
-        >>> diagnosis = doctor(pipe, [eraser], neighbours=["cartoon style"], num_images=2, samplings=[quick])
+        >>> diagnosis = diagnose(pipe, [eraser], neighbours=["cartoon style"], num_images=2, samplings=[quick])
         >>> [check.what for check in diagnosis.checks if check.well]
         ['fits', 'hooks run', 'fires', ...]
     """

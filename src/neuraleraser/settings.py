@@ -235,7 +235,7 @@ class EvaluateSettings:
     timed_images: int = 16
     """Images in a timed batch."""
     sampling: Sampling = field(default_factory=lambda: Sampling(batch_size=40))
-    """Sampling of all images."""
+    """Sampling of all images: the canvas's, so pass your model's with a protocol of its own."""
     styles: tuple[str, ...] = ()
     """Only these styles; none named: all that are not sealed."""
     objects: tuple[str, ...] = ()

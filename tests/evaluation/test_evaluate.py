@@ -32,7 +32,7 @@ from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.families.canvas import render
 from neuraleraser.families.opening import image_to_image, open_pipeline
 from neuraleraser.judges import JudgeSpec
-from neuraleraser.methods import EraserMethod, NoMethod, StringFilter
+from neuraleraser.methods import DoNothing, EraserMethod, StringFilter
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 
@@ -184,7 +184,7 @@ def test_a_watcher_that_changes_the_base_is_found_out(pipe: Any, tmp_path: Path)
     class Meddler(Painter):
         @contextmanager
         def watched(self, pipe: Any) -> Any:
-            with self.applied(pipe), NoMethod("Van_Gogh", "style").watched(pipe) as trace:
+            with self.applied(pipe), DoNothing("Van_Gogh", "style").watched(pipe) as trace:
                 yield trace
 
     report = evaluate(pipe, [Meddler()], S, tmp_path, judge=StampJudge())

@@ -73,7 +73,7 @@ def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     base = generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
     told: list[float] = []
     settings = FitSettings(num_pairs=3, rank=2, steps=3, train_batch_size=2)
-    eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), known=known, sampling=SAMPLING)
+    eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), reference=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
     assert eraser.header.seeds == (0, 2) and set(eraser.header.prompts) == {"a x", "b x", "c x", "a", "b", "c"}
@@ -99,7 +99,11 @@ def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> Non
 
     with denoiser_calls(pipe, on):
         fit(
-            pipe, CONCEPT, FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1), known=known, sampling=SAMPLING
+            pipe,
+            CONCEPT,
+            FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1),
+            reference=known,
+            sampling=SAMPLING,
         )
     assert len(first) == 4, "two batches without, two with"
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], first[3])
@@ -127,7 +131,11 @@ def test_targets_are_the_matched_prompt_s_predictions(pipe: Any, known: Referenc
 
 def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: Reference) -> None:
     eraser = fit(
-        pipe, CONCEPT, FitSettings(num_pairs=3, rank=4, steps=60, train_batch_size=6), known=known, sampling=SAMPLING
+        pipe,
+        CONCEPT,
+        FitSettings(num_pairs=3, rank=4, steps=60, train_batch_size=6),
+        reference=known,
+        sampling=SAMPLING,
     )
     (correction,) = eraser.corrections
     prompts = [[p.negative for p in CONCEPT.pairs], [p.positive for p in CONCEPT.pairs]]
@@ -147,7 +155,7 @@ def test_rows_that_show_the_concept_are_no_background(pipe: Any, known: Referenc
     settings = FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1)
 
     def gate(reference: Reference) -> Any:
-        return fit(pipe, CONCEPT, settings, known=reference, sampling=SAMPLING).gate
+        return fit(pipe, CONCEPT, settings, reference=reference, sampling=SAMPLING).gate
 
     want = gate(known)
     loud = torch.full_like(known.pooled[:2], float(known.pooled.max()) * 10)  # as rows of the concept itself read
@@ -180,7 +188,7 @@ def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -
     known = reference_from_sae(pipe, sae, site, [("b c", frozenset()), ("d e", frozenset())], four)
 
     eraser = fit(
-        pipe, concept, FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1), known=known, sampling=four
+        pipe, concept, FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1), reference=known, sampling=four
     )
     gate = eraser.gate
     (plain, off), (shown, on) = (recorded(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
@@ -210,15 +218,15 @@ def test_no_reference_is_taken_for_another_pipeline_s(pipe: Any, known: Referenc
         denoiser_calls(pipe, drawn.append),
         pytest.raises(SettingsError, match="is 32 wide, and the reference's SAE takes 16"),
     ):
-        fit(pipe, CONCEPT, known=replace(known, sae=narrow), sampling=SAMPLING)
+        fit(pipe, CONCEPT, reference=replace(known, sae=narrow), sampling=SAMPLING)
     assert len(drawn) <= 1, "one step, to see how wide the site is"
 
 
 def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Reference) -> None:
     beside = (Pair("x and y", "y"), Pair("y and x", "y"), Pair("x and z", "z"), Pair("x and w", "w"))
     settings = FitSettings(num_pairs=3, num_context_pairs=2, rank=2, steps=3, train_batch_size=2)
-    alone = fit(pipe, CONCEPT, settings, known=known, sampling=SAMPLING)
-    both = fit(pipe, replace(CONCEPT, context_pairs=beside), settings, known=known, sampling=SAMPLING)
+    alone = fit(pipe, CONCEPT, settings, reference=known, sampling=SAMPLING)
+    both = fit(pipe, replace(CONCEPT, context_pairs=beside), settings, reference=known, sampling=SAMPLING)
     assert both.header.seeds == (0, 4)  # two prompts of what stays
     assert both.header.prompts[6:] == ("x and y", "y and x", "y", "x and z", "z")
     assert both.gate.features.tolist() == alone.gate.features.tolist()  # the gate is chosen by the concept alone

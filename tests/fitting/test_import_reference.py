@@ -54,7 +54,9 @@ def test_published_dictionaries_become_erasers(
     stats = profile(conditional(pooled)[:, :, 0], pooled.times, ["x", "no x"])
     assert float(margin_score(stats, "x").max()) > 0
     # ... and become an eraser, whose file says how far the thresholds differ.
-    eraser = fit(pipe, CONCEPT, FitSettings(num_pairs=3, steps=3, train_batch_size=2, rank=2), known=known, sampling=S)
+    eraser = fit(
+        pipe, CONCEPT, FitSettings(num_pairs=3, steps=3, train_batch_size=2, rank=2), reference=known, sampling=S
+    )
     eraser.save(tmp_path / "x.safetensors")
     back = Eraser.load(tmp_path / "x.safetensors")
     assert back.header.sae == {"format": format, "k": 4, "calibration": seen}

@@ -27,7 +27,7 @@ from helpers.canvas_cells import canvas_protocol
 from neuraleraser.activations import activation_stream, described, write_shards
 from neuraleraser.evaluation.evaluate import evaluate as measure
 from neuraleraser.judges import Judgement
-from neuraleraser.methods import NoMethod, StringFilter
+from neuraleraser.methods import DoNothing, StringFilter
 from neuraleraser.sae import Run, TrainingLog, TrainSettings, train_together
 from neuraleraser.settings import EvaluateSettings, Sampling, StreamSettings
 from neuraleraser.sites import Site
@@ -90,7 +90,7 @@ def evaluate(folder: Path, tick: Callable[[], None]) -> None:
         unhooked_checks=4, idle_checks=3, sampling=Sampling(num_inference_steps=2, batch_size=1), styles=Judge.styles,
         objects=Judge.objects,
     )  # fmt: skip
-    methods = [StringFilter("Van_Gogh", "style", {"as a Van Gogh painting": ""}), NoMethod("Van_Gogh", "style")]
+    methods = [StringFilter("Van_Gogh", "style", {"as a Van Gogh painting": ""}), DoNothing("Van_Gogh", "style")]
     protocol = canvas_protocol(["Van_Gogh"], s)
     measure(pipelines.stable_diffusion(), methods, s, folder, judge=Judge(tick), protocol=protocol)
 

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from helpers import pipelines
 from neuraleraser.concepts import phrase_concept
 from neuraleraser.errors import ConceptError, DataError, FileError
-from neuraleraser.fitting.clip_judge import clip_judge
+from neuraleraser.fitting.clip_judge import calibrate_clip_judge
 from neuraleraser.judges import NONE, ClipJudge, JudgeSpec, sentence
 from neuraleraser.judges.clip import _cut
 
@@ -170,7 +170,7 @@ def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pyt
 
     monkeypatch.setattr("neuraleraser.fitting.clip_judge.generate", draw)
     pipe = pipelines.stable_diffusion()
-    judge = clip_judge(pipe, phrase_concept(PAIR[0]), [phrase_concept(PAIR[1])], clip, num_images=12, seed=5)
+    judge = calibrate_clip_judge(pipe, phrase_concept(PAIR[0]), [phrase_concept(PAIR[1])], clip, num_images=12, seed=5)
     assert judge.styles == PAIR and set(judge.figures["false_alarms"]) == {PAIR[1], NONE}
     assert [prompts[0] for prompts, _ in asked] == ["a cat in red style", "a cat in blue style", "a cat"]
     assert all(seeds == list(range(5, 17)) for _, seeds in asked)

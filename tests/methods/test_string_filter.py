@@ -11,7 +11,7 @@ from helpers import pipelines
 from neuraleraser.canvas import words
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.evaluation.protocol import FRAGMENTS, HELD_OUT, VocabularyCells
-from neuraleraser.methods import NoMethod, StringFilter, string_filters
+from neuraleraser.methods import DoNothing, StringFilter, string_filters
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 
@@ -99,7 +99,7 @@ def test_the_untouched_model_draws_the_cleaned_prompt(pipe: Any):
 
 def test_filters_in_a_row_each_see_the_prompt(pipe: Any):
     other = StringFilter("y", "style", {"y": ""})
-    with FILTER.watched(pipe) as a, other.watched(pipe) as b, NoMethod("z", "style").watched(pipe) as c:
+    with FILTER.watched(pipe) as a, other.watched(pipe) as b, DoNothing("z", "style").watched(pipe) as c:
         pipelines.run(pipe, 0, n=3, prompt=["x", "y", "z"])
     assert (list(a.fired), list(b.fired), list(c.fired)) == ([0], [1], [])
     with FILTER.applied(pipe), other.applied(pipe):

@@ -43,12 +43,12 @@ def doctor(
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """
     from neuraleraser.concepts import named_concept
-    from neuraleraser.diagnosis import doctor as look
+    from neuraleraser.diagnosis import diagnose
     from neuraleraser.eraser import Eraser
     from neuraleraser.families.defaults import sampling_of
     from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import calibrate as run_calibrate
-    from neuraleraser.fitting.clip_judge import clip_judge
+    from neuraleraser.fitting.clip_judge import calibrate_clip_judge
     from neuraleraser.judges import NudeNetJudge, UnlearnCanvasJudge
     from neuraleraser.prompts import read_prompts
 
@@ -73,12 +73,15 @@ def doctor(
     judges: list[Any] = []
     if clip:
         concepts = [named_concept(pipe, e.name, e.header.kind) for e in loaded]
-        judges = [clip_judge(pipe, c, neighbours, clip, sampling=s) for c, s in zip(concepts, samplings, strict=True)]
+        judges = [
+            calibrate_clip_judge(pipe, c, neighbours, clip, sampling=s)
+            for c, s in zip(concepts, samplings, strict=True)
+        ]
     elif unlearncanvas:
         judges = [UnlearnCanvasJudge.load(*unlearncanvas, device=pipe.device)] * len(loaded)
     elif nudenet:
         judges = [NudeNetJudge(name=e.name) for e in loaded]
-    found = look(
+    found = diagnose(
         pipe,
         loaded,
         lookalikes=[given] * len(loaded) if given else (),

@@ -20,8 +20,8 @@ def evaluate(
     calibrate: bool = False,
     sealed: bool = False,
 ) -> None:
-    """Measure erasers with the second judge, on prompts and seeds that none was made with, beside a filter of prompts
-    and doing nothing.
+    """Measure erasers with the second judge, on prompts and seeds that none was made with, beside two filters of
+    the prompt and doing nothing.
 
     Args:
         erasers: Eraser files, folders or Hub ids.

@@ -12,7 +12,7 @@ from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 
 
-def clip_judge(
+def calibrate_clip_judge(
     pipe: Any,
     concept: Concept,
     neighbours: Sequence[str | Concept] = (),

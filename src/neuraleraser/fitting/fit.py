@@ -33,7 +33,7 @@ def fit(
     settings: FitSettings | None = None,
     progress: Progress | None = None,
     *,
-    known: Reference | None = None,
+    reference: Reference | None = None,
     sampling: Sampling | None = None,
     edits: Sequence[tuple[Site, ...]] | None = None,
 ) -> Eraser:
@@ -58,29 +58,29 @@ def fit(
         ('Cats', 1)
     """
     s, sampling = settings or FitSettings(), sampling or default_sampling(pipe)
-    known = known or shipped_reference(pipe)
-    _check_width(pipe, known, sampling)
+    reference = reference or shipped_reference(pipe)
+    _check_width(pipe, reference, sampling)
     say = progress or (lambda what, share: None)
     started = time.monotonic()
-    acts = list(edits or edits_for(pipe, known.site))
+    acts = list(edits or edits_for(pipe, reference.site))
     pairs = _some(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
     say("drawing without the concept", 0.0)
-    plain, pooled_plain = recorded(pipe, [p.negative for p in pairs], seeds, sampling, known.sae, known.site)
+    plain, pooled_plain = recorded(pipe, [p.negative for p in pairs], seeds, sampling, reference.sae, reference.site)
     say("drawing with the concept", 0.1)
-    shown, pooled_shown = recorded(pipe, [p.positive for p in pairs], seeds, sampling, known.sae, known.site)
+    shown, pooled_shown = recorded(pipe, [p.positive for p in pairs], seeds, sampling, reference.sae, reference.site)
     say("choosing features", 0.2)
-    crossed, pooled_crossed = _cross(pipe, plain, shown, known)
-    at = time_bin(pooled_shown.times.flip(0), known.times).neg() + len(pooled_shown.times) - 1
+    crossed, pooled_crossed = _cross(pipe, plain, shown, reference)
+    at = time_bin(pooled_shown.times.flip(0), reference.times).neg() + len(pooled_shown.times) - 1
     shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
-    lacks = known.pooled[rows_without(concept, known.prompts, known.labels)]
+    lacks = reference.pooled[rows_without(concept, reference.prompts, reference.labels)]
     own = rows_of(pooled_plain.values)[:, at]
     lacks = torch.cat([lacks, own])
     detector = choose(shows, lacks)
     say("drawing what stays", 0.2)
     stays = _beside(concept, s.num_context_pairs)
     beside_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(stays))
-    beside = _context_examples(pipe, stays, beside_seeds, sampling, known.site) if stays else []
+    beside = _context_examples(pipe, stays, beside_seeds, sampling, reference.site) if stays else []
     say("fitting the edit", 0.3)
     losses: list[float] = []
 
@@ -101,7 +101,7 @@ def fit(
         on_step=on_step,
     )
     low, high = bounds(_evidence(shows, detector), _evidence(lacks, detector))
-    gate = build(known.sae, known.site, detector, known.times, low, high)
+    gate = build(reference.sae, reference.site, detector, reference.times, low, high)
     gate = dataclasses.replace(gate, text_tokens=plain[0].text_tokens)
     say("done", 1.0)
     header = EraserHeader(
@@ -109,7 +109,7 @@ def fit(
         kind=concept.kind,
         routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
         base=model_name(pipe),
-        time_scale="0-1" if float(known.times.max()) <= 1 else "0-999",
+        time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
         prompts=_drawn(pairs, stays),
         seeds=(seeds[0], seeds[-1] + len(stays)),
         settings=s,
@@ -119,20 +119,20 @@ def fit(
         loss=(round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)) if losses else (),
         seconds=round(time.monotonic() - started, 1),
         made_for=made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
-        reference=known.provenance.in_short(),
+        reference=reference.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
-        sae={k: known.sae.header[k] for k in ("format", "k", "calibration") if k in known.sae.header},
+        sae={k: reference.sae.header[k] for k in ("format", "k", "calibration") if k in reference.sae.header},
     )
     return Eraser(gate, corrections, header)
 
 
-def _check_width(pipe: Any, known: Reference, sampling: Sampling) -> None:
+def _check_width(pipe: Any, reference: Reference, sampling: Sampling) -> None:
     """Raise SettingsError where the reference's SAE has another width than its site in this pipeline."""
-    width = shapes_of(pipe, [known.site], sampling)[known.site][1]
-    if width != known.sae.d_in:
+    width = shapes_of(pipe, [reference.site], sampling)[reference.site][1]
+    if width != reference.sae.d_in:
         raise SettingsError(
-            f"{known.site} of this {type(pipe).__name__} is {width} wide, and the reference's SAE takes "
-            f"{known.sae.d_in}: pass a reference that was made for this pipeline"
+            f"{reference.site} of this {type(pipe).__name__} is {width} wide, and the reference's SAE takes "
+            f"{reference.sae.d_in}: pass a reference that was made for this pipeline"
         )
 
 
@@ -142,7 +142,7 @@ def _some(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
 
 
 def _cross(
-    pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], known: Reference
+    pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], reference: Reference
 ) -> tuple[list[DenoiserCall], Tensor]:
     """The prompts with the concept at the states drawn without it: where a finished eraser will stand.
 
@@ -152,10 +152,10 @@ def _cross(
     seen: list[Tensor] = []
 
     def note(site: Site, x: Tensor, call: Any) -> None:
-        z = known.sae.encode(x.float())
+        z = reference.sae.encode(x.float())
         seen.append(torch.stack([pool(z, q) for q in SHARES], 1).half())
 
-    with record(pipe, [known.site], note), torch.no_grad():
+    with record(pipe, [reference.site], note), torch.no_grad():
         for a, b in zip(plain, shown, strict=True):
             prediction = replay(pipe, a.state, a.timestep, b.conditioning)
             out.append(DenoiserCall(a.state, a.timestep, b.conditioning, prediction))

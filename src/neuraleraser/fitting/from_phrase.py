@@ -8,7 +8,7 @@ from typing import Any
 
 from neuraleraser.concepts import Concept, add_context_pairs, concept_of, default_neighbours, neighbours_of
 from neuraleraser.eraser import Eraser
-from neuraleraser.errors import FileError
+from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.fit import fit
@@ -79,7 +79,11 @@ def erase(
         where = Site.parse(str(site)) if site else default_gate_site(pipe, meant.kind)
         first, tell = _part(tell, 0.0, 0.6), _part(tell, 0.6, 0.4)
         known = find_or_make_reference(pipe, meant, near, where, num_images, sampling, Path(folder), first, say)
-    return fit(pipe, meant, settings, tell, known=known, sampling=sampling)
+    if site is not None and Site.parse(str(site)) != known.site:
+        raise SettingsError(
+            f"site is {site}, and the reference reads {known.site}: leave the site out, or pass one of that site"
+        )
+    return fit(pipe, meant, settings, tell, reference=known, sampling=sampling)
 
 
 def _part(progress: Progress, start: float, length: float) -> Progress:

@@ -16,7 +16,7 @@ class Untouched:
 
 
 @dataclass(frozen=True)
-class NoMethod:
+class DoNothing:
     """Leaves the pipeline as it is: the score of doing nothing.
 
     Examples:
