@@ -219,6 +219,9 @@ def file_concept(path: str | Path) -> Concept:
         raise ConceptError(
             f"{path} is no readable JSON file ({printable(e, 300)}): expected name, kind and pairs"
         ) from e
+    fields = ("name", "kind", "pairs", "context_pairs")
+    if isinstance(data, dict) and (unknown := [key for key in data if key not in fields]):
+        raise ConceptError(f"{path}: field {printable(unknown[0])} is unknown: expected {', '.join(fields)}")
     try:
         pairs, beside = (
             tuple(Pair(_text(a), _text(b)) for a, b in map(_list, part))
@@ -269,12 +272,16 @@ def named_concept(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
         known = ", ".join((*vocabulary.styles, *vocabulary.objects))
         hint = f"Did you mean {' or '.join(near)}?" if near else f"It knows {known}."
         raise ConceptError(f"the {vocabulary.name} has no concept {phrase!r}. {hint}")
-    return vocabulary_concept(vocabulary, name)
+    concept = vocabulary_concept(vocabulary, name)
+    if kind not in (None, "other", concept.kind):
+        raise ConceptError(f"{name} is of kind {concept.kind} on the {vocabulary.name}, not {kind}: leave the kind out")
+    return concept
 
 
 def neighbours_of(pipe: Any, concept: Concept, named: Sequence[str | Concept] = ()) -> list[Concept]:
     """Return what `concept` could be mistaken for: the concepts that are `named`, by phrases or as they are, or else
     all others of its kind in the pipeline's vocabulary; [] where that is not known."""
+    named = (named,) if isinstance(named, str | Concept) else named
     vocabulary = family_of(pipe).vocabulary
     if named or vocabulary is None:
         kind = concept.kind if concept.kind != "other" else None

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuraleraser.concepts import Concept, named_concept, neighbours_of
-from neuraleraser.eraser import Eraser, Trace, attach
+from neuraleraser.eraser import Eraser, Trace, attach, check_nothing_acts
 from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import sampling_of
@@ -106,6 +106,7 @@ def diagnose(
         >>> [check.what for check in diagnosis.checks if check.well]
         ['fits', 'hooks run', 'fires', ...]
     """
+    check_nothing_acts(pipe, "a diagnosis")
     family = family_of(pipe)
     judges = judges or [family.judge() if family.judge else None] * len(erasers)
     concepts = concepts or [named_concept(pipe, e.name, e.header.kind) for e in erasers]

@@ -62,8 +62,8 @@ def test_saes(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str]):
 def test_references(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     given: list[Any] = []
 
-    def fit(*_: Any, known: Any, **__: Any) -> None:
-        given.append(known)
+    def fit(*_: Any, reference: Any, **__: Any) -> None:
+        given.append(reference)
         raise ConceptError("so far, and no further")
 
     monkeypatch.setattr("neuraleraser.fitting.from_phrase.fit", fit)

@@ -211,7 +211,7 @@ def test_names(sd: Any) -> None:
         set_erasers(sd, "Cats")
     load_eraser(sd, make_eraser())
     whole = pipelines.run(sd, 0)
-    with pytest.raises(SettingsError, match=r"'Cats'.*taken"):
+    with pytest.raises(SettingsError, match=r"'Cats'.*delete_erasers"):
         load_eraser(sd, make_eraser(seed=50))
     with pytest.raises(SettingsError, match="empty"):
         load_eraser(sd, make_eraser(seed=50), "")

@@ -8,19 +8,49 @@ from typing import Any
 
 import pytest
 
+import neuraleraser
 from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
 from neuraleraser import (
     attach,
     load_eraser,
+    phrase_concept,
     set_erasers,
 )
+from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import SettingsError, SiteError
 
 
 @pytest.fixture
 def sd() -> Any:
     return pipelines.stable_diffusion()
+
+
+def test_what_needs_the_base_model_is_refused_where_an_eraser_acts(sd: Any) -> None:
+    """What would be fitted or measured on images that are erased already is weak, and nothing would say so."""
+    for action, strength, acts in (
+        ("erase", 1.0, True),
+        ("refuse", 1.0, True),
+        ("detect", 1.0, False),
+        ("erase", 0.0, False),
+    ):
+        with attach(sd, make_eraser(), strength, action=action):
+            if acts:
+                with pytest.raises(SettingsError, match=r"erasers of Cats act on this pipeline, and a fit needs"):
+                    check_nothing_acts(sd, "a fit")
+            else:
+                check_nothing_acts(sd, "a fit")
+    check_nothing_acts(sd, "a fit")
+    load_eraser(sd, make_eraser())
+    for call in (
+        lambda: neuraleraser.erase(sd, "a cat"),
+        lambda: neuraleraser.calibrate(sd, make_eraser()),
+        lambda: neuraleraser.diagnose(sd, [make_eraser()]),
+        lambda: neuraleraser.evaluate(sd, []),
+        lambda: neuraleraser.calibrate_clip_judge(sd, phrase_concept("a cat")),
+    ):
+        with pytest.raises(SettingsError, match="erasers of Cats act on this pipeline"):
+            call()
 
 
 @pytest.mark.parametrize("erasers", ["van-gogh.safetensors", None, 5, [None], ["x"], {"a": 1}])

@@ -308,3 +308,12 @@ def test_a_hostile_tensor_table(tmp_path: Path, dtype: str, shape: list[int], da
 
 def test_a_hostile_kind_is_printed_short_and_plain(tmp_path: Path):
     assert "\x1b" not in refused(saved(tmp_path, kind="\x1b[31m\n" * 1000))
+
+
+def test_what_is_saved_twice_is_one_file(tmp_path: Path) -> None:
+    """The order of the metadata is the library's, and changes from run to run."""
+    header = {"a": 1, "ü": '\U0001f600 \\ " \n', "b": [1.5, None]}
+    for i in range(12):
+        artifact.save(tmp_path / str(i), "eraser", {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, header)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(12)}) == 1
+    assert artifact.load(tmp_path / "0", "eraser")[1] == header

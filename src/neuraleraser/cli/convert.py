@@ -32,5 +32,7 @@ def convert(
     source = os.path.realpath(sae)
     if os.path.realpath(out) == (source if os.path.isdir(source) else os.path.dirname(source)):
         raise SettingsError(f"{out} is the SAE's own folder, where it could be replaced: pass another")
+    if os.path.isdir(out) and os.listdir(out):
+        raise SettingsError(f"the folder {out} is not empty, and files of two formats would be mixed: pass a new one")
     formats.write(SAE.from_pretrained(sae), out, to)
     print(out)

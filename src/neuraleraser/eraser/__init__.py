@@ -16,7 +16,7 @@ where it stays shut nothing is added, and the image keeps its bits. No row sees 
 
 from __future__ import annotations
 
-from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach
+from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach, check_nothing_acts
 from neuraleraser.eraser.corrections import KINDS, Correction, LowRank
 from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.gate import Gate, time_bin
@@ -49,6 +49,7 @@ __all__ = [
     "Provenance",
     "Trace",
     "attach",
+    "check_nothing_acts",
     "delete_erasers",
     "disable_erasers",
     "enable_erasers",

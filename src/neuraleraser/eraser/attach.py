@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def strength_table(count: int, strength: Strengths) -> Tensor:
     Raises SettingsError for anything but one entry an eraser, from 0 to 2, for equally many images.
     """
     try:
-        one = isinstance(strength, (int, float)) or (isinstance(strength, Tensor) and strength.ndim == 0)
+        one = isinstance(strength, Real) or (isinstance(strength, Tensor) and strength.ndim == 0)
         given = [strength] * count if one else list(strength)  # type: ignore[arg-type]
         rows = [torch.as_tensor(s, dtype=torch.float32).detach().cpu() for s in given]
     except (TypeError, ValueError, RuntimeError):
@@ -113,18 +114,39 @@ def _check_denoisers(pipe: Any, erasers: Sequence[Eraser]) -> None:
 def _check_twins(pipe: Any, erasers: Sequence[Eraser], actions: Sequence[str], replaces: Attachment | None) -> None:
     """SettingsError for an eraser that acts in these modules already."""
     hashes = {e.content_hash for e, action in zip(erasers, actions, strict=True) if action == "erase"}
+    for other in _runtimes(pipe):
+        if replaces is None or other is not replaces.runtime:
+            acting = (e for e, action in zip(other.erasers, other.actions, strict=True) if action == "erase")
+            twin = next((e for e in acting if e.content_hash in hashes), None)
+            if twin is not None:
+                raise SettingsError(
+                    f"the eraser of {twin.name!r} is attached to these modules already, by this pipeline or another "
+                    "one made of them, and would act twice: use the one that is there, or take it off first"
+                )
+
+
+def _runtimes(pipe: Any) -> Iterator[ErasureRuntime]:
+    """Yield what runs erasers in the pipeline's modules, once for each module that it hooks."""
     for module in components(pipe).values():
         for hook in module._forward_pre_hooks.values():
-            guard = getattr(getattr(hook, "__self__", None), "boundary", None)
-            other = getattr(guard, "observer", None)
-            if isinstance(other, ErasureRuntime) and (replaces is None or other is not replaces.runtime):
-                acting = (e for e, action in zip(other.erasers, other.actions, strict=True) if action == "erase")
-                twin = next((e for e in acting if e.content_hash in hashes), None)
-                if twin is not None:
-                    raise SettingsError(
-                        f"the eraser of {twin.name!r} is attached to these modules already, by this pipeline or "
-                        "another one made of them, and would act twice: use the one that is there, or take it off first"
-                    )
+            observer = getattr(getattr(getattr(hook, "__self__", None), "boundary", None), "observer", None)
+            if isinstance(observer, ErasureRuntime):
+                yield observer
+
+
+def check_nothing_acts(pipe: Any, purpose: str) -> None:
+    """Raise SettingsError where an eraser changes what `pipe` draws: `purpose` needs the base model's own images."""
+    acting = {
+        e.name
+        for runtime in _runtimes(pipe)
+        for e, action, rests in zip(runtime.erasers, runtime.actions, runtime.zero_strength, strict=True)
+        if action != "detect" and not rests
+    }
+    if acting:
+        raise SettingsError(
+            f"erasers of {', '.join(sorted(acting))} act on this pipeline, and {purpose} needs the base model's own "
+            "images: leave `attach`, or call unload_erasers or disable_erasers first"
+        )
 
 
 def _warn_same_concept(erasers: Sequence[Eraser], actions: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.trace import Trace
 from neuraleraser.eraser.traces import TraceByPipeline
 from neuraleraser.errors import SettingsError
+from neuraleraser.io.names import name_error, printable
 from neuraleraser.sites import components, denoiser, unwrap
 from neuraleraser.sites.threads import WeakReference
 
@@ -91,14 +92,18 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
         same = before.erasers[name].content_hash == eraser.content_hash
         if same and before.actions[list(before.erasers).index(name)] == action:
             return name
-    if not name or (before and name in before.erasers):
+    if error := name_error(name):
+        raise SettingsError(f"name is {printable(name)}: {error}; pass another")
+    if before and name in before.erasers:
         raise SettingsError(
-            f"an eraser named {name!r} cannot be loaded (the name is taken, or empty): pass another name"
+            f"another eraser named {name!r}, or with another action, is loaded already: take it off with "
+            "delete_erasers, or pass another name"
         )
     for other, loaded in before.erasers.items() if before else ():
         if loaded.content_hash == eraser.content_hash:
             raise SettingsError(
-                f"the eraser {name!r} is loaded already, as {other!r}, and acts once: set its strength with set_erasers"
+                f"the eraser {name!r} is loaded already, as {other!r}, and acts once: set_erasers sets its strength, "
+                "delete_erasers takes it off"
             )
     erasers = {**before.erasers, name: eraser} if before else {name: eraser}
     actions = [*(before.actions if before else ()), action]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.measure import Finding, measure
@@ -49,6 +50,7 @@ def evaluate(
         >>> report.of("none", "Van_Gogh").figures["ua"].value  # of the concept's images, the share that lost it
         0.0
     """
+    check_nothing_acts(pipe, "measuring")
     s = settings or EvaluateSettings()
     family = family_of(pipe)
     vocabulary = protocol.vocabulary if protocol else family.vocabulary

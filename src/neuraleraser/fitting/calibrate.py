@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, concept_of, named_concept, neighbours_of
-from neuraleraser.eraser import Calibration, Eraser
+from neuraleraser.eraser import Calibration, Eraser, check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_of
 from neuraleraser.fitting.detector import SHUT, bounds
@@ -47,6 +47,7 @@ def calibrate(
         >>> fitted.header.calibrated.prompts
         5
     """
+    check_nothing_acts(pipe, "calibrating")
     kind = eraser.header.kind
     if not isinstance(concept, Concept):
         concept = concept_of(pipe, concept, kind) if concept else named_concept(pipe, eraser.name, kind)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neuraleraser.concepts import Concept, neighbours_of
+from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.judges import CLIP, NONE, ClipJudge
 from neuraleraser.sampling import generate
@@ -33,6 +34,7 @@ def calibrate_clip_judge(
         >>> judge.objects
         ('a cat', 'a dog')
     """
+    check_nothing_acts(pipe, "calibrating a judge")
     prompts = {concept.name: [pair.positive for pair in concept.pairs]}
     prompts |= {
         other.name: [pair.positive for pair in other.pairs]

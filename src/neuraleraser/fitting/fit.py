@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.eraser import Eraser, EraserHeader, time_bin
+from neuraleraser.eraser import Eraser, EraserHeader, check_nothing_acts, time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.background import rows_without
@@ -57,6 +57,7 @@ def fit(
         >>> eraser.name, len(eraser.corrections)
         ('Cats', 1)
     """
+    check_nothing_acts(pipe, "a fit")
     s, sampling = settings or FitSettings(), sampling or default_sampling(pipe)
     reference = reference or shipped_reference(pipe)
     _check_width(pipe, reference, sampling)

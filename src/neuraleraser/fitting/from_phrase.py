@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from neuraleraser.concepts import Concept, add_context_pairs, concept_of, default_neighbours, neighbours_of
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Eraser, check_nothing_acts
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling, model_name
@@ -28,7 +28,7 @@ Progress = Callable[[str, float], None]
 
 def erase(
     pipe: Any,
-    concept: str | Concept,
+    concept: str | Path | Concept,
     *,
     kind: str | None = None,
     neighbours: Sequence[str | Concept] = (),
@@ -64,7 +64,8 @@ def erase(
         >>> eraser.name
         'Van_Gogh'
     """
-    meant = concept_of(pipe, concept, kind) if isinstance(concept, str) else concept
+    check_nothing_acts(pipe, "making an eraser")
+    meant = concept if isinstance(concept, Concept) else concept_of(pipe, str(concept), kind)
     near = neighbours_of(pipe, meant, neighbours) if neighbours else list(default_neighbours(meant))
     meant = add_context_pairs(meant, near)
     sampling = sampling or default_sampling(pipe)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from neuraleraser.activations import activation_matrix
-from neuraleraser.eraser import Provenance
+from neuraleraser.eraser import Provenance, check_nothing_acts
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting.reference import Reference, reference_from_sae
@@ -53,6 +53,7 @@ def import_reference(
         raise DataError("there are no prompts to see the SAE fire on: pass prompts of many things, hundreds are good")
     if labels is not None and len(labels) != len(prompts):
         raise DataError(f"{len(labels)} labels for {len(prompts)} prompts: pass the names of each, () for none")
+    check_nothing_acts(pipe, "a reference")
     s = sampling or default_sampling(pipe)
     edits_for(pipe, site)  # raises where no eraser could edit
     width = shapes_of(pipe, [site], s)[site][1]

@@ -18,7 +18,7 @@ import torch
 
 from neuraleraser.activations import activation_stream, described, write_shards
 from neuraleraser.concepts import Concept
-from neuraleraser.eraser import Provenance
+from neuraleraser.eraser import Provenance, check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.import_reference import shapes_of
@@ -124,6 +124,7 @@ def make_reference(
         >>> known.sae.header["labels"]
         ['a cat', 'a dog']
     """
+    check_nothing_acts(pipe, "a reference")
     s, tell = sampling or default_sampling(pipe), progress or (lambda what, share: None)
     names = [concept.name, *(n.name for n in neighbours)]
     if twice := {name for name in names if names.count(name) > 1}:

@@ -84,9 +84,17 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
             save_file(own, temp_path, metadata={"kind": kind, "version": str(VERSION), "header": text})
         except SafetensorError as e:
             raise write_error(path, e) from e
-        with open(temp_path, "rb") as f:
-            if struct.unpack("<Q", f.read(8))[0] > MAX_HEADER:
+        with open(temp_path, "r+b") as f:
+            size = struct.unpack("<Q", f.read(8))[0]
+            if size > MAX_HEADER:
                 raise DataError(f"the header for {path} is over {MAX_HEADER >> 20} MB: put bulk in tensors")
+            # The library writes the metadata in an order that changes from run to run; what is saved twice is one file.
+            entries = json.loads(f.read(size))
+            entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+            settled = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            if len(settled) == size:  # as it is, but for the order
+                f.seek(8)
+                f.write(settled)
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
