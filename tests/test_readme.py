@@ -32,10 +32,10 @@ def commands() -> list[list[str]]:
     return [words[1:] for words in lines if words and words[0] == "neuraleraser"]
 
 
-def small_fit(pipe: Any, concept: Any, settings: Any, progress: Any, *, known: Any, sampling: Sampling) -> Eraser:
+def small_fit(pipe: Any, concept: Any, settings: Any, progress: Any, *, reference: Any, sampling: Sampling) -> Eraser:
     """A fit of seconds: as the real one, of fewer pictures and steps."""
     few = FitSettings(num_pairs=6, num_context_pairs=0, steps=20, train_batch_size=8)
-    return fit(pipe, concept, few, progress, reference=known, sampling=replace(sampling, num_inference_steps=6))
+    return fit(pipe, concept, few, progress, reference=reference, sampling=replace(sampling, num_inference_steps=6))
 
 
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

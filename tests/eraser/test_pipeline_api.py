@@ -213,7 +213,7 @@ def test_names(sd: Any) -> None:
     whole = pipelines.run(sd, 0)
     with pytest.raises(SettingsError, match=r"'Cats'.*delete_erasers"):
         load_eraser(sd, make_eraser(seed=50))
-    with pytest.raises(SettingsError, match="empty"):
+    with pytest.raises(SettingsError, match="not blank"):
         load_eraser(sd, make_eraser(seed=50), "")
     for names in ("Dogs", ["Cats", "Cats"], ["Cats", "Dogs"]):
         with pytest.raises(SettingsError, match="of those loaded"):

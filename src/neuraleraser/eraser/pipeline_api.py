@@ -93,7 +93,7 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
         if same and before.actions[list(before.erasers).index(name)] == action:
             return name
     if error := name_error(name):
-        raise SettingsError(f"name is {printable(name)}: {error}; pass another")
+        raise SettingsError(f"the name is {printable(repr(name))}, and {error}: pass another")
     if before and name in before.erasers:
         raise SettingsError(
             f"another eraser named {name!r}, or with another action, is loaded already: take it off with "
