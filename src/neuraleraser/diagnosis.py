@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All checks, and the verdict in one line."""
+    """All checks, and the verdict."""
 
     checks: tuple[Check, ...]
 
@@ -58,7 +58,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The verdict as one line of text."""
         count = len({c.eraser for c in self.checks})
         wrong = [f"{c.eraser}: {c.found}" for c in self.checks if c.well is False]
         unknown = sum(c.well is None for c in self.checks)
@@ -87,19 +87,30 @@ def diagnose(
     num_images: int = 8,
     samplings: Sequence[Sampling] = (),
 ) -> Diagnosis:
-    """Look at each eraser alone: does it fit, do its hooks run, does it fire on its concept's prompts, is the concept
-    gone, does it fire on lookalikes, what does it cost.
+    """Check each eraser alone on a pipeline.
 
-    concepts: one for each eraser, whose prompts with it are drawn; none: by the names in their headers. lookalikes: for
-    each eraser, prompts without its concept that it might be mistaken for; none: the prompts without it, and those of
-    `neighbours` (phrases or concepts; none: all others of its kind in the pipeline's vocabulary).
+    The checks: it fits, its hooks run, it fires on its concept's prompts, the concept is gone, it does not fire on
+    lookalikes, and the time that it costs.
 
-    judges: one for each eraser, a callable such as `CanvasJudge` or `ClipJudge` that knows the concept by the eraser's
-    name; none: the judge of the pipeline's family. With None, or one that does not know it, it is unknown whether the
-    concept is gone. `num_images` are drawn of each kind, twice. samplings: one for each eraser; none: each is sampled
-    as it was fitted.
+    Args:
+        pipe: The diffusers pipeline.
+        erasers: The erasers.
+        concepts: One per eraser, whose prompts with it are used; none: by the names in their headers.
+        lookalikes: Per eraser, prompts without its concept that it might be mistaken for; none: the prompts without it,
+            and those of `neighbours`.
+        judges: One per eraser, a callable such as `CanvasJudge` or `ClipJudge` that knows the concept by the eraser's
+            name; none: the judge of the pipeline's family. With None, or a judge that does not know it, it is unknown
+            whether the concept is gone.
+        neighbours: Concepts for the lookalikes, as phrases or concepts; none: all others of its kind in the pipeline's
+            vocabulary.
+        num_images: Images of each kind; each is generated twice.
+        samplings: One per eraser; none: each is sampled as it was fitted.
 
-    Raises SettingsError where there is nothing to look at, or not a concept, lookalikes and a judge for each eraser.
+    Returns:
+        All checks, and the verdict.
+
+    Raises:
+        SettingsError: There is no eraser, or not a concept, lookalikes and a judge for each one.
 
     Examples:
         >>> diagnosis = diagnose(pipe, [eraser], neighbours=["cartoon style"], num_images=2, samplings=[quick])

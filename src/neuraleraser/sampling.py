@@ -1,7 +1,7 @@
 """Making images: the only code that calls a pipeline.
 
 Every image has its own seed and its own generator, and short batches are padded to full ones, so that at
-equal batch shape an image's bits depend on its own prompt and seed alone (DESIGN.md, law 7).
+equal batch shape an image's bits depend on its own prompt and seed alone (docs/explanation/laws.md, law 7).
 """
 
 from __future__ import annotations
@@ -36,13 +36,26 @@ def generate(
     each: Callable[[range, Images], None] | None = None,
     callback: Callable[..., dict[str, Any]] | None = None,
 ) -> Images:
-    """Draw one image a prompt with its seed -> uint8 [N, H, W, 3].
+    """Generate one image per prompt, each from its own seed.
 
-    `init` uint8 [N, H, W, 3] starts an image-to-image pipeline. `on_batch(start, real)` is called before each
-    batch which images come (their first index, and how many are not padding); `each(indices, images)` gets
-    each finished batch; `callback` is diffusers' own `callback_on_step_end`. Raises SettingsError if the lengths
-    differ, for a seed out of range, a prompt that is no text and what the pipeline itself refuses (more steps than its
-    schedule has, a size that it cannot draw), DataError for an image of NaN or infinity.
+    Args:
+        pipe: The diffusers pipeline.
+        prompts: One prompt per image.
+        seeds: One seed per image.
+        sampling: Steps, guidance, size and batch size; None: as the pipeline is usually sampled.
+        init: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
+        on_batch: Called as `on_batch(start, real)` before each batch, with the index of its first image and the number
+            of its images that are not padding.
+        each: Called as `each(indices, images)` with each finished batch.
+        callback: Passed to the pipeline as diffusers' `callback_on_step_end`.
+
+    Returns:
+        The images, uint8 [N, H, W, 3].
+
+    Raises:
+        SettingsError: The lengths differ, a seed is out of range, a prompt is no text, or the pipeline itself refuses
+            (more steps than its schedule has, a size that it cannot generate).
+        DataError: An image has NaN or infinity.
 
     Examples:
         >>> generate(pipe, ["a cat", "a dog"], [3, 4], quick).shape
@@ -69,7 +82,7 @@ def generate(
     if callback:
         extra["callback_on_step_end"] = callback
     out: list[Images] = []
-    # The last batch is filled up in any case; without `pad` no batch is larger than there are images.
+    # The last batch is filled up in any case; without `pad_last_batch` no batch is larger than there are images.
     size = s.batch_size if s.pad_last_batch else min(s.batch_size, max(len(prompts), 1))
     series = Series(len(prompts))
     for start in range(0, len(prompts), size):

@@ -1,4 +1,4 @@
-"""`neuraleraser evaluate --sealed`: the one look at the sealed concepts, on record (DESIGN.md, law 12)."""
+"""`neuraleraser evaluate --sealed`: one look at the sealed concepts, on record (docs/explanation/laws.md, law 12)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from neuraleraser.errors import SettingsError
 SELECTION_SEEDS = range(0, 1000)
 """Seeds that erasers are made and defaults are chosen with."""
 TEST_SEEDS = range(10_000, 110_000)
-"""Seeds that erasers are tested with, and never made (DESIGN.md, law 12)."""
+"""Seeds that erasers are tested with, and never made (docs/explanation/laws.md, law 12)."""
 SEALED_SEEDS = range(300_000, 400_000)
 """Seeds that `evaluate --sealed` alone draws with."""
 STREAM_SEEDS = range(2**31, 2**32)
@@ -171,13 +171,13 @@ class FitSettings:
     num_pairs: int = 24
     """Pairs of prompts drawn to learn from."""
     num_context_pairs: int = 36
-    """Further prompts of an object that something else stands beside, drawn without it, to learn what is to stay."""
+    """Prompts that pair the object with another one ('a cat and a dog'), used to learn what must be kept."""
     rank: int = 32
     """Rank of a correction."""
     steps: int = 160
     """Optimiser steps of the correction."""
     train_batch_size: int = 24
-    """States in an optimiser step."""
+    """Denoiser states per optimiser step."""
     learning_rate: float = 4e-3
     """Peak learning rate of the correction; it falls to zero over the last 40 % of the steps."""
     seed: int = 0
@@ -228,8 +228,8 @@ class EvaluateSettings:
     unhooked_checks: int = 40
     """Base images drawn once more with nothing attached, and compared bit for bit."""
     idle_checks: int = 40
-    """Images a method that it said it would not act in, drawn with it all the same and compared bit for bit; what the
-    last batch would be padded with comes on top."""
+    """Images per method in which it said that it would not act, generated with it all the same and compared bit for bit;
+    what the last batch would be padded with comes on top."""
     timings: int = 7
     """Rounds in which plain sampling and sampling with the eraser are timed against each other."""
     timed_images: int = 16
@@ -249,8 +249,8 @@ class EvaluateSettings:
             check_whole(name, getattr(self, name), 0, 10_000)
         if not self.sampling.pad_last_batch:
             raise SettingsError(
-                "pad is off: without padding an image's bits depend on its company, so there are no twins to compare "
-                "with; leave it on"
+                "pad_last_batch is off: without padding an image's bits depend on its company, so there are no twins to "
+                "compare with; leave it on"
             )
 
 

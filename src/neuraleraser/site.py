@@ -51,5 +51,8 @@ class Site:
         tap = marks.pop(0) if marks and marks[0] in _TAPS else "output"
         stream = marks.pop(0) if marks and marks[0] in _STREAMS else "text" if tap == "input" else "image"
         if marks:
-            raise SiteError(f"{text!r} is no site; expected path, path:tap, path:stream or path:tap:stream.")
+            raise SiteError(
+                f"{text!r} is no site: {marks[0]!r} is neither a tap {_TAPS} nor a stream {_STREAMS}, or is in the wrong "
+                "place; expected path, path:tap, path:stream or path:tap:stream."
+            )
         return cls(path, tap, stream)  # type: ignore[arg-type]

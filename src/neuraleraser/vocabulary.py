@@ -15,7 +15,7 @@ from functools import cached_property
 SEEN = slice(0, 2)
 """Phrasings that erasers are made with."""
 HELD_OUT = slice(2, 4)
-"""Phrasings that erasers are tested with, and never made (DESIGN.md, law 12)."""
+"""Phrasings that erasers are tested with, and never made (docs/explanation/laws.md, law 12)."""
 PHRASINGS = range(4)
 """Numbers of the phrasings of every style and object."""
 

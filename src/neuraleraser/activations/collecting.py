@@ -1,4 +1,4 @@
-"""Telling activations while a pipeline draws, and keeping a random sample of them."""
+"""Activations of a pipeline while it generates images, and a random sample of them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def sample(
         b, p, _ = seen.x.shape
         whole = p // group_size
         if not whole:
-            raise DataError(f"{seen.site} has {p} positions, too few for a map of {group_size}: pass a smaller per_map")
+            raise DataError(
+                f"{seen.site} has {p} positions, too few for a group of {group_size}: pass a smaller group_size"
+            )
         # Every map gets a random key, and those of the largest keys stay: a fair draw, however many calls follow.
         key, which = torch.rand((b, whole), generator=generator).topk(min(whole, groups), 1)
         at = torch.arange(whole)[None, :, None].expand(b, -1, -1)

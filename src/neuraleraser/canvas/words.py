@@ -138,7 +138,7 @@ EMPTY_PHRASES = ("an empty scene", "nothing", "a bare background", "an empty pic
 """Captions of a picture without an object."""
 
 ALIASES = {"fire": "On_Fire", "van gogh": "Van_Gogh", "vangogh": "Van_Gogh", "photo": PLAIN}
-"""Other names that people use; 'Fire' is the style, the object is Flame (DESIGN.md)."""
+"""Other names that people use; 'Fire' is the style, the object is Flame."""
 
 DEV_STYLES = ("Cartoon", "Mosaic", "Winter", "Pointillism", "Rust")
 DEV_OBJECTS = ("Dogs", "Trees", "Fishes", "Towers")
@@ -147,7 +147,7 @@ DEV_OBJECTS = ("Dogs", "Trees", "Fishes", "Towers")
 SEALED_STYLES = ("Bricks", "Crayon", "Cubism", "Ink_Art", "Meteor_Shower", "Pop_Art")
 SEALED_OBJECTS = ("Bears", "Birds", "Butterfly", "Frogs", "Sandwiches", "Statues")
 """Concepts that nothing is chosen on and nobody looks at before all is frozen: drawn and read by `evaluate --sealed`
-alone (DESIGN.md, law 12)."""
+alone (docs/explanation/laws.md, law 12)."""
 VOCABULARY = Vocabulary(
     name="canvas",
     object_phrases=OBJECT_PHRASES,

@@ -9,8 +9,8 @@ In a script the context manager will do; a server loads erasers to stay, as it d
     load_eraser(pipe, "van-gogh.safetensors", name="van-gogh")
     set_erasers(pipe, ["van-gogh"], [0.5])
 
-The law of the edit (DESIGN.md, law 2): x' = x + strength * gate * delta. The gate looks at one site with a few
-SAE features, each firing against its own threshold, and pools their evidence over the image's own positions;
+The law of the edit (docs/explanation/laws.md, law 2): x' = x + strength * gate * delta. The gate looks at one site
+with a few SAE features, each firing against its own threshold, and pools their evidence over the image's own positions;
 where it stays shut nothing is added, and the image keeps its bits. No row sees another.
 """
 

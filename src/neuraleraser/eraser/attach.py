@@ -211,25 +211,36 @@ class Attachment:
 
 
 class attach:
-    """Context manager: erase while it is open; afterwards the pipeline gives the bits it gave before.
+    """Context manager that erases while it is open; afterwards the pipeline gives the bits it gave before.
 
-    `strength` (one, or one an eraser, which may be one an image of the batch) is 0 for nothing, 1 as fitted, up
-    to 2. Yields the `Trace`, which notes what fired in each image; with `heat` it notes where, too.
+    It yields the `Trace`, which notes what fired in each image. Erasers act in the pipeline's modules, whoever runs
+    them, so they also act in another pipeline made of the same modules. A negative prompt opens no gate while guidance
+    is above 1.
 
-    `action` (one, or one an eraser) says what is done where a gate opens: "erase" corrects; "detect" changes nothing;
-    "refuse" changes nothing either, and raises `ConceptRefusedError` in the step in which a gate opens, so that the
-    call ends without an image. (Where the other images of a batch are to be kept, "detect", and withhold those in
-    `trace.fired`.)
+    Erasers commute: at a site all read the same x and their changes add up, in an order set by their content. If
+    several erasers' gates read the same features, only the largest change is applied; the same holds for a feature that
+    several erasers scale.
 
-    Erasers act in the pipeline's modules, whoever runs them: another pipeline made of them, too. A negative prompt
-    opens no gate while guidance is above 1. Erasers commute: at a site all read the same x and their changes add up, in
-    an order set by their content; of erasers whose gates read the same features only the largest change is made, and so
-    it is of a feature that several scale.
+    Args:
+        pipe: The diffusers pipeline.
+        erasers: One eraser, or several.
+        strength: 0 changes nothing, 1 is as fitted, 2 is the most. One number for all; or one entry per eraser: a
+            number, or one number per image of the batch.
+        action: What to do where a gate opens, for all erasers or one per eraser. "erase" corrects; "detect" changes
+            nothing; "refuse" changes nothing either, and raises `ConceptRefusedError` in the step in which a gate
+            opens, so that the call ends without an image. (To keep the other images of a batch, use "detect" and
+            withhold those in `trace.fired`.)
+        heat: Note in the trace also where in each image it fired.
 
-    Raises SettingsError for an unknown action, a strength out of range or for another number of images than are drawn,
-    and for an eraser that is attached already; DataError for an eraser whose parts do not fit; SiteError for a site
-    that the pipeline has not or has in another width, and for a second denoiser without the eraser;
-    EraserNotAppliedError before there is a picture if an eraser did not run. Warns if it is never entered.
+    Raises:
+        SettingsError: The action is unknown, a strength is out of range or for another number of images than are
+            generated, or an eraser is attached already.
+        DataError: The parts of an eraser do not fit.
+        SiteError: The pipeline lacks a site, has it in another width, or has a second denoiser without the eraser.
+        EraserNotAppliedError: An eraser did not run; raised before there is an image.
+
+    Warns:
+        UserWarning: It is never entered.
 
     Examples:
         >>> with attach(pipe, eraser) as trace:

@@ -73,7 +73,14 @@ class Eraser(HubFile):
         return self.gate.site, *(site for c in self.corrections for site in sites_of(c))
 
     def to(self, device: torch.device) -> Eraser:
-        """Return the eraser with its tensors on `device`."""
+        """Return the eraser with its tensors on another device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            A new eraser.
+        """
         moved = tuple(
             type(c).from_tensors(c.site, {name: x.to(device) for name, x in c.tensors().items()}, c.also)
             for c in self.corrections
@@ -97,9 +104,15 @@ class Eraser(HubFile):
         return out
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; matrices in half precision, and the gate's thresholds and bounds exact.
+        """Write one safetensors file.
 
-        Raises DataError for an eraser that `load` would refuse.
+        Matrices are in half precision; the gate's thresholds and bounds are exact.
+
+        Args:
+            path: The file.
+
+        Raises:
+            DataError: `load` would refuse the eraser.
         """
         problem = self.validation_error()
         if problem:
@@ -112,7 +125,17 @@ class Eraser(HubFile):
 
     @classmethod
     def load(cls, path: str | Path) -> Eraser:
-        """Read an eraser. Raises FileError for a file that is not one, or one whose parts do not fit."""
+        """Read an eraser from a file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The eraser.
+
+        Raises:
+            FileError: The file is no eraser, or its parts do not fit.
+        """
         tensors, header = artifact.load(path, "eraser")
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -159,7 +182,14 @@ class Eraser(HubFile):
         return eraser
 
     def generate_model_card(self, repo_id: str) -> ModelCard:
-        """Return the card that `push_to_hub` uploads with it: `model_card` of its header."""
+        """Return the card that `push_to_hub` uploads with it: `model_card` of its header.
+
+        Args:
+            repo_id: "owner/name" of its repository.
+
+        Returns:
+            The card.
+        """
         rows = [("gate", str(self.gate.site))]
         rows += [("correction", f"{c.KIND} at {', '.join(map(str, sites_of(c)))}") for c in self.corrections]
         return model_card(self.header, repo_id, rows)

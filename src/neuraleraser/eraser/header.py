@@ -41,7 +41,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class EraserHeader:
-    """Facts of an eraser that do not act: what it erases, how it was made, what was measured.
+    """An eraser's metadata: what it erases, how it was made, what was measured. Nothing here changes an image.
 
     A field at its default is one that the file does not say.
 
@@ -58,7 +58,7 @@ class EraserHeader:
     kind: str | None = None
     """ "style", "object" or "other"; None: not said."""
     routes: tuple[str, ...] = PROMPT_ROUTES
-    """Routes that its gate sees (DESIGN.md, law 13)."""
+    """Routes that its gate sees (docs/explanation/laws.md, law 13)."""
     base: str = ""
     """Name of the pipeline that it was made for, which may be a Hub id."""
     time_scale: str = ""
@@ -94,7 +94,17 @@ class EraserHeader:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> EraserHeader:
-        """Read what `as_json` returned, or a stranger wrote. Raises ValueError that names a field and its value."""
+        """Read a header from JSON.
+
+        Args:
+            data: The result of `as_json`, or what a stranger wrote.
+
+        Returns:
+            The header.
+
+        Raises:
+            ValueError: A field has no valid value; the message names both.
+        """
         if error := name_error(data.get("concept")):
             raise ValueError(f"field concept: {error}")
         known: dict[str, Any] = {"concept": data["concept"]}

@@ -31,11 +31,18 @@ _LIMITS = """\
 def model_card(
     header: EraserHeader, repo_id: str = "owner/name", settings: Sequence[tuple[str, str]] = ()
 ) -> ModelCard:
-    """Return a card whose `str` is Markdown with front matter. `header` is an eraser's, `repo_id` where it lies, and
-    `settings` come before those in the header.
+    """Return an eraser's model card.
 
-    A header may be a stranger's: its values appear as quoted text, never as markup. What it has `measured` the Hub
-    shows, too; where it has nothing, the card says so.
+    The header may be a stranger's: its values appear as quoted text, never as markup. The Hub also shows what it has
+    `measured`; if nothing was measured, the card says so.
+
+    Args:
+        header: The eraser's header.
+        repo_id: "owner/name" of its repository.
+        settings: Names and values to list before those in the header.
+
+    Returns:
+        A card whose `str` is Markdown with front matter.
 
     Examples:
         >>> print(model_card(eraser.header, "owner/van-gogh"))

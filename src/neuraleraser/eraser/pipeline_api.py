@@ -64,16 +64,26 @@ class _Loaded:
 
 
 def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None, action: str = "erase") -> str:
-    """Load an eraser at strength 1, beside those that are loaded; return its name, by default its concept's.
+    """Load an eraser at strength 1, beside those that are loaded.
 
-    `source` is a file, a folder, a Hub id, or an `Eraser`; `action` is "erase", "detect" or "refuse", as in `attach`.
     An eraser that is loaded already, under the same name and with the same action, is left as it is. Load before the
     denoiser is compiled, or at least before its first call: what a compiled denoiser cannot see is raised as
-    EraserNotAppliedError before there is a picture.
+    EraserNotAppliedError before there is an image.
 
-    Raises SettingsError for a name that is taken by another eraser, an eraser that is loaded under another name, or an
-    unknown action; FileError where there is no eraser; and as `attach` does. Where it raises, what was loaded stays as
-    it was.
+    Args:
+        pipe: The diffusers pipeline.
+        source: A file, a folder, a Hub id, or an `Eraser`.
+        name: Name under which the eraser is loaded; None: the name of its concept.
+        action: What to do where its gate opens: "erase", "detect" or "refuse", as in `attach`.
+
+    Returns:
+        The name under which the eraser is loaded.
+
+    Raises:
+        SettingsError: The name is empty or taken by another eraser, the eraser is loaded under another name, or the
+            action is unknown. After any error, what was loaded stays as it was.
+        FileError: There is no eraser at `source`.
+        NeuralEraserError: As for `attach`.
 
     Examples:
         >>> eraser.save("van-gogh.safetensors")
@@ -114,14 +124,19 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
 
 
 def set_erasers(pipe: Any, names: str | Sequence[str], strengths: Strengths = 1.0) -> None:
-    """Set the strengths of the named erasers from the next call on, and those of all others to 0.
+    """Set the strengths of the named erasers, and those of all others to 0, from the next call on.
 
-    `strengths`: one number, from 0 (nothing, bit for bit) to 2; or one entry a name, which is a number, or one number
-    for each image of the batch that is drawn next. A change compiles nothing again, except between strengths by image
-    and strengths for all.
+    A change compiles nothing again, except between strengths per image and strengths for all images.
 
-    Raises SettingsError for a name that is not loaded or is given twice, and for strengths out of range; later, before
-    anything is drawn, for strengths by image that do not fit the batch.
+    Args:
+        pipe: The diffusers pipeline.
+        names: One name, or several.
+        strengths: One number for all of them, from 0 (nothing, bit for bit) to 2; or one entry per name: a number, or
+            one number per image of the batch that is generated next.
+
+    Raises:
+        SettingsError: A name is not loaded or is given twice, or a strength is out of range. Raised later, before
+            anything is generated: strengths per image that do not fit the batch.
 
     Examples:
         >>> load_eraser(pipe, eraser)
@@ -141,6 +156,12 @@ def set_erasers(pipe: Any, names: str | Sequence[str], strengths: Strengths = 1.
 def get_list_erasers(pipe: Any) -> list[str]:
     """Return the names of all loaded erasers, in the order they were loaded.
 
+    Args:
+        pipe: The diffusers pipeline.
+
+    Returns:
+        The names; [] if none is loaded.
+
     Examples:
         >>> load_eraser(pipe, eraser)
         'Van_Gogh'
@@ -152,7 +173,13 @@ def get_list_erasers(pipe: Any) -> list[str]:
 
 
 def get_active_erasers(pipe: Any) -> list[str]:
-    """Return the names of the erasers whose strength is above 0, be it in one image of the batch; [] while disabled.
+    """Return the names of the loaded erasers that act.
+
+    Args:
+        pipe: The diffusers pipeline.
+
+    Returns:
+        Names of the erasers whose strength is above 0, for at least one image of the batch; [] while disabled.
 
     Examples:
         >>> load_eraser(pipe, eraser)
@@ -167,9 +194,16 @@ def get_active_erasers(pipe: Any) -> list[str]:
 
 
 def eraser_trace(pipe: Any) -> Trace:
-    """Return the trace of what this pipeline has drawn since erasers were loaded (the last 10,000 images, from 0).
+    """Return the trace of what this pipeline has generated since erasers were loaded.
 
-    Raises SettingsError where none is loaded.
+    Args:
+        pipe: The diffusers pipeline.
+
+    Returns:
+        The trace, of the last 10,000 images, counted from 0.
+
+    Raises:
+        SettingsError: No eraser is loaded.
 
     Examples:
         >>> load_eraser(pipe, eraser)
@@ -185,8 +219,12 @@ def eraser_trace(pipe: Any) -> Trace:
 
 
 def disable_erasers(pipe: Any) -> None:
-    """Set all strengths to 0: the base model's images, bit for bit, until `enable_erasers` or `set_erasers`. Nothing is
-    taken off.
+    """Set all strengths to 0, until `enable_erasers` or `set_erasers`.
+
+    The images are then the base model's, bit for bit. The erasers stay loaded.
+
+    Args:
+        pipe: The diffusers pipeline.
 
     Examples:
         >>> load_eraser(pipe, eraser)
@@ -203,7 +241,12 @@ def disable_erasers(pipe: Any) -> None:
 
 
 def enable_erasers(pipe: Any) -> None:
-    """Set the strengths that `disable_erasers` put to 0 as they were; after `set_erasers` there is nothing to do.
+    """Restore the strengths that `disable_erasers` set to 0.
+
+    After `set_erasers` there is nothing to restore.
+
+    Args:
+        pipe: The diffusers pipeline.
 
     Examples:
         >>> load_eraser(pipe, eraser)
@@ -219,9 +262,16 @@ def enable_erasers(pipe: Any) -> None:
 
 
 def delete_erasers(pipe: Any, names: str | Sequence[str]) -> None:
-    """Take the named erasers off and leave the others as they are; after the last, no hook is left.
+    """Unload the named erasers and leave the others as they are.
 
-    What they did leaves the trace with them. Raises SettingsError for a name that is not loaded or is given twice.
+    Their entries leave the trace with them. After the last one, no hook is left.
+
+    Args:
+        pipe: The diffusers pipeline.
+        names: One name, or several.
+
+    Raises:
+        SettingsError: A name is not loaded or is given twice.
 
     Examples:
         >>> load_eraser(pipe, eraser, name="van-gogh")
@@ -242,7 +292,10 @@ def delete_erasers(pipe: Any, names: str | Sequence[str]) -> None:
 
 
 def unload_erasers(pipe: Any) -> None:
-    """Take all loaded erasers off: no hook is left, and the pipeline gives the bits it gave before.
+    """Unload all erasers: no hook is left, and the pipeline gives the bits it gave before.
+
+    Args:
+        pipe: The diffusers pipeline.
 
     Examples:
         >>> load_eraser(pipe, eraser)

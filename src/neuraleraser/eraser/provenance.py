@@ -1,4 +1,4 @@
-"""Record of the data that a reference was made with, so that no test repeats it (DESIGN.md, law 12)."""
+"""Record of the data that a reference was made with, so that no test repeats it (docs/explanation/laws.md, law 12)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,17 @@ class Provenance:
 
     @classmethod
     def parse(cls, data: Any) -> Provenance:
-        """Read what `as_json` returned. Raises ValueError for anything else."""
+        """Read what `as_json` returned.
+
+        Args:
+            data: The JSON.
+
+        Returns:
+            The provenance.
+
+        Raises:
+            ValueError: It is anything else.
+        """
         names = {"seeds", "phrasings", "labels", "sae"}
         if not isinstance(data, Mapping) or not names <= data.keys() <= names | {"prompts", "prompts_sha256"}:
             raise ValueError("expected seeds, prompts or prompts_sha256, phrasings, labels and sae")

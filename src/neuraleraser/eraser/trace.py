@@ -44,12 +44,13 @@ class TracedCall:
 class Trace:
     """Record of what fired while erasers were attached: for each image, the timesteps at which each gate opened.
 
-    Images are counted from 0 in the order they are drawn. Images of one call of `generate` follow one another in the
-    order of its prompts. Timesteps are those that the denoiser was given. What is kept is bounded: openings by
+    Images are counted from 0 in the order they are generated. Images of one call of `generate` follow one another in
+    the order of its prompts. Timesteps are those that the denoiser was given. What is kept is bounded: openings per
     timestep, and the last 10,000 images.
 
-    names: the erasers' names, made unique: "Cats", "Cats (2)". heat: set it to True, and the record of an image says
-    where its evidence lay, too.
+    Attributes:
+        names: The erasers' names, made unique ("Cats", "Cats (2)").
+        heat: Set it to True, and the record of an image also says where its evidence lay.
 
     Examples:
         >>> with attach(pipe, eraser) as trace:
@@ -81,13 +82,16 @@ class Trace:
             }
 
     def records(self) -> list[dict[str, Any]]:
-        """Return a record an image, in the order drawn, as plain values for JSON.
+        """Return one record per image, in the order generated, as plain values for JSON.
 
         {"image": 3, "fired": [{"eraser": "Van_Gogh", "action": "erase", "site": the gate's, "timesteps": [958.0, ...],
         "openings": [1.0, ...] (how far the gate was open at each, 0 to 1), "heat": [...]}]}
 
-        `fired` is empty where nothing did. "heat", where it was asked for, is the strongest evidence at each of the
-        site's positions while the gate was open, row by row.
+        `fired` is empty if nothing fired. "heat", if it was asked for, is the strongest evidence at each of the site's
+        positions while the gate was open, row by row.
+
+        Returns:
+            The records.
         """
         with _lock:
             self._fold()
@@ -97,11 +101,14 @@ class Trace:
             ]
 
     def jsonl(self) -> str:
-        """Return the records as JSON Lines, one image a line."""
+        """Return the records as JSON Lines, one line per image."""
         return "".join(json.dumps(record) + "\n" for record in self.records())
 
     def clear(self) -> None:
-        """Forget all images; the next is counted on. Call it where a trace goes on for days, after taking `records`."""
+        """Forget all images, and go on counting.
+
+        Call it if a trace is kept for days, after taking `records`.
+        """
         with _lock:
             self._pending, self._images = [], {}
 

@@ -19,7 +19,7 @@ class ActionTrace(Protocol):
 
 @dataclass(frozen=True)
 class MadeWith:
-    """Data that a method was made with and must not be tested on (DESIGN.md, law 12).
+    """Data that a method was made with and must not be tested on (docs/explanation/laws.md, law 12).
 
     Examples:
         >>> EraserMethod(eraser).made_with.seeds  # its own, and its reference's

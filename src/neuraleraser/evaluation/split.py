@@ -1,4 +1,4 @@
-"""The split of what methods are made with from what they are tested on (DESIGN.md, law 12)."""
+"""The split of what methods are made with from what they are tested on (docs/explanation/laws.md, law 12)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knowledge of a model family, as one object a family."""
+"""Facts about a model family, as one object per family."""
 
 from __future__ import annotations
 

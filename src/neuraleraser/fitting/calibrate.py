@@ -29,18 +29,29 @@ def calibrate(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> Eraser:
-    """The eraser with bounds for `pipe`: features, weights and corrections stay as they are.
+    """Refit the gate's bounds to other weights of the same architecture; return a new eraser.
 
-    concept: what it erases, as a phrase, the path of a JSON file of prompts or a `Concept`; None: the name in its
-    header. neighbours: what that could be mistaken for, phrases or concepts; none: all others of its kind in the
-    pipeline's vocabulary.
+    Features, weights and corrections stay as they are. The bounds are set from the evidence of its features on the
+    images generated here, as they were when it was made. The findings go into the header, as `calibrated`.
 
-    `num_pairs` prompts with the concept and as many without are drawn at the same seeds (from `seed`, selection seeds),
-    and one of each neighbour, sampled as the eraser was fitted unless `sampling` is given; the bounds are set from the
-    evidence of its features on them, as they were when it was made. What was seen goes into the header: `calibrated`.
+    Args:
+        pipe: The pipeline with the other weights.
+        eraser: The eraser to refit; it is not changed.
+        concept: What it erases, as a phrase, the path of a JSON file of prompts, or a `Concept`; None: the name in its
+            header.
+        neighbours: Concepts that it could be mistaken for, as phrases or concepts, one prompt of each; none: all others
+            of its kind in the pipeline's vocabulary.
+        num_pairs: Prompts with the concept, and as many without, generated at the same seeds; at least 2.
+        sampling: How images are generated; None: as when the eraser was fitted.
+        seed: First seed, one of the selection seeds.
 
-    Raises ConceptError where the features do not tell the concept at any timestep, SettingsError for too few
-    pairs or a gate outside the denoiser, SiteError for a pipeline that has not its site.
+    Returns:
+        The eraser with the new bounds.
+
+    Raises:
+        ConceptError: The features do not detect the concept at any timestep.
+        SettingsError: There are too few pairs, or the gate is outside the denoiser.
+        SiteError: The pipeline does not have its site.
 
     Examples:
         >>> fitted = calibrate(pipe, eraser, neighbours=["cartoon style"], num_pairs=2, sampling=quick)

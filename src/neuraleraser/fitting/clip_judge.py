@@ -24,9 +24,23 @@ def calibrate_clip_judge(
 ) -> ClipJudge:
     """Return a `ClipJudge` calibrated on the pipeline's own images.
 
-    `pipe` draws `num_images` of the concept, of each neighbour (phrases or concepts; none: all others of its kind in
-    the pipeline's vocabulary), and of the prompts that match the concept's without it. Detach erasers first. Raises as
-    `ClipJudge.calibrate` does.
+    Images are generated of the concept, of each neighbour, and of the prompts that match the concept's without it.
+
+    Args:
+        pipe: The diffusers pipeline. Detach erasers first.
+        concept: The concept to judge.
+        neighbours: Concepts to tell it from, as phrases or concepts; none: all others of its kind in the pipeline's
+            vocabulary.
+        model: A CLIP checkpoint: a folder or a Hub id.
+        num_images: Images per concept.
+        seed: First seed; the others follow.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+
+    Returns:
+        The judge.
+
+    Raises:
+        NeuralEraserError: As for `ClipJudge.calibrate`.
 
     Examples:
         >>> dog = phrase_concept("a dog")

@@ -37,20 +37,32 @@ def fit(
     sampling: Sampling | None = None,
     edits: Sequence[tuple[Site, ...]] | None = None,
 ) -> Eraser:
-    """Make an eraser of `concept` for `pipe`, with what is `known` of it: a reference, which ships for the canvas
-    alone. It edits where `edits_for` says, unless `edits` are given: a tuple of sites for each correction. Images are
-    drawn as `sampling` says, by default as the pipeline is usually sampled.
+    """Make an eraser of `concept` for `pipe` with a given reference.
 
-    1. Draw matched prompts with and without the concept at the same seeds, keeping every denoiser call.
+    1. Generate matched prompts with and without the concept at the same seeds, keeping every denoiser call.
     2. Choose the features that fire with the concept and not with its neighbours; set the gate's bounds above
        everything that lacks it.
     3. Fit a low-rank correction of the prompt that later blocks read, so that the prediction for the prompt with the
-       concept becomes the model's own for the prompt without, on the states of both; and for prompts in which
-       something else stands beside the concept, the model's own for that alone.
+       concept becomes the model's own for the prompt without, on the states of both; and for prompts in which something
+       else stands beside the concept, the model's own for that alone.
 
-    `progress(what, share)` is called as it goes on. Raises, before anything is drawn, SettingsError for a pipeline
-    without a reference and for a reference of another width, SiteError for one of another site; ConceptError if no
-    feature detects the concept.
+    Args:
+        pipe: The diffusers pipeline; it is not changed.
+        concept: The concept, with its prompts.
+        settings: Settings of the fit; None: the defaults.
+        progress: Called as `progress(what, share)` as the work goes on.
+        known: The reference; None: the one that ships, which the canvas alone has.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        edits: Sites to edit, one tuple per correction; None: those that `edits_for` names.
+
+    Returns:
+        The eraser.
+
+    Raises:
+        SettingsError: The pipeline has no reference, or the reference has another width; raised before anything is
+            generated.
+        SiteError: The reference is of another site; raised before anything is generated.
+        ConceptError: No feature detects the concept.
 
     Examples:
         >>> eraser = fit(pipe, canvas_concept("Cats"), few, sampling=quick)

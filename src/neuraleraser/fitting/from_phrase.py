@@ -43,20 +43,34 @@ def erase(
 ) -> Eraser:
     """Make an eraser of a concept for a pipeline.
 
-    concept: a phrase, the path of a JSON file of prompts, or a `Concept`. kind: "style" or "object"; None: read from
-    the phrase. neighbours: what it could be mistaken for, as phrases or concepts; none: from a list that ships.
+    `pipe` is not changed: pass the result to `attach` or `load_eraser`.
 
-    reference: an SAE with how its features fire on other prompts, its folder, or its Hub id. None: the one that ships
-    for the pipeline's family (the canvas alone has one), else one that is published for this model, else one made of
-    `images` of the pipeline's own images and kept in `folder`: interrupted and called again, it goes on. site: where
-    that one looks; None: where the family's features were found good.
+    Args:
+        pipe: The diffusers pipeline.
+        concept: A phrase, the path of a JSON file of prompts, or a `Concept`.
+        kind: "style" or "object"; None: read from the phrase.
+        neighbours: Concepts that it could be mistaken for, as phrases or concepts; none: taken from a list that ships.
+        reference: An SAE together with how its features fire on other prompts; or its folder, or its Hub id. None: the
+            one that ships for the pipeline's family (the canvas alone has one), else one that is published for this
+            model, else one made from the pipeline's own images and kept in `folder`. That takes a while; if it is
+            interrupted, the same call goes on.
+        site: Site that a reference made here reads; None: where the family's features were found good.
+        num_images: Images that a reference made here learns from.
+        settings: Settings of the fit; None: the defaults.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        folder: Folder in which references are made and kept.
+        progress: Called as `progress(what, share)` as the work goes on.
+        announce: Called as `announce(sentence)`; before images are generated for a reference it says how long that
+            takes.
 
-    `progress(what, share)` and `announce(sentence)` are called as it goes on; the latter says, before anything is drawn
-    for a reference, how long that takes.
+    Returns:
+        The eraser.
 
-    Raises ConceptError for a phrase that means nothing on this pipeline or a concept that no feature detects, FileError
-    for a reference that cannot be read, SettingsError for settings that do not fit, SiteError for a site that is not
-    there.
+    Raises:
+        ConceptError: The phrase means nothing on this pipeline, or no feature detects the concept.
+        FileError: The reference cannot be read.
+        SettingsError: The settings do not fit.
+        SiteError: The pipeline does not have the site.
 
     Examples:
         >>> eraser = erase(pipe, "Van Gogh style", settings=few, sampling=quick)  # with neither: minutes, and well

@@ -31,18 +31,30 @@ def import_reference(
     sampling: Sampling | None = None,
     seed: int = 500,
 ) -> Reference:
-    """Read the SAE at `path`, made for `site` of this pipeline, and see how it fires on `prompts` of everything, so
-    that `fit` can make erasers with it.
+    """Read another library's SAE and see how it fires on prompts, so that `fit` can make erasers with it.
 
-    labels: the names of what each prompt shows, or None. What shows a concept is no background for it: `fit` leaves
-    those rows out, by the labels, or where none names the concept by the prompt's words.
+    Features that compete (TopK) get thresholds of their own, calibrated on the activations of the prompts' images. How
+    far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so.
 
-    Features that compete (TopK) get thresholds of their own, calibrated on `vectors_per_image` activations of each
-    prompt's image; how far the two differ is in `sae.header["calibration"]`, and every eraser made with it says so.
-    Images are drawn with seeds from `seed` on, by default as the pipeline is usually sampled.
+    Args:
+        pipe: The diffusers pipeline; it is not changed.
+        path: The SAE's file or folder.
+        site: The site of this pipeline that the SAE was made for.
+        prompts: Prompts of many things, on which its features are seen to fire.
+        labels: Names of what each prompt shows, or None. Prompts that show a concept are no background for it: `fit`
+            leaves those rows out, by the labels, or if none names the concept by the prompt's words.
+        format: Format of the SAE's files; None: recognised from the files.
+        vectors_per_image: Activation vectors per prompt's image to calibrate on.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        seed: First seed; the others follow.
 
-    Raises FileError for what cannot be read, SiteError for an SAE of another width than the site's and for a site that
-    is in no block, DataError where there are no prompts or not as many labels.
+    Returns:
+        The reference.
+
+    Raises:
+        FileError: The SAE cannot be read.
+        SiteError: The SAE has another width than the site, or the site is in no block.
+        DataError: There are no prompts, or not as many labels as prompts.
 
     Examples:
         >>> known = import_reference(pipe, "saeuron", site, ["a cat", "a dog", "a house", "a tree"], sampling=quick)

@@ -1,6 +1,6 @@
 """A reference for a pipeline that has none: learnt from its own images of a concept and of what resembles it.
 
-The concept and its neighbours each get a feature of their own, set in closed form (`sae.labelled.discriminants`), so
+The concept and its neighbours each get a feature of their own, set in closed form (`sae.supervised.discriminants`), so
 that the gate is one feature; the others are learnt around them.
 """
 
@@ -109,14 +109,27 @@ def make_reference(
     sampling: Sampling | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Reference:
-    """Make a reference of `pipe` at `site`, with a feature for `concept` and each of `neighbours`, into `folder`; one
-    that is there already is opened. Interrupted and called again it goes on.
+    """Make a reference of `pipe` at `site`, with one feature for `concept` and one for each neighbour.
 
-    Draws `images` to learn from and half as many to see how the features fire.
-    `progress(what, share)` is called with how far it is.
+    A reference that is in the folder already is opened. If it is interrupted, the same call goes on.
 
-    Raises SiteError for a site that is not there, ConceptError for a name that is given twice, SettingsError where
-    the folder holds another reference, of other names or another site, whole or half made.
+    Args:
+        pipe: The diffusers pipeline; it is not changed.
+        concept: The concept to erase.
+        neighbours: Concepts that it could be mistaken for.
+        site: The site whose activations the reference's SAE reads.
+        folder: Folder into which it is written.
+        num_images: Images to learn from; half as many more show how the features fire.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        progress: Called as `progress(what, share)` as the work goes on.
+
+    Returns:
+        The reference.
+
+    Raises:
+        SiteError: The pipeline does not have the site.
+        ConceptError: A name is given twice.
+        SettingsError: The folder holds another reference, of other names or another site, finished or not.
 
     Examples:
         >>> cat, dog = phrase_concept("a cat"), phrase_concept("a dog")

@@ -44,9 +44,16 @@ EVERY = 2
 class Reference(HubFile):
     """An SAE at the gate's site, and how its features fire on prompts of everything else.
 
-    pooled [M, T, shares, n] (a row is an image's guidance branch), times [T] descending, a subset of the
-    sampler's; prompts [M] of the rows, and labels [M], the names of what each shows (none where that is not known);
-    provenance: what it was made with.
+    A row is one guidance branch of one image.
+
+    Attributes:
+        sae: The SAE.
+        site: The site that it reads.
+        pooled: How its features fire, [M, T, shares, n].
+        times: Timesteps [T], descending, a subset of the sampler's.
+        prompts: Prompts [M] of the rows.
+        labels: Names of what each row [M] shows; none if that is not known.
+        provenance: Data that it was made with.
 
     Examples:
         >>> reference.save_pretrained("reference")
@@ -69,7 +76,12 @@ class Reference(HubFile):
     def save(self, folder: Path) -> None:
         """Write `sae.safetensors` and `background.safetensors` (the strongest features of each row, in 8 bits).
 
-        Raises DataError for more features than 16 bits can number, FileError when the disk refuses.
+        Args:
+            folder: The folder.
+
+        Raises:
+            DataError: There are more features than 16 bits can number.
+            FileError: The disk refuses.
         """
         if self.pooled.shape[-1] > MAX_FEATURES:
             raise DataError(f"{self.pooled.shape[-1]} features: a background holds at most {MAX_FEATURES}")
@@ -98,7 +110,17 @@ class Reference(HubFile):
 
     @classmethod
     def load(cls, folder: Path) -> Reference:
-        """Read what `save` wrote. Raises FileError."""
+        """Read what `save` wrote.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The reference.
+
+        Raises:
+            FileError: There is no reference, or it is not sound.
+        """
         sae = SAE.load(folder / "sae.safetensors")
         tensors, header = artifact.load(folder / "background.safetensors", "background")
         error = _background_error(tensors, header, sae.n_features)
@@ -112,7 +134,14 @@ class Reference(HubFile):
         return cls(sae, Site.parse(header["site"]), pooled, tensors["times"], header["prompts"], labels, provenance)
 
     def generate_model_card(self, repo_id: str) -> ModelCard:
-        """Return the card that `push_to_hub` uploads with it."""
+        """Return the card that `push_to_hub` uploads with it.
+
+        Args:
+            repo_id: "owner/name" of its repository.
+
+        Returns:
+            The card.
+        """
         header = self.sae.header
         model = header.get("model")
         where = f" of {plain(model)}" if model else ""

@@ -46,13 +46,16 @@ def parse_hub_id(text: str, revision: str | None = None) -> tuple[str, str | Non
 
 
 class HubFile:
-    """Base of what is kept in files of ours: the methods that `huggingface_hub.ModelHubMixin` gives a model.
+    """Base of what is kept in our own files: the methods that `huggingface_hub.ModelHubMixin` gives a model.
 
     The names and parameters are that class's. It is no base here, because it reads a stranger's config.json unchecked
     and passes it on, deletes a config.json that it finds where it saves, and sets attributes of a frozen value.
 
-    NOUN: what messages call it. FILES: its files in a folder or a repository. `save` and `load` take the path of the
-    file where it has one, and that of the folder where it has several.
+    `save` and `load` take the path of the file if there is one file, and that of the folder if there are several.
+
+    Attributes:
+        NOUN: Its name in messages.
+        FILES: Its files in a folder or a repository.
 
     Examples:
         >>> sae.save_pretrained("sae")
@@ -64,20 +67,51 @@ class HubFile:
     FILES: ClassVar[tuple[str, ...]]
 
     def save(self, path: Path, /) -> None:
-        """Write it. Raises FileError when the disk refuses."""
+        """Write it.
+
+        Args:
+            path: The file, or the folder if it has several files.
+
+        Raises:
+            FileError: The disk refuses.
+        """
         raise NotImplementedError
 
     @classmethod
     def load(cls, path: Path, /) -> Self:
-        """Read it. Raises FileError."""
+        """Read it.
+
+        Args:
+            path: The file, or the folder if it has several files.
+
+        Returns:
+            The object.
+
+        Raises:
+            FileError: There is none, or it is not sound.
+        """
         raise NotImplementedError
 
     def generate_model_card(self, repo_id: str) -> ModelCard:
-        """Return the card that `push_to_hub` uploads with it."""
+        """Return the card that `push_to_hub` uploads with it.
+
+        Args:
+            repo_id: "owner/name" of its repository.
+
+        Returns:
+            The card.
+        """
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write it into a folder, from which `from_pretrained` reads it. Raises as `save` does."""
+        """Write it into a folder, from which `from_pretrained` reads it.
+
+        Args:
+            save_directory: The folder.
+
+        Raises:
+            NeuralEraserError: As for `save`.
+        """
         folder = Path(save_directory)
         self.save(folder / self.FILES[0] if len(self.FILES) == 1 else folder)
 
@@ -93,13 +127,26 @@ class HubFile:
         revision: str | None = None,
         subfolder: str | None = None,
     ) -> Self:
-        """Read it from a file, a folder or the Hub: "owner/name", or "owner/name@revision".
+        """Read it from a file, a folder or the Hub.
 
-        The options are those of `huggingface_hub.hf_hub_download`; `subfolder` counts for a folder, too. Where the Hub
-        does not answer, the cached copy is taken, unless the download is forced. Pass the 40 digits of a commit as the
-        revision where a service must draw the same tomorrow: a branch may hold another file then.
+        If the Hub does not answer, the cached copy is used, unless the download is forced. The options after the first
+        are those of `huggingface_hub.hf_hub_download`.
 
-        Raises FileError, in one sentence, where there is none, or it is not sound.
+        Args:
+            pretrained_model_name_or_path: A file, a folder, "owner/name", or "owner/name@revision".
+            force_download: Download even if there is a cached copy.
+            token: Access token of the Hub.
+            cache_dir: Folder of the cache.
+            local_files_only: Use the cached copy alone.
+            revision: A commit, branch or tag. Pass the 40 digits of a commit if a service must give the same tomorrow:
+                a branch may hold another file then.
+            subfolder: Folder within the repository, or within a folder on disk.
+
+        Returns:
+            The object.
+
+        Raises:
+            FileError: There is none, or it is not sound; the message is one sentence.
         """
         options = HubOptions(
             revision=revision,
@@ -121,12 +168,23 @@ class HubFile:
         branch: str | None = None,
         create_pr: bool | None = None,
     ) -> str:
-        """Upload it with a model card to "owner/name", made if need be -> the address of the commit or pull request.
+        """Upload it with a model card; the repository is created if need be.
 
-        private: None is public, or as the organisation has it. branch: one that is there; None: "main".
+        Args:
+            repo_id: "owner/name" of the repository.
+            commit_message: Message of the commit.
+            private: True for a private repository; None: public, or as the organisation has it.
+            token: Access token of the Hub.
+            branch: A branch that exists; None: "main".
+            create_pr: Open a pull request instead of a commit on the branch.
 
-        Raises SettingsError for what is no id, FileError where the Hub refuses or does not answer, and as `save` does,
-        before anything is made on the Hub.
+        Returns:
+            The address of the commit or pull request.
+
+        Raises:
+            SettingsError: `repo_id` is no id.
+            FileError: The Hub refuses or does not answer.
+            NeuralEraserError: As for `save`, before anything is made on the Hub.
         """
         if not HUB_ID.fullmatch(repo_id):
             raise SettingsError(f"{repo_id!r} is no Hub id: pass one such as 'owner/name'")

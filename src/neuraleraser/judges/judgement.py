@@ -1,4 +1,4 @@
-"""The contract of a judge: what it is given, what it says, and how its numbers are read."""
+"""The contract of a judge: its input, its output, and how its numbers are read."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class TrainSettings:
     steps: int
     """Batches to train on; the learning rate falls to zero over the last fifth of them."""
     learning_rate: float | None = None
-    """Adam's learning rate, for data scaled to E||x||^2 = d; None: from n, d and steps (see `lr_at`)."""
+    """Adam's learning rate, for data scaled to E||x||^2 = d; None: chosen from the number of
+    features, width and steps (see `lr_at`)."""
     dead_after: int = 50_000
     """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it, while ten times
     as many are left in the run for it to settle."""
@@ -40,9 +41,9 @@ class TrainSettings:
     init_vectors: int = 2**15
     """Vectors from the start of the stream that set the data scale and the decoder bias."""
     architecture: str = "batchtopk"
-    """One of `ARCHITECTURES`. batchtopk: the k a vector largest of a batch fire; topk: the k largest of each vector;
-    jumprelu: all that exceed a threshold of their own, learnt; matryoshka: batchtopk, of which the first features alone
-    have to reconstruct too."""
+    """One of `ARCHITECTURES`. batchtopk: the largest B*k pre-activations in a batch of B fire; topk: the k largest of
+    each vector; jumprelu: all that exceed a threshold of their own, which is learnt; matryoshka: like batchtopk, and
+    the first features alone have to reconstruct, too."""
     bind: float = 0.0
     """Weight of the loss that binds feature c to label c, for a stream of (x, labels); a good start is 0.3, with
     matryoshka, whose first features have to carry what they detect."""
@@ -56,9 +57,9 @@ class TrainSettings:
     bf16: bool = True
     """Large matrix products in bfloat16, where the processor has it (weights stay float32)."""
     log_every: int = 50
-    """Steps from one call of `on_step` to the next."""
+    """Log every N steps, by a call of `on_step`."""
     checkpoint_every: int = 1000
-    """Steps from one checkpoint to the next, where a checkpoint file is asked for."""
+    """Write a checkpoint every N steps, if a checkpoint file is asked for."""
 
     def __post_init__(self) -> None:
         for name in ("n_features", "k", "init_vectors"):
