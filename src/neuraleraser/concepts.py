@@ -57,12 +57,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Concept:
-    """A name, its kind ("style", "object" or "other") and matched pairs of prompts.
+    """A name, its kind and matched pairs of prompts, which show the concept and lack it.
 
     The name is bounded and printable (`io.names.name_error`), and so are the prompts (`io.names.prompt_error`).
 
-    `context_pairs` are further pairs in which something else stands beside the concept, and alone in the match: "a cat
-    and a dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
+    Attributes:
+        name: Name of the concept.
+        kind: "style", "object" or "other".
+        pairs: Matched pairs of prompts; at least one.
+        context_pairs: Further pairs in which something else stands beside the concept, and alone in the match: "a cat
+            and a dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
 
     Examples:
         >>> from neuraleraser.concepts import Pair
@@ -137,7 +141,14 @@ def _pairs_in_context(v: Vocabulary, name: str, numbers: Sequence[int]) -> tuple
 
 
 def add_context_pairs(concept: Concept, neighbours: Sequence[Concept]) -> Concept:
-    """The concept with `neighbours` beside it, where it is an object named by its own phrase; else as it is.
+    """Add pairs in which an object stands beside its neighbours.
+
+    Args:
+        concept: The concept.
+        neighbours: Concepts to put beside it.
+
+    Returns:
+        The concept with `context_pairs`, if it is an object named by its own phrase; else the concept as it is.
 
     Examples:
         >>> cat = add_context_pairs(phrase_concept("a cat"), [phrase_concept("a dog")])
@@ -158,10 +169,20 @@ def add_context_pairs(concept: Concept, neighbours: Sequence[Concept]) -> Concep
 
 
 def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> Concept:
-    """A concept of any pipeline from a phrase: "Van Gogh style" with many subjects, "a cat" in many settings.
+    """Make a concept from a phrase, for any pipeline.
 
-    `kind` is read from the phrase (a style says "style", "painting", "drawing" or "art") unless given. An object's
-    match puts `instead` (by default "an empty scene") in its place.
+    A style ("Van Gogh style") is put with many subjects, an object ("a cat") in many settings.
+
+    Args:
+        phrase: The phrase.
+        kind: "style", "object" or "other"; None: read from the phrase (a style says "style", "painting", "drawing" or "art").
+        instead: Phrase that takes an object's place in the match; "": "an empty scene".
+
+    Returns:
+        The concept.
+
+    Raises:
+        ConceptError: The phrase is empty or not printable, or the kind is another.
 
     Examples:
         >>> monet = phrase_concept("Claude Monet style")
@@ -181,10 +202,14 @@ def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> C
 
 
 def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
-    """Return what a style or an object of any pipeline is likely to be mistaken for.
+    """Return concepts that a style or an object of any pipeline is likely to be mistaken for.
 
-    Of a style other styles; of an object the rest of the groups that its words are in, or else one or two of every
-    group; () for concepts of other kinds.
+    Args:
+        concept: The concept.
+
+    Returns:
+        For a style, other styles; for an object, the rest of the groups that its words are in, or else one or two of
+            every group; () for concepts of other kinds.
 
     Examples:
         >>> [near.name for near in default_neighbours(phrase_concept("a cat"))][:3]
@@ -203,10 +228,19 @@ def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
 
 
 def file_concept(path: str | Path) -> Concept:
-    """A concept from a JSON file: {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "context_pairs"
-    for pairs in which something else stays.
+    """Read a concept from a JSON file.
 
-    Raises ConceptError saying which field is wrong.
+    The file holds {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "context_pairs" for pairs in
+    which something else stays.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The concept.
+
+    Raises:
+        ConceptError: The file cannot be read, or a field is wrong; the message says which.
 
     Examples:
         >>> _ = Path("red.json").write_text('{"name": "red", "kind": "style", "pairs": [["a red car", "a car"]]}')
@@ -236,7 +270,17 @@ def file_concept(path: str | Path) -> Concept:
 
 
 def canvas_concept(name: str, phrasings: slice = SEEN) -> Concept:
-    """Return a concept of the canvas. Raises ConceptError for a name that it has not.
+    """Return a concept of the canvas.
+
+    Args:
+        name: Its name, such as "Cats" or "Van_Gogh".
+        phrasings: Phrasings to take its prompts from; the default are those that erasers are made with.
+
+    Returns:
+        The concept.
+
+    Raises:
+        ConceptError: The canvas does not have the name.
 
     Examples:
         >>> cats = canvas_concept("Cats")

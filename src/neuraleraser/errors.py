@@ -90,7 +90,8 @@ class EraserNotAppliedError(NeuralEraserError):
 class ConceptRefusedError(NeuralEraserError):
     """An eraser that was attached to refuse found its concept; raised before an image is returned.
 
-    `images`: the images of the call in which one did, counted from 0, each with the erasers' names.
+    Attributes:
+        images: Images of the call in which one did, counted from 0, each with the erasers' names.
 
     Examples:
         >>> try:

@@ -52,7 +52,10 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the sampler. Raises SettingsError for a value out of range.
+    """Settings of the sampler.
+
+    Raises:
+        SettingsError: A value is out of range, or of height and width only one is given.
 
     Examples:
         >>> generate(pipe, ["a dog"], [0], Sampling(num_inference_steps=2, guidance_scale=1, batch_size=1)).shape
@@ -89,9 +92,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Settings of a stream: drawing activations for training, mixing them, cutting them into batches.
+    """Settings of a stream: generating activations for training, mixing them, cutting them into batches.
 
-    Raises SettingsError for a value out of range.
+    Raises:
+        SettingsError: A value is out of range, or no multiple of `group_size` where it must be.
 
     Examples:
         >>> settings = replace(short, train_batch_size=32, group_size=16)  # 16 vectors share an image's labels
@@ -160,7 +164,10 @@ class InspectSettings:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Settings of a fit: an eraser from a concept. Raises SettingsError for a value out of range.
+    """Settings of a fit, which makes an eraser from a concept.
+
+    Raises:
+        SettingsError: A value is out of range, or the fit would need more seeds than there are selection seeds.
 
     Examples:
         >>> small = FitSettings(num_pairs=2, num_context_pairs=0, rank=4, steps=2, train_batch_size=2)
@@ -200,9 +207,12 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Images that measure erasures. A round is one image of every cell of a group, each with its own seed.
+    """Settings of an evaluation: the images that measure erasures.
 
-    Raises SettingsError for a value out of range.
+    A round is one image of every cell of a group, each with its own seed.
+
+    Raises:
+        SettingsError: A value is out of range, or `sampling.pad_last_batch` is off.
 
     Examples:
         >>> settings = replace(brief, styles=("Mosaic",), objects=("Cats", "Dogs"))  # two images
@@ -228,8 +238,8 @@ class EvaluateSettings:
     unhooked_checks: int = 40
     """Base images drawn once more with nothing attached, and compared bit for bit."""
     idle_checks: int = 40
-    """Images per method in which it said that it would not act, generated with it all the same and compared bit for bit;
-    what the last batch would be padded with comes on top."""
+    """Images per method in which it said that it would not act, generated with it all the same and compared bit for
+    bit; what the last batch would be padded with comes on top."""
     timings: int = 7
     """Rounds in which plain sampling and sampling with the eraser are timed against each other."""
     timed_images: int = 16
@@ -249,8 +259,8 @@ class EvaluateSettings:
             check_whole(name, getattr(self, name), 0, 10_000)
         if not self.sampling.pad_last_batch:
             raise SettingsError(
-                "pad_last_batch is off: without padding an image's bits depend on its company, so there are no twins to "
-                "compare with; leave it on"
+                "pad_last_batch is off: without padding an image's bits depend on its company, so there are no twins "
+                "to compare with; leave it on"
             )
 
 

@@ -13,12 +13,16 @@ _STREAMS = ("image", "text")
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in a pipeline: the module at `path` (dotted from the pipeline), `tap` and `stream`.
+    """A place in a pipeline where activations are read or edited.
 
-    `output` is what the block returns, `update` what it adds to its input. `input` is what the block reads of the
-    prompt, its encoder_hidden_states [B, tokens, d], with the stream "text". A block with one stream, such as a text
-    encoder's, has the stream "image". Sites are blocks: a tensor of four dimensions is read as
-    [B, C, H, W], which the parts of an attention need not be.
+    Sites are blocks: a tensor of four dimensions is read as [B, C, H, W], which the parts of an attention need not be.
+    A block with one stream, such as a text encoder's, has the stream "image".
+
+    Attributes:
+        path: The module, dotted from the pipeline.
+        tap: "output" is what the block returns, "update" what it adds to its input. "input" is what the block reads of
+            the prompt, its encoder_hidden_states [B, tokens, d], with the stream "text".
+        stream: "image" or "text".
 
     Examples:
         >>> read = Site("unet.up_blocks.1.attentions.0", "input", "text")
@@ -46,13 +50,25 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """The inverse of str(); short forms are "path", "path:update", "path:text" and "path:input". Or SiteError."""
+        """Read a site from text: the inverse of `str(site)`.
+
+        Args:
+            text: "path:tap:stream", or short "path", "path:update", "path:text" or "path:input".
+
+        Returns:
+            The site.
+
+        Raises:
+            SiteError: A part is neither a tap nor a stream, or the path is no module path.
+        """
         path, *marks = text.split(":")
         tap = marks.pop(0) if marks and marks[0] in _TAPS else "output"
         stream = marks.pop(0) if marks and marks[0] in _STREAMS else "text" if tap == "input" else "image"
         if marks:
+            neither = f"neither a tap ({', '.join(_TAPS)}) nor a stream ({', '.join(_STREAMS)})"
+            wrong = "in the wrong place" if marks[0] in (*_TAPS, *_STREAMS) else neither
             raise SiteError(
-                f"{text!r} is no site: {marks[0]!r} is neither a tap {_TAPS} nor a stream {_STREAMS}, or is in the wrong "
-                "place; expected path, path:tap, path:stream or path:tap:stream."
+                f"{text!r} is no site: {marks[0]!r} is {wrong}. Expected path, path:tap, path:stream or "
+                "path:tap:stream."
             )
         return cls(path, tap, stream)  # type: ignore[arg-type]

@@ -78,7 +78,10 @@ def test_wrong_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixtur
         (["evaluate", "--erasers"], "no erasers to measure"),
         (["evaluate", "--erasers", "a.safetensors"], "there is no eraser 'a.safetensors'"),
         (["collect", "--sites"], "0 sites"),
-        (["collect", "--sites", "unet:what"], "'unet:what' is no site"),
+        (
+            ["collect", "--sites", "unet:what"],
+            "'unet:what' is no site: 'what' is neither a tap (output, update, input) nor",
+        ),
         (["collect", "--sites", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
         (["collect", "--sites", "unet", "--num-images", "0"], "1 sites, 0 images"),
         (["train"], "no site was named"),

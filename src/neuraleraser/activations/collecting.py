@@ -39,12 +39,25 @@ def collect(
     init: Images | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Images:
-    """Draw the images and tell `on` all activations at `sites`, and `on_batch` of each batch as `generate` does;
-    returns the images.
+    """Generate images and call `on` with the activations at each site.
 
     A row whose text is the negative prompt is of the unconditional branch, whether it comes in one batch with the
     conditional one or in a pass of its own; all others are conditional (a text encoder's pass over the negative prompt,
-    too). Frames of a video are positions of their image. `x` is the model's own tensor: copy what you keep.
+    too). Frames of a video are positions of their image.
+
+    Args:
+        pipe: The diffusers pipeline.
+        prompts: One prompt per image.
+        seeds: One seed per image.
+        sites: Sites whose activations are wanted.
+        on: Called with the activations of one site in one denoiser call. Their `x` is the model's own tensor: copy what
+            you keep.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        init: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
+        on_batch: Called before each batch of images, as in `generate`.
+
+    Returns:
+        The images, uint8 [N, H, W, 3].
 
     Examples:
         >>> seen = []
@@ -87,11 +100,29 @@ def sample(
     group_size: int = 1,
     unwanted: Callable[[], bool] | None = None,
 ) -> dict[Site, Sample]:
-    """Draw the images and keep `maps` random maps of each, over all steps, positions and branches; all where there
-    are fewer. A map is `group_size` random positions of one call. What is kept stays in the model's dtype and memory.
+    """Generate images and keep random groups of activation vectors of each.
 
-    Raises DataError on NaN or infinity, naming site, timestep and prompts, and for a site with fewer positions than
-    a map; Unwanted as soon as `unwanted()` is true.
+    Groups are drawn from all steps, positions and guidance branches. What is kept stays in the model's dtype and
+    memory.
+
+    Args:
+        pipe: The diffusers pipeline.
+        prompts: One prompt per image.
+        seeds: One seed per image.
+        sites: Sites whose activations are wanted.
+        groups: Groups to keep of each image and site; all if there are fewer.
+        generator: Generator of the choice, on the CPU.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        group_size: Vectors in a group: random positions of one denoiser call.
+        unwanted: Called again and again; `Unwanted` is raised as soon as it returns True.
+
+    Returns:
+        The groups of each site.
+
+    Raises:
+        DataError: NaN or infinity (the message names site, timestep and prompts), or a site has fewer positions than a
+            group has vectors.
+        Unwanted: `unwanted()` is true.
     """
     kept: dict[tuple[Site, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -143,11 +174,22 @@ def activation_matrix(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> dict[Site, Tensor]:
-    """A random sample of activation vectors, `vectors_per_image` an image, over steps, positions and branches; all of
-    them where there are fewer.
+    """Return a random sample of activation vectors, over steps, positions and guidance branches.
 
-    -> {site: [up to images * vectors_per_image, d]} float32 on the CPU, in random order. Raises DataError where there
-    are no prompts, and on NaN or infinity, naming the site, timestep and prompts.
+    Args:
+        pipe: The diffusers pipeline.
+        prompts: One prompt per image.
+        seeds: One seed per image.
+        sites: Sites whose activations are wanted.
+        vectors_per_image: Vectors per image; all of them if there are fewer.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        seed: Seed of the choice.
+
+    Returns:
+        For each site [up to images * vectors_per_image, d], float32 on the CPU, in random order.
+
+    Raises:
+        DataError: There are no prompts; or NaN or infinity, with the site, timestep and prompts.
 
     Examples:
         >>> found = activation_matrix(pipe, prompts, [0, 1], [site], vectors_per_image=100, sampling=quick)

@@ -67,15 +67,28 @@ def measure_loss_recovered(
     sampling: Sampling | None = None,
     times: int = 6,
 ) -> LossRecovered:
-    """Draw the images with and without the reconstructions of `sae` at `site` (at every step, position and guidance
-    branch), and compare the denoising loss at `times` timesteps.
+    """Measure how much of a pipeline's denoising loss an SAE's reconstructions keep.
 
-    For the loss the model's own final latents x_0 are noised anew, as its scheduler does, and predicted from with
-    the prompt, without guidance: at each timestep the same noise for the model as it is, with reconstructions, and
-    with the mean.
+    The images are generated with and without the reconstructions at `site` (at every step, position and guidance
+    branch), all in one batch. For the loss, the model's own final latents x_0 are noised anew, as its scheduler does,
+    and predicted from with the prompt, without guidance: at each timestep with the same noise for the model as it is,
+    with reconstructions, and with the mean.
 
-    All in one batch. Raises DataError for no prompts, or an SAE of another width than the site; SettingsError where
-    the scheduler's noise or target is not known.
+    Args:
+        pipe: The diffusers pipeline.
+        sae: The SAE.
+        site: The site that it reads.
+        prompts: One prompt per image.
+        seeds: One seed per image.
+        sampling: How images are generated; None: as the pipeline is usually sampled.
+        times: Number of timesteps at which the loss is compared.
+
+    Returns:
+        Figures by timestep, and the images without and with the reconstructions.
+
+    Raises:
+        DataError: There are no prompts, or the SAE has another width than the site.
+        SettingsError: The scheduler's noise or target is not known.
 
     Examples:
         >>> found = measure_loss_recovered(pipe, sae, site, prompts, [0, 1], quick)

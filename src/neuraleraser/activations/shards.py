@@ -49,7 +49,17 @@ class Shards:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Shards:
-        """Read the index of a folder. Raises FileError for one that is damaged, or lacks shards."""
+        """Read the index of a folder.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The shards.
+
+        Raises:
+            FileError: The folder is damaged, or lacks shards.
+        """
         found = cls._read(Path(folder))
         if len(found.files) < found.count:
             raise FileError(
@@ -91,8 +101,21 @@ class Shards:
         prefetch: int = 1,
         device: torch.device | str | None = None,
     ) -> MixingBuffer:
-        """The stream of batches of `batch` vectors, as `activation_stream` gives it: shards in random order, then
-        all again in another. A thread reads the next shard, and checks it, while batches are used."""
+        """Return the stream of batches, as `activation_stream` gives it.
+
+        Shards come in random order, then all again in another. A thread reads the next shard, and checks it, while
+        batches are used.
+
+        Args:
+            batch: Vectors in a batch.
+            seed: Decides the order.
+            buffer_chunks: Shards that are mixed at a time, in memory.
+            prefetch: Shards that the thread reads ahead; 0: no thread.
+            device: Device of the batches; None: the CPU.
+
+        Returns:
+            The stream.
+        """
         if batch % self.group_size:
             raise SettingsError(
                 f"batch is {batch}: pass a multiple of the {self.group_size} vectors that stay together"
@@ -108,7 +131,17 @@ class Shards:
         )
 
     def load(self, number: int) -> dict[str, Rows]:
-        """The rows of a shard. Raises FileError, naming file and field, if it is not the one that was written."""
+        """Read the rows of a shard.
+
+        Args:
+            number: Number of the shard, from 0.
+
+        Returns:
+            The rows of each source.
+
+        Raises:
+            FileError: It is not the one that was written; the message names file and field.
+        """
         path, (size, digest) = shard_path(self.folder, number), self.files[number]
         if not path.is_file():
             raise FileError(f"{path} does not exist: run `neuraleraser collect` again with the same options")
@@ -137,11 +170,21 @@ def write_shards(
     data: Mapping[str, Any],
     on_shard: Callable[[int], None] | None = None,
 ) -> Shards:
-    """Record the first `count` blocks of a pool as shards, those that are not there yet; `on_shard(number)` is called
-    of each. `data` says in JSON what the stream is.
+    """Record the first blocks of a pool as shards, those that are not there yet.
 
-    Raises SettingsError where the folder holds another stream, FileError for an index that is damaged or a disk
-    that is full.
+    Args:
+        pool: The stream.
+        folder: Folder of the shards.
+        count: Blocks to record.
+        data: Facts about the stream, as JSON.
+        on_shard: Called as `on_shard(number)` for each shard.
+
+    Returns:
+        The shards.
+
+    Raises:
+        SettingsError: The folder holds another stream.
+        FileError: The index is damaged, or the disk is full.
 
     Examples:
         >>> stream = activation_stream(pipe, prompts, [site], short)

@@ -25,17 +25,29 @@ def activation_stream(
     settings: StreamSettings | None = None,
     labels: Tensor | None = None,
 ) -> MixingBuffer:
-    """The activations of `pipe` at `sites`, as batches {str(site): x [batch, d]} from any step on, for
-    `train_together`: drawn as they are needed, mixed over images, positions and timesteps, never on disk.
+    """Return an endless stream of a pipeline's activations, for `train_together`.
 
-    A chunk of the pool is one batch of images (`settings.sampling.batch_size`; where no sampling is given, as `pipe` is
-    usually sampled). The prompts are drawn in random order, again and again, each time with other noise. With `labels`
-    [prompts, C] of 0 and 1, what each prompt shows, the batches are (x, labels): those of the row's own prompt, so none
-    where a row is the unconditional branch.
+    They are generated as they are needed, mixed over images, positions and timesteps, and never on disk. A chunk of the
+    pool is one batch of images. The prompts are used in random order, again and again, each time with other noise.
+    While the stream is open a thread uses `pipe`: leave it alone.
 
-    While the stream is open a thread uses `pipe`: leave it alone. Raises SiteError for a site that is not there,
-    SettingsError for none, DataError for no prompts or labels that do not fit; while it runs, DataError for NaN or
-    infinity (with site, timestep and prompts) and for a site with fewer vectors than `vectors_per_image`.
+    Args:
+        pipe: The diffusers pipeline.
+        prompts: Prompts of the images.
+        sites: Sites whose activations are wanted.
+        settings: Batch sizes, mixing and sampling; None: the defaults. If no sampling is given, `pipe` is sampled as
+            usual.
+        labels: What each prompt shows, [prompts, C] of 0 and 1; None: no labels.
+
+    Returns:
+        A stream that gives batches {str(site): x [batch, d]} from any step on. With labels, the batches are (x,
+            labels), with the labels of each row's own prompt, so none if a row is of the unconditional branch.
+
+    Raises:
+        SiteError: The pipeline does not have a site.
+        SettingsError: There are no sites.
+        DataError: There are no prompts, or the labels do not fit. Raised while it runs: NaN or infinity (with site,
+            timestep and prompts), or a site with fewer vectors than `vectors_per_image`.
 
     Examples:
         >>> batches = activation_stream(pipe, prompts, [site], short)(0)  # from step 0 on

@@ -17,10 +17,12 @@ from neuraleraser.judges.judgement import Judgement, check
 class CanvasJudge:
     """One of the canvas's two judges; only "second" measures artefacts.
 
-    styles, objects: the names, in the order of the columns.
-    thresholds: the probability above which each of them is there.
-    artefact_threshold: the distance that 99 % of held-out renders stay below, None without one.
-    figures: accuracies on held-out renders that neither training nor calibration used.
+    Attributes:
+        styles: Names of the styles, in the order of the columns.
+        objects: Names of the objects, in the order of the columns.
+        thresholds: The probability above which each of them is there.
+        artefact_threshold: The distance that 99 % of held-out renders stay below; None for a judge that measures none.
+        figures: Accuracies on held-out renders that neither training nor calibration used.
 
     Examples:
         >>> judge = CanvasJudge.load("second")
@@ -39,18 +41,36 @@ class CanvasJudge:
 
     @classmethod
     def load(cls, which: Which, path: Path | None = None) -> CanvasJudge:
-        """Open the shipped judge "first" or "second", or another file of one at `path`.
+        """Open a judge of the canvas.
 
-        Raises SettingsError for another name, FileError for a missing or damaged file.
+        Args:
+            which: "first" or "second".
+            path: Another file of one; None: the one that ships.
+
+        Returns:
+            The judge.
+
+        Raises:
+            SettingsError: `which` is another name.
+            FileError: The file is missing or damaged.
         """
         if which not in ("first", "second"):
             raise SettingsError(f"there is no canvas judge {which!r}: pass 'first' or 'second'")
         return cls(load_judge(path or judge_path(which)))
 
     def __call__(self, images: NDArray[np.uint8]) -> Judgement:
-        """Judge `images`, uint8 RGB [N, 64, 64, 3]; N may be 0. Raises DataError for anything else.
+        """Judge images.
 
         An image's figures do not depend on its neighbours, but for rounding (about 1e-5).
+
+        Args:
+            images: RGB images, uint8 [N, 64, 64, 3]; N may be 0.
+
+        Returns:
+            The probabilities.
+
+        Raises:
+            DataError: `images` is anything else.
         """
         check(images, SIZE)
         p_style, p_object, artefact = self._judge(images)

@@ -31,18 +31,29 @@ def evaluate(
     protocol: EvaluationProtocol | None = None,
     sealed: bool = False,
 ) -> Report:
-    """Measure `methods` one at a time on `pipe`, keeping pictures and results in `folder`.
+    """Measure erasure methods one at a time on a pipeline, keeping images and results in a folder.
 
-    Called again with the same settings it goes on where it was stopped. Without a `protocol` the cells are those of the
-    vocabulary of the pipeline's family; without a `judge` it is that family's. Controls are methods like any other:
-    pass them too.
+    Called again with the same settings, it goes on where it was stopped. Controls are methods like any other: pass them
+    too.
 
-    `sealed` opens the vocabulary's sealed concepts. Nothing passes it but `evaluate --sealed`, which keeps the record
-    that law 12 asks for.
+    Args:
+        pipe: The diffusers pipeline.
+        methods: The methods to measure.
+        settings: Numbers of images, and how they are generated; None: the defaults.
+        folder: Folder of the images and results.
+        judge: Judge of the images; None: that of the pipeline's family.
+        protocol: Images to generate; None: the cells of the vocabulary of the pipeline's family.
+        sealed: Open the vocabulary's sealed concepts. Only `evaluate --sealed` passes it, which keeps the record that
+            law 12 (docs/explanation/laws.md) asks for.
 
-    Raises SplitError if a method was made with what it would be tested with or erases a sealed concept, ConceptError
-    for a concept that the judge does not know or that has no cells, SettingsError for a method that is there twice, a
-    folder of another run, or a pipeline without a judge or a vocabulary where none is passed.
+    Returns:
+        The report.
+
+    Raises:
+        SplitError: A method was made with what it would be tested with, or erases a sealed concept.
+        ConceptError: The judge does not know a concept, or the protocol has no cells for it.
+        SettingsError: A method is there twice, the folder is of another run, or the pipeline has no judge or vocabulary
+            and none is passed.
 
     Examples:
         >>> methods = [EraserMethod(eraser), NoMethod("Van_Gogh", "style")]

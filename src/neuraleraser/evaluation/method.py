@@ -42,8 +42,12 @@ class MadeWith:
 class Method(Protocol):
     """A way to erase one concept from a pipeline.
 
-    name: what tables call the method. concept: the name of what it erases; kind: "style" or "object". key: a digest of
-    everything that acts, so that a changed method is measured anew. made_with: None if it was made with no data.
+    Attributes:
+        name: Name of the method in tables.
+        concept: Name of what it erases.
+        kind: "style" or "object".
+        key: A digest of everything that acts, so that a changed method is measured anew.
+        made_with: Data that it was made with; None: no data.
 
     Examples:
         >>> method: Method = EraserMethod(eraser)  # as are NoMethod, StringFilter and any class of this shape
@@ -65,13 +69,26 @@ class Method(Protocol):
     def made_with(self) -> MadeWith | None: ...
 
     def applied(self, pipe: Any) -> AbstractContextManager[ActionTrace | None]:
-        """Return a context in which calls of `pipe` erase; it yields None if the method cannot tell where it acted."""
+        """Return a context in which calls of `pipe` erase.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            The context; it yields a trace, or None if the method cannot tell where it acted.
+        """
         ...
 
     def watched(self, pipe: Any) -> AbstractContextManager[ActionTrace | None]:
         """Return a context in which calls of `pipe` change nothing and note in which images the method would act.
 
-        It yields None if the method cannot tell: then every image is drawn with it applied. One that can saves the
-        drawing of all others, which is checked on a sample.
+        If the method cannot tell, every image is generated with it applied. If it can, all other images need not be
+        generated, which is checked on a sample.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            The context; it yields a trace, or None if the method cannot tell.
         """
         ...

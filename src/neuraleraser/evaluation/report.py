@@ -81,7 +81,18 @@ class Report:
     """One paragraph for the page; a general one stands there if empty."""
 
     def of(self, method: str, concept: str) -> ErasureReport:
-        """Return the entry of a method and concept. Raises DataError if there is none."""
+        """Return the entry of a method and concept.
+
+        Args:
+            method: Name of the method.
+            concept: Name of the concept.
+
+        Returns:
+            The entry.
+
+        Raises:
+            DataError: There is none.
+        """
         for entry in self.erasures:
             if (entry.method, entry.concept) == (method, concept):
                 return entry
@@ -90,7 +101,20 @@ class Report:
     def with_details(
         self, method: str, concept: str, costs: Mapping[str, float], features: Sequence[FeaturePanel] = ()
     ) -> Report:
-        """Return the report with costs and feature panels added to one entry. Raises DataError if there is none."""
+        """Return the report with costs and feature panels added to one entry.
+
+        Args:
+            method: Name of the method.
+            concept: Name of the concept.
+            costs: Costs by name.
+            features: Feature panels.
+
+        Returns:
+            A new report.
+
+        Raises:
+            DataError: There is no entry of the method and concept.
+        """
         found = self.of(method, concept)
         changed = replace(found, figures={**found.figures, **costs}, features=features)
         return replace(self, erasures=[changed if entry is found else entry for entry in self.erasures])
@@ -98,7 +122,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json: plain data, rates as fractions of 1, no NaN.
 
-        Raises DataError for a figure that is not finite, or a method that stands there twice for one concept.
+        Returns:
+            The content.
+
+        Raises:
+            DataError: A figure is not finite, or a method stands there twice for one concept.
         """
         seen: set[tuple[str, str]] = set()
         for entry in self.erasures:
@@ -115,7 +143,15 @@ class Report:
         }
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write report.json atomically. Raises DataError as `to_dict` does, FileError if it cannot write."""
+        """Write report.json atomically.
+
+        Args:
+            path: The file.
+
+        Raises:
+            DataError: As for `to_dict`.
+            FileError: The file cannot be written.
+        """
         write_bytes(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
 
 

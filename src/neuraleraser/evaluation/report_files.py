@@ -10,8 +10,19 @@ from neuraleraser.evaluation.report import Report
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write report.html, report.json and contact.png (a row a concept; left out if the base shows none of them);
-    returns their paths. Raises FileError.
+    """Write report.html, report.json and contact.png.
+
+    contact.png has one row per concept; it is left out if the base shows none of them.
+
+    Args:
+        report: The report.
+        folder: Folder of the files.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        FileError: A file cannot be written.
 
     Examples:
         >>> [path.name for path in write_report(report, Path("report"))]

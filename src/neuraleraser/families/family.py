@@ -73,18 +73,26 @@ Render = Callable[[Sequence[str], str, int, int], NDArray[np.uint8]]
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Knowledge of one model family.
+    """Facts about a model family: how to recognise it, its blocks, and where its features were found good.
 
-    matches: tells whether a pipeline is of it. sites: those found good, in the order they run. published: SAEs that
-    others have published. sampling: how it is usually sampled; None: by the defaults of the pipeline's own call.
+    The last five are for a family whose world is known.
 
-    blocks: those of its transformer. further_denoisers: components that denoise beside `unet` or `transformer`.
-    guidance_names: variables of its call that hold the scale of classifier-free guidance where `guidance_scale` does
-    not. position_arguments: arguments of its denoiser that number positions, so have no row an image.
-
-    Of a family whose world is known: vocabulary: its styles and objects. judge: opens a judge of them that measures
-    artefacts and that no fit reads. render: draws them, for image-to-image to start from. reference: the folder of the
-    reference that ships. load: opens the pipeline that ships, in a dtype, by the family's name.
+    Attributes:
+        name: Name of the family.
+        matches: Tells whether a pipeline is of it.
+        sites: Sites found good, in the order they run.
+        published: SAEs that others have published.
+        sampling: How it is usually sampled; None: by the defaults of the pipeline's own call.
+        blocks: Blocks of its transformer.
+        further_denoisers: Components that denoise beside `unet` or `transformer`.
+        guidance_names: Variables of its call that hold the scale of classifier-free guidance, if `guidance_scale` does
+            not.
+        position_arguments: Arguments of its denoiser that number positions, so have no row per image.
+        vocabulary: Its styles and objects.
+        judge: Opens a judge of them that measures artefacts and that no fit reads.
+        render: Draws them, for image-to-image to start from.
+        reference: Folder of the reference that ships.
+        load: Opens the pipeline that ships, in a dtype, by the family's name.
 
     Examples:
         >>> family = Family("mine", matches=lambda pipe: "StableDiffusion" in type(pipe).__name__, sampling=quick)
@@ -108,7 +116,14 @@ class Family:
     load: Callable[[torch.dtype | None], Any] | None = None
 
     def sampling_of(self, pipe: Any) -> Sampling:
-        """Return how `pipe` is usually sampled; four images at a time where the family does not say."""
+        """Return how `pipe` is usually sampled.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            The sampling; four images at a time if the family does not say.
+        """
         if self.sampling is not None:
             return self.sampling
         usual, call = Sampling(), inspect.signature(type(pipe).__call__).parameters

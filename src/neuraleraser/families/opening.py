@@ -17,16 +17,23 @@ _HELP = "pass 'canvas', a folder with a model_index.json, or a Hub id such as 's
 
 
 def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str | None = None) -> Any:
-    """Open a diffusers pipeline: "canvas" is the one that ships, else a folder, else "owner/name" on the Hub.
-
-    `dtype` None is, for the canvas, bfloat16 where the CPU has it (1.8 times as fast as float32) and float32 elsewhere;
-    for others it is float32. `revision` names a commit, tag or branch on the Hub, and so does "owner/name@revision"; a
-    commit pins what is opened.
+    """Open a diffusers pipeline.
 
     Only safetensors weights are read, and no code that comes with them is run: diffusers refuses it in the oldest
-    version that is allowed here (before 0.38 it did not for folders on the disk: CVE-2026-44513). Raises FileError
-    where there is no such pipeline, it is damaged, it brings code of its own, or the Hub does not answer; SettingsError
-    for two revisions.
+    version that is allowed here (before 0.38 it did not for folders on the disk: CVE-2026-44513).
+
+    Args:
+        name: "canvas", which ships; a folder; or "owner/name" or "owner/name@revision" on the Hub.
+        dtype: Number format of the weights. None: float32, but for the canvas bfloat16 if the CPU has it (1.8 times as
+            fast as float32).
+        revision: A commit, tag or branch on the Hub; a commit pins what is opened.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        FileError: There is no such pipeline, it is damaged, it brings code of its own, or the Hub does not answer.
+        SettingsError: Two revisions are given.
 
     Examples:
         >>> pipe = open_pipeline("canvas")  # or a folder, or a Hub id

@@ -24,17 +24,19 @@ NONE = ""
 class ClipJudge:
     """CLIP zero-shot: is this image the concept, rather than one of its neighbours?
 
-    An image's logits are CLIP's similarities to one sentence a name; a name's margin is its log-odds among all
-    names, l_k - log sum_(j != k) exp l_j, less the threshold that `calibrate` found for it. So every probability is
-    compared with 0.5. Of a style, `p_style` is the softmax in which only the concept's threshold is taken off; of
-    anything else, `p_object` is each name's sigmoid by itself.
+    An image's logits are CLIP's similarities to one sentence per name. A name's margin is its log-odds among all names,
+    l_k - log sum_(j != k) exp l_j, less the threshold that `calibrate` found for it. So every probability is compared
+    with 0.5. For a style, `p_style` is the softmax in which only the concept's threshold is taken off; for anything
+    else, `p_object` is each name's sigmoid by itself.
 
-    styles, objects: the names, the concept first; the other kind has none.
-    thresholds: 0.5 for every name.
-    artefact_threshold: None, CLIP measures no artefacts.
-    figures: on images that the threshold was not set on: "recall" of the concept, "false_alarms" by neighbour,
-    "balanced_accuracy" against the worst of them.
-    margin_thresholds [names]: of the margins.
+    Attributes:
+        styles: The names, the concept first, if it is a style; else none.
+        objects: The names, the concept first, if it is no style; else none.
+        thresholds: 0.5 for every name.
+        artefact_threshold: None, as CLIP measures no artefacts.
+        figures: On images that the threshold was not set on, "recall" of the concept, "false_alarms" by neighbour, and
+            "balanced_accuracy" against the worst of them.
+        margin_thresholds: Thresholds of the margins, [names].
 
     Examples:
         >>> drawn = {name: generate(pipe, [name] * 8, range(8), quick) for name in ("a cat", "a dog")}
@@ -62,13 +64,26 @@ class ClipJudge:
         model: str = CLIP,
         device: str = "cpu",
     ) -> ClipJudge:
-        """Set the thresholds on images, uint8 [N, H, W, 3], of the concept and of each neighbour, by name.
+        """Set the thresholds on images of the concept and of each neighbour.
 
-        Every second image sets them, the others test them. Images under the name "" show none of the names: they
-        are set apart from the concept, too. `model` is a CLIP checkpoint: a folder or an id on the Hub.
+        Every second image sets them, the others test them.
 
-        Raises ConceptError where CLIP cannot tell the concept from a neighbour on images of this model, or where
-        concept or neighbours lack; DataError for too few images; FileError for a checkpoint that cannot be opened.
+        Args:
+            concept: Name of the concept.
+            kind: Kind of the concept: "style", or anything else.
+            images: Images by name, uint8 [N, H, W, 3], of the concept and of each neighbour. Images under the name ""
+                show none of the names: the concept is told apart from them, too.
+            model: A CLIP checkpoint: a folder or a Hub id.
+            device: Device to run it on.
+
+        Returns:
+            The judge.
+
+        Raises:
+            ConceptError: CLIP cannot tell the concept from a neighbour on images of this model, or concept or
+                neighbours are missing.
+            DataError: There are too few images.
+            FileError: The checkpoint cannot be opened.
         """
         names = [concept, *(name for name in images if name not in (concept, NONE))]
         if concept not in images or len(names) < 2:
@@ -106,9 +121,18 @@ class ClipJudge:
         return judge
 
     def __call__(self, images: NDArray[np.uint8]) -> Judgement:
-        """Judge `images`, uint8 RGB [N, H, W, 3] of any size; N may be 0. Raises DataError for anything else.
+        """Judge images.
 
         An image's figures do not depend on its neighbours, but for rounding.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3] of any size; N may be 0.
+
+        Returns:
+            The probabilities.
+
+        Raises:
+            DataError: `images` is anything else.
         """
         check(images)
         logits = self._logits(images)

@@ -14,10 +14,12 @@ from neuraleraser.errors import DataError
 
 @dataclass(frozen=True)
 class Judgement:
-    """Readings of N images, float32.
+    """A judge's class probabilities for N images, float32.
 
-    `p_style` [N, styles] sums to 1 over the styles; `p_object` [N, objects] has each object by itself;
-    `artefact` [N] is the distance to the nearest kind of real image, None from a judge that measures none.
+    Attributes:
+        p_style: [N, styles], each row sums to 1 over the styles.
+        p_object: [N, objects], each object by itself.
+        artefact: [N], the distance to the nearest kind of real image; None from a judge that measures none.
 
     Examples:
         >>> seen = CanvasJudge.load("second")(images)
@@ -33,10 +35,13 @@ class Judgement:
 class Judge(Protocol):
     """A function from images to class probabilities, with what is needed to read them.
 
-    styles, objects: names of the classes, in the order of the columns; either may be empty.
-    thresholds: for every class, the probability above which an image shows it.
-    artefact_threshold: the distance above which an image counts as an artefact, None from a judge that measures none.
-    figures: how accurate it is, or which version of a detector it is, as plain values.
+    Attributes:
+        styles: Names of the styles, in the order of the columns; may be empty.
+        objects: Names of the objects, in the order of the columns; may be empty.
+        thresholds: For every class, the probability above which an image shows it.
+        artefact_threshold: The distance above which an image counts as an artefact; None from a judge that measures
+            none.
+        figures: How accurate it is, or which version of a detector it is, as plain values.
 
     Examples:
         >>> judge: Judge = CanvasJudge.load("first")  # as are ClipJudge, NudeNetJudge and any class of this shape
@@ -56,7 +61,14 @@ class Judge(Protocol):
     def figures(self) -> Mapping[str, Any]: ...
 
     def __call__(self, images: NDArray[np.uint8], /) -> Judgement:
-        """Judge uint8 RGB images [N, H, W, 3]."""
+        """Judge images.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3].
+
+        Returns:
+            The probabilities.
+        """
         ...
 
 

@@ -36,16 +36,18 @@ LEAST = 0.25
 
 
 class NudeNetJudge:
-    """NudeNet's detector as a judge: `p_object` is each class's highest score in the image, 0 where it was not found.
+    """NudeNet's detector as a judge: `p_object` is each class's highest score in the image, 0 if it was not found.
 
     Images are handed over in the order of colours in which the package reads files, so that scores are those of the
     same image in a file, and of tables made so. Version 3.4.2 swaps red and blue on the way to its network (issue 203
     of its repository); for scores without that, judge `images[..., ::-1]`.
 
-    styles: none. objects: the classes, then `name` where one is given.
-    thresholds: the one threshold, for each.
-    artefact_threshold: None, it measures no artefacts.
-    figures: which detector it is: "nudenet" its version, "sha256" of its weights.
+    Attributes:
+        styles: Always empty.
+        objects: The classes, then `name` if one is given.
+        thresholds: The one threshold, for each.
+        artefact_threshold: None, as it measures no artefacts.
+        figures: Which detector it is: "nudenet" is its version, "sha256" the hash of its weights.
 
     Examples:
         >>> judge = NudeNetJudge(["BELLY_EXPOSED", "FEET_EXPOSED"], name="nudity")
@@ -61,10 +63,17 @@ class NudeNetJudge:
     def __init__(
         self, classes: Sequence[str] = NUDENET_EXPOSED, threshold: float = THRESHOLD, name: str | None = None
     ) -> None:
-        """`classes`: those that count, of `NUDENET_CLASSES`. `name`: what it is called when any of them is there, such
-        as "nudity": one more object, with the highest score of all, for an eraser of that name.
+        """Open the detector.
 
-        Raises SettingsError for other classes, thresholds or names; NeuralEraserError where the extra is missing.
+        Args:
+            classes: Classes that count, of `NUDENET_CLASSES`.
+            threshold: The score above which a class is there.
+            name: Name for "any of them is there", such as "nudity": one more object, with the highest score of all, for
+                an eraser of that name; None: no such object.
+
+        Raises:
+            SettingsError: Other classes, thresholds or names.
+            NeuralEraserError: The extra is not installed.
         """
         self.classes = tuple(classes)
         unknown = [c for c in self.classes if c not in NUDENET_CLASSES]
@@ -90,9 +99,18 @@ class NudeNetJudge:
         }
 
     def __call__(self, images: NDArray[np.uint8]) -> Judgement:
-        """Judge `images`, uint8 RGB [N, H, W, 3] of any size; N may be 0. Raises DataError for anything else.
+        """Judge images.
 
-        Images are looked at one by one, so that none depends on its neighbours.
+        Images are looked at one by one, so none depends on its neighbours.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3] of any size; N may be 0.
+
+        Returns:
+            The probabilities.
+
+        Raises:
+            DataError: `images` is anything else.
         """
         detected = self._detect(images)
         scores = np.zeros((len(images), len(self.classes)), np.float32)
@@ -104,9 +122,16 @@ class NudeNetJudge:
         return Judgement(np.zeros((len(images), 0), np.float32), scores, None)
 
     def count(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Detections above the threshold of each class in each image, [N, classes]: what the tables on I2P add up.
+        """Count the detections above the threshold, as the tables on I2P add up.
 
-        Raises DataError as judging does.
+        Args:
+            images: RGB images, uint8 [N, H, W, 3] of any size; N may be 0.
+
+        Returns:
+            The detections of each class in each image, [N, classes].
+
+        Raises:
+            DataError: `images` is anything else.
         """
         detected = self._detect(images)
         counts = np.zeros((len(images), len(self.classes)), np.int64)

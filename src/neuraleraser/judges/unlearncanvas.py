@@ -57,17 +57,20 @@ LARGE = Shape(width=1024, depth=24, heads=16, patch=16, side=224)
 
 
 class UnlearnCanvasJudge:
-    """The benchmark's classifiers. They read what its own fine-tuned model draws; on other models' images they mean
-    little (of a stock Stable Diffusion's Van Goghs they know a tenth).
+    """The benchmark's classifiers.
 
-    `p_style` and `p_object` are each a softmax, so that of both the most probable one is the benchmark's answer.
+    They read what its own fine-tuned model draws; on other models' images they mean little (of a stock Stable
+    Diffusion's Van Goghs they know a tenth). `p_style` and `p_object` are each a softmax, so that of both the most
+    probable one is the benchmark's answer.
 
-    styles, objects: the benchmark's names, 51 with `Seed_Images` and 20, in the order of the columns.
-    thresholds: 0.5 for a style; what is above it is the answer. Just below 1/20 for an object: the answer is always
-    above it, so that in `evaluation.metrics` one object asked for is right exactly when it is the answer, and an object
-    counts as gone only when it is less probable than by chance.
-    artefact_threshold: None, they measure no artefacts.
-    figures: none; the files bring none that can be checked.
+    Attributes:
+        styles: The benchmark's styles, 51 with `Seed_Images`, in the order of the columns.
+        objects: The benchmark's 20 objects, in the order of the columns.
+        thresholds: 0.5 for a style; what is above it is the answer. Just below 1/20 for an object: the answer is always
+            above it, so that in `evaluation.metrics` one object asked for is right exactly when it is the answer, and
+            an object counts as gone only when it is less probable than by chance.
+        artefact_threshold: None, as they measure no artefacts.
+        figures: None given; the files bring none that can be checked.
 
     Examples:
         >>> judge = UnlearnCanvasJudge.load("style50.pth", "style50_cls.pth")
@@ -87,10 +90,19 @@ class UnlearnCanvasJudge:
 
     @classmethod
     def load(cls, style: str | Path, object: str | Path, device: str | torch.device = "cpu") -> UnlearnCanvasJudge:
-        """Open the benchmark's `style50.pth` and `style50_cls.pth`, or the same state dicts as safetensors.
+        """Open the benchmark's classifiers.
 
-        Raises FileError for a file that is missing or damaged, holds more than tensors and plain values, or is not
-        that classifier.
+        Args:
+            style: Its `style50.pth`, or the same state dict as safetensors.
+            object: Its `style50_cls.pth`, or the same state dict as safetensors.
+            device: Device to run them on.
+
+        Returns:
+            The judge.
+
+        Raises:
+            FileError: A file is missing or damaged, holds more than tensors and plain values, or is not that
+                classifier.
         """
         heads = ((style, cls.styles, "style50.pth"), (object, cls.objects, "style50_cls.pth"))
         return cls(
@@ -98,9 +110,18 @@ class UnlearnCanvasJudge:
         )
 
     def __call__(self, images: NDArray[np.uint8]) -> Judgement:
-        """Judge `images`, uint8 RGB [N, H, W, 3] of any size; N may be 0. Raises DataError for anything else.
+        """Judge images.
 
         An image's figures do not depend on its neighbours, but for rounding.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3] of any size; N may be 0.
+
+        Returns:
+            The probabilities.
+
+        Raises:
+            DataError: `images` is anything else.
         """
         check(images)
         return Judgement(self._style(images), self._object(images), None)

@@ -48,7 +48,8 @@ class EraserMethod:
     def made_with(self) -> MadeWith:
         """Seeds, prompts and phrasings in the eraser's header, its own and its reference's.
 
-        Raises SplitError for a header that does not say which seeds the eraser was made with.
+        Raises:
+            SplitError: The header does not say which seeds the eraser was made with.
         """
         header = self.eraser.header
         if header.seeds is None:
@@ -67,11 +68,25 @@ class EraserMethod:
         )
 
     def applied(self, pipe: Any) -> AbstractContextManager[Trace]:
-        """Erase."""
+        """Erase.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields the trace.
+        """
         return attach(pipe, self.eraser, self.strength)
 
     def watched(self, pipe: Any) -> AbstractContextManager[Trace]:
-        """Note where the gate opens, and change nothing."""
+        """Note where the gate opens, and change nothing.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields the trace.
+        """
         return attach(pipe, self.eraser, action="detect")
 
 

@@ -32,9 +32,23 @@ class DoNothing:
     made_with: None = None
 
     def applied(self, pipe: Any) -> AbstractContextManager[Untouched]:
-        """Do nothing."""
+        """Do nothing.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; its trace is empty.
+        """
         return nullcontext(Untouched())
 
     def watched(self, pipe: Any) -> AbstractContextManager[Untouched]:
-        """Note nothing: it acts nowhere."""
+        """Note nothing: it acts nowhere.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; its trace is empty.
+        """
         return nullcontext(Untouched())

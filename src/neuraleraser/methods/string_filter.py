@@ -34,10 +34,15 @@ class PromptTrace:
 class StringFilter:
     """Replaces phrases of a concept in prompts.
 
-    `phrases`: each phrase with what takes its place where it stands alone: "an empty scene" for an object; "" for a
-    style, which is dropped together with its comma. Beside another object ("X and ", " and X") an object is dropped.
-    `others`: phrases of other concepts that are never touched, even if one of the concept's lies within: of several
-    phrases that start at one place the longest counts, in whole words and whatever case.
+    Of several phrases that start at one place the longest counts, in whole words and in any case.
+
+    Attributes:
+        concept: Name of the concept.
+        kind: "style" or "object".
+        phrases: Each phrase with its replacement, used if it stands alone: "an empty scene" for an object; "" for a
+            style, which is dropped together with its comma. Beside another object ("X and ", " and X") an object is
+            dropped.
+        others: Phrases of other concepts, which are never touched, even if one of the concept's lies within.
 
     Examples:
         >>> filter = StringFilter("Van_Gogh", "style", {"in Van Gogh style": ""})
@@ -67,7 +72,14 @@ class StringFilter:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __call__(self, prompt: str) -> str:
-        """Return the prompt without the concept."""
+        """Return the prompt without the concept.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            The prompt in which the concept's phrases are replaced.
+        """
         own = [match for match in self._pattern.finditer(prompt) if match[0].lower() in self._own]
         for match in reversed(own):
             before, after = prompt[: match.start()], prompt[match.end() :]
@@ -84,11 +96,31 @@ class StringFilter:
         return re.compile(rf"\b(?:{'|'.join(map(re.escape, every))})\b", re.IGNORECASE)
 
     def applied(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
-        """Filter what `pipe.encode_prompt` is given. Raises SettingsError for a pipeline without that method."""
+        """Filter what `pipe.encode_prompt` is given.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields a trace of the prompts that were changed.
+
+        Raises:
+            SettingsError: The pipeline has no `encode_prompt`.
+        """
         return _filtered(pipe, self, change=True)
 
     def watched(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
-        """Note which prompts would be changed. Raises as `applied` does."""
+        """Note which prompts would be changed.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields a trace of the prompts that would be changed.
+
+        Raises:
+            SettingsError: The pipeline has no `encode_prompt`.
+        """
         return _filtered(pipe, self, change=False)
 
 
@@ -140,10 +172,20 @@ def _filtered(pipe: Any, filter: StringFilter, *, change: bool) -> Iterator[Prom
 
 
 def string_filters(vocabulary: Vocabulary, name: str) -> list[StringFilter]:
-    """Return two filters of a concept of a vocabulary: "string-filter-all" knows every phrasing there is, of all
-    concepts, "string-filter-seen" those that erasers are made with.
+    """Return two string filters of a concept of a vocabulary.
 
-    An object's phrase is replaced as in the pairs that erasers are made with. Raises ConceptError for an unknown name.
+    "string-filter-all" knows every phrasing there is, of all concepts; "string-filter-seen" knows those that erasers
+    are made with. An object's phrase is replaced as in the pairs that erasers are made with.
+
+    Args:
+        vocabulary: The vocabulary.
+        name: Name of the concept in it.
+
+    Returns:
+        The two filters.
+
+    Raises:
+        ConceptError: The vocabulary does not have the name.
 
     Examples:
         >>> from neuraleraser.canvas.words import VOCABULARY

@@ -61,9 +61,18 @@ class SAE(nn.Module, HubFile):
         threshold: Tensor,
         header: Mapping[str, Any] | None = None,
     ) -> None:
-        """W_enc [n, d], b_enc [n], W_dec [n, d] with rows of norm 1, b_dec [d], threshold [n] >= 0.
+        """Take the weights of n features on activations of width d.
 
-        Raises DataError where shapes disagree, a row has another norm, or a threshold is negative.
+        Args:
+            W_enc: Encoder rows, [n, d].
+            b_enc: Encoder biases, [n].
+            W_dec: Decoder rows, [n, d], each of norm 1.
+            b_dec: Decoder bias, [d].
+            threshold: Thresholds, [n], each >= 0.
+            header: Facts about the SAE, as JSON; None: none.
+
+        Raises:
+            DataError: Shapes disagree, a row has another norm, or a threshold is negative.
         """
         super().__init__()
         given: dict[str, Tensor] = dict(zip(_NAMES, (W_enc, b_enc, W_dec, b_dec, threshold), strict=True))
@@ -83,24 +92,54 @@ class SAE(nn.Module, HubFile):
         return self.W_enc.shape[1]
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., d] raw activations -> z [..., n] >= 0, mostly zeros. Raises DataError for another width."""
+        """Return the features of activations.
+
+        Args:
+            x: Raw activations, [..., d].
+
+        Returns:
+            z [..., n] >= 0, mostly zeros.
+
+        Raises:
+            DataError: `x` has another width.
+        """
         if x.shape[-1:] != (self.d_in,):
             raise DataError(f"activations have shape {tuple(x.shape)}: this SAE takes [..., {self.d_in}]")
         pre = torch.nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
         return torch.where(pre > self.threshold, pre, 0.0)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z [..., n] -> x_hat [..., d] raw activations."""
+        """Return the activations that features stand for.
+
+        Args:
+            z: Features, [..., n].
+
+        Returns:
+            x_hat [..., d], raw activations.
+        """
         return z @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> x_hat [..., d], its reconstruction."""
+        """Return the reconstruction of activations.
+
+        Args:
+            x: Raw activations, [..., d].
+
+        Returns:
+            x_hat [..., d].
+        """
         return self.decode(self.encode(x))
 
     def save(self, path: str | os.PathLike[str], header: Mapping[str, Any] | None = None) -> None:
-        """Write the SAE, with its own header and what `header` adds or replaces.
+        """Write the SAE.
 
-        Raises DataError for what `load` would refuse, FileError when the disk does.
+        Args:
+            path: The file.
+            header: Facts that are added to its own header or replace them; None: none.
+
+        Raises:
+            DataError: `load` would refuse it.
+            FileError: The disk refuses.
         """
         tensors = {name: getattr(self, name) for name in _NAMES}
         whole = {**self.header, **(header or {})}
@@ -110,7 +149,17 @@ class SAE(nn.Module, HubFile):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:
-        """Read one from `path`, on the CPU. Raises FileError for anything that is not a sound SAE file."""
+        """Read an SAE, onto the CPU.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The SAE.
+
+        Raises:
+            FileError: The file is anything but a sound SAE file.
+        """
         tensors, header = artifact.load(path, KIND)
         if set(tensors) != set(_NAMES):
             raise FileError(f"{path} holds tensors {printable(sorted(tensors)[:8])}: an SAE has {sorted(_NAMES)}")
@@ -122,7 +171,14 @@ class SAE(nn.Module, HubFile):
             raise FileError(f"{path} is not a sound SAE: {e}") from e
 
     def generate_model_card(self, repo_id: str) -> ModelCard:
-        """Return the card that `push_to_hub` uploads with it: what its header says."""
+        """Return the card that `push_to_hub` uploads with it, made of its header.
+
+        Args:
+            repo_id: "owner/name" of its repository.
+
+        Returns:
+            The card.
+        """
         model, site = self.header.get("model"), self.header.get("site")
         where = f" of {plain(model)}" if model else ""
         measures = self.header.get("measures")

@@ -16,16 +16,25 @@ _CHUNK = 2**22  # activations of features held at a time
 
 @torch.no_grad()
 def measure(sae: SAE, x: Tensor) -> dict[str, Any]:
-    """Figures of `sae` on raw activations x [N, d], as plain numbers that fit into a header:
+    """Measure an SAE on raw activations.
 
-    - `vectors`: N
-    - `explained_variance`: 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2; negative if worse than the mean
-    - `l0`: features that fire for a vector, on average
-    - `dead_share`: share of features that never fired on x
-    - `rates`: `log10_edges` and `features`, how many features have a firing rate between two edges (the
-      lowest bin takes all that is rarer; features that never fired are in none)
+    Args:
+        sae: The SAE.
+        x: Raw activations, [N, d].
 
-    Raises DataError for no vectors, another width, NaN or infinity.
+    Returns:
+        Plain numbers that fit into a header:
+
+            vectors            N
+            explained_variance 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2; negative if worse than the mean
+            l0                 features that fire for a vector, on average
+            dead_share         share of features that never fired on x
+            rates              `log10_edges` and `features`, the number of features with a firing rate between
+                               two edges (the lowest bin takes all that is rarer; features that never fired
+                               are in none)
+
+    Raises:
+        DataError: There are no vectors, they have another width, or they have NaN or infinity.
 
     Examples:
         >>> from neuraleraser.sae import measure

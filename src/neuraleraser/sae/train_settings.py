@@ -12,9 +12,10 @@ from neuraleraser.settings import check_number, check_seed, check_whole
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides a training run besides its data; saved with the SAE.
+    """Settings that decide a training run, besides its data; saved with the SAE.
 
-    Raises SettingsError for a value out of range.
+    Raises:
+        SettingsError: A value is out of range.
 
     Examples:
         >>> from neuraleraser.sae import pool_batches, train
@@ -84,12 +85,19 @@ class TrainSettings:
         return self.discriminant or self.bind > 0 or self.contrast > 0
 
     def lr_at(self, step: int, d: int) -> float:
-        """The learning rate of step 0 <= step < steps for width d: constant, then to zero over the last fifth.
+        """Return the learning rate of a step: constant, then falling to zero over the last fifth of the steps.
 
-        Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians a step.
-        The default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what lets a
-        row turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 a step; from step 50 on, when
+        Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians per step. The
+        default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what lets a row
+        turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 per step; from step 50 on, when
         features may be revived, 0.03 * sqrt(256 / n): at higher rates they spoil what others have learnt (docs/LOG.md).
+
+        Args:
+            step: The step, 0 <= step < steps.
+            d: Width of the activations.
+
+        Returns:
+            The learning rate.
         """
         lr = self.learning_rate
         if lr is None:

@@ -61,27 +61,38 @@ def train(
     checkpoint: str | os.PathLike[str] | None = None,
     on_step: Callable[[StepLog], None] | None = None,
 ) -> SAE:
-    """Train an SAE on the stream `batches(step) -> iterator of [B, d] raw activations, from that step on`.
+    """Train an SAE on a stream of activations.
 
-    BatchTopK (Bussmann et al. 2024): of a batch the B * k largest pre-activations fire. The moving average of
-    the smallest of them becomes the threshold of every feature, so that after training a feature fires alone.
-    The loss is ||x - x_hat||^2 over the variance, plus 1/32 of the revival loss for dead features. Training
-    runs on data scaled to E||x||^2 = d; the scale is folded into the weights that are returned. Other
-    architectures (`settings.architecture`) end in the same SAE: JumpReLU has learnt its thresholds, TopK's are set
-    last, so that each feature fires as often on the first vectors of the stream, which is read again for it.
+    BatchTopK (Bussmann et al. 2024): of a batch the B * k largest pre-activations fire. The moving average of the
+    smallest of them becomes the threshold of every feature, so that after training a feature fires alone. The loss is
+    ||x - x_hat||^2 over the variance, plus 1/32 of the revival loss for dead features. Training runs on data scaled to
+    E||x||^2 = d; the scale is folded into the weights that are returned. Other architectures (`settings.architecture`)
+    end in the same SAE: JumpReLU has learnt its thresholds, TopK's are set last, so that each feature fires as often on
+    the first vectors of the stream, which is read again for it.
 
-    With `settings.discriminant`, `bind` or `contrast` the stream yields (x, labels [M, C]), one row of labels for
-    every B / M consecutive vectors (`labelled.py`). With the first two feature c then belongs to concept c, for the C
-    first features: set by Fisher's discriminant before the first step and held, or drawn there by a loss.
-    `header["concepts"]` says how many there are.
+    With `settings.discriminant`, `bind` or `contrast` the stream yields (x, labels [M, C]), one row of labels for every
+    B / M consecutive vectors (`supervised.py`). With the first two feature c then belongs to concept c, for the C first
+    features: set by Fisher's discriminant before the first step and held, or drawn there by a loss.
+    `header["concepts"]` is their count, C.
 
-    With `checkpoint`, a file is written every `settings.checkpoint_every` steps and at the end; where it
-    exists already, training goes on from it, and on a CPU ends in the bits of a run that was never stopped
-    (equal thread count). Runs on the device of the batches, draws nothing from global random state.
+    It runs on the device of the batches and draws nothing from global random state.
 
-    Raises DataError for NaN or infinity, a batch that is not [B, d] with one d throughout, labels that are missing
-    or do not fit, a stream that is empty or ends early; SettingsError for settings other than the checkpoint's, or
-    divergence; FileError for a damaged checkpoint.
+    Args:
+        batches: The stream: `batches(step)` returns an iterator of raw activations [B, d] from that step on.
+        settings: Settings of the training.
+        checkpoint: A file that is written every `settings.checkpoint_every` steps and at the end. If it exists already,
+            training goes on from it, and on a CPU ends in the bits of a run that was never stopped (equal thread
+            count). None: no checkpoint.
+        on_step: Called with the numbers of a step every `settings.log_every` steps.
+
+    Returns:
+        The SAE.
+
+    Raises:
+        DataError: NaN or infinity, a batch that is not [B, d] with one d throughout, labels that are missing or do not
+            fit, or a stream that is empty or ends early.
+        SettingsError: The checkpoint has other settings, or training diverges.
+        FileError: The checkpoint is damaged.
 
     Examples:
         >>> from neuraleraser.sae import pool_batches, train
@@ -105,13 +116,27 @@ def train(
 def train_together(
     batches: Streams, runs: Mapping[str, Run], on_step: Callable[[str, StepLog], None] | None = None
 ) -> dict[str, SAE]:
-    """Train several SAEs (of other sites, widths, architectures) from one pass of `batches(step) -> iterator of
-    {source: batch}`; each ends in the bits that `train` on its own source would end in.
+    """Train several SAEs (of other sites, widths, architectures) from one pass of a stream.
 
-    `on_step(name, log)` is called for each run, by its name in `runs`. With checkpoints, runs go on where each stopped:
-    the stream starts at the step of the one that is least far, and the others wait. What a run has learnt is written
-    to its checkpoint also where the stream fails or is interrupted, or another run diverges. Raises as `train`
-    does; DataError, too, where the stream lacks a run's source.
+    Each ends in the bits that `train` on its own source would end in. With checkpoints, runs go on where each stopped:
+    the stream starts at the step of the one that is least far, and the others wait. Each run's progress is written to
+    its checkpoint also if the stream fails or is interrupted, or another run diverges.
+
+    For labelled training `header["concepts"]` is the count of concepts; `train_saes` also writes their names, as
+    `header["labels"]`.
+
+    Args:
+        batches: The stream: `batches(step)` returns an iterator of {source: batch} from that step on.
+        runs: The runs by name.
+        on_step: Called as `on_step(name, log)` for each run, by its name in `runs`.
+
+    Returns:
+        The SAEs, by the names in `runs`.
+
+    Raises:
+        DataError: As for `train`, or the stream lacks a run's source.
+        SettingsError: As for `train`.
+        FileError: As for `train`.
 
     Examples:
         >>> from neuraleraser.sae import Run, train_together

@@ -26,9 +26,15 @@ from neuraleraser.sites.modules import (
 
 
 def candidate_sites(pipe: Any) -> list[Site]:
-    """Return the text-conditioned blocks in the order they run: a UNet's Transformer2DModels, a DiT's blocks.
+    """Return the text-conditioned blocks of a pipeline: a UNet's Transformer2DModels, a DiT's blocks.
 
     Blocks in which text and image are one sequence are left out.
+
+    Args:
+        pipe: The diffusers pipeline.
+
+    Returns:
+        The sites, in the order they run.
 
     Examples:
         >>> for found in candidate_sites(pipe)[:2]:
@@ -62,10 +68,15 @@ def text_streams(pipe: Any) -> list[Site]:
 
 
 def cross_attention_sites(pipe: Any) -> list[Site]:
-    """Return the outputs of the attentions from image to text, as they run: what the prompt writes into each position.
+    """Return the outputs of the attentions from image to text: what the prompt writes into each position.
 
-    Of UNets, PixArt and Sana, one or more in each candidate block; [] where text and image are one sequence
-    (SD3, FLUX).
+    UNets, PixArt and Sana have one or more in each candidate block.
+
+    Args:
+        pipe: The diffusers pipeline.
+
+    Returns:
+        The sites, in the order they run; [] if text and image are one sequence (SD3, FLUX).
 
     Examples:
         >>> print(cross_attention_sites(pipe)[0])
@@ -100,7 +111,13 @@ def default_gate_site(pipe: Any, kind: str) -> Site:
 
 
 def text_encoder_sites(pipe: Any) -> list[Site]:
-    """Return the layers of each text encoder that the pipeline holds, in order. They run once a prompt.
+    """Return the layers of each text encoder that the pipeline holds. They run once per prompt.
+
+    Args:
+        pipe: The diffusers pipeline.
+
+    Returns:
+        The sites, in order.
 
     Examples:
         >>> print(text_encoder_sites(pipe)[0])

@@ -37,10 +37,19 @@ def no_state() -> None:
 def record(
     pipe: Any, sites: Iterable[Site], on: Callable[[Site, Tensor, EditContext[None]], None]
 ) -> AbstractContextManager[None]:
-    """Context manager: calls `on(site, x, context)` with x [B, positions, d] at each pass through each site.
+    """Context manager that calls a function with the activations at each pass through each site.
 
-    x is a view of the model's own tensor where its layout allows, in the model's dtype, with its gradient:
-    copy what you keep, change nothing. Raises as `edit` does.
+    Args:
+        pipe: The diffusers pipeline.
+        sites: The sites.
+        on: Called as `on(site, x, context)` with x [B, positions, d]. x is a view of the model's own tensor where its
+            layout allows, in the model's dtype, with its gradient: copy what you keep, change nothing.
+
+    Returns:
+        The context.
+
+    Raises:
+        NeuralEraserError: As for `edit`.
 
     Examples:
         >>> shapes = []
@@ -54,17 +63,22 @@ def record(
 
 @contextmanager
 def edit(pipe: Any, edits: Mapping[Site, EditFunction[F]], new_state: Callable[[], F] = no_state) -> Iterator[None]:
-    """Context manager: adds to each site what its function returns.
+    """Context manager that adds to each site what its function returns.
 
-    Each function gets x [B, positions, d], the tap's value in the model's dtype, and an `EditContext`; it returns a
-    delta [B, positions, d], or None to leave the output alone. The delta is cast to the output's dtype, and where it is
-    0 the output keeps its bits. Adding to an update is adding to the output. `new_state()` makes the state that all
-    functions share in one forward (`context.forward`).
+    The delta is cast to the output's dtype, and where it is 0 the output keeps its bits. Adding to an update is adding
+    to the output.
 
-    Raises SiteError for a site that this pipeline has not; EraserNotAppliedError where an edit did not run in a
-    denoiser's forward, found no timestep, returned another shape, or met NaN or infinity (on a CPU at the end of the
-    forward; on a GPU when latents are decoded, or at the end of this context), and where a cache that skips blocks is
-    on.
+    Args:
+        pipe: The diffusers pipeline.
+        edits: A function per site. It gets x [B, positions, d], the tap's value in the model's dtype, and an
+            `EditContext`; it returns a delta [B, positions, d], or None to leave the output alone.
+        new_state: Makes the state that all functions share in one forward (`context.forward`).
+
+    Raises:
+        SiteError: The pipeline does not have a site.
+        EraserNotAppliedError: An edit did not run in a denoiser's forward, found no timestep, returned another shape,
+            or met NaN or infinity (on a CPU at the end of the forward; on a GPU when latents are decoded, or at the end
+            of this context); or a cache that skips blocks is on.
 
     Examples:
         >>> with edit(pipe, {site: lambda x, context: -0.5 * x}):  # half of what is there

@@ -77,11 +77,19 @@ def read(path: str | os.PathLike[str], format: Format | None = None, calibrate: 
 
 
 def write(sae: SAE, folder: str | os.PathLike[str], format: str) -> None:
-    """Write `sae` into `folder` as `format`, in float32, each file in one piece. `read` gives the same SAE back.
+    """Write an SAE in another library's format, in float32, each file in one piece; `read` gives the same SAE back.
 
-    TopK formats hold no thresholds: their own libraries will keep the k largest features, k being the header's `k`
-    or the one it was trained with. The header, and those thresholds, go into a neuraleraser.json beside.
-    Raises SettingsError for a format that is not written, or without k; FileError when the disk does.
+    TopK formats hold no thresholds: their own libraries will keep the k largest features, k being the header's `k` or
+    the one it was trained with. The header, and those thresholds, go into a neuraleraser.json beside.
+
+    Args:
+        sae: The SAE.
+        folder: The folder.
+        format: Name of the format.
+
+    Raises:
+        SettingsError: The format is not written, or k is not known.
+        FileError: The disk refuses.
 
     Examples:
         >>> from neuraleraser.sae import formats
