@@ -175,7 +175,8 @@ def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> C
 
     Args:
         phrase: The phrase.
-        kind: "style", "object" or "other"; None: read from the phrase (a style says "style", "painting", "drawing" or "art").
+        kind: "style", "object" or "other"; None: read from the phrase (a style says "style", "painting", "drawing" or
+            "art").
         instead: Phrase that takes an object's place in the match; "": "an empty scene".
 
     Returns:

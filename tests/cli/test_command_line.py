@@ -80,7 +80,7 @@ def test_wrong_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixtur
         (["collect", "--sites"], "0 sites"),
         (
             ["collect", "--sites", "unet:what"],
-            "'unet:what' is no site: 'what' is neither a tap (output, update, input) nor",
+            "'unet:what' is no site: 'what' is neither a tap (output, update, input)",
         ),
         (["collect", "--sites", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
         (["collect", "--sites", "unet", "--num-images", "0"], "1 sites, 0 images"),

@@ -72,7 +72,7 @@ class ClipJudge:
             concept: Name of the concept.
             kind: Kind of the concept: "style", or anything else.
             images: Images by name, uint8 [N, H, W, 3], of the concept and of each neighbour. Images under the name ""
-                show none of the names: the concept is told apart from them, too.
+                show none of the names: it is set apart from them, too.
             model: A CLIP checkpoint: a folder or a Hub id.
             device: Device to run it on.
 
