@@ -110,7 +110,8 @@ def diagnose(
         All checks, and the verdict.
 
     Raises:
-        SettingsError: There is no eraser, or not a concept, lookalikes and a judge for each one.
+        SettingsError: An eraser acts on the pipeline already, there is no eraser to check, or not a concept, lookalikes
+            and a judge for each one.
 
     Examples:
         >>> diagnosis = diagnose(pipe, [eraser], neighbours=["cartoon style"], num_images=2, samplings=[quick])

@@ -52,8 +52,8 @@ def evaluate(
     Raises:
         SplitError: A method was made with what it would be tested with, or erases a sealed concept.
         ConceptError: The judge does not know a concept, or the protocol has no cells for it.
-        SettingsError: A method is there twice, the folder is of another run, or the pipeline has no judge or vocabulary
-            and none is passed.
+        SettingsError: An eraser acts on the pipeline, a method is there twice, the folder is of another run, or the
+            pipeline has no judge or vocabulary and none is passed.
 
     Examples:
         >>> methods = [EraserMethod(eraser), NoMethod("Van_Gogh", "style")]

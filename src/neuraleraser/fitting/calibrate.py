@@ -50,7 +50,7 @@ def calibrate(
 
     Raises:
         ConceptError: The features do not detect the concept at any timestep.
-        SettingsError: There are too few pairs, or the gate is outside the denoiser.
+        SettingsError: An eraser acts on the pipeline, there are too few pairs, or the gate is outside the denoiser.
         SiteError: The pipeline does not have its site.
 
     Examples:

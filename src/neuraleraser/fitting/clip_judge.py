@@ -27,7 +27,7 @@ def calibrate_clip_judge(
     Images are generated of the concept, of each neighbour, and of the prompts that match the concept's without it.
 
     Args:
-        pipe: The diffusers pipeline. Detach erasers first.
+        pipe: The diffusers pipeline, without erasers that act.
         concept: The concept to judge.
         neighbours: Concepts to tell it from, as phrases or concepts; none: all others of its kind in the pipeline's
             vocabulary.
@@ -40,6 +40,7 @@ def calibrate_clip_judge(
         The judge.
 
     Raises:
+        SettingsError: An eraser acts on the pipeline.
         NeuralEraserError: As for `ClipJudge.calibrate`.
 
     Examples:

@@ -51,7 +51,7 @@ def fit(
         concept: The concept, with its prompts.
         settings: Settings of the fit; None: the defaults.
         progress: Called as `progress(what, share)` as the work goes on.
-        known: The reference; None: the one that ships, which the canvas alone has.
+        reference: The reference; None: the one that ships, which the canvas alone has.
         sampling: How images are generated; None: as the pipeline is usually sampled.
         edits: Sites to edit, one tuple per correction; None: those that `edits_for` names.
 
@@ -59,8 +59,8 @@ def fit(
         The eraser.
 
     Raises:
-        SettingsError: The pipeline has no reference, or the reference has another width; raised before anything is
-            generated.
+        SettingsError: An eraser acts on the pipeline, the pipeline has no reference, or the reference has another
+            width; raised before anything is generated.
         SiteError: The reference is of another site; raised before anything is generated.
         ConceptError: No feature detects the concept.
 

@@ -54,7 +54,8 @@ def erase(
             one that ships for the pipeline's family (the canvas alone has one), else one that is published for this
             model, else one made from the pipeline's own images and kept in `folder`. That takes a while; if it is
             interrupted, the same call goes on.
-        site: Site that a reference made here reads; None: where the family's features were found good.
+        site: Site that the reference reads, or that one made here is to read; None: for one made here, where the
+            family's features were found good.
         num_images: Images that a reference made here learns from.
         settings: Settings of the fit; None: the defaults.
         sampling: How images are generated; None: as the pipeline is usually sampled.
@@ -67,9 +68,9 @@ def erase(
         The eraser.
 
     Raises:
-        ConceptError: The phrase means nothing on this pipeline, or no feature detects the concept.
+        ConceptError: The phrase means nothing on this pipeline, it is of another kind there, or no feature detects it.
         FileError: The reference cannot be read.
-        SettingsError: The settings do not fit.
+        SettingsError: An eraser acts on the pipeline, the settings do not fit, or `site` is not the reference's.
         SiteError: The pipeline does not have the site.
 
     Examples:

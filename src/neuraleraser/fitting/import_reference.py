@@ -52,6 +52,7 @@ def import_reference(
         The reference.
 
     Raises:
+        SettingsError: An eraser acts on the pipeline.
         FileError: The SAE cannot be read.
         SiteError: The SAE has another width than the site, or the site is in no block.
         DataError: There are no prompts, or not as many labels as prompts.

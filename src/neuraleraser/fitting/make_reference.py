@@ -129,7 +129,8 @@ def make_reference(
     Raises:
         SiteError: The pipeline does not have the site.
         ConceptError: A name is given twice.
-        SettingsError: The folder holds another reference, of other names or another site, finished or not.
+        SettingsError: An eraser acts on the pipeline, or the folder holds another reference, of other names or another
+            site, finished or not.
 
     Examples:
         >>> cat, dog = phrase_concept("a cat"), phrase_concept("a dog")

@@ -88,7 +88,7 @@ def write(sae: SAE, folder: str | os.PathLike[str], format: str) -> None:
         format: Name of the format.
 
     Raises:
-        SettingsError: The format is not written, or k is not known.
+        SettingsError: The format is not written, k is not known, or the folder is not empty.
         FileError: The disk refuses.
 
     Examples:
