@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -99,6 +100,38 @@ def test_every_public_name_has_a_place_in_the_reference() -> None:
                 room = importlib.import_module(f"neuraleraser.{neuraleraser._HOME[public]}")
                 assert value is getattr(room, public), path
     assert set(neuraleraser.__all__) <= set(found)
+
+
+def undescribed(name: str, function: Any) -> list[str]:
+    """The ways in which a function's docstring does not describe its parameters, under `Args:`, in their order."""
+    parameters = [p for p in inspect.signature(function).parameters if p not in ("self", "cls")]
+    section = re.search(r"^Args:\n((?: {4}.*\n?)+)", inspect.getdoc(function) or "", re.MULTILINE)
+    described = re.findall(r"^ {4}(\w+): ", section[1], re.MULTILINE) if section else []
+    return [] if described == parameters else [f"{name} describes {described} of {parameters}"]
+
+
+def test_the_reference_describes_every_parameter() -> None:
+    wrong = []
+    for page in (DOCS / "reference").glob("*.md"):
+        for path in re.findall(r"^::: (neuraleraser\.\S+)$", page.read_text(), re.MULTILINE):
+            home, _, public = path.rpartition(".")
+            value = getattr(importlib.import_module(home), public)
+            wrong += undescribed(public, value) if inspect.isfunction(value) else []
+    assert wrong == []
+
+
+def test_a_parameter_that_is_not_described_is_seen() -> None:
+    def f(x: int, y: int) -> None:
+        """Do it.
+
+        Args:
+            x: A number,
+                of two lines.
+        """
+
+    assert undescribed("f", f) == ["f describes ['x'] of ['x', 'y']"]
+    f.__doc__ = "Do it.\n\nArgs:\n    x: A number.\n    y: Another.\n\nReturns:\n    z: None.\n"
+    assert undescribed("f", f) == []
 
 
 def test_every_public_name_is_listed_with_its_file() -> None:

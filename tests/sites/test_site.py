@@ -38,9 +38,18 @@ def test_sites_parse_what_they_print(path: str, tap: Any, stream: Any) -> None:
     assert Site.parse(f"{path}:{stream}") == Site(path, stream=stream)
 
 
-@pytest.mark.parametrize("text", ["", "unet:sideways", "unet:text:update", "unet..a", "unet:output:image:x"])
-def test_what_is_no_site_is_refused(text: str) -> None:
-    with pytest.raises(SiteError):
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("", "no module path"),
+        ("unet..a", "no module path"),
+        ("unet:sideways", r"'sideways' is neither a tap \(output, update, input\) nor a stream \(image, text\)"),
+        ("unet:output:image:x", "'x' is neither a tap"),
+        ("unet:text:update", "'update' is in the wrong place"),
+    ],
+)
+def test_what_is_no_site_is_refused(text: str, wrong: str) -> None:
+    with pytest.raises(SiteError, match=wrong):
         Site.parse(text)
 
 
