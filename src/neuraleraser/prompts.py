@@ -43,7 +43,9 @@ def read_prompts(path: Path) -> Lines:
     try:
         lines = read_bytes(path, MAX_BYTES).decode("utf-8").splitlines()
     except (FileError, UnicodeDecodeError) as error:
-        raise FileError(f"the prompts {str(path)!r} cannot be read ({error}): pass a text file, one a line") from error
+        raise FileError(
+            f"the prompts {str(path)!r} cannot be read ({error}): pass a text file, one per line"
+        ) from error
     found = []
     for line in lines:
         prompt, _, names = line.partition("\t")
@@ -52,7 +54,7 @@ def read_prompts(path: Path) -> Lines:
         if prompt.strip():
             found.append((prompt.strip(), tuple(name.strip() for name in names.split(",") if name.strip())))
     if not found:
-        raise FileError(f"{str(path)!r} holds no prompts: write one a line")
+        raise FileError(f"{str(path)!r} holds no prompts: write one per line")
     return found
 
 

@@ -143,7 +143,7 @@ class InspectSettings:
     """On what an SAE is measured. Raises SettingsError for a value out of range."""
 
     prompts: Path | None = None
-    """Text file, one prompt a line; None: captions of the canvas."""
+    """Text file, one prompt per line; None: captions of the canvas."""
     num_images: int = 20
     """Images to measure on, drawn in one batch."""
     vectors_per_image: int = 2048

@@ -114,7 +114,7 @@ def test_bad_streams_are_refused(pipe: Any):
         with pytest.raises(SettingsError):
             dataclasses.replace(SETTINGS, **wrong)
     few = dataclasses.replace(SETTINGS, vectors_per_image=100)
-    with pytest.raises(DataError, match=r"mid_block.*has 64 vectors an image, fewer than vectors_per_image = 100"):
+    with pytest.raises(DataError, match=r"mid_block.*has 64 vectors per image, fewer than vectors_per_image = 100"):
         next(activation_stream(pipe, PROMPTS, [EARLY], few)(0))
     wide = dataclasses.replace(SETTINGS, group_size=34, vectors_per_image=68, train_batch_size=68, reuse=9)
     with pytest.raises(DataError, match="has 16 positions, too few for a group of 34: pass a smaller group_size"):

@@ -87,7 +87,7 @@ def activation_stream(
         for site, kept in found.items():
             if len(kept.x) != size:
                 raise DataError(
-                    f"{site} has {len(kept.x) * s.group_size // count} vectors an image, fewer than "
+                    f"{site} has {len(kept.x) * s.group_size // count} vectors per image, fewer than "
                     f"vectors_per_image = {s.vectors_per_image}: pass at most that"
                 )
             x = kept.x[:, 0] if s.group_size == 1 else kept.x

@@ -38,7 +38,7 @@ def collect(
     Args:
         sites: Sites such as unet.mid_block.attentions.0 (`neuraleraser sites` lists them).
         model: The pipeline: canvas, a folder, or a Hub id.
-        prompts: Text file, one prompt a line, after a tab what it shows, by commas; None: captions of the canvas.
+        prompts: Text file, one prompt per line, after a tab what it shows, by commas; None: captions of the canvas.
         num_images: How many images to draw; the prompts are repeated if they are fewer.
         vectors_per_image: Activation vectors kept of each image and site, over all steps and positions.
         buffer_chunks: How many batches of images are mixed at a time, in memory.
@@ -46,7 +46,7 @@ def collect(
         num_inference_steps: Denoising steps; None: the model's usual.
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
         batch_size: Images drawn together; None: 4, on the canvas 20.
-        out: Folder for the shards, one a batch of images.
+        out: Folder for the shards, one per batch of images.
     """
     from tqdm import tqdm
 

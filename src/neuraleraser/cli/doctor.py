@@ -34,7 +34,7 @@ def doctor(
         model: The pipeline: canvas, a folder, or a Hub id.
         erasers: Erasers: files, folders or Hub ids.
         neighbours: Phrases of what they could be mistaken for; none named: on the canvas all others of the kind.
-        lookalikes: Text file of prompts without the concepts in which they must not fire, one a line.
+        lookalikes: Text file of prompts without the concepts in which they must not fire, one per line.
         clip: A CLIP checkpoint (folder or Hub id) to judge by; needs neighbours. The canvas has its own judge.
         unlearncanvas: UnlearnCanvas's classifiers to judge by: style50.pth and style50_cls.pth.
         nudenet: Judge by NudeNet's detector, whatever the erasers are called (extra nudenet).

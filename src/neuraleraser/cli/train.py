@@ -44,7 +44,7 @@ def train(
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
         batch_size: Images drawn together; None: 4, on the canvas 20.
         activations: A folder from `collect`, to train on instead of drawing.
-        prompts: Text file, one prompt a line, after a tab what it shows, by commas; None: captions of the canvas.
+        prompts: Text file, one prompt per line, after a tab what it shows, by commas; None: captions of the canvas.
         out: The SAE's file (.safetensors), with its log (.jsonl) beside it, or a folder for one or several; None:
             sae.safetensors, or the folder saes.
         tensorboard: Folder for TensorBoard's files, if TensorBoard is installed.

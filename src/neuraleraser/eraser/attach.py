@@ -23,13 +23,13 @@ ACTIONS = ("erase", "detect", "refuse")
 """Actions of an eraser where its gate opens: correct; do nothing, but note it; or raise `ConceptRefusedError`."""
 
 Strengths = float | Tensor | Sequence[float | Tensor | Sequence[float]]
-"""One number for all erasers, or one entry an eraser: a number, or one number an image of the batch."""
+"""One number for all erasers, or one entry per eraser: a number, or one number per image of the batch."""
 
 
 def strength_table(count: int, strength: Strengths) -> Tensor:
     """-> float32 [count, images] on the CPU, [count, 1] where no entry goes by image.
 
-    Raises SettingsError for anything but one entry an eraser, from 0 to 2, for equally many images.
+    Raises SettingsError for anything but one entry per eraser, from 0 to 2, for equally many images.
     """
     try:
         one = isinstance(strength, Real) or (isinstance(strength, Tensor) and strength.ndim == 0)

@@ -131,7 +131,7 @@ def grid_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Pair]]], path: str | os.PathLike[str], *, tile: int = 128) -> None:
-    """Write a PNG: one row a concept, its label on the left, then its pairs, before and after side by side.
+    """Write a PNG: one row per concept, its label on the left, then its pairs, before and after side by side.
 
     Each picture fills a square of `tile` pixels, its proportions kept. Raises DataError for no rows, or a row without
     pairs, FileError if the system refuses the file.

@@ -1,4 +1,4 @@
-"""Results: one row an image, the table that every metric is a pure function of.
+"""Results: one row per image, the table that every metric is a pure function of.
 
 In memory a typed view of a `pyarrow.Table`; on disk partitioned Parquet, appended one small file a batch:
 
@@ -130,7 +130,7 @@ class Results:
         return replace(self, table=self.table.take(np.asarray(numbers, np.int64)))
 
     def with_columns(self, **values: Any) -> Results:
-        """Return the table with columns replaced: one value for all rows, or one a row."""
+        """Return the table with columns replaced: one value for all rows, or one per row."""
         pa, _ = _arrow()
         table = self.table
         for name, value in values.items():
@@ -356,6 +356,6 @@ def _checked(results: Results) -> Results:
     seen: set[Key] = set()
     for row, key in enumerate(results.keys()):
         if key in seen:
-            raise DataError(f"row {row} is the second one of {key}: expected one row an image")
+            raise DataError(f"row {row} is the second one of {key}: expected one row per image")
         seen.add(key)
     return results

@@ -3,7 +3,7 @@
 run.json                                              settings, model, judge, and each method's key
 images/base/{style}/{objects}/{seed}.png              base twins
 images/{method}/{concept}/{style}/{objects}/...       images drawn with a method applied
-results/method=.../concept=.../part-00000.parquet     one row an image, a part a batch
+results/method=.../concept=.../part-00000.parquet     one row per image, one part per batch
 """
 
 from __future__ import annotations

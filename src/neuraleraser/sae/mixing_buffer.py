@@ -85,7 +85,7 @@ class MixingBuffer:
         if batch > size * reuse:
             raise SettingsError(
                 f"a batch of {batch} rows is larger than what a refill gives, {size * reuse}: pass at most that, "
-                "or larger chunks (more vectors an image, more images at a time)"
+                "or larger chunks (more vectors per image, more images at a time)"
             )
         self.per_block = size * reuse // batch
         self._ring: _Ring | None = None  # kept from one iteration for the next

@@ -19,7 +19,7 @@ from torch import Tensor
 from neuraleraser.families import known_names
 from neuraleraser.sites.rows import Batch, CallFacts, current_batch
 
-_LATENTS = ("latents", "intermediate_images")  # one row an image, in every pipeline that has one of them
+_LATENTS = ("latents", "intermediate_images")  # one row per image, in every pipeline that has one of them
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class DenoiserCall:
         return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
 
     def rows(self, index: Any) -> DenoiserCall:
-        """Return the same call of some images: what has one row an image is indexed, all else kept."""
+        """Return the same call of some images: what has one row per image is indexed, all else kept."""
         b = self.state.shape[0]
         timestep = self.timestep[index] if self.timestep.ndim and len(self.timestep) == b else self.timestep
         return DenoiserCall(

@@ -147,7 +147,7 @@ class SiteHook:
             new = torch.zeros(rows, device=x.device)
         elif given.ndim > 1 or (given.ndim == 1 and rows % given.shape[0]):
             raise EraserNotAppliedError(
-                f"{site}: the timesteps have shape {list(given.shape)}, expected one or {rows}, one a row."
+                f"{site}: the timesteps have shape {list(given.shape)}, expected one or {rows}, one per row."
             )
         elif given.ndim == 1 and 1 < given.shape[0] < rows:  # frames of a video
             new = given.to(x.device).repeat_interleave(rows // given.shape[0])
