@@ -80,8 +80,8 @@ def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None,
         The name under which the eraser is loaded.
 
     Raises:
-        SettingsError: The name is empty or taken by another eraser, the eraser is loaded under another name, or the
-            action is unknown. After any error, what was loaded stays as it was.
+        SettingsError: The name is empty or cannot be printed, or it is taken by another eraser or action; or the eraser
+            is loaded under another name, or the action is unknown. After any error, what was loaded stays as it was.
         FileError: There is no eraser at `source`.
         NeuralEraserError: As for `attach`.
 
