@@ -68,7 +68,7 @@ class SplitError(NeuralEraserError):
     """Data of selection would also be used for testing.
 
     Examples:
-        >>> evaluate(pipe, [NoMethod("Cubism", "style")], brief, "sealed")
+        >>> evaluate(pipe, [DoNothing("Cubism", "style")], brief, "sealed")
         Traceback (most recent call last):
         neuraleraser.errors.SplitError: Cubism: sealed until all is frozen, ...
     """

@@ -216,7 +216,7 @@ class EvaluateSettings:
 
     Examples:
         >>> settings = replace(brief, styles=("Mosaic",), objects=("Cats", "Dogs"))  # two images
-        >>> report = evaluate(pipe, [NoMethod("Mosaic", "style")], settings, "mosaic")
+        >>> report = evaluate(pipe, [DoNothing("Mosaic", "style")], settings, "mosaic")
         >>> report.base["style_accuracy"].n
         2
     """

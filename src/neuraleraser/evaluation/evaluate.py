@@ -56,7 +56,7 @@ def evaluate(
             pipeline has no judge or vocabulary and none is passed.
 
     Examples:
-        >>> methods = [EraserMethod(eraser), NoMethod("Van_Gogh", "style")]
+        >>> methods = [EraserMethod(eraser), DoNothing("Van_Gogh", "style")]
         >>> report = evaluate(pipe, methods, brief, "run")
         >>> report.of("none", "Van_Gogh").figures["ua"].value  # of the concept's images, the share that lost it
         0.0

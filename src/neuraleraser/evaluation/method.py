@@ -50,7 +50,7 @@ class Method(Protocol):
         made_with: Data that it was made with; None: no data.
 
     Examples:
-        >>> method: Method = EraserMethod(eraser)  # as are NoMethod, StringFilter and any class of this shape
+        >>> method: Method = EraserMethod(eraser)  # as are DoNothing, StringFilter and any class of this shape
         >>> with method.applied(pipe) as trace:
         ...     erased = generate(pipe, prompts, [0, 1], quick)
         >>> list(trace.fired)  # images in which it acted

@@ -45,7 +45,7 @@ def calibrate_clip_judge(
 
     Examples:
         >>> dog = phrase_concept("a dog")
-        >>> judge = clip_judge(pipe, phrase_concept("a cat"), [dog], clip, num_images=8, sampling=quick)
+        >>> judge = calibrate_clip_judge(pipe, phrase_concept("a cat"), [dog], clip, num_images=8, sampling=quick)
         >>> judge.objects
         ('a cat', 'a dog')
     """

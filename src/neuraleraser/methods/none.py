@@ -20,7 +20,7 @@ class DoNothing:
     """Leaves the pipeline as it is: the score of doing nothing.
 
     Examples:
-        >>> report = evaluate(pipe, [NoMethod("Van_Gogh", "style")], brief, "nothing")
+        >>> report = evaluate(pipe, [DoNothing("Van_Gogh", "style")], brief, "nothing")
         >>> report.of("none", "Van_Gogh").figures["ua"].value  # of the concept's images, the share that lost it
         0.0
     """
