@@ -81,7 +81,9 @@ def erase(
             announce=tqdm.write,
         )
     save_or_keep(path, eraser.save)
-    print(f"{path}: erases {concept.name}, {size_text(path.stat().st_size)}, {len(eraser.gate.features)} features")
+    count = len(eraser.gate.features)
+    size = size_text(path.stat().st_size)
+    print(f"{path}: erases {concept.name}, {size}, {count} feature{'' if count == 1 else 's'}")
     if said := separability_warning(eraser):
         print(said)
     example = concept.pairs[0].positive
