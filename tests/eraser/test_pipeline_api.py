@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
@@ -28,25 +26,11 @@ from neuraleraser import (
 )
 from neuraleraser.eraser import KINDS, Eraser
 from neuraleraser.errors import EraserNotAppliedError, FileError, SettingsError, SiteError
-from neuraleraser.sites import denoiser
 
 
 @pytest.fixture
 def sd() -> Any:
     return pipelines.stable_diffusion()
-
-
-def left(pipe: Any) -> list[str]:
-    """Everything that a loaded eraser could have left behind."""
-    found = [
-        name
-        for name in vars(pipe)
-        if name in ("progress_bar", "maybe_free_model_hooks", "prepare_latents") or "neural" in name
-    ]
-    for part in pipe.components.values():
-        for path, module in part.named_modules() if isinstance(part, nn.Module) else ():
-            found += [path for name, held in vars(module).items() if "hooks" in name and held]
-    return found
 
 
 def attached(pipe: Any, erasers: Any, strength: Any = 1.0, **call: Any) -> Tensor:
@@ -74,7 +58,7 @@ def test_loaded_set_disabled_unloaded(family: str, tmp_path: Path) -> None:
     set_erasers(pipe, "Cats", 0)
     assert torch.equal(pipelines.run(pipe, 0), base)
     unload_erasers(pipe)
-    assert not left(pipe) and torch.equal(pipelines.run(pipe, 0), base)
+    assert not pipelines.left(pipe) and torch.equal(pipelines.run(pipe, 0), base)
     for idle in (unload_erasers, disable_erasers):
         idle(pipe)  # nothing is there: nothing to do
     assert load_eraser(pipe, eraser, name="Cats") == "Cats"  # the name is free again
@@ -176,7 +160,7 @@ def test_deleted_erasers_are_gone_and_the_others_as_they_were(sd: Any) -> None:
     delete_erasers(sd, [])
     assert torch.equal(pipelines.run(sd, 0), rest) and not torch.equal(rest, base)
     delete_erasers(sd, "c")
-    assert not left(sd) and get_list_erasers(sd) == [] and torch.equal(pipelines.run(sd, 0), base)
+    assert not pipelines.left(sd) and get_list_erasers(sd) == [] and torch.equal(pipelines.run(sd, 0), base)
     with pytest.raises(SettingsError, match=r"cannot be deleted: .*\[\]"):
         delete_erasers(sd, "c")
     assert torch.equal(rest, attached(sd, many["c"], 0.5))
@@ -230,7 +214,7 @@ def test_an_eraser_that_cannot_be_loaded_leaves_the_others(sd: Any, tmp_path: Pa
         load_eraser(sd, tmp_path, "none")
     assert torch.equal(pipelines.run(sd, 0), whole)
     unload_erasers(sd)
-    assert not left(sd)
+    assert not pipelines.left(sd)
 
 
 # By image.
@@ -303,19 +287,6 @@ def test_nothing_is_fired_and_nothing_changed(sd: Any) -> None:
     for i, kind in enumerate(sorted(KINDS)):
         load_eraser(sd, make_eraser(kind=kind, seed=i, name=kind, **SHUT))
     assert torch.equal(pipelines.run(sd, 0, n=2), base)
-
-
-def test_a_copy_has_erasers_of_its_own(sd: Any) -> None:
-    base = pipelines.run(sd, 0)
-    load_eraser(sd, make_eraser())
-    whole, twin = pipelines.run(sd, 0), copy.deepcopy(sd)
-    disable_erasers(sd)
-    assert torch.equal(pipelines.run(sd, 0), base) and torch.equal(pipelines.run(twin, 0), whole)
-    unload_erasers(twin)
-    assert not left(twin) and torch.equal(pipelines.run(twin, 0), base)
-    set_erasers(sd, "Cats")
-    assert torch.equal(pipelines.run(sd, 0), whole)
-    assert any(m._forward_hooks for m in pickle.loads(pickle.dumps(denoiser(sd))).modules())
 
 
 def test_lora_beside(sd: Any) -> None:

@@ -348,3 +348,16 @@ def _quiet(pipe: Any) -> Any:
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipe
+
+
+def left(pipe: Any) -> list[str]:
+    """Everything that a loaded eraser could have left behind."""
+    found = [
+        name
+        for name in vars(pipe)
+        if name in ("progress_bar", "maybe_free_model_hooks", "prepare_latents") or "neural" in name
+    ]
+    for part in pipe.components.values():
+        for path, module in part.named_modules() if isinstance(part, torch.nn.Module) else ():
+            found += [path for name, held in vars(module).items() if "hooks" in name and held]
+    return found

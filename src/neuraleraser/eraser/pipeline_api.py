@@ -31,7 +31,7 @@ from neuraleraser.eraser.trace import Trace
 from neuraleraser.eraser.traces import TraceByPipeline
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.names import name_error, printable
-from neuraleraser.sites import components, denoiser, unwrap
+from neuraleraser.sites import components, denoiser, remove_copied_hooks, unwrap
 from neuraleraser.sites.threads import WeakReference
 
 _STATE_ATTRIBUTE = "_neuraleraser_loaded"
@@ -307,6 +307,7 @@ def unload_erasers(pipe: Any) -> None:
     loaded = _loaded(pipe)
     if loaded:
         _take_off(pipe, loaded)
+    remove_copied_hooks(pipe)
 
 
 def _attach(

@@ -29,7 +29,7 @@ from neuraleraser.sites.discovery import (
     text_streams,
 )
 from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
-from neuraleraser.sites.edits import HookedEdits, edit, record
+from neuraleraser.sites.edits import HookedEdits, edit, record, remove_copied_hooks
 from neuraleraser.sites.fingerprint import Fingerprint, differs, made_for
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
@@ -70,6 +70,7 @@ __all__ = [
     "match_rows",
     "noised",
     "record",
+    "remove_copied_hooks",
     "replay",
     "scheduler_steps",
     "text_encoder_sites",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -28,6 +29,9 @@ from neuraleraser.sites.modules import (
     unwrap,
 )
 from neuraleraser.sites.threads import WeakReference
+
+_OPEN: WeakSet[CallGuard[Any, Any]] = WeakSet()
+"""Guards of hooks that somebody holds, and will take off."""
 
 
 def no_state() -> None:
@@ -126,6 +130,7 @@ class HookedEdits(Generic[F]):
         self.handles += self.guard.hook_decoders(pipe)
         self.guard.watch(self.components)
         join_pipeline(pipe, self.guard)
+        _OPEN.add(self.guard)
 
     def check(self) -> None:
         """Raise what could not be raised earlier: NaN or infinity on a GPU, hooks that no call ran."""
@@ -136,6 +141,7 @@ class HookedEdits(Generic[F]):
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        _OPEN.discard(self.guard)
         pipe = self.pipeline.get()
         held = components(pipe) if pipe is not None else {}
         if pipe is not None:
@@ -144,6 +150,28 @@ class HookedEdits(Generic[F]):
             hooks.active = False
             if name in held:
                 compiled.unguard(held[name], hooks)
+
+
+def remove_copied_hooks(pipe: Any) -> None:
+    """Take off the hooks that came with a deep copy of a pipeline, or of a part, that was hooked: nobody else can."""
+    for part in components(pipe).values():
+        for module in unwrap(part).modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    guard = _guard_of(hook)
+                    if guard is not None and guard not in _OPEN:
+                        del hooks[key]
+                        for marks in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+                            marks.pop(key, None)
+                        leave_pipeline(pipe, guard)
+
+
+def _guard_of(hook: Any) -> CallGuard[Any, Any] | None:
+    """Return the guard of a hook of ours; None of other hooks."""
+    owner = getattr(hook, "__self__", hook)
+    owner = owner.component if isinstance(owner, SiteHook) else owner
+    owner = owner.boundary if isinstance(owner, ComponentHooks) else owner
+    return owner if isinstance(owner, CallGuard) else None
 
 
 def _move_output_capture_hooks_last(module: nn.Module) -> None:
