@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.commands import refused
+from helpers.commands import refused, short_erase
 from helpers.erasers import open_eraser
 from neuraleraser.cli import main
 from neuraleraser.cli.generate import parse_eraser
@@ -20,27 +20,7 @@ def test_a_model_without_a_reference_gets_its_own(
     model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    argv = [
-        "erase",
-        "a d",
-        "--model",
-        model,
-        "--neighbours",
-        "a b",
-        "--num-images",
-        "10",
-        "--num-pairs",
-        "2",
-        "--num-context-pairs",
-        "1",
-        "--steps",
-        "2",
-        "--rank",
-        "1",
-        "--train-batch-size",
-        "2",
-    ]
-    argv += ["--num-inference-steps", "2", "--num-pairs", "4", "--batch-size", "2"]
+    argv = short_erase("a d", model)
     assert main(argv) == 0
     first = capsys.readouterr()
     assert f"Making a reference for {Path(model).name} at unet." in first.out
@@ -75,27 +55,8 @@ def test_a_published_reference_out_of_reach_is_said_and_replaced(
     monkeypatch.setattr(table, "FAMILIES", (replace(STABLE_DIFFUSION, published=(theirs,)),))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
-    argv = [
-        "erase",
-        "a d",
-        "--model",
-        model,
-        "--neighbours",
-        "a b",
-        "--num-images",
-        "10",
-        "--num-pairs",
-        "2",
-        "--num-context-pairs",
-        "1",
-        "--steps",
-        "2",
-        "--rank",
-        "1",
-        "--train-batch-size",
-        "2",
-    ]
-    assert main([*argv, "--num-inference-steps", "2", "--num-pairs", "4", "--batch-size", "2"]) == 0
+    argv = short_erase("a d", model)
+    assert main(argv) == 0
     out = capsys.readouterr().out
     assert "is published: bcywinski/SAeUron_coco" in out
     assert "could not be fetched from the Hub: no network." in out and "Making a reference" in out

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.commands import refused, said
+from helpers.commands import refused, said, short_erase
 from helpers.erasers import open_eraser
 from neuraleraser.cli import main
 from neuraleraser.eraser import Calibration, Eraser
@@ -134,27 +134,8 @@ def test_a_concept_file_with_a_path_for_its_name(
     Path("evil.json").write_text(
         '{"name": "../../../x", "kind": "object", "pairs": [["a d", "a b"], ["a d c", "a c"]]}'
     )
-    argv = [
-        "erase",
-        "evil.json",
-        "--model",
-        model,
-        "--neighbours",
-        "a b",
-        "--num-images",
-        "10",
-        "--num-pairs",
-        "2",
-        "--num-context-pairs",
-        "1",
-        "--steps",
-        "2",
-        "--rank",
-        "1",
-        "--train-batch-size",
-        "2",
-    ]
-    main([*argv, "--num-inference-steps", "2", "--num-pairs", "4", "--batch-size", "2"])
+    argv = short_erase("evil.json", model)
+    main(argv)
     outside = {p.name for p in Path("..").iterdir()} | {p.name for p in Path("../../..").iterdir()}
     assert outside == {"c", "a", "vg.safetensors", "sae.safetensors", "p.txt", "file", "dir", "pipe"}
     assert [p for p in Path().glob("*.safetensors")] or "x-" in str(list(Path("runs/references").iterdir()))

@@ -26,3 +26,9 @@ def said(model: str, capsys: pytest.CaptureFixture[str], *argv: str) -> list[str
     capsys.readouterr()
     assert main(["generate", "a cat", "--model", model, "--num-inference-steps", "2", "--out", "o.png", *argv]) == 0
     return capsys.readouterr().out.splitlines()[:-1]
+
+
+def short_erase(concept: str, model: str) -> list[str]:
+    """Options of an `erase` of seconds, beside one neighbour."""
+    fit = ["--num-pairs", "4", "--num-context-pairs", "1", "--steps", "2", "--rank", "1", "--train-batch-size", "2"]
+    return ["erase", concept, "--model", model, "--neighbours", "a b", "--num-images", "10", *fit, *SAMPLING]

@@ -159,7 +159,7 @@ def test_pushed_and_fetched(noun: str, hub: FakeHub) -> None:
     files = hub.repositories[REPO]["main"]
     assert files.keys() == {"README.md", *KINDS[noun].FILES}
     card = ModelCard(files["README.md"].decode())
-    assert card.data.library_name == "neuraleraser" and repr(REPO) in card.text
+    assert card.data.to_dict()["library_name"] == "neuraleraser" and repr(REPO) in card.text
     assert facts(KINDS[noun].from_pretrained(REPO)) == facts(held)
     assert held.push_to_hub(REPO, branch="tried", create_pr=True).endswith("/discussions/1")
     assert hub.pushed[1]["revision"] == "tried" and hub.pushed[1]["private"] is None
