@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
 
@@ -45,7 +46,7 @@ def parse_hub_id(text: str, revision: str | None = None) -> tuple[str, str | Non
     return repo, said or revision
 
 
-class HubFile:
+class HubFile(ABC):
     """Base of what is kept in our own files: the methods that `huggingface_hub.ModelHubMixin` gives a model.
 
     The names and parameters are that class's. It is no base here, because it reads a stranger's config.json unchecked
@@ -66,6 +67,7 @@ class HubFile:
     NOUN: ClassVar[str]
     FILES: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
     def save(self, path: Path, /) -> None:
         """Write it.
 
@@ -75,9 +77,9 @@ class HubFile:
         Raises:
             FileError: The disk refuses.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def load(cls, path: Path, /) -> Self:
         """Read it.
 
@@ -90,8 +92,8 @@ class HubFile:
         Raises:
             FileError: There is none, or it is not sound.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def generate_model_card(self, repo_id: str) -> ModelCard:
         """Return the card that `push_to_hub` uploads with it.
 
@@ -101,7 +103,6 @@ class HubFile:
         Returns:
             The card.
         """
-        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write it into a folder, from which `from_pretrained` reads it.
