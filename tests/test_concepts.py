@@ -224,6 +224,24 @@ def test_files_that_are_no_concept(content: Any, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ([1], "it holds [1] and no object"),
+        ({"name": "x"}, "field pairs is missing"),
+        ({**GOOD, "kind": 5}, "field kind is 5 and no text"),
+        ({**GOOD, "pairs": [["a", "b", "c"]]}, "field pairs has ['a', 'b', 'c'], which is no pair of two texts"),
+        ({**GOOD, "context_pairs": {}}, "field context_pairs is {} and no list"),
+        ({**GOOD, "more": 1}, "field more is unknown"),
+    ],
+    ids=range(6),
+)
+def test_the_message_says_which_field(content: Any, wrong: str, tmp_path: Path) -> None:
+    with pytest.raises(ConceptError) as caught:
+        file_concept(written(tmp_path, content))
+    assert f"concept.json: {wrong}; expected " in str(caught.value)
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match="no readable JSON"):
         file_concept(tmp_path / "none.json")

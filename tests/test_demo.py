@@ -30,10 +30,12 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stand-ins for the slow parts; returns the names that were fitted, as they are."""
     names: list[str] = []
 
-    def fit(pipe: Any, concept: Concept, settings: Any, told: Callable[[str, float], None], *, reference: Any) -> Any:
+    def fit(
+        pipe: Any, concept: Concept, settings: Any, progress: Callable[[str, float], None], *, reference: Any
+    ) -> Any:
         names.append(concept.name)
         for i in range(4):
-            told("fitting", i / 3)
+            progress("fitting", i / 3)
         return open_eraser(concept.name, concept.kind, seed=len(names))
 
     def evaluate(pipe: Any, erasers: Any, settings: Any, folder: Path) -> Report:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import neuraleraser
+from neuraleraser.evaluation.columns import TABLES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -142,6 +143,12 @@ def test_every_public_name_is_listed_with_its_file() -> None:
     assert set(listed) == set(neuraleraser.__all__)
     for public, file in listed.items():
         assert re.search(rf"^(def|class) {public}\b", (ROOT / file).read_text(), re.MULTILINE), f"{public}: {file}"
+
+
+def test_every_figure_is_explained() -> None:
+    page = (DOCS / "reference/measuring.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)
+    assert listed == [(c.name, c.head, c.meaning) for table in TABLES for c in table.columns]
 
 
 @pytest.mark.parametrize("page", [p for p in [*PAGES, *OTHERS] if p not in HISTORY], ids=name)

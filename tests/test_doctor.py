@@ -101,12 +101,12 @@ def test_one_for_another_pipeline_or_other_weights(pipe: Any) -> None:
     assert found(d) == {"fits": False} and "NOT WELL" in d.verdict
     e = make_eraser()
     made = made_for(pipe, [e.gate.site, *(c.site for c in e.corrections)])
-    told = replace(e, header=replace(e.header, made_for=made))
-    assert found(look(pipe, told))["fits"] is True
+    from_elsewhere = replace(e, header=replace(e.header, made_for=made))
+    assert found(look(pipe, from_elsewhere))["fits"] is True
     tuned = copy.deepcopy(pipe)
     for p in tuned.unet.parameters():
         p.data *= 1.2
-    assert found(look(tuned, told))["fits"] is None
+    assert found(look(tuned, from_elsewhere))["fits"] is None
 
 
 def test_hooks_that_do_not_run(pipe: Any) -> None:

@@ -60,7 +60,8 @@ def files(namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     small_classifier(folder / "style50_cls.pth", 20)
     clip = ClipByHeart("object", images_for_clip(pipe, quick))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neuraleraser.judges.clip._Clip", lambda model, device: clip)
+        for room in ("judges.clip", "fitting.clip_judge"):
+            patch.setattr(f"neuraleraser.{room}.Clip", lambda model, device: clip)
         install_detector(patch, package)
         patch.setattr(unlearncanvas, "LARGE", SMALL)
         yield folder

@@ -1,7 +1,8 @@
-"""The README's code runs as it stands."""
+"""The code of README, and of the service page where it needs no download, runs as it stands."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -19,11 +20,11 @@ from neuraleraser.fitting import Reference, fit, from_phrase
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -41,7 +42,6 @@ def small_fit(pipe: Any, concept: Any, settings: Any, progress: Any, *, referenc
 def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(from_phrase, "fit", small_fit)
     make_eraser().save(tmp_path / "van-gogh.safetensors")
-    make_eraser("Cats", seed=1).save(tmp_path / "cats.safetensors")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks("python"):
@@ -50,6 +50,18 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert getattr(images, "shape", None) == (1, 64, 64, 3)
     # The first image, in which the eraser acted.
     assert capsys.readouterr().out.startswith("{0: {'Van_Gogh': [")
+
+
+def test_service_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make_eraser().save(tmp_path / "van-gogh.safetensors")
+    make_eraser("Cats", seed=1).save(tmp_path / "cats.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("python", "docs/how-to/service.md")[:2]:
+        exec(compile(block, "service.md", "exec"), names)
+    refused, record = capsys.readouterr().out.strip().splitlines()
+    assert refused == "{0: ['van-gogh']}"
+    assert json.loads(record)["fired"][0]["action"] == "refuse"
 
 
 def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from neuraleraser.evaluation.protocol import MAIN
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.evaluation.timing import overhead
 from neuraleraser.families import family_of
+from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.io.names import file_name
 from neuraleraser.judges import Judge
 from neuraleraser.methods import DoNothing, EraserMethod, string_filters
@@ -51,7 +52,7 @@ def evaluate_erasers(
         if (seconds := m.eraser.header.seconds) is not None:
             costs["make_seconds"] = float(seconds)
         target = [c for c in own if c.group in MAIN and c.asks_for(m.concept)]
-        panels = feature_panels(pipe, m.eraser, target, s.sampling)
+        panels = feature_panels(pipe, m.eraser, target, evaluation_sampling(pipe, s))
         report = report.with_details(m.name, m.concept, costs, panels)
         with_measurement(m.eraser, report.of(m.name, m.concept)).save(path)
     return report

@@ -254,20 +254,34 @@ def file_concept(path: str | Path) -> Concept:
         raise ConceptError(
             f"{path} is no readable JSON file ({printable(e, 300)}): expected name, kind and pairs"
         ) from e
-    fields = ("name", "kind", "pairs", "context_pairs")
-    if isinstance(data, dict) and (unknown := [key for key in data if key not in fields]):
-        raise ConceptError(f"{path}: field {printable(unknown[0])} is unknown: expected {', '.join(fields)}")
-    try:
-        pairs, beside = (
-            tuple(Pair(_text(a), _text(b)) for a, b in map(_list, part))
-            for part in (data["pairs"], data.get("context_pairs", []))
-        )
-        return Concept(_text(data["name"]), _text(data.get("kind", "other")), pairs, beside)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    wrong = _first_wrong(data)
+    if wrong:
         raise ConceptError(
-            f"{path}: field {printable(e)} is missing or malformed; expected "
+            f"{path}: {wrong}; expected "
             '{"name": ..., "kind": "style" or "object", "pairs": [["a prompt that shows it", "the same without"], ...]}'
-        ) from e
+        )
+    pairs, context = (tuple(Pair(*pair) for pair in data.get(name, [])) for name in ("pairs", "context_pairs"))
+    return Concept(data["name"], data.get("kind", "other"), pairs, context)
+
+
+def _first_wrong(data: Any) -> str | None:
+    """Return what is wrong first with a concept's JSON, or None."""
+    if not isinstance(data, dict):
+        return f"it holds {printable(data, 60)} and no object"
+    for name, value in data.items():
+        if name in ("name", "kind"):
+            if not isinstance(value, str):
+                return f"field {name} is {printable(value, 60)} and no text"
+        elif name not in ("pairs", "context_pairs"):
+            return f"field {printable(name, 60)} is unknown"
+        elif not isinstance(value, list):
+            return f"field {name} is {printable(value, 60)} and no list"
+        else:
+            for pair in value:
+                if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+                    return f"field {name} has {printable(pair, 60)}, which is no pair of two texts"
+    missing = [name for name in ("name", "pairs") if name not in data]
+    return f"field {missing[0]} is missing" if missing else None
 
 
 def canvas_concept(name: str, phrasings: slice = SEEN) -> Concept:
@@ -333,15 +347,3 @@ def neighbours_of(pipe: Any, concept: Concept, named: Sequence[str | Concept] = 
         return [n if isinstance(n, Concept) else concept_of(pipe, n, kind) for n in named]
     names = vocabulary.styles if concept.kind == "style" else vocabulary.objects
     return [vocabulary_concept(vocabulary, name) for name in names if name not in (concept.name, vocabulary.plain)]
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{printable(value, 40)!r}, not a text,")
-    return value
-
-
-def _list(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise TypeError(f"{printable(value, 40)!r}, not a pair,")
-    return value

@@ -244,8 +244,8 @@ class EvaluateSettings:
     """Rounds in which plain sampling and sampling with the eraser are timed against each other."""
     timed_images: int = 16
     """Images in a timed batch."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(batch_size=40))
-    """Sampling of all images: the canvas's, so pass your model's with a protocol of its own."""
+    sampling: Sampling | None = None
+    """How images are generated; None: as the pipeline is usually sampled."""
     styles: tuple[str, ...] = ()
     """Only these styles; none named: all that are not sealed."""
     objects: tuple[str, ...] = ()
@@ -257,7 +257,7 @@ class EvaluateSettings:
         rounds = ("target_rounds", "two_object_rounds", "held_out_rounds", "image_to_image_rounds")
         for name in (*rounds, "fragment_prompts", "held_out_grid_rounds", "unhooked_checks", "idle_checks"):
             check_whole(name, getattr(self, name), 0, 10_000)
-        if not self.sampling.pad_last_batch:
+        if self.sampling is not None and not self.sampling.pad_last_batch:
             raise SettingsError(
                 "pad_last_batch is off: without padding an image's bits depend on its company, so there are no twins "
                 "to compare with; leave it on"

@@ -51,6 +51,11 @@ def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureF
     )
 
 
+def test_images_are_written_as_png_alone(model: str, capsys: pytest.CaptureFixture[str]):
+    assert "ends in .png" in refused(["generate", "a cat", "--model", model, "--out", "x.jpg"], capsys)
+    assert not Path("x.jpg").exists()
+
+
 def test_two_erasers_of_one_concept_are_told_apart(model: str, capsys: pytest.CaptureFixture[str]):
     from dataclasses import replace
 

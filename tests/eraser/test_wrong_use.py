@@ -71,6 +71,11 @@ def test_arguments_in_the_wrong_order(sd: Any) -> None:
         pass
 
 
+def test_a_pipeline_s_name_in_its_place() -> None:
+    with pytest.raises(SiteError, match=r"'canvas' was passed as the pipeline.*open_pipeline opens one"):
+        neuraleraser.erase("canvas", "a cat")
+
+
 def test_attach_without_with_is_warned_of(sd: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

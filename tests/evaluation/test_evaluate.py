@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,11 +31,12 @@ from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.results import BASE
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.families.canvas import render
+from neuraleraser.families.defaults import default_sampling, evaluation_sampling
 from neuraleraser.families.opening import image_to_image, open_pipeline
 from neuraleraser.judges import JudgeSpec
 from neuraleraser.methods import DoNothing, EraserMethod, StringFilter
 from neuraleraser.sampling import generate
-from neuraleraser.settings import Sampling
+from neuraleraser.settings import EvaluateSettings, Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +257,8 @@ def test_wrong_arguments(pipe: Any, tmp_path: Path):
     twins = [EraserMethod(open_eraser()), EraserMethod(open_eraser(seed=2))]
     with pytest.raises(SettingsError, match="two of the methods are 'neuraleraser' of 'Van_Gogh'"):
         evaluate(pipe, twins, S, tmp_path, judge=StampJudge())
+    with pytest.raises(SettingsError, match=r"Eraser was passed as a method.*: EraserMethod\(eraser\) makes"):
+        evaluate(pipe, [open_eraser()], S, tmp_path, judge=StampJudge())  # type: ignore[list-item]
     with pytest.raises(SettingsError, match="no methods"):
         evaluate(pipe, [], S, tmp_path, judge=StampJudge())
     with pytest.raises(SplitError, match="Crayon: sealed"):
@@ -263,6 +267,15 @@ def test_wrong_arguments(pipe: Any, tmp_path: Path):
         replace(S, grid_rounds=0)
     with pytest.raises(SettingsError, match="leave it on"):
         replace(S, sampling=Sampling(pad_last_batch=False))
+
+
+def test_without_sampling_it_is_the_pipeline_s_usual(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert evaluation_sampling(pipe, EvaluateSettings()) == default_sampling(pipe)
+    monkeypatch.setattr("neuraleraser.families.defaults.default_sampling", lambda pipe: S.sampling)
+    few = replace(S, sampling=None, two_object_rounds=0, held_out_rounds=0, fragment_prompts=0, idle_checks=0)
+    evaluate(pipe, [DoNothing("Van_Gogh", "style")], few, tmp_path, judge=StampJudge())
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert settings["sampling"]["num_inference_steps"] == 2
 
 
 def test_overhead_alternates_and_takes_the_median(pipe: Any, erasers: list[Eraser], monkeypatch: pytest.MonkeyPatch):

@@ -50,7 +50,7 @@ def coloured(colour: Sequence[int], n: int = 16, seed: int = 0, size: tuple[int,
     return (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
 
 
-def told(clip: str, kind: str, **more: np.ndarray) -> tuple[ClipJudge, np.ndarray, np.ndarray]:
+def calibrated(clip: str, kind: str, **more: np.ndarray) -> tuple[ClipJudge, np.ndarray, np.ndarray]:
     """A judge and images of its concept and of its neighbour. Weights are random, so that only one of the two
     colours lies on the concept's side: the other way round CLIP is wrong, and refuses."""
     judges, refused = [], []
@@ -67,7 +67,7 @@ def told(clip: str, kind: str, **more: np.ndarray) -> tuple[ClipJudge, np.ndarra
 
 
 def test_a_style_is_told_from_its_neighbour(clip: str) -> None:
-    judge, own, other = told(clip, "style")
+    judge, own, other = calibrated(clip, "style")
     assert judge.styles == PAIR and judge.objects == () and judge.artefact_threshold is None
     assert JudgeSpec.of(judge).thresholds == dict.fromkeys(PAIR, 0.5)
     seen, unseen = judge(own), judge(other)
@@ -79,7 +79,7 @@ def test_a_style_is_told_from_its_neighbour(clip: str) -> None:
 
 
 def test_each_object_has_a_threshold_of_its_own(clip: str) -> None:
-    judge, own, other = told(clip, "object")
+    judge, own, other = calibrated(clip, "object")
     assert judge.objects == PAIR and judge.styles == ()
     for images, here in ((own, 0), (other, 1)):
         seen = judge(images)
@@ -89,7 +89,7 @@ def test_each_object_has_a_threshold_of_its_own(clip: str) -> None:
 
 
 def test_the_probability_is_that_of_the_margin(clip: str) -> None:
-    style, own, _ = told(clip, "style")
+    style, own, _ = calibrated(clip, "style")
     margin = style._margins(style._logits(own))[:, 0] - style.margin_thresholds[0]
     np.testing.assert_allclose(style(own).p_style[:, 0], 1 / (1 + np.exp(-margin)), atol=1e-5)
 
@@ -97,8 +97,8 @@ def test_the_probability_is_that_of_the_margin(clip: str) -> None:
 def test_images_of_neither_are_told_from_the_concept_too(clip: str) -> None:
     with pytest.raises(ConceptError, match="cannot tell 'red style' from 'images without it'"):
         # what shows nothing looks just as the concept does
-        own = told(clip, "style")[1]
-        other = told(clip, "style")[2]
+        own = calibrated(clip, "style")[1]
+        other = calibrated(clip, "style")[2]
         images = {PAIR[0]: own, PAIR[1]: other, NONE: own.copy()}
         ClipJudge.calibrate(PAIR[0], "style", images, clip)
 
@@ -110,14 +110,14 @@ def test_what_looks_the_same_is_refused(clip: str) -> None:
 
 
 def test_one_bad_neighbour_is_enough(clip: str) -> None:
-    _, own, other = told(clip, "style")
+    _, own, other = calibrated(clip, "style")
     images = {PAIR[0]: own, PAIR[1]: other, "green style": own[::-1].copy()}
     with pytest.raises(ConceptError, match="from 'green style'"):
         ClipJudge.calibrate(PAIR[0], "style", images, clip)
 
 
 def test_sizes_batches_and_neighbours_change_nothing(clip: str) -> None:
-    judge, own, other = told(clip, "style")
+    judge, own, other = calibrated(clip, "style")
     many = np.concatenate([own, other, own])  # more than a batch
     alone = np.concatenate([judge(many[i : i + 5]).p_style for i in range(0, len(many), 5)])
     np.testing.assert_allclose(judge(many).p_style, alone, atol=1e-5)
@@ -134,7 +134,7 @@ def test_sizes_batches_and_neighbours_change_nothing(clip: str) -> None:
 )
 def test_other_things_than_images_are_refused(clip: str, wrong: Any) -> None:
     with pytest.raises(DataError, match=r"\[N, H, W, 3\]"):
-        told(clip, "style")[0](wrong)
+        calibrated(clip, "style")[0](wrong)
 
 
 def test_what_is_missing_is_said(clip: str, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_pickled_weights_are_refused(clip: str, tmp_path: Path) -> None:
 
 
 def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, own, other = told(clip, "style")
+    _, own, other = calibrated(clip, "style")
     asked: list[tuple[list[str], list[int]]] = []
 
     def draw(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Any) -> np.ndarray:
@@ -174,6 +174,13 @@ def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pyt
     assert judge.styles == PAIR and set(judge.figures["false_alarms"]) == {PAIR[1], NONE}
     assert [prompts[0] for prompts, _ in asked] == ["a cat in red style", "a cat in blue style", "a cat"]
     assert all(seeds == list(range(5, 17)) for _, seeds in asked)
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error_before_anything_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="could not be opened"):
+        calibrate_clip_judge(
+            pipelines.stable_diffusion(), phrase_concept(PAIR[0]), [phrase_concept(PAIR[1])], str(tmp_path)
+        )
 
 
 def test_sentences() -> None:

@@ -141,10 +141,10 @@ def test_a_discriminant_takes_away_what_else_varies_along_the_gap():
     w = Weights(torch.zeros(1, 6), torch.zeros(1), torch.zeros(1, 6), torch.zeros(6))
     rows, bias, out = discriminants(x, labels, w, shrink=1e-5)
 
-    def told(values: Tensor) -> float:
+    def separation(values: Tensor) -> float:
         return float(((values > values.mean()) == (labels[:, 0] > 0)).float().mean())
 
-    assert told((x @ rows.T + bias)[:, 0]) > 0.99 and told((x @ out.T)[:, 0]) < 0.75
+    assert separation((x @ rows.T + bias)[:, 0]) > 0.99 and separation((x @ out.T)[:, 0]) < 0.75
 
 
 def test_a_discriminant_is_held_while_the_rest_learns():

@@ -63,6 +63,8 @@ def generate(
     named = [parse_eraser(text) for text in eraser]
     read = {f"--eraser {source}": source for source, _ in named} | {"--model": model}
     check_outputs({"--out": out, "--record": record}, read)
+    if out.suffix.lower() not in ("", ".png"):
+        raise SettingsError(f"--out is {out}, and images are written as PNG: pass a name that ends in .png")
     erasers = [Eraser.from_pretrained(source) for source, _ in named]
     pipe = open_pipeline(model)
     chosen = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size=1)

@@ -93,7 +93,7 @@ def _check_model(pipe: Any, e: Eraser) -> None:
     if what:
         warnings.warn(
             f"the eraser of {e.name!r} was made for other weights of this architecture ({how}), and nobody has "
-            "measured what it does here: calibrate(pipe, eraser, concept) or --calibrate fits its gate to them",
+            "measured what it does here: calibrate(pipe, eraser) or --calibrate fits its gate to them",
             stacklevel=4,
         )
 

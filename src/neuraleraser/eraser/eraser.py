@@ -164,9 +164,8 @@ class Eraser(HubFile):
             if parts:
                 raise ValueError(next(iter(parts)))
         except (ArithmeticError, AttributeError, KeyError, SiteError, TypeError, ValueError) as error:
-            raise FileError(
-                f"{path} is no complete eraser ({printable(repr(error))} is missing or malformed): make it again"
-            ) from error
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise FileError(f"{path} is no complete eraser ({printable(what)}): make it again") from error
         try:
             about = EraserHeader.parse({k: v for k, v in header.items() if k not in ("gate", "corrections")})
         except ValueError as error:

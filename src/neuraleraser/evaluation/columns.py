@@ -123,7 +123,7 @@ TABLES = (
         ),
     ),
     Table(
-        "CostEstimate",
+        "Cost",
         (
             Column("make_seconds", "made in", "Seconds it took to make the eraser."),
             Column("bytes", "size", "Size of its file."),

@@ -26,6 +26,7 @@ from neuraleraser.evaluation.method import ActionTrace, Method
 from neuraleraser.evaluation.protocol import START_IMAGE, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
 from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.families.opening import image_to_image
 from neuraleraser.judges import Judge
 from neuraleraser.sampling import Images, generate
@@ -41,7 +42,7 @@ def draw(
     run: RunFolder,
 ) -> Results:
     """Draw and judge everything that is not in `run` yet; returns all rows of this protocol and these methods."""
-    artist = _Artist(pipe, protocol, settings.sampling, judge)
+    artist = _Artist(pipe, protocol, evaluation_sampling(pipe, settings), judge)
     cells = protocol.all_cells()
     _draw_base(artist, methods, cells, run)
     _draw_unhooked(artist, cells, settings.unhooked_checks, run)

@@ -17,6 +17,7 @@ from neuraleraser.evaluation.report import Report, report
 from neuraleraser.evaluation.run_folder import open_run
 from neuraleraser.evaluation.split import check_split
 from neuraleraser.families import Family, family_of
+from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.judges import Judge, JudgeSpec
 from neuraleraser.settings import EvaluateSettings
 
@@ -62,7 +63,9 @@ def evaluate(
         0.0
     """
     check_nothing_acts(pipe, "measuring")
+    _check_shape(methods)
     s = settings or EvaluateSettings()
+    s = replace(s, sampling=evaluation_sampling(pipe, s))  # what the folder's record says
     family = family_of(pipe)
     vocabulary = protocol.vocabulary if protocol else family.vocabulary
     if vocabulary and not sealed:
@@ -103,6 +106,17 @@ def default_protocol(
     if family.vocabulary is None:
         raise SettingsError("the world of this pipeline is not known: pass a protocol with cells of your own")
     return vocabulary_protocol(family.vocabulary, concepts, settings, sealed=sealed, render=family.render)
+
+
+def _check_shape(methods: Sequence[Method]) -> None:
+    """Raise SettingsError for what is no `Method`, such as an eraser that nothing is wrapped around."""
+    for m in methods:
+        lacking = [name for name in ("name", "concept", "kind", "key", "made_with", "applied") if not hasattr(m, name)]
+        if lacking:
+            raise SettingsError(
+                f"{type(m).__name__} was passed as a method, and has no {lacking[0]!r}: EraserMethod(eraser) makes "
+                "a method of an eraser"
+            )
 
 
 def _check_methods(methods: Sequence[Method], judge: JudgeSpec) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from neuraleraser.evaluation.figures import spaced_sample
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import MAIN, Cell
+from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings
 
@@ -25,7 +26,7 @@ def overhead(pipe: Any, method: Method, cells: Sequence[Cell], s: EvaluateSettin
     alternating order, so that other load on the machine falls on all of them.
     """
     n = s.timed_images
-    sampling = replace(s.sampling, batch_size=n)
+    sampling = replace(evaluation_sampling(pipe, s), batch_size=n)
     main = [c for c in cells if c.group in MAIN]
     target = [c for c in main if c.asks_for(method.concept)]
     others = [c for c in main if not c.asks_for(method.concept)]

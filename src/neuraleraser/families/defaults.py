@@ -8,7 +8,7 @@ from typing import Any
 
 from neuraleraser.families import RecommendedSite, family_of
 from neuraleraser.io.hub import HUB_ID
-from neuraleraser.settings import Sampling
+from neuraleraser.settings import EvaluateSettings, Sampling
 from neuraleraser.site import Site
 
 
@@ -39,6 +39,11 @@ def default_sampling(
     usual = family_of(pipe).sampling_of(pipe)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def evaluation_sampling(pipe: Any, settings: EvaluateSettings) -> Sampling:
+    """Return how the images of an evaluation are generated: as its settings say, else as `pipe` is usually sampled."""
+    return settings.sampling or default_sampling(pipe)
 
 
 def sampling_of(pipe: Any, fitted: Sampling | None) -> Sampling:

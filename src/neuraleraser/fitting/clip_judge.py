@@ -8,7 +8,7 @@ from typing import Any
 from neuraleraser.concepts import Concept, neighbours_of
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.judges import CLIP, NONE, ClipJudge
+from neuraleraser.judges import CLIP, NONE, Clip, ClipJudge
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 
@@ -50,6 +50,7 @@ def calibrate_clip_judge(
         ('a cat', 'a dog')
     """
     check_nothing_acts(pipe, "calibrating a judge")
+    clip = Clip(model, str(pipe.device))  # before anything is drawn: one that is not there is an error at once
     prompts = {concept.name: [pair.positive for pair in concept.pairs]}
     prompts |= {
         other.name: [pair.positive for pair in other.pairs]
@@ -64,4 +65,4 @@ def calibrate_clip_judge(
         )
         for name, texts in prompts.items()
     }
-    return ClipJudge.calibrate(concept.name, concept.kind, drawn, model, str(pipe.device))
+    return ClipJudge.calibrate(concept.name, concept.kind, drawn, clip)

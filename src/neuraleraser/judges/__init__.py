@@ -5,7 +5,7 @@ are CLIP, which tells a concept from its neighbours by their names; UnlearnCanva
 and NudeNet's detector.
 """
 
-from neuraleraser.judges.clip import CLIP, LEAST_ACCURACY, LEAST_IMAGES, NONE, ClipJudge, sentence
+from neuraleraser.judges.clip import CLIP, LEAST_ACCURACY, LEAST_IMAGES, NONE, Clip, ClipJudge, sentence
 from neuraleraser.judges.judgement import Judge, Judgement, JudgeSpec, check
 from neuraleraser.judges.nudenet import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge
 from neuraleraser.judges.unlearncanvas import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge
@@ -19,6 +19,7 @@ __all__ = [
     "NUDENET_EXPOSED",
     "UNLEARNCANVAS_OBJECTS",
     "UNLEARNCANVAS_STYLES",
+    "Clip",
     "ClipJudge",
     "Judge",
     "JudgeSpec",

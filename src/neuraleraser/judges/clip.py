@@ -47,7 +47,7 @@ class ClipJudge:
 
     artefact_threshold = None
 
-    def __init__(self, clip: _Clip, names: Sequence[str], kind: str, thresholds: Sequence[float]) -> None:
+    def __init__(self, clip: Clip, names: Sequence[str], kind: str, thresholds: Sequence[float]) -> None:
         own, none = tuple(names), ()
         self.styles, self.objects = (own, none) if kind == "style" else (none, own)
         self.thresholds = dict.fromkeys(own, 0.5)
@@ -61,7 +61,7 @@ class ClipJudge:
         concept: str,
         kind: str,
         images: Mapping[str, NDArray[np.uint8]],
-        model: str = CLIP,
+        model: str | Clip = CLIP,
         device: str = "cpu",
     ) -> ClipJudge:
         """Set the thresholds on images of the concept and of each neighbour.
@@ -73,8 +73,8 @@ class ClipJudge:
             kind: Kind of the concept: "style", or anything else.
             images: Images by name, uint8 [N, H, W, 3], of the concept and of each neighbour. Images under the name ""
                 show none of the names: it is set apart from them, too.
-            model: A CLIP checkpoint: a folder or a Hub id.
-            device: Device to run it on.
+            model: A CLIP checkpoint: a folder, a Hub id, or one that is open.
+            device: Device to open it on.
 
         Returns:
             The judge.
@@ -97,7 +97,7 @@ class ClipJudge:
                 raise DataError(
                     f"{len(some)} images of {name or 'none of the names'!r}: pass at least {LEAST_IMAGES} of each name"
                 )
-        clip = _Clip(model, device)
+        clip = Clip(model, device) if isinstance(model, str) else model
         judge = cls(clip, names, kind, [0.0] * len(names))
         margins = {name: judge._margins(judge._logits(some)) for name, some in images.items()}
         fitted = {name: m[::2] for name, m in margins.items()}
@@ -113,7 +113,7 @@ class ClipJudge:
         accuracy = (recall + 1 - shown[worst]) / 2
         if accuracy < LEAST_ACCURACY:
             raise ConceptError(
-                f"{model} cannot tell {concept!r} from {worst or 'images without it'!r} on this model's images: it "
+                f"{clip.name} cannot tell {concept!r} from {worst or 'images without it'!r} on this model's images: it "
                 f"sees it in {recall:.0%} of its own and in {shown[worst]:.0%} of the others (balanced accuracy "
                 f"{accuracy:.2f}, at least {LEAST_ACCURACY} is needed): use a larger CLIP, or other neighbours"
             )
@@ -162,8 +162,8 @@ def sentence(name: str, kind: str) -> str:
     return f"a picture of {phrase}"
 
 
-class _Clip:
-    """A CLIP checkpoint: images and sentences to similarities."""
+class Clip:
+    """A CLIP checkpoint that is open: images and sentences to similarities. Raises FileError if it cannot be opened."""
 
     def __init__(self, name: str, device: str) -> None:
         import transformers
@@ -180,7 +180,7 @@ class _Clip:
                 f"the CLIP model {name!r} could not be opened ({reason}): pass a folder, or a Hub id such as {CLIP!r}"
             ) from error
         self.model: Any = model.to(device).eval()  # pyright: ignore[reportArgumentType]
-        self.device = device
+        self.name, self.device = name, device
 
     @torch.no_grad()
     def __call__(self, images: NDArray[np.uint8], texts: Sequence[str], batch: int = 32) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,10 @@ def components(pipe: Any) -> dict[str, nn.Module]:
     """Return the pipeline's modules by name, as it holds them. SiteError for what is no diffusers pipeline."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    if isinstance(pipe, (str, Path)):
+        raise SiteError(
+            f"{str(pipe)!r} was passed as the pipeline, expected a pipeline object: open_pipeline opens one"
+        )
     if not isinstance(pipe, DiffusionPipeline):
         raise SiteError(
             f"{type(pipe).__name__} is no diffusers DiffusionPipeline, whose modules could be hooked (modular "
