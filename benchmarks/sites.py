@@ -30,7 +30,7 @@ from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.concepts import Pair, canvas_concept
 from neuraleraser.families.opening import open_pipeline
-from neuraleraser.fitting.detector import choose
+from neuraleraser.fitting.detector import choose_features
 from neuraleraser.fitting.trajectories import SHARES, pool
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.settings import Sampling
@@ -120,7 +120,7 @@ def main(s: Settings) -> None:
         for i, name in enumerate(concepts):
             keep = [j for j, (_, shown) in enumerate(background) if name not in shown]
             lacks = off[site][keep].movedim(2, 1).flatten(0, 1)
-            d = choose(on[site][i * 10 : i * 10 + 10, :, 1], lacks)
+            d = choose_features(on[site][i * 10 : i * 10 + 10, :, 1], lacks)
             e = [
                 (v[i * 10 : i * 10 + 10, :, 1, d.share][..., d.features].float() @ d.weight)
                 for v in (on[site], on_held[site])

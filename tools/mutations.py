@@ -217,8 +217,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _GATE,
-                "    weight = regress(on[..., features], off[..., features])\n",
-                "    weight = regress(on[..., features], off[..., features]).abs()\n",
+                "    weight = logistic_weights(on[..., features], off[..., features])\n",
+                "    weight = logistic_weights(on[..., features], off[..., features]).abs()\n",
             ),
         ),
         ("tests/fitting/test_detector.py::test_what_only_neighbours_have_speaks_against",),

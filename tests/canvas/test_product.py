@@ -22,7 +22,7 @@ from neuraleraser.concepts import canvas_concept
 from neuraleraser.families.canvas import REFERENCE
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.reference import UNCONDITIONAL_SHARE
-from neuraleraser.fitting.trajectories import conditional, pooled_features
+from neuraleraser.fitting.trajectories import conditional_rows, pooled_features
 from neuraleraser.sampling import generate
 from neuraleraser.settings import SELECTION_SEEDS, TEST_SEEDS, FitSettings, Sampling
 
@@ -76,7 +76,7 @@ def known() -> Reference:
 def base(pipe: Any, known: Reference) -> Drawn:
     seeds = SEEDS[: len(CELLS)]
     pooled, images = pooled_features(pipe, known.sae, known.site, PROMPTS, seeds, SAMPLING)
-    return Drawn(images, conditional(pooled)[:, :, 0].float())
+    return Drawn(images, conditional_rows(pooled)[:, :, 0].float())
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_the_shipped_rows_are_what_the_model_and_the_sae_say(pipe: Any, known: R
         pipe, known.sae, known.site, prompts, seeds, Sampling(num_inference_steps=1, batch_size=len(rows))
     )
     assert float(pooled.times[0]) == float(known.times[0])
-    found, stored = conditional(pooled)[:, 0].float(), known.pooled[rows, 0].float()
+    found, stored = conditional_rows(pooled)[:, 0].float(), known.pooled[rows, 0].float()
     labels = len(known.sae.header["labels"])
 
     def error(x: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,7 @@ def test_compiled_whole() -> None:
     many = [
         Eraser(make_gate(site, d, seed=i, times=TIMES), (edit,), EraserHeader(str(i))) for i, edit in enumerate(edits)
     ]
-    many.append(Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, "replace"),), EraserHeader("shut")))
+    many.append(Eraser(make_gate(site, d, **SHUT), (make_correction(site, d, seed=3),), EraserHeader("shut")))
     base = pipelines.run(pipe, 0)
     with attach(pipe, many) as plain:
         want = pipelines.run(pipe, 0)

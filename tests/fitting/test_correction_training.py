@@ -9,8 +9,8 @@ import torch
 
 from helpers import pipelines
 from helpers.erasers import random
-from neuraleraser.fitting.correction_training import TrainingExample, learnt
-from neuraleraser.fitting.trajectories import recorded
+from neuraleraser.fitting.correction_training import TrainingExample, train_corrections
+from neuraleraser.fitting.trajectories import record_trajectories
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
@@ -34,8 +34,8 @@ def sae() -> SAE:
 
 
 def examples(pipe: Any, sae: SAE) -> list[TrainingExample]:
-    plain, _ = recorded(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
-    shown, _ = recorded(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
+    plain, _ = record_trajectories(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
+    shown, _ = record_trajectories(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
     return [
         TrainingExample(DenoiserCall(a.state, a.timestep, b.conditioning, b.prediction), a.prediction)
         for a, b in zip(plain, shown, strict=True)
@@ -46,7 +46,7 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
     base = generate(pipe, PLAIN, SEEDS, SAMPLING)
     needs = [p.requires_grad for p in pipe.unet.parameters()]
     losses: list[float] = []
-    made = learnt(
+    made = train_corrections(
         pipe,
         [(AT,), (ON,), READ],
         examples(pipe, sae),
@@ -70,8 +70,8 @@ def test_a_learnt_edit_comes_nearer_to_its_target(pipe: Any, sae: SAE) -> None:
 def test_a_learnt_edit_repeats(pipe: Any, sae: SAE) -> None:
     given: dict[str, Any] = {"rank": 2, "steps": 2, "batch": 2}
     given_examples = examples(pipe, sae)
-    one, same = (learnt(pipe, [(AT,)], given_examples, **given)[0].tensors() for _ in range(2))
-    other = learnt(pipe, [(AT,)], given_examples, **given, seed=1)[0].tensors()
+    one, same = (train_corrections(pipe, [(AT,)], given_examples, **given)[0].tensors() for _ in range(2))
+    other = train_corrections(pipe, [(AT,)], given_examples, **given, seed=1)[0].tensors()
     assert all(torch.equal(one[k], same[k]) for k in one) and not torch.equal(one["down"], other["down"])
     assert one["up"].any() and one["bias"].any()
 
@@ -83,5 +83,5 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was(pipe: Any, sae: SAE) -> Non
     needs = [p.requires_grad for p in pipe.unet.parameters()]
     given_states = examples(pipe, sae)
     with pytest.raises(KeyboardInterrupt):
-        learnt(pipe, [(AT,)], given_states, rank=1, steps=2, batch=1, on_step=stop)
+        train_corrections(pipe, [(AT,)], given_states, rank=1, steps=2, batch=1, on_step=stop)
     assert [p.requires_grad for p in pipe.unet.parameters()] == needs and not pipe.unet._forward_hooks

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers.erasers import random
 from neuraleraser.errors import ConceptError
-from neuraleraser.fitting.detector import SHUT, bounds, build, choose
+from neuraleraser.fitting.detector import SHUT, build_gate, choose_features, gate_bounds
 from neuraleraser.fitting.trajectories import SHARES, pool
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
@@ -37,7 +37,7 @@ def planted(own: list[int], shared: list[int], n: int = 40) -> tuple[Tensor, Ten
 
 def test_a_feature_that_tells_by_itself_is_the_gate() -> None:
     shows, lacks = planted(own=[17], shared=[5, 6])
-    found = choose(shows, lacks)
+    found = choose_features(shows, lacks)
     assert found.features.tolist() == [17] and found.weight.tolist() == [1]
     assert bool((found.separation == 1).all())
 
@@ -47,7 +47,7 @@ def test_features_that_tell_only_together_are_weighed() -> None:
     shows, lacks = planted(own=[3, 17, 30], shared=[5, 6])
     for i, feature in enumerate((3, 17, 30)):
         shows[i::3, :, :, feature] = 0
-    found = choose(shows, lacks, count=3)
+    found = choose_features(shows, lacks, count=3)
     assert set(found.features.tolist()) == {3, 17, 30}
     assert bool((found.weight > 0).all()) and bool((found.separation == 1).all())
 
@@ -57,33 +57,33 @@ def test_what_only_neighbours_have_speaks_against() -> None:
     shows, lacks = planted(own=[], shared=[5])
     lacks[::3, :, :, 9] = 3.0  # the rows of neighbour b
     shows[..., 9] = 0
-    found = choose(shows, lacks, count=4)
+    found = choose_features(shows, lacks, count=4)
     weight = dict(zip(found.features.tolist(), found.weight.tolist(), strict=True))
     assert weight[5] > 0 > weight[9] and float(found.separation.min()) > 0.9
 
 
 def test_choosing_repeats() -> None:
     given = planted(own=[3, 17], shared=[5])
-    one, other = choose(*given, count=4), choose(*given, count=4)
+    one, other = choose_features(*given, count=4), choose_features(*given, count=4)
     assert torch.equal(one.features, other.features) and torch.equal(one.weight, other.weight)
 
 
 def test_more_features_may_be_asked_for_than_there_are() -> None:
-    found = choose(*planted(own=[1], shared=[], n=5), count=100)
+    found = choose_features(*planted(own=[1], shared=[], n=5), count=100)
     assert 1 <= len(found.features) <= 5 and 1 in found.features.tolist()
 
 
 def test_nothing_tells_them_apart() -> None:
     shows = torch.zeros(4, 2, len(SHARES), 8)
     with pytest.raises(ConceptError, match="no feature"):
-        choose(shows, torch.rand(6, 2, len(SHARES), 8))
+        choose_features(shows, torch.rand(6, 2, len(SHARES), 8))
 
 
 @given(st.integers(0, 1000), st.floats(-5, 5), st.integers(2, 30), st.integers(2, 30))
 def test_bounds_are_always_usable(seed: int, gap: float, n: int, m: int) -> None:
     """Whatever the trade between strictness and recall: a gate that can be built, and that opens for what it is for."""
     shows, lacks = (random(k, 4, seed=seed + k).abs() + d for k, d in ((n, max(gap, 0)), (m, max(-gap, 0))))
-    low, high = bounds(shows, lacks)
+    low, high = gate_bounds(shows, lacks)
     shut = low == SHUT
     assert bool((low >= 0).all()) and bool((high > low).all()) and bool(torch.isfinite(high).all())
     assert bool((shut | (shows.median(0).values > low)).all())  # it opens for a typical row with the concept, or never
@@ -92,7 +92,7 @@ def test_bounds_are_always_usable(seed: int, gap: float, n: int, m: int) -> None
 
 def test_bounds_part_what_is_apart() -> None:
     shows, lacks = 10 + random(50, 4, seed=1).abs(), random(200, 4, seed=2).abs()
-    low, high = bounds(shows, lacks)
+    low, high = gate_bounds(shows, lacks)
     assert bool(((lacks > low).float().mean(0) <= 0.005).all()) and bool(((shows > low).float().mean(0) > 0.9).all())
     assert bool((high < shows.quantile(0.9, 0)).all())  # and most rows open it wide
 
@@ -100,15 +100,15 @@ def test_bounds_part_what_is_apart() -> None:
 def test_some_of_the_evidence_opens_it_where_nothing_else_comes_near() -> None:
     """As of a concept that shares its picture with another: half of it opens the gate wide."""
     shows, lacks = 10 + random(50, 4, seed=1), 0.1 * random(200, 4, seed=2).abs()
-    low, high = bounds(shows, lacks)
+    low, high = gate_bounds(shows, lacks)
     assert bool((lacks.amax(0) < low).all()) and bool((high < 5).all())
 
 
 def test_of_few_rows_none_without_the_concept_opens_the_gate() -> None:
     shows, lacks = 3 + random(8, 4, seed=1).abs(), random(16, 4, seed=2).abs()
-    low, high = bounds(shows, lacks)
+    low, high = gate_bounds(shows, lacks)
     assert bool((lacks <= low).all())
-    assert torch.allclose(bounds(shows, lacks / 100)[0], shows.quantile(0.1, 0) / 2)  # nor what they do not show
+    assert torch.allclose(gate_bounds(shows, lacks / 100)[0], shows.quantile(0.1, 0) / 2)  # nor what they do not show
     assert bool((high > low).all())
 
 
@@ -117,10 +117,10 @@ def test_the_gate_weighs_the_sae_s_own_features() -> None:
     w = torch.nn.functional.normalize(random(20, 8, seed=1), dim=1)
     sae = SAE(random(20, 8, seed=2), random(20, seed=3), w, random(8, seed=4), random(20, seed=5).abs())
     shows, lacks = planted(own=[3, 7, 11], shared=[], n=20)
-    found = choose(shows, lacks, count=3)
+    found = choose_features(shows, lacks, count=3)
     times = torch.tensor([900.0, 500.0, 100.0])  # descending, as sampled
     low, high = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([6.0, 5.0, 4.0])
-    gate = build(sae, Site("unet.mid_block"), found, times, low, high)
+    gate = build_gate(sae, Site("unet.mid_block"), found, times, low, high)
     assert gate.times.tolist() == [100.0, 500.0, 900.0]
     assert gate.low.tolist() == [1.0, 2.0, 3.0] and gate.high.tolist() == [4.0, 5.0, 6.0]
     x = 2 * random(5, 32, 8, seed=6)

@@ -18,10 +18,10 @@ from neuraleraser.eraser import Eraser, attach
 from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
-from neuraleraser.fitting.detector import SHUT, bounds
-from neuraleraser.fitting.fit import _context_examples, _cross, _lessons, _some
+from neuraleraser.fitting.detector import SHUT, gate_bounds
+from neuraleraser.fitting.fit import _context_examples, _cross, _some, _training_examples
 from neuraleraser.fitting.reference import reference_from_sae
-from neuraleraser.fitting.trajectories import SHARES, conditional, recorded, rows_of
+from neuraleraser.fitting.trajectories import SHARES, branches_as_rows, conditional_rows, record_trajectories
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
@@ -112,20 +112,20 @@ def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> Non
 
 def test_targets_are_the_matched_prompt_s_predictions(pipe: Any, known: Reference) -> None:
     prompts, seeds = [[p.negative for p in CONCEPT.pairs], [p.positive for p in CONCEPT.pairs]], [0, 1, 2]
-    plain, shown = (recorded(pipe, p, seeds, SAMPLING, known.sae, AT)[0] for p in prompts)
+    plain, shown = (record_trajectories(pipe, p, seeds, SAMPLING, known.sae, AT)[0] for p in prompts)
     crossed, _ = _cross(pipe, plain, shown, known)
-    examples = _lessons(pipe, plain, shown, crossed)
+    examples = _training_examples(pipe, plain, shown, crossed)
     at_plain, at_shown = examples[: 2 * len(plain)], examples[2 * len(plain) :]
     assert len(at_plain) == 2 * len(at_shown) == 4
     for part, states in ((at_plain, [*plain, *plain]), (at_shown, shown)):
-        for lesson, state, matched, own in zip(part, states, [*plain] * 2, [*shown] * 2, strict=False):
-            assert torch.equal(lesson.call.state, state.state)
+        for example, state, matched, own in zip(part, states, [*plain] * 2, [*shown] * 2, strict=False):
+            assert torch.equal(example.call.state, state.state)
             words = "encoder_hidden_states"
-            assert torch.equal(lesson.call.conditioning[words], own.conditioning[words])
+            assert torch.equal(example.call.conditioning[words], own.conditioning[words])
             with torch.no_grad():
                 want = replay(pipe, state.state, state.timestep, matched.conditioning)
                 unedited = replay(pipe, state.state, state.timestep, own.conditioning)
-            torch.testing.assert_close(lesson.wanted, want, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(example.wanted, want, atol=1e-4, rtol=1e-4)
             assert (unedited - want).abs().max() > 1e-2, "so that the two could not be taken for one another"
 
 
@@ -139,7 +139,7 @@ def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: R
     )
     (correction,) = eraser.corrections
     prompts = [[p.negative for p in CONCEPT.pairs], [p.positive for p in CONCEPT.pairs]]
-    plain, shown = (recorded(pipe, p, [0, 1, 2], SAMPLING, known.sae, AT)[0] for p in prompts)
+    plain, shown = (record_trajectories(pipe, p, [0, 1, 2], SAMPLING, known.sae, AT)[0] for p in prompts)
 
     def distance(edits: dict[Site, Any]) -> float:
         with edit(pipe, edits), torch.no_grad():
@@ -191,16 +191,16 @@ def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -
         pipe, concept, FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1), reference=known, sampling=four
     )
     gate = eraser.gate
-    (plain, off), (shown, on) = (recorded(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
+    (plain, off), (shown, on) = (record_trajectories(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
     _, crossed = _cross(pipe, plain, shown, known)
     at = [off.times.tolist().index(t) for t in known.times.tolist()]
 
     def evidence(pooled: torch.Tensor) -> torch.Tensor:
         return pooled[:, :, SHARES.index(gate.share)][..., gate.features].float() @ gate.weight
 
-    without = torch.cat([evidence(known.pooled), evidence(rows_of(off.values)[:, at])])
-    own = evidence(conditional(on)[:, at])
-    (low, high), alone = bounds(torch.cat([own, evidence(crossed[:, at])]), without), bounds(own, without)
+    without = torch.cat([evidence(known.pooled), evidence(branches_as_rows(off.values)[:, at])])
+    own = evidence(conditional_rows(on)[:, at])
+    (low, high), alone = gate_bounds(torch.cat([own, evidence(crossed[:, at])]), without), gate_bounds(own, without)
     assert not bool((low == SHUT).any()), "a gate that opens"
     torch.testing.assert_close(gate.low, low.flip(0))
     torch.testing.assert_close(gate.high, high.flip(0))
@@ -236,12 +236,12 @@ def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Referen
 def test_lessons_of_what_stays(pipe: Any) -> None:
     stays = {"y": ["x and y", "y and x"], "z": ["x and z"]}
     ways = _context_examples(pipe, stays, range(2), SAMPLING, AT)
-    calls, _ = recorded(pipe, ["y", "z"], [0, 1], SAMPLING, *_sae())
+    calls, _ = record_trajectories(pipe, ["y", "z"], [0, 1], SAMPLING, *_sae())
     told = pipe.encode_prompt(["y and x", "x and z"], "cpu", 1, False)[0]
     assert len(ways) == 2 and len(ways[0]) == len(calls) == 2
-    for lesson, call in zip(ways[1], calls, strict=True):
-        assert torch.equal(lesson.call.state, call.state) and torch.equal(lesson.wanted, call.prediction)
-        torch.testing.assert_close(lesson.call.conditioning["encoder_hidden_states"], told)
+    for example, call in zip(ways[1], calls, strict=True):
+        assert torch.equal(example.call.state, call.state) and torch.equal(example.wanted, call.prediction)
+        torch.testing.assert_close(example.call.conditioning["encoder_hidden_states"], told)
 
 
 def _sae() -> tuple[SAE, Site]:

@@ -10,7 +10,7 @@ import torch
 
 from helpers import pipelines
 from helpers.erasers import random
-from neuraleraser.fitting.trajectories import SHARES, conditional, pool, pooled_features, recorded
+from neuraleraser.fitting.trajectories import SHARES, conditional_rows, pool, pooled_features, record_trajectories
 from neuraleraser.sae import SAE
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site, replay
@@ -28,11 +28,16 @@ def sae() -> SAE:
 
 def test_states_are_the_conditional_half_of_every_step(sae: SAE) -> None:
     pipe = pipelines.stable_diffusion()
-    calls, pooled = recorded(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
+    calls, pooled = record_trajectories(pipe, PLAIN, SEEDS, SAMPLING, sae, AT)
     assert len(calls) == 3 and [c.state.shape[0] for c in calls] == [3, 3, 3]
     assert [float(c.timestep[0]) for c in calls] == pooled.times.tolist() == pipe.scheduler.timesteps.tolist()
-    assert pooled.values.shape == (3, 3, 2, len(SHARES), 40) and conditional(pooled).shape == (3, 3, len(SHARES), 40)
-    other, _ = recorded(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
+    assert pooled.values.shape == (3, 3, 2, len(SHARES), 40) and conditional_rows(pooled).shape == (
+        3,
+        3,
+        len(SHARES),
+        40,
+    )
+    other, _ = record_trajectories(pipe, SHOWS, SEEDS, SAMPLING, sae, AT)
     assert torch.equal(other[0].state, calls[0].state)  # the same seeds
     for a, b in zip(calls, other, strict=True):
         words = "encoder_hidden_states"
@@ -78,7 +83,7 @@ def test_every_call_belongs_to_its_step_and_image(
     pipe = pipelines.stable_diffusion()
     pipe.scheduler = getattr(diffusers, scheduler)(**settings)
     prompts, seeds, s = ["a", "b c", "d e f"], [3, 4, 5], Sampling(num_inference_steps=3, batch_size=2)
-    found, pooled = recorded(pipe, prompts, seeds, s, sae, AT)
+    found, pooled = record_trajectories(pipe, prompts, seeds, s, sae, AT)
     assert len(found) == len(pooled.times) == calls and pooled.values.shape[:3] == (3, calls, 2)
     assert [float(c.timestep[0]) for c in found] == pooled.times.tolist()
     for call in found:

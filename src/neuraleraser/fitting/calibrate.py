@@ -13,8 +13,8 @@ from neuraleraser.concepts import Concept, concept_of, named_concept, neighbours
 from neuraleraser.eraser import Calibration, Eraser, check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_of
-from neuraleraser.fitting.detector import SHUT, bounds
-from neuraleraser.fitting.trajectories import measured, replayed, rows_of
+from neuraleraser.fitting.detector import SHUT, gate_bounds
+from neuraleraser.fitting.trajectories import branches_as_rows, measure_site, record_calls
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import EditContext, Site, is_denoiser, made_for, record, replay
 
@@ -79,8 +79,8 @@ def calibrate(
     def evidence(x: Tensor) -> Tensor:
         return gate.evidence(x).float().cpu()
 
-    plain, without, times = replayed(pipe, [p.negative for p in some], seeds, s, gate.site, evidence)
-    shown, on, _ = replayed(pipe, [p.positive for p in some], seeds, s, gate.site, evidence)
+    plain, without, times = record_calls(pipe, [p.negative for p in some], seeds, s, gate.site, evidence)
+    shown, on, _ = record_calls(pipe, [p.positive for p in some], seeds, s, gate.site, evidence)
     seen: list[Tensor] = []
 
     def note(site: Site, x: Tensor, call: EditContext[None]) -> None:
@@ -90,14 +90,15 @@ def calibrate(
     with record(pipe, [gate.site], note), torch.no_grad():
         for a, b in zip(plain, shown, strict=True):
             replay(pipe, a.state, a.timestep, b.conditioning)
-    lacks = [rows_of(without)]
+    lacks = [branches_as_rows(without)]
     others = [c.pairs[i % len(c.pairs)].positive for i, c in enumerate(near) if c.name != concept.name]
     if others:
-        lacks.append(rows_of(measured(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)[0]))
+        values, _, _ = measure_site(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)
+        lacks.append(branches_as_rows(values))
     # For each of the gate's bins the pass at the nearest time.
     at = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
     shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, at], torch.cat(lacks)[:, at]
-    low, high = bounds(shows, off)
+    low, high = gate_bounds(shows, off)
     separation = (shows > off.amax(0)).float().mean(0)
     opens = float((low < SHUT).float().mean())
     if not opens:

@@ -28,7 +28,7 @@ class TrainingExample:
     wanted: Tensor
 
 
-def learnt(
+def train_corrections(
     pipe: Any,
     edits: Sequence[tuple[Site, ...]],
     examples: Sequence[TrainingExample],
@@ -43,11 +43,11 @@ def learnt(
     """Fit delta = x V U + b, one for each tuple of sites in `edits`, all together; at all timesteps the same, as the
     prompt is.
 
-    The loss is the squared error between the prediction and the one that is wanted, over all lessons and their rows
+    The loss is the squared error between the prediction and the one that is wanted, over all examples and their rows
     alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    times = torch.stack([lesson.call.timestep.flatten()[0].float().cpu() for lesson in examples]).mean()[None]
+    times = torch.stack([example.call.timestep.flatten()[0].float().cpu() for example in examples]).mean()[None]
     device = examples[0].call.state.device
     sizes = _widths(pipe, [sites[0] for sites in edits], examples[0].call)
     params: dict[Site, dict[str, Tensor]] = {}
@@ -64,7 +64,7 @@ def learnt(
     def at(sites: tuple[Site, ...]) -> Callable[[Tensor, EditContext[None]], Tensor]:
         return lambda x, context: correction(sites).delta(x, context.timestep)
 
-    rows = [(k, r) for k, lesson in enumerate(examples) for r in range(len(lesson.wanted))]
+    rows = [(k, r) for k, example in enumerate(examples) for r in range(len(example.wanted))]
     net = denoiser(pipe)
     frozen = [(p, p.requires_grad) for p in net.parameters()]
     adam = torch.optim.Adam([p for group in params.values() for p in group.values()], lr=lr, betas=(0.9, 0.98))

@@ -37,7 +37,7 @@ class Detector:
     separation: Tensor
 
 
-def choose(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
+def choose_features(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
     """The feature that detects the concept by itself, where there is one; else the `count` that do so together.
 
     shows [N, T, shares, n] from prompts with the concept, lacks [M, T, shares, n] without it. One feature is enough
@@ -75,15 +75,15 @@ def _one(on: Tensor, off: Tensor, candidates: Tensor, share: int) -> Detector:
 
 def _many(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -> Detector:
     """`count` of the candidates, weighed by logistic regression."""
-    weight = regress(on[..., candidates], off[..., candidates])
+    weight = logistic_weights(on[..., candidates], off[..., candidates])
     leaning = weight.abs() * (on.std((0, 1)) + off.std((0, 1)))[candidates]
     features = candidates[leaning.topk(min(count, len(candidates))).indices]
-    weight = regress(on[..., features], off[..., features])
+    weight = logistic_weights(on[..., features], off[..., features])
     separation = _separation(on[..., features] @ weight, off[..., features] @ weight)
     return Detector(features, weight, share, separation)
 
 
-def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
+def logistic_weights(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
     """Weights [f] of a logistic regression of on [N, T, f] against off [M, T, f], with an intercept for each
     timestep, both classes weighing the same, `penalty` times the squared weights (of features in units of their
     spread). Deterministic."""
@@ -101,7 +101,7 @@ def regress(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) ->
     return weight.detach() / spread
 
 
-def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
+def gate_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     """low and high [T] from evidence on rows with the concept [N, T] and without [M, T].
 
     low lies above 995 in 1,000 rows without, and at a fifth of the first decile with: a concept that shares its picture
@@ -117,7 +117,7 @@ def bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(shut, SHUT, low), torch.where(shut, 2 * SHUT, high)
 
 
-def build(sae: SAE, site: Site, detector: Detector, times: Tensor, low: Tensor, high: Tensor) -> Gate:
+def build_gate(sae: SAE, site: Site, detector: Detector, times: Tensor, low: Tensor, high: Tensor) -> Gate:
     """The gate with its own copies of the SAE's rows; the decoder bias is folded into the features' biases."""
     f = detector.features
     rows = sae.W_enc[f].float()

@@ -16,11 +16,18 @@ from neuraleraser.eraser import Eraser, EraserHeader, check_nothing_acts, time_b
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.background import rows_without
-from neuraleraser.fitting.correction_training import TrainingExample, learnt
-from neuraleraser.fitting.detector import SHUT, Detector, bounds, build, choose
+from neuraleraser.fitting.correction_training import TrainingExample, train_corrections
+from neuraleraser.fitting.detector import SHUT, Detector, build_gate, choose_features, gate_bounds
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.reference import Reference, shipped_reference
-from neuraleraser.fitting.trajectories import SHARES, conditional, pool, recorded, replayed, rows_of
+from neuraleraser.fitting.trajectories import (
+    SHARES,
+    branches_as_rows,
+    conditional_rows,
+    pool,
+    record_calls,
+    record_trajectories,
+)
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import PROMPT_ROUTES, DenoiserCall, Site, edits_for, made_for, record, replay
 
@@ -79,21 +86,25 @@ def fit(
     pairs = _some(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
     say("drawing without the concept", 0.0)
-    plain, pooled_plain = recorded(pipe, [p.negative for p in pairs], seeds, sampling, reference.sae, reference.site)
+    looked_at = sampling, reference.sae, reference.site
+    plain, pooled_plain = record_trajectories(pipe, [p.negative for p in pairs], seeds, *looked_at)
     say("drawing with the concept", 0.1)
-    shown, pooled_shown = recorded(pipe, [p.positive for p in pairs], seeds, sampling, reference.sae, reference.site)
+    shown, pooled_shown = record_trajectories(pipe, [p.positive for p in pairs], seeds, *looked_at)
     say("choosing features", 0.2)
     crossed, pooled_crossed = _cross(pipe, plain, shown, reference)
     at = time_bin(pooled_shown.times.flip(0), reference.times).neg() + len(pooled_shown.times) - 1
-    shows = torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]
+    shows = torch.cat([conditional_rows(pooled_shown), pooled_crossed])[:, at]
     lacks = reference.pooled[rows_without(concept, reference.prompts, reference.labels)]
-    own = rows_of(pooled_plain.values)[:, at]
+    own = branches_as_rows(pooled_plain.values)[:, at]
     lacks = torch.cat([lacks, own])
-    detector = choose(shows, lacks)
+    detector = choose_features(shows, lacks)
     say("drawing what stays", 0.2)
-    stays = _beside(concept, s.num_context_pairs)
-    beside_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(stays))
-    beside = _context_examples(pipe, stays, beside_seeds, sampling, reference.site) if stays else []
+    context = _context_prompts(concept, s.num_context_pairs)
+    context_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(context))
+    examples = _training_examples(pipe, plain, shown, crossed)
+    if context:
+        for part in _context_examples(pipe, context, context_seeds, sampling, reference.site):
+            examples += part
     say("fitting the edit", 0.3)
     losses: list[float] = []
 
@@ -101,8 +112,7 @@ def fit(
         losses.append(loss)
         say("fitting the edit", 0.3 + 0.65 * step / s.steps)
 
-    examples = _lessons(pipe, plain, shown, crossed) + [lesson for part in beside for lesson in part]
-    corrections = learnt(
+    corrections = train_corrections(
         pipe,
         acts,
         examples,
@@ -113,8 +123,8 @@ def fit(
         seed=s.seed,
         on_step=on_step,
     )
-    low, high = bounds(_evidence(shows, detector), _evidence(lacks, detector))
-    gate = build(reference.sae, reference.site, detector, reference.times, low, high)
+    low, high = gate_bounds(_evidence(shows, detector), _evidence(lacks, detector))
+    gate = build_gate(reference.sae, reference.site, detector, reference.times, low, high)
     gate = dataclasses.replace(gate, text_tokens=plain[0].text_tokens)
     say("done", 1.0)
     header = EraserHeader(
@@ -123,8 +133,8 @@ def fit(
         routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
-        prompts=_drawn(pairs, stays),
-        seeds=(seeds[0], seeds[-1] + len(stays)),
+        prompts=_drawn(pairs, context),
+        seeds=(seeds[0], seeds[-1] + len(context)),
         settings=s,
         sampling=sampling,
         separation=tuple(round(float(v), 4) for v in detector.separation),
@@ -157,9 +167,9 @@ def _some(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
 def _cross(
     pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], reference: Reference
 ) -> tuple[list[DenoiserCall], Tensor]:
-    """The prompts with the concept at the states drawn without it: where a finished eraser will stand.
+    """Return the prompts with the concept at the states drawn without it, where a finished eraser will stand.
 
-    -> (calls with their unedited predictions, pooled features [N, T, shares, n]).
+    First the calls with their unedited predictions, then the pooled features [N, T, shares, n].
     """
     out: list[DenoiserCall] = []
     seen: list[Tensor] = []
@@ -175,7 +185,7 @@ def _cross(
     return out, torch.stack(seen, 1)
 
 
-def _lessons(
+def _training_examples(
     pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], crossed: Sequence[DenoiserCall]
 ) -> list[TrainingExample]:
     """Return the examples of the concept's own prompts, at states drawn without the concept and with it.
@@ -188,54 +198,56 @@ def _lessons(
     return examples + [TrainingExample(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
 
 
-def _beside(concept: Concept, count: int) -> dict[str, list[str]]:
-    """The first `count` prompts of what stays, each with the prompts that show the concept beside it."""
-    stays: dict[str, list[str]] = {}
+def _context_prompts(concept: Concept, count: int) -> dict[str, list[str]]:
+    """Return the first `count` prompts of what stays, each with the prompts that show the concept beside it."""
+    context: dict[str, list[str]] = {}
     for pair in concept.context_pairs:
-        if pair.negative in stays or len(stays) < count:
-            stays.setdefault(pair.negative, []).append(pair.positive)
-    return stays
+        if pair.negative in context or len(context) < count:
+            context.setdefault(pair.negative, []).append(pair.positive)
+    return context
 
 
 def _context_examples(
-    pipe: Any, stays: Mapping[str, Sequence[str]], seeds: Sequence[int], sampling: Sampling, site: Site
+    pipe: Any, context: Mapping[str, Sequence[str]], seeds: Sequence[int], sampling: Sampling, site: Site
 ) -> list[list[TrainingExample]]:
-    """One list for each way of naming the concept beside what stays: its conditioning, at the states of what stays.
+    """Return one list for each way of naming the concept beside what stays.
 
-    Only what stays is drawn. Of the others one step is, for their conditioning.
+    An example is that prompt's conditioning at the states of what stays. Only what stays is drawn; of the prompts with
+    the concept one step is, for their conditioning.
     """
 
     def calls(prompts: Sequence[str], sampling: Sampling) -> list[DenoiserCall]:
-        return replayed(pipe, prompts, seeds, sampling, site, lambda x: x.new_zeros(len(x)))[0]
+        return record_calls(pipe, prompts, seeds, sampling, site, lambda x: x.new_zeros(len(x)))[0]
 
-    plain = calls(list(stays), sampling)
+    plain = calls(list(context), sampling)
     examples = []
-    for way in range(max(map(len, stays.values()))):
+    for way in range(max(map(len, context.values()))):
         conditioning = calls(
-            [shows[way % len(shows)] for shows in stays.values()], dataclasses.replace(sampling, num_inference_steps=1)
+            [shows[way % len(shows)] for shows in context.values()],
+            dataclasses.replace(sampling, num_inference_steps=1),
         )[0]
         examples.append([TrainingExample(_conditioned(call, conditioning), call.prediction) for call in plain])
     return examples
 
 
-def _drawn(pairs: Sequence[Pair], stays: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def _drawn(pairs: Sequence[Pair], context: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return every prompt that the fit draws or conditions on, each once: a test must not repeat them."""
     prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
-    prompts += [prompt for alone, both in stays.items() for prompt in (*both, alone)]
+    prompts += [prompt for alone, both in context.items() for prompt in (*both, alone)]
     return tuple(dict.fromkeys(prompts))
 
 
 def _conditioned(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:
-    """The call with the conditioning of another."""
+    """Return the call with the conditioning of another."""
     return DenoiserCall(call.state, call.timestep, other.conditioning, call.prediction)
 
 
 @torch.no_grad()
 def _prediction(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> Tensor:
-    """The matched prompt's prediction at the states drawn with the concept."""
+    """Return the matched prompt's prediction at the states drawn with the concept."""
     return replay(pipe, shown.state, shown.timestep, plain.conditioning)
 
 
 def _evidence(pooled: Tensor, detector: Detector) -> Tensor:
-    """[N, T, shares, n] -> [N, T]."""
+    """Return the evidence [N, T] of pooled features [N, T, shares, n]."""
     return pooled[:, :, detector.share][..., detector.features].float() @ detector.weight

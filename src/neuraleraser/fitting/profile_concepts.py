@@ -8,7 +8,7 @@ from typing import Any
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.fitting.trajectories import conditional, pooled_features
+from neuraleraser.fitting.trajectories import conditional_rows, pooled_features
 from neuraleraser.sae import SAE
 from neuraleraser.sae.scores import Profile, profile
 from neuraleraser.settings import Sampling
@@ -38,4 +38,4 @@ def profile_concepts(
         labels += [concept.name] * num_images + [f"no {concept.name}"] * num_images
     seeds = [i % num_images for i in range(len(prompts))]  # a pair shares its noise
     pooled, _ = pooled_features(pipe, sae, site, prompts, seeds, sampling or default_sampling(pipe))
-    return profile(conditional(pooled)[:, :, 0], pooled.times, labels)
+    return profile(conditional_rows(pooled)[:, :, 0], pooled.times, labels)

@@ -207,7 +207,7 @@ def shipped_reference(pipe: Any) -> Reference:
     folder = family_of(pipe).reference
     if folder is None:
         raise SettingsError(
-            f"no reference ships for this {type(pipe).__name__}, only for the canvas: pass `known`, as "
+            f"no reference ships for this {type(pipe).__name__}, only for the canvas: pass `reference`, as "
             "make_reference or import_reference makes it"
         )
     return Reference.load(folder)

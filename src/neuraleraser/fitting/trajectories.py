@@ -56,11 +56,11 @@ def pooled_features(
     init: Images | None = None,
 ) -> tuple[Pooled, Images]:
     """Draw the images and pool every feature of `sae` at each step."""
-    values, times, images = measured(pipe, site, feature_pools(sae), prompts, seeds, sampling, init)
+    values, times, images = measure_site(pipe, site, feature_pools(sae), prompts, seeds, sampling, init)
     return Pooled(values, times), images
 
 
-def measured(
+def measure_site(
     pipe: Any,
     site: Site,
     measure: Callable[[Tensor], Tensor],
@@ -95,17 +95,17 @@ def measured(
     return torch.cat(values), times, images
 
 
-def rows_of(values: Tensor) -> Tensor:
+def branches_as_rows(values: Tensor) -> Tensor:
     """[N, T, branches, ...] -> [N * branches, T, ...]."""
     return values.movedim(2, 1).flatten(0, 1)
 
 
-def conditional(values: Pooled) -> Tensor:
+def conditional_rows(values: Pooled) -> Tensor:
     """[N, T, shares, n] of the conditional branch."""
     return values.values[:, :, -1 if values.values.shape[2] > CONDITIONAL else 0]
 
 
-def recorded(
+def record_trajectories(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -116,11 +116,11 @@ def recorded(
 ) -> tuple[list[DenoiserCall], Pooled]:
     """Draw the images -> the conditional half of every denoiser call, all images in a row, and the pooled features
     at `site`."""
-    calls, values, times = replayed(pipe, prompts, seeds, sampling, site, feature_pools(sae), init)
+    calls, values, times = record_calls(pipe, prompts, seeds, sampling, site, feature_pools(sae), init)
     return calls, Pooled(values, times)
 
 
-def replayed(
+def record_calls(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -146,11 +146,11 @@ def replayed(
             batches[-1].append(call.rows(torch.tensor(index[:real], device=call.state.device)))
 
     with denoiser_calls(pipe, on):
-        values, times, _ = measured(pipe, site, measure, prompts, seeds, sampling, init, begin)
-    return [join(parts) for parts in zip(*batches, strict=True)], values, times
+        values, times, _ = measure_site(pipe, site, measure, prompts, seeds, sampling, init, begin)
+    return [join_calls(parts) for parts in zip(*batches, strict=True)], values, times
 
 
-def join(calls: Sequence[DenoiserCall]) -> DenoiserCall:
+def join_calls(calls: Sequence[DenoiserCall]) -> DenoiserCall:
     """Calls of one step, of several batches, as one."""
 
     def cat(values: Sequence[Any]) -> Any:
