@@ -30,7 +30,7 @@ from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import DataError, NeuralEraserError
 from neuraleraser.fitting.reference import Reference
 from neuraleraser.io.atomic import write_bytes
-from neuraleraser.io.names import file_name
+from neuraleraser.io.names import file_name, prompt_error
 from neuraleraser.sae import SAE, formats
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
@@ -196,7 +196,8 @@ class Bench:
             n == found.sae.n_features and len(found.times) == times and len(found.prompts) == len(found.labels) == rows
         )
         assert bool(torch.isfinite(found.pooled).all()) and bool((found.pooled >= 0).all())
-        assert all(name.isprintable() for name in (*found.prompts, *frozenset().union(*found.labels)))
+        assert all(prompt_error(prompt) is None for prompt in found.prompts)
+        assert all(name.isprintable() for name in frozenset().union(*found.labels))
         found.save(path.parent / "again")
         again = Reference.load(path.parent / "again")
         assert torch.allclose(

@@ -134,8 +134,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "[p.positive for p in pairs], seeds, sampling",
-                "[p.positive for p in pairs], [seed + 500 for seed in seeds], sampling",
+                "[p.positive for p in pairs], seeds, *looked_at",
+                "[p.positive for p in pairs], [seed + 500 for seed in seeds], *looked_at",
             ),
         ),
         (f"{FIT}::test_a_pair_is_drawn_from_the_same_noise",),
@@ -146,8 +146,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "torch.cat([conditional(pooled_shown), pooled_crossed])[:, at]",
-                "conditional(pooled_shown)[:, at]",
+                "torch.cat([conditional_rows(pooled_shown), pooled_crossed])[:, at]",
+                "conditional_rows(pooled_shown)[:, at]",
             ),
         ),
         (f"{FIT}::test_the_gate_is_fitted_to_states_drawn_without_the_concept_too",),

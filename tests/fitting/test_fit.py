@@ -233,7 +233,7 @@ def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Referen
     assert not torch.equal(both.corrections[0].tensors()["up"], alone.corrections[0].tensors()["up"])
 
 
-def test_lessons_of_what_stays(pipe: Any) -> None:
+def test_examples_of_what_stays(pipe: Any) -> None:
     stays = {"y": ["x and y", "y and x"], "z": ["x and z"]}
     ways = _context_examples(pipe, stays, range(2), SAMPLING, AT)
     calls, _ = record_trajectories(pipe, ["y", "z"], [0, 1], SAMPLING, *_sae())

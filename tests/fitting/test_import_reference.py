@@ -18,7 +18,7 @@ from neuraleraser.eraser import attach
 from neuraleraser.errors import DataError, SiteError
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.background import rows_without
-from neuraleraser.fitting.trajectories import conditional, pooled_features
+from neuraleraser.fitting.trajectories import conditional_rows, pooled_features
 from neuraleraser.sae.scores import margin_score, profile
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
@@ -51,7 +51,7 @@ def test_published_dictionaries_become_erasers(
     assert 0 <= seen["disagreement"] < 1 and seen["l0"] > 0 and known.site == site
     # Its features profile ...
     pooled, _ = pooled_features(pipe, known.sae, site, ["x x", "b c"], [0, 0], S)
-    stats = profile(conditional(pooled)[:, :, 0], pooled.times, ["x", "no x"])
+    stats = profile(conditional_rows(pooled)[:, :, 0], pooled.times, ["x", "no x"])
     assert float(margin_score(stats, "x").max()) > 0
     # ... and become an eraser, whose file says how far the thresholds differ.
     eraser = fit(
