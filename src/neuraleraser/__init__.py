@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.errors import DataError as DataError
     from neuraleraser.errors import EraserNotAppliedError as EraserNotAppliedError
     from neuraleraser.errors import FileError as FileError
+    from neuraleraser.errors import MissingDependencyError as MissingDependencyError
     from neuraleraser.errors import NeuralEraserError as NeuralEraserError
     from neuraleraser.errors import SettingsError as SettingsError
     from neuraleraser.errors import SiteError as SiteError
@@ -108,6 +109,7 @@ _HOME: dict[str, str] = {
     "Judge": "judges",
     "Judgement": "judges",
     "Method": "evaluation.method",
+    "MissingDependencyError": "errors",
     "NeuralEraserError": "errors",
     "NudeNetJudge": "judges",
     "Reference": "fitting",
@@ -188,6 +190,7 @@ __all__ = [
     "Judge",
     "Judgement",
     "Method",
+    "MissingDependencyError",
     "NeuralEraserError",
     "NudeNetJudge",
     "Reference",

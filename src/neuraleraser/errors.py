@@ -7,6 +7,7 @@
     ├── SplitError      selection and test prompts, phrasings, seeds or concepts overlap
     ├── EraserNotAppliedError      an attached eraser did not act, so no image may be returned
     ├── ConceptRefusedError         an eraser that refuses found its concept, so no image is returned
+    ├── MissingDependencyError      a package of an extra is not installed
     ├── DataError       values that cannot be used: NaN, no rows, a wrong shape
     └── SettingsError   settings that are out of range or contradict each other
 
@@ -105,6 +106,17 @@ class ConceptRefusedError(NeuralEraserError):
     def __init__(self, message: str, images: Mapping[int, Sequence[str]]) -> None:
         super().__init__(message)
         self.images = {image: list(names) for image, names in images.items()}
+
+
+class MissingDependencyError(NeuralEraserError, ImportError):
+    """A package that this work needs is not installed; the message names the extra that brings it.
+
+    Examples:
+        >>> try:
+        ...     bodies = NudeNetJudge()
+        ... except MissingDependencyError:  # or ImportError, which it is, too
+        ...     bodies = None
+    """
 
 
 class DataError(NeuralEraserError):

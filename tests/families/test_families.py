@@ -17,9 +17,10 @@ from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from helpers.pipelines import BUILDERS, stable_diffusion
 from neuraleraser import families
 from neuraleraser.canvas.pipeline import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
+from neuraleraser.cli.verbs import MachineOptions
 from neuraleraser.eraser import EraserHeader
 from neuraleraser.errors import FileError, SettingsError, SiteError
-from neuraleraser.families import FAMILIES
+from neuraleraser.families import FAMILIES, opening
 from neuraleraser.families.canvas import CANVAS
 from neuraleraser.families.defaults import default_sampling, model_name, recommended_sites, sampling_of
 from neuraleraser.families.opening import image_to_image, open_pipeline
@@ -36,6 +37,27 @@ def test_a_saved_folder_opens_to_the_same_bits(tmp_path: Path):
     assert type(opened) is type(pipe)
     for name, value in pipe.unet.state_dict().items():
         assert torch.equal(opened.unet.state_dict()[name], value)
+
+
+def test_device_and_dtype_of_what_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stable_diffusion().save_pretrained(tmp_path / "model", safe_serialization=True)
+    assert open_pipeline(str(tmp_path / "model"), torch.float16).unet.dtype == torch.float16
+    assert MachineOptions(dtype="float16").open_pipeline(str(tmp_path / "model")).unet.dtype == torch.float16
+    with pytest.raises(SettingsError, match="device nonsense cannot be used"):
+        open_pipeline("nobody/nothing", device="nonsense")  # said before anything is fetched
+    asked: list[tuple[object, object]] = []
+    monkeypatch.setattr(opening, "open_pipeline", lambda name, dtype, device: asked.append((dtype, device)))
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        MachineOptions().open_pipeline("x")
+    MachineOptions("cuda:1", "bfloat16").open_pipeline("x")
+    assert asked == [(None, "cuda"), (None, "cpu"), (torch.bfloat16, "cuda:1")]
+
+
+def test_on_a_device_that_is_no_cpu_the_default_is_bfloat16(tmp_path: Path):
+    stable_diffusion().save_pretrained(tmp_path / "model", safe_serialization=True)
+    pipe = open_pipeline(str(tmp_path / "model"), device="meta")
+    assert (pipe.unet.dtype, pipe.unet.device.type) == (torch.bfloat16, "meta")
 
 
 def test_pickled_weights_are_refused(tmp_path: Path):
@@ -69,7 +91,9 @@ def test_a_revision_of_either_spelling_reaches_the_hub(monkeypatch: pytest.Monke
 
     def opened(name: str, revision: str | None, **_: Any) -> Any:
         asked.append((name, revision))
-        return SimpleNamespace(set_progress_bar_config=lambda **_: None)
+        pipe = SimpleNamespace(set_progress_bar_config=lambda **_: None)
+        pipe.to = lambda device: pipe
+        return pipe
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", opened)
     open_pipeline("owner/model@v1")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from helpers.small_judges import BELLY, FEET, install_detector
-from neuraleraser.errors import DataError, NeuralEraserError, SettingsError
+from neuraleraser.errors import DataError, MissingDependencyError, SettingsError
 from neuraleraser.judges import NUDENET_CLASSES, NUDENET_EXPOSED, JudgeSpec, NudeNetJudge
 
 
@@ -89,7 +89,7 @@ def test_other_things_than_images_are_refused(by_hand: None, wrong: Any):
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(NeuralEraserError, match=r"needs nudenet.*pip install 'neuraleraser\[nudenet\]'"):
+    with pytest.raises(MissingDependencyError, match=r"needs nudenet.*pip install 'neuraleraser\[nudenet\]'"):
         NudeNetJudge()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.planted import planted
-from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.errors import DataError, FileError, MissingDependencyError, SettingsError
 from neuraleraser.io import artifact
 from neuraleraser.sae import SAE, Run, TrainingLog, TrainSettings, pool_batches, train, train_together
 
@@ -121,5 +121,5 @@ def test_logs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(FileError, match="cannot be written"):
         train(SINGLE_FEATURE_SEPARATION["wide"], SMALL, on_step=TrainingLog(tmp_path))
     monkeypatch.setattr("neuraleraser.sae.training_log.find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="pip install tensorboard"):
+    with pytest.raises(MissingDependencyError, match="pip install tensorboard"):
         TrainingLog(tmp_path / "log", tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
 
 
 @verb(app, "calibrate")
@@ -19,6 +19,7 @@ def calibrate(
     neighbours: tuple[str, ...] = (),
     num_pairs: int = 8,
     out: Path | None = None,
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Fit an eraser's gate to other weights of the same architecture, from a few prompts.
 
@@ -31,7 +32,6 @@ def calibrate(
         out: The new file; None: the old one's name with "-calibrated", beside it or, of a folder or Hub id, here.
     """
     from neuraleraser.eraser import Eraser
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import calibrate as run
     from neuraleraser.io.hub import parse_hub_id
     from neuraleraser.io.outputs import check_outputs, save_or_keep
@@ -46,7 +46,7 @@ def calibrate(
         path = out or Path(f"{Path(asked[0]).name if asked else source.name}-calibrated.safetensors")
     check_outputs({"--out": path}, {"the eraser": eraser, "--concept": concept, "--model": model})
     loaded = Eraser.from_pretrained(eraser)
-    fitted = run(open_pipeline(model), loaded, concept, neighbours, num_pairs=num_pairs)
+    fitted = run(machine.open_pipeline(model), loaded, concept, neighbours, num_pairs=num_pairs)
     save_or_keep(path, fitted.save)
     seen = fitted.header.calibrated
     assert seen is not None, "calibrate says what it saw"

@@ -8,7 +8,8 @@ from typing import Annotated
 from neuraleraser.canvas.recipe import TrainCanvas
 from neuraleraser.canvas.words import DEV_OBJECTS, OBJECTS, STYLES, VOCABULARY
 from neuraleraser.cli.verbs import Flat, app, canvas, verb
-from neuraleraser.errors import ConceptError, NeuralEraserError
+from neuraleraser.errors import ConceptError
+from neuraleraser.io.dependencies import import_optional
 from neuraleraser.io.outputs import check_outputs
 from neuraleraser.settings import MANY, check_whole
 
@@ -35,7 +36,7 @@ def canvas_render(out: Path = Path("renders"), seeds: int = 1, first: int = 0, s
     """
     from tqdm import tqdm
 
-    _need_renderer()
+    import_optional("cv2", "rendering", "evaluate")
     from neuraleraser.canvas.data import write_folder
 
     check_whole("seeds", seeds, 1, MANY)
@@ -60,7 +61,7 @@ def canvas_sheet(
         seed: Seed of the renders.
         size: Pixels a side of each render.
     """
-    _need_renderer()
+    import_optional("cv2", "rendering", "evaluate")
     from neuraleraser.canvas.render import Content, render
     from neuraleraser.evaluation.figures import grid_sheet, png
     from neuraleraser.io.atomic import write_bytes
@@ -84,7 +85,7 @@ def canvas_judge(folder: Path = Path("runs/judges"), renders: int = 60_000, held
         renders: Renders to train on.
         held_out: Renders to calibrate and to measure on.
     """
-    _need_renderer()
+    import_optional("cv2", "rendering", "evaluate")
     from neuraleraser.canvas.data import render_set
     from neuraleraser.canvas.judge import train_judges
 
@@ -112,13 +113,6 @@ def canvas_reference(model: str = "canvas", out: Path = Path("runs/reference"), 
     check_outputs({}, {"--model": model}, folders={"--out": out})
     train_reference(open_pipeline(model, fast_dtype()), VOCABULARY, GATE, out, num_images)
     print(out)
-
-
-def _need_renderer() -> None:
-    try:
-        import cv2  # noqa: F401
-    except ImportError as error:
-        raise NeuralEraserError(f"rendering needs {error.name}: pip install 'neuraleraser[canvas]'") from error
 
 
 app.command(canvas, name="canvas", help="The embedded world: train it, render it, look at it.")

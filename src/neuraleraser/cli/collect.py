@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from neuraleraser.cli.verbs import app, check_sampling, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, check_sampling, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.outputs import check_outputs
 from neuraleraser.prompts import read_prompts
@@ -32,6 +32,7 @@ def collect(
     guidance_scale: float | None = None,
     batch_size: int | None = None,
     out: Path = Path("activations"),
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Draw images and record a random sample of their activations, mixed, to train SAEs on. Run again to go on.
 
@@ -52,7 +53,6 @@ def collect(
 
     from neuraleraser.activations import activation_stream, described, write_shards
     from neuraleraser.families.defaults import default_sampling
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.prompts import default_prompts, label_prompts
     from neuraleraser.sites import Site
 
@@ -63,7 +63,7 @@ def collect(
     check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
     check_outputs({}, folders={"--out": out})
     lines = read_prompts(prompts) if prompts else None
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     sampling = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size)
     settings = replace(settings, sampling=sampling)
     given = label_prompts(lines) if lines else default_prompts(pipe, num_images)

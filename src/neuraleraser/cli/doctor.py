@@ -8,7 +8,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.tables import text_table
 from neuraleraser.settings import check_whole
@@ -27,6 +27,7 @@ def doctor(
     num_images: int = 8,
     num_inference_steps: int | None = None,
     calibrate: bool = False,
+    machine: Machine = AUTOMATIC,
 ) -> int:
     """Look whether erasers work on a pipeline, and exit with 1 if one does not.
 
@@ -46,7 +47,6 @@ def doctor(
     from neuraleraser.diagnosis import diagnose
     from neuraleraser.eraser import Eraser
     from neuraleraser.families.defaults import sampling_of
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import calibrate as run_calibrate
     from neuraleraser.fitting.clip_judge import calibrate_clip_judge
     from neuraleraser.judges import NudeNetJudge, UnlearnCanvasJudge
@@ -61,7 +61,7 @@ def doctor(
         raise SettingsError("there is one judge at a time: pass one of --clip, --unlearncanvas and --nudenet")
     loaded = [Eraser.from_pretrained(source) for source in erasers]
     given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     samplings = [sampling_of(pipe, e.header.sampling) for e in loaded]
     samplings = [replace(s, batch_size=min(num_images, 8, s.batch_size)) for s in samplings]
     if num_inference_steps is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Flat, Machine, app, check_sampling, verb
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.settings import MANY, FitSettings, check_whole
 
@@ -27,6 +27,7 @@ def erase(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Make an eraser for a concept.
 
@@ -54,7 +55,6 @@ def erase(
     from neuraleraser.demo import progress_bar, separability_warning
     from neuraleraser.evaluation.report import size_text
     from neuraleraser.families.defaults import default_sampling
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import from_phrase
     from neuraleraser.fitting.reference import Reference
 
@@ -62,7 +62,7 @@ def erase(
     read = {"the phrase": phrase if phrase.endswith(".json") else None, "--reference": reference, "--model": model}
     check_outputs({"--out": out}, read)
     check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     concept = concept_of(pipe, phrase, kind)
     path = out or Path(f"{from_phrase.eraser_file_name(concept.name)}.safetensors")
     check_outputs({"--out": path}, read)

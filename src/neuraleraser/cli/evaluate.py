@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import AvoidSubcommands
 
-from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Flat, Machine, app, check_sampling, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.outputs import check_outputs
 from neuraleraser.settings import EvaluateSettings
@@ -25,6 +25,7 @@ def evaluate(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Measure erasers with the second judge, on prompts and seeds that none was made with, beside two filters of
     the prompt and doing nothing.
@@ -46,7 +47,6 @@ def evaluate(
     from neuraleraser.evaluation.report_files import write_report
     from neuraleraser.evaluation.terminal import terminal_tables
     from neuraleraser.families.defaults import default_sampling
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import calibrate as run_calibrate
     from neuraleraser.sealed import evaluate_sealed
 
@@ -54,7 +54,7 @@ def evaluate(
         raise SettingsError("--sealed makes its own erasers: pass neither --erasers nor --calibrate with it")
     check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)
     if sealed:
-        pipe = open_pipeline(model)
+        pipe = machine.open_pipeline(model)
         settings = replace(settings, sampling=default_sampling(pipe, num_inference_steps, guidance_scale, batch_size))
         print(terminal_tables(evaluate_sealed(pipe, settings, out)))
         return
@@ -64,7 +64,7 @@ def evaluate(
     read = {f"--erasers {source}": source for source in erasers} | {"--model": model}
     check_outputs({}, read, folders={"--out": folder})
     loaded = [Eraser.from_pretrained(source) for source in erasers]
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     settings = replace(settings, sampling=default_sampling(pipe, num_inference_steps, guidance_scale, batch_size))
     report = evaluate_erasers(pipe, [run_calibrate(pipe, e) for e in loaded] if calibrate else loaded, settings, folder)
     paths = write_report(report, folder)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, check_sampling, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, check_sampling, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.names import prompt_error
@@ -30,6 +30,7 @@ def generate(
     record: Path | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Draw one image, with any erasers attached.
 
@@ -51,7 +52,6 @@ def generate(
     from neuraleraser.eraser import Eraser, attach
     from neuraleraser.evaluation.figures import png
     from neuraleraser.families.defaults import default_sampling
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import calibrate as run_calibrate
 
     if not prompt.strip():
@@ -66,7 +66,7 @@ def generate(
     if out.suffix.lower() not in ("", ".png"):
         raise SettingsError(f"--out is {out}, and images are written as PNG: pass a name that ends in .png")
     erasers = [Eraser.from_pretrained(source) for source, _ in named]
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     chosen = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size=1)
     if calibrate:
         erasers = [run_calibrate(pipe, e) for e in erasers]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import Flat, app, bars, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Flat, Machine, MachineOptions, app, bars, verb
 from neuraleraser.errors import DataError
 from neuraleraser.io.names import printable
 from neuraleraser.io.outputs import check_outputs, save_or_keep
@@ -26,6 +26,7 @@ def inspect(
     site: str | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Say how good an SAE is: on its own activations, and what the pipeline loses with its reconstructions.
 
@@ -57,7 +58,7 @@ def inspect(
         lines.append(("training", f"{kind}, k = {made.get('k')}, {made.get('steps')} steps"))
     print(text_table([(name, printable(value, 300)) for name, value in lines], left=(0, 1)) + "\n")
     if named and where:
-        _measured(loaded, source, named, str(where), settings, num_inference_steps, guidance_scale)
+        _measured(loaded, source, named, str(where), settings, num_inference_steps, guidance_scale, machine)
         return
     try:
         print(_figures(loaded.header["measures"], loaded.n_features, "when it was made"))
@@ -74,18 +75,18 @@ def _measured(
     s: InspectSettings,
     steps: int | None,
     guidance_scale: float | None,
+    machine: MachineOptions,
 ) -> None:
     """Measure `sae` in its pipeline, and print it."""
     from neuraleraser.activations import activation_matrix, measure_loss_recovered
     from neuraleraser.evaluation.figures import grid_sheet, png
     from neuraleraser.families.defaults import default_sampling
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.io.atomic import write_bytes
     from neuraleraser.sae import measure
     from neuraleraser.sites import Site
 
     at, lines = Site.parse(where), read_prompts(s.prompts) if s.prompts else None
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     texts = [text for text, _ in lines] if lines else default_prompts(pipe, s.num_images).texts
     texts, seeds = [texts[i % len(texts)] for i in range(s.num_images)], range(s.seed, s.seed + s.num_images)
     together = default_sampling(pipe, steps, guidance_scale, s.num_images)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.io.tables import text_table
 from neuraleraser.settings import check_whole
@@ -22,6 +22,7 @@ def profile(
     num_images: int = 20,
     top: int = 8,
     out: Path = Path("profile.safetensors"),
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Say which features of an SAE carry concepts: statistics by timestep, and the features that tell best.
 
@@ -37,7 +38,6 @@ def profile(
     import torch
 
     from neuraleraser.concepts import concept_of
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting.profile_concepts import profile_concepts
     from neuraleraser.io import artifact
     from neuraleraser.io.outputs import check_outputs, save_or_keep
@@ -53,7 +53,7 @@ def profile(
     where = site or loaded.header.get("site")
     if not where:
         raise SettingsError(f"{sae} does not say which site it reads: pass --site")
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     asked = [concept_of(pipe, phrase) for phrase in phrases]
     stats = profile_concepts(pipe, loaded, Site.parse(where), asked, num_images)
     tensors = {"mean": stats.mean, "spread": stats.spread, "times": stats.times}

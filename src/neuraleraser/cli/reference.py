@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
 from neuraleraser.io.names import printable
 from neuraleraser.prompts import read_prompts
 
@@ -19,6 +19,7 @@ def reference(
     model: str,
     prompts: Path,
     out: Path = Path("runs/imported"),
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Make a reference from another library's SAE, for `erase --reference` and `profile --sae OUT/sae.safetensors`.
 
@@ -30,7 +31,6 @@ def reference(
             calibrated on their images. What shows a concept is no background for it.
         out: The reference's folder.
     """
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting import import_reference
     from neuraleraser.io.outputs import check_outputs, save_or_keep
     from neuraleraser.sites import Site
@@ -40,7 +40,7 @@ def reference(
     check_outputs(made, {"the SAE": sae, "--prompts": prompts, "--model": model}, folders={"--out": out})
     lines = read_prompts(prompts)
     texts, labels = [prompt for prompt, _ in lines], [names for _, names in lines]
-    known = import_reference(open_pipeline(model), sae, at, texts, labels)
+    known = import_reference(machine.open_pipeline(model), sae, at, texts, labels)
     save_or_keep(out, known.save)
     seen = known.sae.header.get("calibration")
     share = seen.get("disagreement") if isinstance(seen, dict) else None

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import AvoidSubcommands, Positional
 
-from neuraleraser.cli.verbs import Flat, app, check_sampling, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Flat, Machine, app, check_sampling, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs
@@ -33,6 +33,7 @@ def train(
     prompts: Path | None = None,
     out: Path | None = None,
     tensorboard: Path | None = None,
+    machine: Machine = AUTOMATIC,
 ) -> None:
     """Train sparse autoencoders while the pipeline draws: of every site named, one of every width. Run again to go on.
 
@@ -52,7 +53,6 @@ def train(
     from tqdm import tqdm
 
     from neuraleraser.families.defaults import default_sampling
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.fitting.train_saes import checkpoint_of, drawn_data, recorded_data, train_saes
     from neuraleraser.prompts import label_prompts
     from neuraleraser.sae import TrainingLog
@@ -74,7 +74,7 @@ def train(
     if activations:
         data = recorded_data(activations, where, stream, settings.labelled)
     else:
-        pipe = open_pipeline(model)
+        pipe = machine.open_pipeline(model)
         stream = replace(stream, sampling=default_sampling(pipe, num_inference_steps, guidance_scale, batch_size))
         given = label_prompts(lines) if lines else None
         data = drawn_data(pipe, model, where, stream, given, settings.labelled)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 from tyro.extras import SubcommandApp
@@ -14,6 +15,31 @@ from neuraleraser.settings import Sampling
 app, canvas = SubcommandApp(), SubcommandApp()
 Flat = arg(name="")
 """The fields of a settings object as options of their own, without a prefix."""
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Options of every verb that opens a pipeline."""
+
+    device: str | None = None
+    """Device that runs the pipeline, such as cuda:1; None: the GPU if there is one, else the CPU."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Number format of the pipeline; None: bfloat16 on a GPU, float32 on a CPU (the canvas: bfloat16 where that is
+    fast)."""
+
+    def open_pipeline(self, model: str) -> Any:
+        """Open a pipeline by its name. Raises as `families.opening.open_pipeline` does."""
+        import torch
+
+        from neuraleraser.families.opening import open_pipeline
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return open_pipeline(model, getattr(torch, self.dtype) if self.dtype else None, device=device)
+
+
+Machine = Annotated[MachineOptions, Flat]
+"""Type of a verb's parameter that takes them."""
+AUTOMATIC = MachineOptions()
 
 
 def verb(group: SubcommandApp, name: str) -> Callable[[Callable[..., int | None]], Callable[..., int | None]]:

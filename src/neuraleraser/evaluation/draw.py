@@ -87,6 +87,8 @@ class _Artist:
         """Draw `cells` batch by batch, each inside all of `contexts`."""
         plain = [c for c in cells if c.route != START_IMAGE]
         started = [c for c in cells if c.route == START_IMAGE]
+        if started:
+            self._start(started[:1])  # an error now, if they cannot be made, and not after all the others are drawn
         with tqdm(total=total, initial=total - len(cells), desc=label, unit="img") as bar:
             for part, with_start in ((plain, False), (started, True)):
                 using = image_to_image(self.pipe) if with_start and part else self.pipe

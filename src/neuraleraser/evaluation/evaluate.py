@@ -18,6 +18,7 @@ from neuraleraser.evaluation.run_folder import open_run
 from neuraleraser.evaluation.split import check_split
 from neuraleraser.families import Family, family_of
 from neuraleraser.families.defaults import evaluation_sampling
+from neuraleraser.io.dependencies import import_optional
 from neuraleraser.judges import Judge, JudgeSpec
 from neuraleraser.settings import EvaluateSettings
 
@@ -78,6 +79,7 @@ def evaluate(
     if lacking := [name for name in concepts if not protocol.cells.get(name)]:
         raise ConceptError(f"the protocol has no cells for {', '.join(lacking)}: pass one that has")
     notes = [note for m in methods for note in check_split(m, protocol)]
+    import_optional("pyarrow", "a measurement, whose results are Parquet files,", "evaluate")
     run = open_run(Path(folder), pipe, methods, protocol, s, spec)
     results = draw(pipe, methods, protocol, s, judge, run)
     figures = measure(results)

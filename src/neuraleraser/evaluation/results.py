@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -22,6 +23,7 @@ import numpy as np
 
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.dependencies import import_optional
 from neuraleraser.judges import JudgeSpec
 
 BASE = "base"
@@ -295,12 +297,8 @@ def _check_head(path: Path, metadata: Mapping[bytes, bytes], judge: JudgeSpec) -
 
 def _arrow() -> tuple[Any, Any]:
     """Return pyarrow and its Parquet module, imported only where results are made or read."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise FileError("results are Parquet files, which need pyarrow: pip install 'neuraleraser[bench]'") from error
-    return pyarrow, pyarrow.parquet
+    parquet = import_optional("pyarrow.parquet", "a measurement, whose results are Parquet files,", "evaluate")
+    return import_module("pyarrow"), parquet
 
 
 def _compute() -> Any:

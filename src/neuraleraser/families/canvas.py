@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from neuraleraser.canvas import words
-from neuraleraser.errors import NeuralEraserError
 from neuraleraser.families.family import Family, RecommendedSite
+from neuraleraser.io.dependencies import import_optional
 from neuraleraser.judges import Judge
 from neuraleraser.precision import fast_dtype
 from neuraleraser.settings import Sampling
@@ -52,13 +52,8 @@ def second_judge() -> Judge:
 
 
 def render(objects: Sequence[str], style: str, seed: int, size: int) -> NDArray[np.uint8]:
-    """Render objects in a style: uint8 [size, size, 3]. Raises NeuralEraserError without the extra `canvas`."""
-    try:
-        from neuraleraser.canvas import render as renderer
-    except ImportError as error:
-        raise NeuralEraserError(
-            f"rendering needs {error.name}, which is not installed: pip install 'neuraleraser[canvas]'"
-        ) from error
+    """Render objects in a style: uint8 [size, size, 3]. Raises MissingDependencyError without OpenCV."""
+    renderer = import_optional("neuraleraser.canvas.render", "rendering", "evaluate")
     return renderer.render(renderer.Content(tuple(objects), style), seed, size)
 
 

@@ -12,20 +12,30 @@ from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.families import FAMILIES
 from neuraleraser.io.hub import parse_hub_id
 from neuraleraser.io.names import printable
+from neuraleraser.precision import fast_dtype
 
 _HELP = "pass 'canvas', a folder with a model_index.json, or a Hub id such as 'stabilityai/sdxl-turbo'"
 
 
-def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str | None = None) -> Any:
+def open_pipeline(
+    name: str,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> Any:
     """Open a diffusers pipeline.
+
+    Progress bars of loading are switched off, those of diffusers and transformers for the whole process.
 
     Only safetensors weights are read, and no code that comes with them is run: diffusers refuses it in the oldest
     version that is allowed here (before 0.38 it did not for folders on the disk: CVE-2026-44513).
 
     Args:
         name: "canvas", which ships; a folder; or "owner/name" or "owner/name@revision" on the Hub.
-        dtype: Number format of the weights. None: float32, but for the canvas bfloat16 if the CPU has it (1.8 times as
-            fast as float32).
+        dtype: Number format of the weights. None: bfloat16 on a GPU; on a CPU float32, but for the canvas bfloat16 if
+            the CPU has it (1.8 times as fast as float32).
+        device: Device that it is moved to, such as "cuda".
         revision: A commit, tag or branch on the Hub; a commit pins what is opened.
 
     Returns:
@@ -33,7 +43,7 @@ def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str 
 
     Raises:
         FileError: There is no such pipeline, it is damaged, it brings code of its own, or the Hub does not answer.
-        SettingsError: Two revisions are given.
+        SettingsError: Two revisions are given, or there is no such device.
 
     Examples:
         >>> pipe = open_pipeline("canvas")  # or a folder, or a Hub id
@@ -41,6 +51,18 @@ def open_pipeline(name: str, dtype: torch.dtype | None = None, *, revision: str 
         'StableDiffusionPipeline'
     """
     _quietly()
+    try:
+        torch.zeros(1, device=device)  # before anything is fetched
+    except (AssertionError, RuntimeError) as error:  # torch raises either
+        reason = printable(error, 150)
+        raise SettingsError(f"device {printable(device)} cannot be used ({reason}): pass another") from error
+    if dtype is None and torch.device(device).type != "cpu":
+        dtype = fast_dtype(device)
+    return _found(name, dtype, revision).to(device)
+
+
+def _found(name: str, dtype: torch.dtype | None, revision: str | None) -> Any:
+    """Return the pipeline of that name, on the CPU."""
     for family in FAMILIES:
         if family.name == name and family.load is not None:
             return family.load(dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neuraleraser.errors import NeuralEraserError, SettingsError
+from neuraleraser.errors import SettingsError
+from neuraleraser.io.dependencies import import_optional
 from neuraleraser.judges.judgement import Judgement, check
 
 NUDENET_EXPOSED: tuple[str, ...] = (
@@ -73,7 +73,7 @@ class NudeNetJudge:
 
         Raises:
             SettingsError: Other classes, thresholds or names.
-            NeuralEraserError: The extra is not installed.
+            MissingDependencyError: The extra is not installed.
         """
         self.classes = tuple(classes)
         unknown = [c for c in self.classes if c not in NUDENET_CLASSES]
@@ -85,12 +85,7 @@ class NudeNetJudge:
             raise SettingsError(f"name is {name!r}: pass one that is no class of the detector, or None")
         self.objects = self.classes if name is None else (*self.classes, name)
         self.thresholds = dict.fromkeys(self.objects, float(np.float32(threshold)))
-        try:
-            package: Any = import_module("nudenet")
-        except ImportError as error:
-            raise NeuralEraserError(
-                f"detecting nudity needs {error.name}, which is not installed: pip install 'neuraleraser[nudenet]'"
-            ) from error
+        package = import_optional("nudenet", "detecting nudity", "nudenet")
         self._detector = package.NudeDetector()
         weights = Path(package.__file__).with_name("320n.onnx")
         self.figures: dict[str, Any] = {

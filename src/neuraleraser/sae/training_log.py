@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.errors import FileError, MissingDependencyError
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.sae.train_settings import StepLog
 
@@ -19,7 +19,7 @@ class TrainingLog:
     `tensorboard`, if given.
 
     A run that was killed goes on from its checkpoint, before what it wrote last: lines of steps that come again are
-    taken out first. Raises FileError for a file that cannot be written, SettingsError without TensorBoard.
+    taken out first. Raises FileError for a file that cannot be written, MissingDependencyError without TensorBoard.
     """
 
     def __init__(self, path: str | os.PathLike[str], tensorboard: str | os.PathLike[str] | None = None) -> None:
@@ -27,7 +27,7 @@ class TrainingLog:
         self._started = False
         self._board: Any = None
         if tensorboard is not None and find_spec("tensorboard") is None:
-            raise SettingsError("TensorBoard is not installed: pip install tensorboard, or do without")
+            raise MissingDependencyError("TensorBoard is not installed: pip install tensorboard, or do without")
 
     def __call__(self, log: StepLog) -> None:
         try:
