@@ -48,6 +48,26 @@ class Turbo(StableDiffusionPipeline):
         return super().__call__(prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **given)
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "expected"),
+    [
+        (pipelines.stable_diffusion, "stabilityai/sd-turbo", (1, 0.0)),
+        (pipelines.stable_diffusion, "", (50, 7.5)),
+        (pipelines.stable_diffusion_xl, "/models/SDXL-Turbo", (1, 0.0)),
+        (pipelines.flux, "black-forest-labs/FLUX.1-schnell", (4, 0.0)),
+        (pipelines.flux, "black-forest-labs/FLUX.1-dev", (28, 3.5)),
+    ],
+)
+def test_distilled_models_that_are_known_are_sampled_as_their_authors_say(
+    make: Any, name: str, expected: tuple[int, float]
+) -> None:
+    pipe = make()
+    pipe.register_to_config(_name_or_path=name)
+    usual = default_sampling(pipe)
+    assert (usual.num_inference_steps, usual.guidance_scale) == expected
+    assert default_sampling(pipe, 7, 2.0).num_inference_steps == 7
+
+
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     made = Turbo(**pipelines.stable_diffusion().components, requires_safety_checker=False)

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.evaluation.report import Report as Report
     from neuraleraser.evaluation.report_files import write_report as write_report
     from neuraleraser.families import Family as Family
+    from neuraleraser.families.defaults import default_sampling as default_sampling
     from neuraleraser.families.opening import open_pipeline as open_pipeline
     from neuraleraser.fitting import Reference as Reference
     from neuraleraser.fitting import calibrate as calibrate
@@ -138,6 +139,7 @@ _HOME: dict[str, str] = {
     "collect": "activations",
     "cross_attention_sites": "sites",
     "default_neighbours": "concepts",
+    "default_sampling": "families.defaults",
     "delete_erasers": "eraser",
     "diagnose": "diagnosis",
     "disable_erasers": "eraser",
@@ -218,6 +220,7 @@ __all__ = [
     "collect",
     "cross_attention_sites",
     "default_neighbours",
+    "default_sampling",
     "delete_erasers",
     "diagnose",
     "disable_erasers",

@@ -42,7 +42,7 @@ def generate(
         pipe: The diffusers pipeline.
         prompts: One prompt per image.
         seeds: One seed per image.
-        sampling: Steps, guidance, size and batch size; None: as the pipeline is usually sampled.
+        sampling: Steps, guidance, size and batch size; None: as `default_sampling` says.
         init: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
         on_batch: Called as `on_batch(start, real)` before each batch, with the index of its first image and the number
             of its images that are not padding.

@@ -52,7 +52,9 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the sampler.
+    """Steps, guidance, size and batch of all images that are generated.
+
+    The defaults here are the canvas's: `default_sampling(pipe)` gives those of any pipeline.
 
     Raises:
         SettingsError: A value is out of range, or of height and width only one is given.
@@ -245,7 +247,7 @@ class EvaluateSettings:
     timed_images: int = 16
     """Images in a timed batch."""
     sampling: Sampling | None = None
-    """How images are generated; None: as the pipeline is usually sampled."""
+    """How images are generated; None: as `default_sampling` says."""
     styles: tuple[str, ...] = ()
     """Only these styles; none named: all that are not sealed."""
     objects: tuple[str, ...] = ()

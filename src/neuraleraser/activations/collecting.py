@@ -52,7 +52,7 @@ def collect(
         sites: Sites whose activations are wanted.
         on: Called with the activations of one site in one denoiser call. Their `x` is the model's own tensor: copy what
             you keep.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         init: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
         on_batch: Called before each batch of images, as in `generate`.
 
@@ -112,7 +112,7 @@ def sample(
         sites: Sites whose activations are wanted.
         groups: Groups to keep of each image and site; all if there are fewer.
         generator: Generator of the choice, on the CPU.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         group_size: Vectors in a group: random positions of one denoiser call.
         unwanted: Called again and again; `Unwanted` is raised as soon as it returns True.
 
@@ -182,7 +182,7 @@ def activation_matrix(
         seeds: One seed per image.
         sites: Sites whose activations are wanted.
         vectors_per_image: Vectors per image; all of them if there are fewer.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         seed: Seed of the choice.
 
     Returns:

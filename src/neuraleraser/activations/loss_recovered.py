@@ -80,7 +80,7 @@ def measure_loss_recovered(
         site: The site that it reads.
         prompts: One prompt per image.
         seeds: One seed per image.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         times: Number of timesteps at which the loss is compared.
 
     Returns:

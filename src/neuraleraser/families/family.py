@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +83,7 @@ class Family:
         sites: Sites found good, in the order they run.
         published: SAEs that others have published.
         sampling: How it is usually sampled; None: by the defaults of the pipeline's own call.
+        distilled: Steps and guidance of its models that these defaults do not suit, by the last part of their names.
         blocks: Blocks of its transformer.
         further_denoisers: Components that denoise beside `unet` or `transformer`.
         guidance_names: Variables of its call that hold the scale of classifier-free guidance, if `guidance_scale` does
@@ -105,6 +106,7 @@ class Family:
     sites: tuple[RecommendedSite, ...] = ()
     published: tuple[PublishedSAE, ...] = ()
     sampling: Sampling | None = None
+    distilled: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     blocks: Blocks = Blocks()
     further_denoisers: tuple[str, ...] = ()
     guidance_names: tuple[str, ...] = ()
@@ -126,14 +128,19 @@ class Family:
         """
         if self.sampling is not None:
             return self.sampling
+        # A copy in a folder keeps the model's name, as a rule.
+        steps, guidance = self.distilled.get(PurePath(name_of(pipe)).name.lower(), (None, None))
         usual, call = Sampling(), inspect.signature(type(pipe).__call__).parameters
-        return Sampling(
-            num_inference_steps=call["num_inference_steps"].default
-            if "num_inference_steps" in call
-            else usual.num_inference_steps,
-            guidance_scale=call["guidance_scale"].default if "guidance_scale" in call else usual.guidance_scale,
-            batch_size=4,
-        )
+        if steps is None:
+            steps = call["num_inference_steps"].default if "num_inference_steps" in call else usual.num_inference_steps
+        if guidance is None:
+            guidance = call["guidance_scale"].default if "guidance_scale" in call else usual.guidance_scale
+        return Sampling(num_inference_steps=steps, guidance_scale=guidance, batch_size=4)
+
+
+def name_of(pipe: Any) -> str:
+    """Return the Hub id or the folder that a pipeline was opened from; "" if it was made of parts."""
+    return str(getattr(pipe, "name_or_path", None) or getattr(pipe.config, "_name_or_path", None) or "")
 
 
 def has_transformer(*names: str) -> Callable[[Any], bool]:

@@ -12,6 +12,7 @@ FLUX = Family(
     name="flux",
     matches=has_transformer("FluxTransformer2DModel"),
     blocks=Blocks(text_first=("FluxTransformerBlock", "FluxSingleTransformerBlock")),
+    distilled={"flux.1-schnell": (4, 0.0)},  # its model card
     guidance_names=("true_cfg_scale",),  # guidance_scale is the distilled one
     position_arguments=_POSITIONS,
     sites=(

@@ -31,6 +31,7 @@ def _published(path: str) -> PublishedSAE:
 SDXL = Family(
     name="sdxl",
     matches=matches,
+    distilled={"sdxl-turbo": (1, 0.0)},  # its model card
     sites=(
         # Composition is which things a picture shows and where they stand, so this is where an object is looked for.
         RecommendedSite(Site("unet.down_blocks.2.attentions.1", "update"), "object", "composition", _UNBOX),

@@ -19,6 +19,7 @@ def matches(pipe: Any) -> bool:
 STABLE_DIFFUSION = Family(
     name="stable-diffusion",
     matches=matches,
+    distilled={"sd-turbo": (1, 0.0)},  # its model card
     sites=(
         RecommendedSite(Site("unet.up_blocks.1.attentions.1"), "object", "objects", _SAEURON),
         RecommendedSite(Site("unet.up_blocks.1.attentions.2"), "style", "styles", _SAEURON),

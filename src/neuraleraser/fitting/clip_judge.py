@@ -34,7 +34,7 @@ def calibrate_clip_judge(
         model: A CLIP checkpoint: a folder or a Hub id.
         num_images: Images per concept.
         seed: First seed; the others follow.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
 
     Returns:
         The judge.

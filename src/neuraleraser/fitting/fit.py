@@ -59,7 +59,7 @@ def fit(
         settings: Settings of the fit; None: the defaults.
         progress: Called as `progress(what, share)` as the work goes on.
         reference: The reference; None: the one that ships, which the canvas alone has.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         edits: Sites to edit, one tuple per correction; None: those that `edits_for` names.
 
     Returns:

@@ -58,7 +58,7 @@ def erase(
             family's features were found good.
         num_images: Images that a reference made here learns from.
         settings: Settings of the fit; None: the defaults.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         folder: Folder in which references are made and kept.
         progress: Called as `progress(what, share)` as the work goes on.
         announce: Called as `announce(sentence)`; before images are generated for a reference it says how long that

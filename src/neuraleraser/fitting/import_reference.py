@@ -45,7 +45,7 @@ def import_reference(
             leaves those rows out, by the labels, or if none names the concept by the prompt's words.
         format: Format of the SAE's files; None: recognised from the files.
         vectors_per_image: Activation vectors per prompt's image to calibrate on.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         seed: First seed; the others follow.
 
     Returns:

@@ -120,7 +120,7 @@ def make_reference(
         site: The site whose activations the reference's SAE reads.
         folder: Folder into which it is written.
         num_images: Images to learn from; half as many more show how the features fire.
-        sampling: How images are generated; None: as the pipeline is usually sampled.
+        sampling: How images are generated; None: as `default_sampling` says.
         progress: Called as `progress(what, share)` as the work goes on.
 
     Returns:
