@@ -45,6 +45,6 @@ def transplant(
         prompts = [pairs[i].positive for i in part] + [pairs[i].negative for i in part]
         both = [seeds[i] for i in part] * 2
         with edit(pipe, dict.fromkeys(sites, swap)):
-            images = generate(pipe, prompts, both, sampling, callback=follow)
+            images = generate(pipe, prompts, both, sampling, callback_on_step_end=follow)
         out.append(images[: min(half, n - start)])
     return np.concatenate(out)

@@ -38,8 +38,8 @@ def drawn(pipe: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
         start = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
 
         def draw(prompts: list[str], seeds: list[int], s: Sampling) -> Images:
-            init = np.stack([start[PROMPTS.index(p)] for p in prompts])
-            return generate(other, prompts, seeds, s, init=init)
+            image = np.stack([start[PROMPTS.index(p)] for p in prompts])
+            return generate(other, prompts, seeds, s, image=image)
 
         yield draw
     else:
@@ -86,9 +86,9 @@ def test_batches_are_announced_and_handed_over(pipe: Any) -> None:
         PROMPTS,
         SEEDS,
         Sampling(num_inference_steps=1, batch_size=3),
-        on_batch=lambda first, real: events.append((first, real)),
-        each=lambda indices, images: events.append((list(indices), images)),
-        callback=on_step,
+        on_batch_start=lambda first, real: events.append((first, real)),
+        on_batch_end=lambda indices, images: events.append((list(indices), images)),
+        callback_on_step_end=on_step,
     )
     assert sizes == [3, 3]  # filled up
     assert events[0] == (0, 3) and events[2] == (3, 2)
@@ -133,7 +133,7 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
     ("given", "word"),
     [
         ({"seeds": [1]}, "2 prompts, 1 seeds"),
-        ({"init": np.zeros((3, 16, 16, 3), np.uint8)}, "3 init images"),
+        ({"image": np.zeros((3, 16, 16, 3), np.uint8)}, "3 start images"),
         ({"seeds": [1, -1]}, "seed is -1"),
         ({"seeds": [1, 2**63]}, "seed is 9223372036854775808"),
         ({"seeds": [1, 1.5]}, "seed is 1.5"),

@@ -149,7 +149,7 @@ class UnseenRouteWarning(UserWarning):
         >>> warnings.simplefilter("error", UnseenRouteWarning)
         >>> start = AutoPipelineForImage2Image.from_pipe(pipe)
         >>> with attach(start, eraser):
-        ...     generate(start, prompts, [0, 1], quick, init=images)
+        ...     generate(start, prompts, [0, 1], quick, image=images)
         Traceback (most recent call last):
         neuraleraser.errors.UnseenRouteWarning: ...
     """

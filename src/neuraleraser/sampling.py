@@ -31,10 +31,10 @@ def generate(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     *,
-    init: Images | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
-    each: Callable[[range, Images], None] | None = None,
-    callback: Callable[..., dict[str, Any]] | None = None,
+    image: Images | None = None,
+    on_batch_start: Callable[[int, int], None] | None = None,
+    on_batch_end: Callable[[range, Images], None] | None = None,
+    callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
 ) -> Images:
     """Generate one image per prompt, each from its own seed.
 
@@ -43,11 +43,11 @@ def generate(
         prompts: One prompt per image.
         seeds: One seed per image.
         sampling: Steps, guidance, size and batch size; None: as `default_sampling` says.
-        init: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
-        on_batch: Called as `on_batch(start, real)` before each batch, with the index of its first image and the number
-            of its images that are not padding.
-        each: Called as `each(indices, images)` with each finished batch.
-        callback: Passed to the pipeline as diffusers' `callback_on_step_end`.
+        image: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
+        on_batch_start: Called as `on_batch_start(first, real)` before each batch, with the index of its first image
+            and the number of its images that are not padding.
+        on_batch_end: Called as `on_batch_end(indices, images)` with each finished batch.
+        callback_on_step_end: Passed to the pipeline: diffusers calls it after each step.
 
     Returns:
         The images, uint8 [N, H, W, 3].
@@ -62,10 +62,10 @@ def generate(
         (2, 64, 64, 3)
     """
     s = sampling or default_sampling(pipe)
-    if len(prompts) != len(seeds) or (init is not None and len(init) != len(prompts)):
+    if len(prompts) != len(seeds) or (image is not None and len(image) != len(prompts)):
         raise SettingsError(
             f"{len(prompts)} prompts, {len(seeds)} seeds"
-            + (f", {len(init)} init images" if init is not None else "")
+            + (f", {len(image)} start images" if image is not None else "")
             + ": pass as many of each"
         )
     for seed in seeds:
@@ -77,10 +77,10 @@ def generate(
         extra["height"] = s.height
     if s.width:
         extra["width"] = s.width
-    if init is not None:
+    if image is not None:
         extra = {"strength": s.strength}
-    if callback:
-        extra["callback_on_step_end"] = callback
+    if callback_on_step_end:
+        extra["callback_on_step_end"] = callback_on_step_end
     out: list[Images] = []
     # The last batch is filled up in any case; without `pad_last_batch` no batch is larger than there are images.
     size = s.batch_size if s.pad_last_batch else min(s.batch_size, max(len(prompts), 1))
@@ -89,10 +89,10 @@ def generate(
         real = min(size, len(prompts) - start)
         # Padding repeats the last image: same batch shape, same kernels, same bits.
         index = [*range(start, start + real), *[start + real - 1] * (size - real)]
-        if on_batch:
-            on_batch(start, real)
-        if init is not None:
-            extra["image"] = torch.from_numpy(init[index]).permute(0, 3, 1, 2).float().div(255)
+        if on_batch_start:
+            on_batch_start(start, real)
+        if image is not None:
+            extra["image"] = torch.from_numpy(image[index]).permute(0, 3, 1, 2).float().div(255)
         try:
             with torch.no_grad(), drawing(Batch(series, start, real, size)):
                 result = pipe(
@@ -114,8 +114,8 @@ def generate(
             )
         images = np.asarray(np.clip(result * 255 + 0.5, 0, 255), np.uint8)[:real]
         out.append(images)
-        if each:
-            each(range(start, start + real), images)
+        if on_batch_end:
+            on_batch_end(range(start, start + real), images)
     return np.concatenate(out) if out else np.zeros((0, 0, 0, 3), np.uint8)
 
 

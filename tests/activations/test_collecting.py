@@ -85,7 +85,7 @@ def test_from_start_images(pipe: Any) -> None:
     from neuraleraser.families.opening import image_to_image
 
     start = np.full((5, 16, 16, 3), 100, np.uint8)
-    found = seen_by(image_to_image(pipe), Sampling(num_inference_steps=4, batch_size=2, strength=0.5), init=start)
+    found = seen_by(image_to_image(pipe), Sampling(num_inference_steps=4, batch_size=2, strength=0.5), image=start)
     assert len({t for _, t, _, _ in found}) == 2 and {i for *_, i in found} == set(range(5))
 
 

@@ -203,7 +203,7 @@ def test_image_to_image_starts_from_the_render(pipe: Any, tmp_path: Path):
     prompts, seeds = [c.prompt for c in cells], [c.seed for c in cells]
     start = np.stack([render(c.objects, c.style, c.seed, 16) for c in cells])
     assert len(np.unique(start.reshape(3, -1), axis=0)) == 3 and start.std() > 10
-    images = generate(image_to_image(pipe), prompts, seeds, s.sampling, init=start)
+    images = generate(image_to_image(pipe), prompts, seeds, s.sampling, image=start)
     run = RunFolder(tmp_path, JudgeSpec.of(StampJudge()))
     for cell, image in zip(cells, images, strict=True):
         assert np.array_equal(run.image(BASE, "", cell), stamp(cell.prompt, cell.seed, image))

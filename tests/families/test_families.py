@@ -109,7 +109,7 @@ def test_image_to_image_shares_the_modules():
     other = image_to_image(pipe)
     assert other.unet is pipe.unet and other.vae is pipe.vae
     start = np.full((1, 16, 16, 3), 128, np.uint8)
-    images = generate(other, ["a"], [0], Sampling(num_inference_steps=4, batch_size=1, strength=0.5), init=start)
+    images = generate(other, ["a"], [0], Sampling(num_inference_steps=4, batch_size=1, strength=0.5), image=start)
     assert images.shape == (1, 16, 16, 3)
 
 

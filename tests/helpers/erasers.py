@@ -160,7 +160,7 @@ def half_open(eraser: Eraser, pipe: Any, prompts: Sequence[str], seeds: Sequence
         starts.append(real)
 
     with record(pipe, [GATE], note):
-        generate(pipe, prompts, seeds, s, on_batch=begin)
+        generate(pipe, prompts, seeds, s, on_batch_start=begin)
     every = torch.cat([top[:real] for top, real in zip(tops, starts, strict=True)]).sort().values
     bound = (every[len(every) // 2 - 1] + every[len(every) // 2]) / 2
     low = bound.expand_as(eraser.gate.low).clone()

@@ -36,8 +36,8 @@ def collect(
     sites: Sequence[Site],
     on: Callable[[ActivationBatch], None],
     sampling: Sampling | None = None,
-    init: Images | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    image: Images | None = None,
+    on_batch_start: Callable[[int, int], None] | None = None,
 ) -> Images:
     """Generate images and call `on` with the activations at each site.
 
@@ -53,8 +53,8 @@ def collect(
         on: Called with the activations of one site in one denoiser call. Their `x` is the model's own tensor: copy what
             you keep.
         sampling: How images are generated; None: as `default_sampling` says.
-        init: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
-        on_batch: Called before each batch of images, as in `generate`.
+        image: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
+        on_batch_start: Called before each batch of images, as in `generate`.
 
     Returns:
         The images, uint8 [N, H, W, 3].
@@ -76,7 +76,7 @@ def collect(
             on(ActivationBatch(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL))
 
     with record(pipe, sites, note):
-        return generate(pipe, prompts, seeds, sampling, init=init, on_batch=on_batch)
+        return generate(pipe, prompts, seeds, sampling, image=image, on_batch_start=on_batch_start)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ def erase(
         model: The pipeline: canvas, a folder, or a Hub id.
         out: The eraser's file; None: the concept's name, such as van-gogh.safetensors.
         kind: What the phrase names, where it does not say so itself (not needed on the canvas).
-        reference: The SAE and its background for this model, a folder or a Hub id; None: the canvas's own, or one made
-            here.
+        reference: The SAE and its background for this model, a folder or a Hub id; None: the canvas's own; for other
+            models a published SAE, which is fetched from the Hub, if one is known, else one made here.
         neighbours: What the concept could be mistaken for, as phrases; none named: those of a list that ships.
         site: Where a reference made here looks; None: the site that is known to be good in the model's family.
         num_images: Images that a reference made here learns from; half as many more show how it fires.

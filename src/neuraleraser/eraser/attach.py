@@ -218,14 +218,14 @@ class attach:
     is above 1.
 
     Erasers commute: at a site all read the same x and their changes add up, in an order set by their content. If
-    several erasers' gates read the same features, only the largest change is applied; the same holds for a feature that
-    several erasers scale.
+    several erasers' gates read the same set of features, only the largest change is applied.
 
     Args:
         pipe: The diffusers pipeline.
         erasers: One eraser, or several.
-        strength: 0 changes nothing, 1 is as fitted, 2 is the most. One number for all; or one entry per eraser: a
-            number, or one number per image of the batch.
+        strength: 0 changes nothing, 1 is as fitted; up to 2 corrects more than was fitted, where some of the concept is
+            left, at the price of more artefacts. One number for all; or one entry per eraser: a number, or one number
+            per image of the batch.
         action: What to do where a gate opens, for all erasers or one per eraser. "erase" corrects; "detect" changes
             nothing; "refuse" changes nothing either, and raises `ConceptRefusedError` in the step in which a gate
             opens, so that the call ends without an image. (To keep the other images of a batch, use "detect" and

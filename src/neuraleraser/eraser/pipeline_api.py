@@ -66,8 +66,8 @@ class _Loaded:
 def load_eraser(pipe: Any, source: str | Path | Eraser, name: str | None = None, action: str = "erase") -> str:
     """Load an eraser at strength 1, beside those that are loaded.
 
-    An eraser that is loaded already, under the same name and with the same action, is left as it is. Load before the
-    denoiser is compiled, or at least before its first call: what a compiled denoiser cannot see is raised as
+    An eraser that is loaded already, under the same name and with the same action, is left as it is. Compile the
+    denoiser, load, and only then make the first call: what a compiled denoiser cannot see is raised as
     EraserNotAppliedError before there is an image.
 
     Args:

@@ -97,13 +97,13 @@ class _Artist:
                     yield self._draw(using, batch, contexts, self._start(batch) if with_start else None)
                     bar.update(len(batch))
 
-    def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], init: Images | None) -> _Batch:
+    def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], image: Images | None) -> _Batch:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UnseenRouteWarning)  # measured here on purpose
             traces: list[ActionTrace | None] = [stack.enter_context(context(using)) for context in contexts]
             clock = time.monotonic()
-            images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], self.sampling, init=init)
+            images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], self.sampling, image=image)
             seconds = (time.monotonic() - clock) / len(cells)
             acted = [None if trace is None else frozenset(trace.fired) for trace in traces]
         return _Batch(cells, images, acted, seconds)

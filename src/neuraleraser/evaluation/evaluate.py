@@ -35,8 +35,9 @@ def evaluate(
 ) -> Report:
     """Measure erasure methods one at a time on a pipeline, keeping images and results in a folder.
 
-    Called again with the same settings, it goes on where it was stopped. Controls are methods like any other: pass them
-    too.
+    Called again with the same settings, it goes on where it was stopped. Controls are methods like any other, and none
+    is added here: pass `DoNothing(...)` and those of `string_filters(...)`, too. (`neuraleraser evaluate` adds them.)
+    The defaults are thousands of images, an hour or more on two CPU cores; a progress bar shows it on stderr.
 
     Args:
         pipe: The diffusers pipeline.

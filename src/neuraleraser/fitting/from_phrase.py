@@ -43,7 +43,9 @@ def erase(
 ) -> Eraser:
     """Make an eraser of a concept for a pipeline.
 
-    `pipe` is not changed: pass the result to `attach` or `load_eraser`.
+    `pipe` is not changed: pass the result to `attach` or `load_eraser`. With a reference at hand some 90 images are
+    generated and a correction is trained for 160 steps: for the canvas about a minute on two CPU cores with fast
+    bfloat16, four to eight without. It is silent unless `progress` is given.
 
     Args:
         pipe: The diffusers pipeline.

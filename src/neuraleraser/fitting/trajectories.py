@@ -53,10 +53,10 @@ def pooled_features(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling,
-    init: Images | None = None,
+    image: Images | None = None,
 ) -> tuple[Pooled, Images]:
     """Draw the images and pool every feature of `sae` at each step."""
-    values, times, images = measure_site(pipe, site, feature_pools(sae), prompts, seeds, sampling, init)
+    values, times, images = measure_site(pipe, site, feature_pools(sae), prompts, seeds, sampling, image)
     return Pooled(values, times), images
 
 
@@ -67,8 +67,8 @@ def measure_site(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling,
-    init: Images | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    image: Images | None = None,
+    on_batch_start: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor, Images]:
     """Draw the images and measure activations x [B, P, d] -> [B, ...] at each pass through the site.
 
@@ -79,13 +79,13 @@ def measure_site(
 
     def begin(first: int, real: int) -> None:
         batches.append([])
-        if on_batch:
-            on_batch(first, real)
+        if on_batch_start:
+            on_batch_start(first, real)
 
     def on(s: ActivationBatch) -> None:
         batches[-1].append((s.timestep, s.branch, measure(s.x)))
 
-    images = collect(pipe, prompts, seeds, [site], on, sampling, init, begin)
+    images = collect(pipe, prompts, seeds, [site], on, sampling, image, begin)
     branches = sorted({branch for _, branch, _ in batches[0]})
     times = torch.tensor([t for t, branch, _ in batches[0] if branch == branches[-1]])
     values = [
@@ -112,11 +112,11 @@ def record_trajectories(
     sampling: Sampling,
     sae: SAE,
     site: Site,
-    init: Images | None = None,
+    image: Images | None = None,
 ) -> tuple[list[DenoiserCall], Pooled]:
     """Draw the images -> the conditional half of every denoiser call, all images in a row, and the pooled features
     at `site`."""
-    calls, values, times = record_calls(pipe, prompts, seeds, sampling, site, feature_pools(sae), init)
+    calls, values, times = record_calls(pipe, prompts, seeds, sampling, site, feature_pools(sae), image)
     return calls, Pooled(values, times)
 
 
@@ -127,7 +127,7 @@ def record_calls(
     sampling: Sampling,
     site: Site,
     measure: Callable[[Tensor], Tensor],
-    init: Images | None = None,
+    image: Images | None = None,
 ) -> tuple[list[DenoiserCall], Tensor, Tensor]:
     """Draw the images; keep the conditional half of every denoiser call, all images in a row -> calls, and values
     and times as `measured` gives them."""
@@ -146,7 +146,7 @@ def record_calls(
             batches[-1].append(call.rows(torch.tensor(index[:real], device=call.state.device)))
 
     with denoiser_calls(pipe, on):
-        values, times, _ = measure_site(pipe, site, measure, prompts, seeds, sampling, init, begin)
+        values, times, _ = measure_site(pipe, site, measure, prompts, seeds, sampling, image, begin)
     return [join_calls(parts) for parts in zip(*batches, strict=True)], values, times
 
 

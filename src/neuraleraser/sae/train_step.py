@@ -75,7 +75,7 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
             raise DataError(f"batch {first} holds NaN or infinite values: mend their source")
         norm = float(made.norm)
         if not math.isfinite(norm):
-            raise SettingsError(f"training diverged at step {done - 1} (gradient {norm}): lower lr")
+            raise SettingsError(f"training diverged at step {done - 1} (gradient {norm}): lower learning_rate")
         return norm
 
     done, vectors, n = state.step + 1, len(x), settings.n_features  # not x itself, which the log would keep alive

@@ -158,7 +158,7 @@ def train_together(
     except (NeuralEraserError, KeyboardInterrupt) as error:
         kept = [str(run.path) for name, run in runs.items() if _kept(run, states[name])]
         if kept and isinstance(error, NeuralEraserError):
-            raise type(error)(f"{error} (all steps before are kept in {', '.join(kept)})") from error
+            error.args = (f"{error} (all steps before are kept in {', '.join(kept)})", *error.args[1:])
         raise
     finally:
         close(stream)

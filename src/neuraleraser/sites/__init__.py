@@ -10,10 +10,10 @@ Both put plain forward hooks on the user's own modules and take them off again. 
 the one the denoiser's forward was given. An edit that did not run raises `EraserNotAppliedError` before there is a
 picture, whoever runs the modules: the pipeline, another one made of them, a copy, a loop of one's own, several threads.
 
-Limits. Attach before the first compiled call (a compiled model does not look for new hooks; that is noticed and
-raised). A block that gradient checkpointing runs again in the backward pass is outside any denoiser forward, so its
-edit raises: leave checkpointing off for models with an edit. Contexts on one pipeline stack: a later one sees the
-activations that an earlier one leaves; edits of one context on one block all see the same activations.
+Limits. Compile, attach, and only then make the first call (a model that was compiled does not look for new hooks; that
+is noticed and raised). A block that gradient checkpointing runs again in the backward pass is outside any denoiser
+forward, so its edit raises: leave checkpointing off for models with an edit. Contexts on one pipeline stack: a later
+one sees the activations that an earlier one leaves; edits of one context on one block all see the same activations.
 """
 
 from __future__ import annotations

@@ -166,8 +166,9 @@ class ComponentHooks:
         """EraserNotAppliedError if there are names of hooks that did not run."""
         if names:
             raise EraserNotAppliedError(
-                f"{', '.join(names)} did not run in {where.format(name=self.name)}: its module was compiled before "
-                "(attach first, or call torch._dynamo.reset()), was replaced, was skipped, or was not needed because "
+                f"{', '.join(names)} did not run in {where.format(name=self.name)}: its module was compiled "
+                "and called before (compile, attach, and only then call it; or call torch._dynamo.reset()), was "
+                "replaced, was skipped, or was not needed because "
                 "its result was passed in (prompt_embeds)."
             )
 
@@ -201,7 +202,7 @@ class ComponentHooks:
             thread.unguarded = False
             raise EraserNotAppliedError(
                 f"{self.name} was compiled after its hooks were attached, and ran outside its pipeline: what fired "
-                "there is not known. Attach after compiling."
+                "there is not known. Compile, attach, and only then call it."
             )
 
     def forward_now(self, site: str) -> Forward:
