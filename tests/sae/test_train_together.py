@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +13,17 @@ import pytest
 import torch
 
 from helpers.planted import planted
-from neuraleraser.errors import DataError, FileError, MissingDependencyError, SettingsError
+from neuraleraser.errors import ConceptRefusedError, DataError, FileError, MissingDependencyError, SettingsError
 from neuraleraser.io import artifact
 from neuraleraser.sae import SAE, Run, TrainingLog, TrainSettings, pool_batches, train, train_together
 
 SMALL = TrainSettings(n_features=16, k=2, steps=8, init_vectors=64, bf16=False, log_every=2, checkpoint_every=3)
 SOURCES = {name: planted(16, d, 300, active=2, seed=i)[1] for i, (name, d) in enumerate((("wide", 12), ("slim", 8)))}
-SINGLE_FEATURE_SEPARATION = {name: pool_batches(x, 32, seed=5) for name, x in SOURCES.items()}
+ALONE = {name: pool_batches(x, 32, seed=5) for name, x in SOURCES.items()}
 
 
 def both(step: int) -> Iterator[dict[str, Any]]:
-    streams = {name: stream(step) for name, stream in SINGLE_FEATURE_SEPARATION.items()}
+    streams = {name: stream(step) for name, stream in ALONE.items()}
     while True:
         yield {name: next(stream) for name, stream in streams.items()}
 
@@ -46,7 +47,18 @@ def together() -> dict[str, SAE]:
 def test_each_is_trained_as_if_alone(together: dict[str, SAE]):
     assert list(together) == list(RUNS)
     for name, run in RUNS.items():
-        assert same(together[name], train(SINGLE_FEATURE_SEPARATION[run.source or name], run.settings)), name
+        assert same(together[name], train(ALONE[run.source or name], run.settings)), name
+
+
+def test_an_error_that_holds_more_than_text_stays_what_it_is(tmp_path: Path):
+    def refusing(step: int) -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(both(step), 9)
+        raise ConceptRefusedError("refused", {0: ["Cats"]})
+
+    runs = {name: dataclasses.replace(run, checkpoint=tmp_path / f"{i}") for i, (name, run) in enumerate(RUNS.items())}
+    with pytest.raises(ConceptRefusedError, match=r"refused \(all steps before are kept in") as caught:
+        train_together(refusing, runs)
+    assert caught.value.images == {0: ["Cats"]}
 
 
 def test_what_was_learnt_is_kept_when_the_stream_fails(together: dict[str, SAE], tmp_path: Path):
@@ -71,7 +83,7 @@ def test_one_that_diverges_takes_nothing_from_the_others(together: dict[str, SAE
     with pytest.raises(SettingsError, match="diverged at step"):
         train_together(both, runs)
     assert artifact.load(tmp_path / "good", "sae-training")[1]["step"] >= 1
-    assert same(train(SINGLE_FEATURE_SEPARATION["wide"], SMALL, tmp_path / "good"), together["wide"])
+    assert same(train(ALONE["wide"], SMALL, tmp_path / "good"), together["wide"])
 
 
 def test_interrupted_runs_are_kept_at_their_last_step(together: dict[str, SAE], tmp_path: Path):
@@ -108,18 +120,18 @@ def test_missing_sources_and_no_runs():
 def test_the_log_of_a_run_that_was_killed_has_every_step_once(tmp_path: Path):
     path = tmp_path / "deep" / "log.jsonl"
     first = TrainingLog(path)
-    train(SINGLE_FEATURE_SEPARATION["wide"], SMALL, on_step=first)
+    train(ALONE["wide"], SMALL, on_step=first)
     lines = path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
     path.write_text("\n".join(lines) + "\n" + lines[-1][:30])  # killed while it wrote
-    train(SINGLE_FEATURE_SEPARATION["wide"], SMALL, on_step=TrainingLog(path))
+    train(ALONE["wide"], SMALL, on_step=TrainingLog(path))
     assert path.read_text().splitlines() == lines
     assert [p.name for p in path.parent.iterdir()] == ["log.jsonl"]
 
 
 def test_logs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(FileError, match="cannot be written"):
-        train(SINGLE_FEATURE_SEPARATION["wide"], SMALL, on_step=TrainingLog(tmp_path))
+        train(ALONE["wide"], SMALL, on_step=TrainingLog(tmp_path))
     monkeypatch.setattr("neuraleraser.sae.training_log.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install tensorboard"):
         TrainingLog(tmp_path / "log", tmp_path)
