@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.methods import EraserMethod as EraserMethod
     from neuraleraser.methods import StringFilter as StringFilter
     from neuraleraser.methods import string_filters as string_filters
+    from neuraleraser.prompts import read_prompts as read_prompts
     from neuraleraser.sae import SAE as SAE
     from neuraleraser.sae import TrainSettings as TrainSettings
     from neuraleraser.sampling import generate as generate
@@ -160,6 +161,7 @@ _HOME: dict[str, str] = {
     "model_card": "eraser",
     "open_pipeline": "families.opening",
     "phrase_concept": "concepts",
+    "read_prompts": "prompts",
     "record": "sites",
     "set_erasers": "eraser",
     "string_filters": "methods",
@@ -241,6 +243,7 @@ __all__ = [
     "model_card",
     "open_pipeline",
     "phrase_concept",
+    "read_prompts",
     "record",
     "set_erasers",
     "string_filters",

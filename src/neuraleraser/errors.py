@@ -114,8 +114,10 @@ class MissingDependencyError(NeuralEraserError, ImportError):
     Examples:
         >>> try:
         ...     bodies = NudeNetJudge()
-        ... except MissingDependencyError:  # or ImportError, which it is, too
+        ... except MissingDependencyError:
         ...     bodies = None
+        >>> issubclass(MissingDependencyError, ImportError)
+        True
     """
 
 

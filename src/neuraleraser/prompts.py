@@ -35,10 +35,22 @@ class LabelledPrompts:
     labels: Tensor | None = None
 
 
-def read_prompts(path: Path) -> Lines:
-    """Return the lines of a text file that are not blank: (prompt, the names after a tab, separated by commas).
+def read_prompts(path: str | Path) -> Lines:
+    """Read a text file of prompts: one per line, after a tab the names of what it shows, separated by commas.
 
-    Raises FileError if there are none, or for a file that is no text.
+    Args:
+        path: The file.
+
+    Returns:
+        Each prompt with those names, a tuple that may be empty; blank lines are left out.
+
+    Raises:
+        FileError: There are no prompts, one cannot be used, or the file is no text.
+
+    Examples:
+        >>> _ = Path("prompts.txt").write_text("a cat on a table\\tcat\\na dog beside a cat\\tdog,cat\\n")
+        >>> read_prompts("prompts.txt")
+        [('a cat on a table', ('cat',)), ('a dog beside a cat', ('dog', 'cat'))]
     """
     try:
         lines = read_bytes(path, MAX_BYTES).decode("utf-8").splitlines()
