@@ -16,6 +16,8 @@ import yaml
 
 import neuraleraser
 from neuraleraser.evaluation.columns import TABLES
+from neuraleraser.evaluation.measure import GROUP_FIGURES
+from neuraleraser.evaluation.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -149,6 +151,8 @@ def test_every_figure_is_explained() -> None:
     page = (DOCS / "reference/measuring.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)
     assert listed == [(c.name, c.head, c.meaning) for table in TABLES for c in table.columns]
+    grouped = [f"{name}_{suffix}" for suffix, (_, figures) in GROUP_FIGURES.items() for name in figures]
+    assert [figure for figure in (*METRICS, *grouped) if f"| `{figure}` |" not in page] == []
 
 
 @pytest.mark.parametrize("page", [p for p in [*PAGES, *OTHERS] if p not in HISTORY], ids=name)

@@ -43,9 +43,30 @@ class Table:
 
 
 _OFFICIAL = (
-    ("UA", "images that ask for the concept and are classified as another"),
-    ("IRA", "accuracy of the other concepts of its domain"),
-    ("CRA", "accuracy in the other domain"),
+    (
+        "unlearncanvas",
+        "UnlC.",
+        "UnlearnCanvas, images of one object in a style",
+        (
+            ("UA", "of those that ask for the concept, the share classified as another"),
+            ("IRA", "accuracy of the other concepts of its domain"),
+            ("CRA", "accuracy of the other domain"),
+        ),
+    ),
+    (
+        "saeuron",
+        "SAeU.",
+        "SAeUron, images of one object",
+        (
+            ("UA", "as UnlearnCanvas's UA; for an object, images without a style count too"),
+            ("IRA", "as UnlearnCanvas's IRA; for an object, images without a style count too"),
+            (
+                "CRA",
+                "accuracy of the other domain, for a style over images without a style alone, for an object over "
+                "images in a style",
+            ),
+        ),
+    ),
 )
 TABLES = (
     Table(
@@ -54,25 +75,38 @@ TABLES = (
             Column(
                 "ua",
                 "erased",
-                "Of the images whose twin from the base model (same prompt and seed) shows the concept, the share that "
-                "no longer does. Doing nothing scores 0.",
+                "Of the images whose base image (same prompt and seed, nothing erased) shows the concept, the share "
+                "that no longer does. Doing nothing scores 0.",
             ),
-            Column("ua_held_out", "held out", "The same for phrasings that nothing was made with."),
+            Column("ua_held_out", "held out", "The same for prompts in phrasings that the eraser was not made with."),
             Column(
                 "shown_fragments",
                 "frag.shown",
                 "Prompts with one or two words of the concept's phrasings and never a whole one: the share of base "
                 "images that show it.",
             ),
-            Column("ua_fragments", "fragments", "Of those that show it, the share that no longer does."),
-            Column("ua_image_to_image", "img2img", "Erased share where a picture of the concept is the start image."),
+            Column("ua_fragments", "fragments", "Of those base images that show it, the share that no longer does."),
+            Column(
+                "ua_image_to_image",
+                "img2img",
+                "The same where the start image shows the concept and the prompt names it.",
+            ),
             Column(
                 "artefact_rate_target",
                 "artefacts",
-                "Of the concept's own images, the share farther from every real class than 99 % of real renders.",
+                "Of the images that ask for the concept, the share farther from every real class than 99 % of "
+                "real renders.",
             ),
-            Column("artefact_rate_target_base", "in base", "The same of the base model's images of those prompts."),
-            Column("artefact_rate", "of all", "Share of artefacts among all images, most of which are left alone."),
+            Column(
+                "artefact_rate_target_base",
+                "in base",
+                "The same of the base model's images of those prompts and seeds.",
+            ),
+            Column(
+                "artefact_rate",
+                "of all",
+                "Share of artefacts among all images, most of which do not ask for the concept.",
+            ),
         ),
     ),
     Table(
@@ -81,18 +115,22 @@ TABLES = (
             Column(
                 "ira",
                 "same dom.",
-                "Accuracy over the other concepts of the same domain (styles for a style, objects for an object), "
-                "divided by the base model's on the same cells.",
+                "Images that do not ask for the concept: accuracy over its own domain (styles for a style, objects for "
+                "an object), divided by the base model's.",
             ),
-            Column("cra", "other dom.", "The same over the other domain."),
+            Column(
+                "cra", "other dom.", "The same images: accuracy over the other domain, divided by the base model's."
+            ),
             Column(
                 "kept",
                 "kept",
-                "Accuracy of the other domain on the concept's own images, divided by the base model's: the cat that "
-                "was drawn in the erased style is still a cat. Gains offset losses.",
+                "Accuracy of the other domain on the concept's own images, divided by the base model's: the cat in "
+                "the erased style is still a cat. Gains offset losses.",
             ),
             Column(
-                "kept_still", "kept still", "Of those right in the base model's images, the share that is still right."
+                "kept_still",
+                "kept still",
+                "Of those of them that are right in the base model, the share still right: gains offset nothing.",
             ),
             Column(
                 "bystander",
@@ -101,18 +139,21 @@ TABLES = (
                 "model's. Gains offset losses.",
             ),
             Column(
-                "bystander_still", "byst.still", "Of those right in the base model's images, the share still right."
+                "bystander_still",
+                "byst.still",
+                "Of those of them that are right in the base model, the share still right: gains offset nothing.",
             ),
             Column(
                 "unchanged_share",
                 "unchanged",
-                "Share of images without the concept that are the base model's, bit for bit; where the method says "
-                "that it would not act they count as such.",
+                "Of the images that neither ask for the concept nor show it in the base model, the share that is the "
+                "base model's, bit for bit. Images in which the method says that it would not act count as such.",
             ),
             Column(
                 "unchanged_compared",
                 "compared",
-                "The same over those that were drawn with the method and compared: all in which it acts, and a sample.",
+                "The same over those that were generated with the method and compared: all in which it acts, and a "
+                "sample.",
             ),
             Column(
                 "idle_identical",
@@ -134,12 +175,9 @@ TABLES = (
     Table(
         "As others define it",
         tuple(
-            Column(f"{source}_{name}", f"{short} {name}", f"{paper}: {meaning}. The most probable class decides.")
-            for source, short, paper in (
-                ("unlearncanvas", "UnlC.", "UnlearnCanvas"),
-                ("saeuron", "SAeU.", "SAeUron"),
-            )
-            for name, meaning in _OFFICIAL
+            Column(f"{source}_{name}", f"{short} {name}", f"{images}: {meaning}. The most probable class decides.")
+            for source, short, images, meanings in _OFFICIAL
+            for name, meaning in meanings
         ),
     ),
 )
