@@ -1,18 +1,28 @@
-"""Print the figures of a report.json as the Markdown tables of docs/RESULTS.md.
+"""Print the figures of report.json files as the Markdown tables of docs/RESULTS.md.
 
-    python benchmarks/report_table.py benchmarks/results/demo.json
+    python benchmarks/report_table.py benchmarks/results/demo.json benchmarks/results/demo_more.json
 
-A figure reads "value (95 % interval; n)".
+First one table of all concepts of all files together, a row for each method; then the tables of each file. A figure
+reads "value (95 % interval; n)".
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from neuraleraser.evaluation.columns import TABLES
+from neuraleraser.evaluation.intervals import proportion
+
+SHARES = (
+    "ua", "ua_held_out", "ua_fragments", "kept_still", "bystander_still", "unchanged_share", "artefact_rate_target",
+)  # fmt: skip
+"""Figures that are shares of images, so that those of several concepts add up."""
 
 
 def cell(entry: dict[str, Any], name: str) -> str:
@@ -34,10 +44,33 @@ def table(concepts: list[dict[str, Any]], names: tuple[str, ...]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def pooled(entries: Sequence[dict[str, Any]], name: str) -> str:
+    """Return a share over the images of several entries, "" where none has it."""
+    there = [entry for entry in entries if entry.get(name) is not None]
+    if not there:
+        return ""
+    n = sum(entry["ns"][name] for entry in there)
+    good = np.arange(n) < sum(round(entry[name] * entry["ns"][name]) for entry in there)
+    share = proportion(good, np.ones(n, dtype=bool), name, 0)
+    return f"{share.value:.3f} ({share.low:.3f}-{share.high:.3f}; {good.sum()} of {n})"
+
+
+def pooled_table(concepts: Sequence[dict[str, Any]]) -> str:
+    """Return one table of all concepts together: a row for each method, a column for each share."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for entry in concepts:
+        by_method.setdefault(entry["method"], []).append(entry)
+    lines = [["method", *SHARES], ["---"] * (1 + len(SHARES))]
+    lines += [[method, *(pooled(entries, name) for name in SHARES)] for method, entries in by_method.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main(paths: list[str]) -> None:
-    """Print the tables of each report."""
-    for path in paths:
-        report = json.loads(Path(path).read_text())
+    """Print the table of all reports together, and the tables of each."""
+    reports = {path: json.loads(Path(path).read_text()) for path in paths}
+    concepts = [entry for report in reports.values() for entry in report["concepts"]]
+    print(f"## All {len({entry['name'] for entry in concepts})} concepts\n\n{pooled_table(concepts)}\n")
+    for path, report in reports.items():
         print(f"## {path}\n\nbase: " + ", ".join(f"{k} {cell(report['base'], k)}" for k in report["base"]["ns"]))
         for part in TABLES:
             names = tuple(column.name for column in part.columns)
