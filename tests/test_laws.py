@@ -1,4 +1,4 @@
-"""The laws of the design, one short test each (the 13th: tests/eraser/test_routes.py); tests of each part go further."""
+"""The laws of the design, one short test each (law 13: tests/eraser/test_routes.py); tests of each part go further."""
 
 from __future__ import annotations
 

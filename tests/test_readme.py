@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers.erasers import open_eraser
-from neuraleraser import cli
+from neuraleraser import cli, disable_erasers, eraser_trace
 from neuraleraser.eraser import Eraser
 from neuraleraser.families.canvas import REFERENCE
 from neuraleraser.fitting import Reference, fit, from_phrase
@@ -56,8 +56,17 @@ def test_service_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     make_eraser().save(tmp_path / "van-gogh.safetensors")
     make_eraser("Cats", seed=1).save(tmp_path / "cats.safetensors")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in blocks("python", "docs/how-to/service.md")[:2]:
+    handler, *further = blocks("python", "docs/how-to/service.md")[:3]
+    names: dict[str, Any] = {}
+    exec(compile(handler, "service.md", "exec"), names)
+    status, answer, record = names["handle"]("a cat in Van Gogh style", 3)
+    assert (status, answer) == (451, "refused, as the prompt asks for: van-gogh, cats")
+    assert {fired["eraser"] for fired in json.loads(record)["fired"]} == {"van-gogh", "cats"}
+    disable_erasers(names["pipe"])
+    status, answer, record = names["handle"]("a cat in Van Gogh style", 3)
+    assert status == 200 and answer.size == (64, 64)
+    assert json.loads(record)["image"] == 1 and not eraser_trace(names["pipe"]).records()
+    for block in further:
         exec(compile(block, "service.md", "exec"), names)
     refused, record = capsys.readouterr().out.strip().splitlines()
     assert refused == "{0: ['van-gogh']}"
