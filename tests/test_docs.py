@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import yaml
 
@@ -18,6 +19,7 @@ import neuraleraser
 from neuraleraser.evaluation.columns import TABLES
 from neuraleraser.evaluation.measure import GROUP_FIGURES
 from neuraleraser.evaluation.metrics import METRICS
+from neuraleraser.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -153,6 +155,19 @@ def test_every_figure_is_explained() -> None:
     assert listed == [(c.name, c.head, c.meaning) for table in TABLES for c in table.columns]
     grouped = [f"{name}_{suffix}" for suffix, (_, figures) in GROUP_FIGURES.items() for name in figures]
     assert [figure for figure in (*METRICS, *grouped) if f"| `{figure}` |" not in page] == []
+
+
+def test_default_sampling_is_as_the_page_says() -> None:
+    page = (DOCS / "how-to/own-model.md").read_text()
+    rows = re.findall(r"^\| .+ \| `(\w+)` \| (\d+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) > 8
+    for name, steps, guidance in rows:
+        call = inspect.signature(getattr(diffusers, name).__call__).parameters
+        usual = (call["num_inference_steps"].default, call["guidance_scale"].default)
+        assert usual == (int(steps), float(guidance)), name
+    stated = re.findall(r"^\| (`.+`) \| \| (\d+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    distilled = {model: (int(n), float(g)) for models, n, g in stated for model in re.findall(r"`(\S+)`", models)}
+    assert distilled == {model: how for family in FAMILIES for model, how in family.distilled.items()}
 
 
 @pytest.mark.parametrize("page", [p for p in [*PAGES, *OTHERS] if p not in HISTORY], ids=name)
