@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 OTHERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-HISTORY = [DOCS / "LOG.md", ROOT / "CHANGELOG.md"]
+HISTORY = [DOCS / "LOG.md"]
 """Pages that speak of what was there once."""
 
 
