@@ -68,6 +68,18 @@ def test_distilled_models_that_are_known_are_sampled_as_their_authors_say(
     assert default_sampling(pipe, 7, 2.0).num_inference_steps == 7
 
 
+class NoScale(StableDiffusionPipeline):
+    """As Qwen-Image: its scale is for distilled models alone, and unset."""
+
+    def __call__(self, prompt: Any = None, guidance_scale: float | None = None, **given: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_a_scale_that_is_unset_is_no_guidance() -> None:
+    made = NoScale(**pipelines.stable_diffusion().components, requires_safety_checker=False)
+    assert default_sampling(made).guidance_scale == 1
+
+
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     made = Turbo(**pipelines.stable_diffusion().components, requires_safety_checker=False)

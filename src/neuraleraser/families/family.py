@@ -135,6 +135,8 @@ class Family:
             steps = call["num_inference_steps"].default if "num_inference_steps" in call else usual.num_inference_steps
         if guidance is None:
             guidance = call["guidance_scale"].default if "guidance_scale" in call else usual.guidance_scale
+        if guidance is None:  # Qwen-Image: a scale for distilled models alone
+            guidance = 1.0
         return Sampling(num_inference_steps=steps, guidance_scale=guidance, batch_size=4)
 
 
