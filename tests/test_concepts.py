@@ -12,15 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.canvas import words
-from neuraleraser.concepts import (
-    MAX_FILE,
-    Concept,
-    Pair,
-    add_context_pairs,
-    canvas_concept,
-    file_concept,
-    phrase_concept,
-)
+from neuraleraser.concepts import MAX_FILE, Concept, Pair, add_context_pairs, canvas_concept
 from neuraleraser.errors import ConceptError
 from neuraleraser.evaluation.protocol import VocabularyCells
 from neuraleraser.sae.scores import Profile, margin_score, profile, saeuron_score
@@ -96,8 +88,8 @@ def test_an_unknown_concept_names_those_that_are_known(name: str) -> None:
     ],
 )
 def test_the_kind_of_a_phrase(phrase: str, kind: str) -> None:
-    assert phrase_concept(phrase).kind == kind
-    assert phrase_concept(phrase, kind="object").kind == "object"
+    assert Concept.from_phrase(phrase).kind == kind
+    assert Concept.from_phrase(phrase, kind="object").kind == "object"
 
 
 @pytest.mark.parametrize("name", words.OBJECTS)
@@ -126,34 +118,35 @@ def test_what_stands_beside_an_object_stays(name: str) -> None:
 
 def test_neighbours_stand_beside_a_phrase() -> None:
     cat, near = (
-        phrase_concept("a cat"),
-        [phrase_concept("a dog"), phrase_concept("a red fox"), phrase_concept("Monet style")],
+        Concept.from_phrase("a cat"),
+        [Concept.from_phrase("a dog"), Concept.from_phrase("a red fox"), Concept.from_phrase("Monet style")],
     )
     beside = add_context_pairs(cat, near).context_pairs
     assert Pair("a cat and a dog in a forest", "a dog in a forest") in beside
     assert Pair("a red fox and a cat", "a red fox") in beside
     assert {p.negative.split(" in ")[0] for p in beside} >= {"a dog", "a red fox"} and len(set(beside)) == len(beside)
     assert {p.negative for p in beside[:4]} >= {"a dog"} and not any("Monet" in p.positive for p in beside)
-    for concept in (phrase_concept("Van Gogh style"), canvas_concept("Cats"), Concept("cats", "object", cat.pairs)):
+    style, cats = Concept.from_phrase("Van Gogh style"), canvas_concept("Cats")
+    for concept in (style, cats, Concept("cats", "object", cat.pairs)):
         assert add_context_pairs(concept, near) == concept  # no object, already has some, or not named in its prompts
     assert add_context_pairs(cat, near[2:]) == cat
 
 
 def test_pairs_of_a_phrase() -> None:
-    cat = phrase_concept("  a   cat ", instead="a dog")
+    cat = Concept.from_phrase("  a   cat ", instead="a dog")
     assert (
         cat.name == "a cat"
         and Pair("a cat at night", "a dog at night") in cat.pairs
         and cat.pairs[0].positive == "a cat"
     )
-    style = phrase_concept("Van Gogh style")
+    style = Concept.from_phrase("Van Gogh style")
     assert all(p.positive != p.negative and p.negative in p.positive for p in style.pairs)
     with pytest.raises(ConceptError, match="empty phrase"):
-        phrase_concept("  ")
+        Concept.from_phrase("  ")
     with pytest.raises(ConceptError, match="its own match"):
-        phrase_concept("a cat", instead="a cat")
+        Concept.from_phrase("a cat", instead="a cat")
     with pytest.raises(ConceptError, match="of kind 'thing'"):
-        phrase_concept("a cat", kind="thing")
+        Concept.from_phrase("a cat", kind="thing")
 
 
 def test_a_concept_has_pairs_that_differ() -> None:
@@ -175,16 +168,16 @@ def written(tmp_path: Path, content: Any) -> Path:
 
 
 def test_a_concept_from_a_file(tmp_path: Path) -> None:
-    assert file_concept(written(tmp_path, GOOD)) == Concept(
+    assert Concept.from_json(written(tmp_path, GOOD)) == Concept(
         "logo", "object", (Pair("a logo", "a wall"), Pair("my logo", "my wall"))
     )
-    beside = file_concept(
+    beside = Concept.from_json(
         written(tmp_path, {**GOOD, "context_pairs": [["a logo and a clock", "a clock"]]})
     ).context_pairs
     assert beside == (Pair("a logo and a clock", "a clock"),)
     umlaut = {**GOOD, "name": "Bücher", "pairs": [["ein Märchen", "nichts"]]}
-    assert file_concept(written(tmp_path, json.dumps(umlaut, ensure_ascii=False).encode())).name == "Bücher"
-    assert file_concept(written(tmp_path, {k: v for k, v in GOOD.items() if k != "kind"})).kind == "other"
+    assert Concept.from_json(written(tmp_path, json.dumps(umlaut, ensure_ascii=False).encode())).name == "Bücher"
+    assert Concept.from_json(written(tmp_path, {k: v for k, v in GOOD.items() if k != "kind"})).kind == "other"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +213,7 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
 )
 def test_files_that_are_no_concept(content: Any, tmp_path: Path) -> None:
     with pytest.raises(ConceptError) as caught:
-        file_concept(written(tmp_path, content))
+        Concept.from_json(written(tmp_path, content))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
@@ -238,13 +231,13 @@ def test_files_that_are_no_concept(content: Any, tmp_path: Path) -> None:
 )
 def test_the_message_says_which_field(content: Any, wrong: str, tmp_path: Path) -> None:
     with pytest.raises(ConceptError) as caught:
-        file_concept(written(tmp_path, content))
+        Concept.from_json(written(tmp_path, content))
     assert f"concept.json: {wrong}; expected " in str(caught.value)
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConceptError, match="no readable JSON"):
-        file_concept(tmp_path / "none.json")
+        Concept.from_json(tmp_path / "none.json")
 
 
 # Scores.

@@ -16,7 +16,7 @@ import neuraleraser
 from helpers.published_saes import saeuron
 from helpers.small_judges import SMALL, ClipByHeart, install_detector, small_classifier
 from neuraleraser.activations import activation_matrix
-from neuraleraser.concepts import phrase_concept
+from neuraleraser.concepts import Concept
 from neuraleraser.judges import NONE, unlearncanvas
 from neuraleraser.sampling import generate
 
@@ -28,11 +28,16 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def entries() -> dict[str, Any]:
-    """All that the pages show, and every public name."""
+    """All that the pages show, every public name, and the methods of public classes that have examples."""
     found = {name: getattr(neuraleraser, name) for name in neuraleraser.__all__}
     for page in PAGES.glob("*.md"):
         for home, name in re.findall(r"^::: (neuraleraser\.\S+)\.(\w+)$", page.read_text(), re.MULTILINE):
             found[name] = getattr(import_module(home), name)
+    for name, value in list(found.items()):
+        for part in vars(value) if isinstance(value, type) else ():
+            method = getattr(value, part)
+            if not part.startswith("_") and callable(method) and ">>> " in (method.__doc__ or ""):
+                found[f"{name}.{part}"] = method
     return found
 
 
@@ -71,8 +76,8 @@ def images_for_clip(pipe: Any, sampling: Any) -> dict[str, Any]:
     """The images of the examples with CLIP, by what they show."""
     names = ("a cat", "a dog")
     images = {name: [generate(pipe, [name] * 8, range(8), sampling)] for name in names}
-    prompts = {name: [pair.positive for pair in phrase_concept(name).pairs[:8]] for name in names}
-    prompts[NONE] = [pair.negative for pair in phrase_concept("a cat").pairs[:8]]
+    prompts = {name: [pair.positive for pair in Concept.from_phrase(name).pairs[:8]] for name in names}
+    prompts[NONE] = [pair.negative for pair in Concept.from_phrase("a cat").pairs[:8]]
     for name, some in prompts.items():
         images.setdefault(name, []).append(generate(pipe, some, range(70_000, 70_008), sampling))
     return {name: [image for part in parts for image in part] for name, parts in images.items()}

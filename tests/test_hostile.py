@@ -24,7 +24,7 @@ import torch
 from helpers import pipelines
 from helpers.erasers import make_eraser
 from helpers.hostile import MUTATIONS
-from neuraleraser.concepts import Concept, file_concept
+from neuraleraser.concepts import Concept
 from neuraleraser.eraser import KINDS, Calibration, Eraser, attach, model_card
 from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import DataError, NeuralEraserError
@@ -205,7 +205,7 @@ class Bench:
         )
 
     def check_concept(self, path: Path, r: random.Random) -> None:
-        found = file_concept(path)
+        found = Concept.from_json(path)
         assert Concept(found.name, found.kind, found.pairs, found.context_pairs) == found and found.name.isprintable()
         for pair in (*found.pairs, *found.context_pairs):
             assert pair.positive.encode() and pair.negative.encode() is not None

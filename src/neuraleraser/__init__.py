@@ -20,8 +20,6 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.concepts import add_context_pairs as add_context_pairs
     from neuraleraser.concepts import canvas_concept as canvas_concept
     from neuraleraser.concepts import default_neighbours as default_neighbours
-    from neuraleraser.concepts import file_concept as file_concept
-    from neuraleraser.concepts import phrase_concept as phrase_concept
     from neuraleraser.diagnosis import diagnose as diagnose
     from neuraleraser.eraser import Eraser as Eraser
     from neuraleraser.eraser import EraserHeader as EraserHeader
@@ -149,7 +147,6 @@ _HOME: dict[str, str] = {
     "erase": "fitting.from_phrase",
     "eraser_trace": "eraser",
     "evaluate": "evaluation.evaluate",
-    "file_concept": "concepts",
     "fit": "fitting.fit",
     "generate": "sampling",
     "get_active_erasers": "eraser",
@@ -160,7 +157,6 @@ _HOME: dict[str, str] = {
     "measure_loss_recovered": "activations",
     "model_card": "eraser",
     "open_pipeline": "families.opening",
-    "phrase_concept": "concepts",
     "read_prompts": "prompts",
     "record": "sites",
     "set_erasers": "eraser",
@@ -231,7 +227,6 @@ __all__ = [
     "erase",
     "eraser_trace",
     "evaluate",
-    "file_concept",
     "fit",
     "generate",
     "get_active_erasers",
@@ -242,7 +237,6 @@ __all__ = [
     "measure_loss_recovered",
     "model_card",
     "open_pipeline",
-    "phrase_concept",
     "read_prompts",
     "record",
     "set_erasers",

@@ -101,6 +101,78 @@ class Concept:
                     f"concept {self.name!r}: {shown!r} is its own match; the match must lack the concept"
                 )
 
+    @classmethod
+    def from_phrase(cls, phrase: str, kind: str | None = None, instead: str = "") -> Concept:
+        """Make a concept from a phrase, for any pipeline.
+
+        A style ("Van Gogh style") is put with many subjects, an object ("a cat") in many settings.
+
+        Args:
+            phrase: The phrase.
+            kind: "style", "object" or "other"; None: read from the phrase (a style says "style", "painting", "drawing"
+                or "art").
+            instead: Phrase that takes an object's place in the match; "": "an empty scene".
+
+        Returns:
+            The concept.
+
+        Raises:
+            ConceptError: The phrase is empty or not printable, or the kind is another.
+
+        Examples:
+            >>> monet = Concept.from_phrase("Claude Monet style")
+            >>> monet.kind, monet.pairs[0]
+            ('style', Pair(positive='a cat in Claude Monet style', negative='a cat'))
+        """
+        text = " ".join(phrase.split())
+        if not text:
+            raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
+        kind = kind or ("object" if _STYLE_WORDS.isdisjoint(text.lower().split()) else "style")
+        if kind == "style":
+            pairs = tuple(Pair(f"{s} in {text}", s) for s in SUBJECTS)
+            pairs += tuple(Pair(f"{text}, {s}", s) for s in SUBJECTS)
+        else:
+            other = instead or "an empty scene"
+            pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in SETTINGS)
+        return cls(text, kind, pairs)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Concept:
+        """Read a concept from a JSON file.
+
+        The file holds {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "context_pairs" for pairs in
+        which something else stays.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The concept.
+
+        Raises:
+            ConceptError: The file cannot be read, or a field is wrong; the message says which.
+
+        Examples:
+            >>> _ = Path("red.json").write_text('{"name": "red", "kind": "style", "pairs": [["a red car", "a car"]]}')
+            >>> Concept.from_json("red.json").pairs
+            (Pair(positive='a red car', negative='a car'),)
+        """
+        try:
+            data = parse_json(read_bytes(path, MAX_FILE))
+        except (FileError, ValueError) as e:
+            raise ConceptError(
+                f"{path} is no readable JSON file ({printable(e, 300)}): expected name, kind and pairs"
+            ) from e
+        wrong = _first_wrong(data)
+        if wrong:
+            raise ConceptError(
+                f"{path}: {wrong}; expected "
+                '{"name": ..., "kind": "style" or "object", '
+                '"pairs": [["a prompt that shows it", "the same without"], ...]}'
+            )
+        pairs, context = (tuple(Pair(*pair) for pair in data.get(name, [])) for name in ("pairs", "context_pairs"))
+        return cls(data["name"], data.get("kind", "other"), pairs, context)
+
 
 def vocabulary_concept(vocabulary: Vocabulary, name: str, phrasings: slice = SEEN) -> Concept:
     """Return the concept `name` of a vocabulary: its phrasings with every style or object, matched without it.
@@ -151,7 +223,7 @@ def add_context_pairs(concept: Concept, neighbours: Sequence[Concept]) -> Concep
         The concept with `context_pairs`, if it is an object named by its own phrase; else the concept as it is.
 
     Examples:
-        >>> cat = add_context_pairs(phrase_concept("a cat"), [phrase_concept("a dog")])
+        >>> cat = add_context_pairs(Concept.from_phrase("a cat"), [Concept.from_phrase("a dog")])
         >>> cat.context_pairs[0]
         Pair(positive='a cat and a dog', negative='a dog')
     """
@@ -168,40 +240,6 @@ def add_context_pairs(concept: Concept, neighbours: Sequence[Concept]) -> Concep
     return replace(concept, context_pairs=tuple(dict.fromkeys(pairs)))
 
 
-def phrase_concept(phrase: str, kind: str | None = None, instead: str = "") -> Concept:
-    """Make a concept from a phrase, for any pipeline.
-
-    A style ("Van Gogh style") is put with many subjects, an object ("a cat") in many settings.
-
-    Args:
-        phrase: The phrase.
-        kind: "style", "object" or "other"; None: read from the phrase (a style says "style", "painting", "drawing" or
-            "art").
-        instead: Phrase that takes an object's place in the match; "": "an empty scene".
-
-    Returns:
-        The concept.
-
-    Raises:
-        ConceptError: The phrase is empty or not printable, or the kind is another.
-
-    Examples:
-        >>> monet = phrase_concept("Claude Monet style")
-        >>> monet.kind, monet.pairs[0]
-        ('style', Pair(positive='a cat in Claude Monet style', negative='a cat'))
-    """
-    text = " ".join(phrase.split())
-    if not text:
-        raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
-    kind = kind or ("object" if _STYLE_WORDS.isdisjoint(text.lower().split()) else "style")
-    if kind == "style":
-        pairs = tuple(Pair(f"{s} in {text}", s) for s in SUBJECTS) + tuple(Pair(f"{text}, {s}", s) for s in SUBJECTS)
-    else:
-        other = instead or "an empty scene"
-        pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in SETTINGS)
-    return Concept(text, kind, pairs)
-
-
 def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
     """Return concepts that a style or an object of any pipeline is likely to be mistaken for.
 
@@ -213,7 +251,7 @@ def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
             every group; () for concepts of other kinds.
 
     Examples:
-        >>> [near.name for near in default_neighbours(phrase_concept("a cat"))][:3]
+        >>> [near.name for near in default_neighbours(Concept.from_phrase("a cat"))][:3]
         ['a dog', 'a rabbit', 'a fox']
     """
     own = set(concept.name.lower().split()) - {"a", "an", "the", "of", "in", "person", "style"}
@@ -225,43 +263,7 @@ def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
         phrases = [p for p in near if own.isdisjoint(p.lower().split())]
     else:
         phrases = []
-    return tuple(phrase_concept(p, concept.kind) for p in phrases[:MOST_NEIGHBOURS])
-
-
-def file_concept(path: str | Path) -> Concept:
-    """Read a concept from a JSON file.
-
-    The file holds {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "context_pairs" for pairs in
-    which something else stays.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The concept.
-
-    Raises:
-        ConceptError: The file cannot be read, or a field is wrong; the message says which.
-
-    Examples:
-        >>> _ = Path("red.json").write_text('{"name": "red", "kind": "style", "pairs": [["a red car", "a car"]]}')
-        >>> file_concept("red.json").pairs
-        (Pair(positive='a red car', negative='a car'),)
-    """
-    try:
-        data = parse_json(read_bytes(path, MAX_FILE))
-    except (FileError, ValueError) as e:
-        raise ConceptError(
-            f"{path} is no readable JSON file ({printable(e, 300)}): expected name, kind and pairs"
-        ) from e
-    wrong = _first_wrong(data)
-    if wrong:
-        raise ConceptError(
-            f"{path}: {wrong}; expected "
-            '{"name": ..., "kind": "style" or "object", "pairs": [["a prompt that shows it", "the same without"], ...]}'
-        )
-    pairs, context = (tuple(Pair(*pair) for pair in data.get(name, [])) for name in ("pairs", "context_pairs"))
-    return Concept(data["name"], data.get("kind", "other"), pairs, context)
+    return tuple(Concept.from_phrase(p, concept.kind) for p in phrases[:MOST_NEIGHBOURS])
 
 
 def _first_wrong(data: Any) -> str | None:
@@ -315,7 +317,7 @@ def concept_of(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
     if not phrase.strip():
         raise ConceptError("the concept is an empty phrase: say what to erase, such as 'Van Gogh style' or 'a cat'")
     if phrase.endswith(".json"):
-        return file_concept(Path(phrase))
+        return Concept.from_json(Path(phrase))
     return named_concept(pipe, phrase, kind)
 
 
@@ -324,7 +326,7 @@ def named_concept(pipe: Any, phrase: str, kind: str | None = None) -> Concept:
     out of files."""
     vocabulary = family_of(pipe).vocabulary
     if vocabulary is None:
-        return phrase_concept(phrase, kind)
+        return Concept.from_phrase(phrase, kind)
     name = vocabulary.resolve(phrase)
     if name is None:
         near = vocabulary.similar_to(phrase)

@@ -110,7 +110,7 @@ def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.Mon
     def opened(path: Path) -> None:
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr("neuraleraser.concepts.file_concept", opened)
+    monkeypatch.setattr("neuraleraser.concepts.Concept.from_json", opened)
     open_eraser("secret.json").save("evil.safetensors")
     main(["doctor", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers", "evil.safetensors"])
     main(

@@ -11,12 +11,7 @@ import pytest
 import neuraleraser
 from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser
-from neuraleraser import (
-    attach,
-    load_eraser,
-    phrase_concept,
-    set_erasers,
-)
+from neuraleraser import Concept, attach, load_eraser, set_erasers
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import SettingsError, SiteError
 
@@ -47,7 +42,7 @@ def test_what_needs_the_base_model_is_refused_where_an_eraser_acts(sd: Any) -> N
         lambda: neuraleraser.calibrate(sd, make_eraser()),
         lambda: neuraleraser.diagnose(sd, [make_eraser()]),
         lambda: neuraleraser.evaluate(sd, []),
-        lambda: neuraleraser.calibrate_clip_judge(sd, phrase_concept("a cat")),
+        lambda: neuraleraser.calibrate_clip_judge(sd, Concept.from_phrase("a cat")),
     ):
         with pytest.raises(SettingsError, match="erasers of Cats act on this pipeline"):
             call()

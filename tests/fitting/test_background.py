@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from neuraleraser.canvas import words
-from neuraleraser.concepts import Concept, Pair, canvas_concept, phrase_concept
+from neuraleraser.concepts import Concept, Pair, canvas_concept
 from neuraleraser.families.canvas import REFERENCE
 from neuraleraser.fitting import Reference
 from neuraleraser.fitting.background import concept_phrases, content_words, rows_without
 
-CAT, VAN_GOGH = phrase_concept("a cat"), phrase_concept("Van Gogh style")
+CAT, VAN_GOGH = Concept.from_phrase("a cat"), Concept.from_phrase("Van Gogh style")
 NAMELESS = frozenset[str]()
 
 

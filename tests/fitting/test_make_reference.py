@@ -10,7 +10,7 @@ import torch
 
 from helpers import pipelines
 from neuraleraser import attach
-from neuraleraser.concepts import Concept, Pair, default_neighbours, phrase_concept
+from neuraleraser.concepts import Concept, Pair, default_neighbours
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting import fit
@@ -26,7 +26,7 @@ Y = Concept("y", "object", (Pair("y y", "b c"), Pair("y d", "b d")))
 
 
 def test_prompts_and_what_they_show():
-    cat, dog, bird = (phrase_concept(p) for p in ("a cat", "a dog", "a bird"))
+    cat, dog, bird = (Concept.from_phrase(p) for p in ("a cat", "a dog", "a bird"))
     made = own_prompts(cat, [dog, bird], 200, 1)
     assert made == own_prompts(cat, [dog, bird], 200, 1) != own_prompts(cat, [dog, bird], 200, 2)
     shown = Counter(name for _, names in made for name in names)
@@ -35,7 +35,7 @@ def test_prompts_and_what_they_show():
     for prompt, names in made:
         assert {c.name for c in (cat, dog, bird) if c.name in prompt} == set(names)
     assert 40 < sum(len(names) == 2 for _, names in made) < 120, "two objects in about half of those that show one"
-    style, other = phrase_concept("Van Gogh style"), phrase_concept("cartoon style")
+    style, other = Concept.from_phrase("Van Gogh style"), Concept.from_phrase("cartoon style")
     assert all(len(names) < 2 for _, names in own_prompts(style, [other], 100, 1))
     alone = own_prompts(cat, [], 10, 1)
     assert [names for _, names in alone] == [("a cat",), ("a cat",), (), (), ()] * 2
@@ -43,7 +43,7 @@ def test_prompts_and_what_they_show():
 
 def test_neighbours_that_ship():
     def names(phrase: str) -> set[str]:
-        return {c.name for c in default_neighbours(phrase_concept(phrase))}
+        return {c.name for c in default_neighbours(Concept.from_phrase(phrase))}
 
     assert "a dog" in names("a cat") and "a cat" not in names("a cat") and "a house" not in names("a cat")
     assert "Snoopy" in names("Mickey Mouse") and "Mickey Mouse" not in names("Mickey Mouse")

@@ -17,7 +17,7 @@ import torch
 
 from helpers.artifact_files import saved
 from helpers.erasers import make_eraser
-from neuraleraser.concepts import file_concept
+from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, FileError, NeuralEraserError
 from neuraleraser.io import artifact, reading, untrusted
@@ -50,7 +50,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "npz": untrusted.read_npz,
     "openai": lambda path: formats.read(path, "openai"),
     "sparsify": lambda path: formats.read(path, "sparsify"),
-    "concept": file_concept,
+    "concept": Concept.from_json,
     "bytes": lambda path: reading.read_bytes(path, 100),
 }
 

@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from helpers import pipelines
-from neuraleraser.concepts import phrase_concept
+from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.fitting.clip_judge import calibrate_clip_judge
 from neuraleraser.judges import NONE, ClipJudge, JudgeSpec, sentence
@@ -170,7 +170,9 @@ def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pyt
 
     monkeypatch.setattr("neuraleraser.fitting.clip_judge.generate", draw)
     pipe = pipelines.stable_diffusion()
-    judge = calibrate_clip_judge(pipe, phrase_concept(PAIR[0]), [phrase_concept(PAIR[1])], clip, num_images=12, seed=5)
+    judge = calibrate_clip_judge(
+        pipe, Concept.from_phrase(PAIR[0]), [Concept.from_phrase(PAIR[1])], clip, num_images=12, seed=5
+    )
     assert judge.styles == PAIR and set(judge.figures["false_alarms"]) == {PAIR[1], NONE}
     assert [prompts[0] for prompts, _ in asked] == ["a cat in red style", "a cat in blue style", "a cat"]
     assert all(seeds == list(range(5, 17)) for _, seeds in asked)
@@ -179,7 +181,7 @@ def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pyt
 def test_a_checkpoint_that_is_not_there_is_an_error_before_anything_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="could not be opened"):
         calibrate_clip_judge(
-            pipelines.stable_diffusion(), phrase_concept(PAIR[0]), [phrase_concept(PAIR[1])], str(tmp_path)
+            pipelines.stable_diffusion(), Concept.from_phrase(PAIR[0]), [Concept.from_phrase(PAIR[1])], str(tmp_path)
         )
 
 

@@ -44,8 +44,8 @@ def calibrate_clip_judge(
         NeuralEraserError: As for `ClipJudge.calibrate`.
 
     Examples:
-        >>> dog = phrase_concept("a dog")
-        >>> judge = calibrate_clip_judge(pipe, phrase_concept("a cat"), [dog], clip, num_images=8, sampling=quick)
+        >>> dog = Concept.from_phrase("a dog")
+        >>> judge = calibrate_clip_judge(pipe, Concept.from_phrase("a cat"), [dog], clip, num_images=8, sampling=quick)
         >>> judge.objects
         ('a cat', 'a dog')
     """

@@ -133,7 +133,7 @@ def make_reference(
             site, finished or not.
 
     Examples:
-        >>> cat, dog = phrase_concept("a cat"), phrase_concept("a dog")
+        >>> cat, dog = Concept.from_phrase("a cat"), Concept.from_phrase("a dog")
         >>> known = make_reference(pipe, cat, [dog], site, Path("cats"), num_images=4, sampling=quick)
         >>> known.sae.header["labels"]
         ['a cat', 'a dog']
