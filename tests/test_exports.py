@@ -56,6 +56,6 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_laziness_test_can_fail():
-    code = "import sys, neuraleraser.io.artifact; print('torch' in sys.modules)"
+    code = "import sys, neuraleraser.io.tensor_file; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"]

@@ -116,10 +116,10 @@ def tree(root: Path, files: dict[str, str]) -> Path:
         "__init__.py": "import importlib\n_HOME = {'FileError': 'errors'}\n",
         "errors.py": "class FileError(Exception): ...\n",
         "io/__init__.py": "",
-        "io/artifact.py": "import torch\nfrom neuraleraser.errors import FileError\n",
+        "io/tensor_file.py": "import torch\nfrom neuraleraser.errors import FileError\n",
         "canvas/__init__.py": "from neuraleraser.canvas.render import render\n",
         "canvas/words.py": "",
-        "canvas/render.py": "from neuraleraser.canvas import words\nfrom neuraleraser.io import artifact\n",
+        "canvas/render.py": "from neuraleraser.canvas import words\nfrom neuraleraser.io import tensor_file\n",
         "families.py": "from . import errors\nfrom .canvas.words import x\n",
         "evaluation/__init__.py": "",
         "evaluation/cells.py": "from ..families import Family\nfrom . import results\n",
@@ -141,7 +141,7 @@ def test_a_tree_that_keeps_the_order_passes(tmp_path: Path):
 @pytest.mark.parametrize(
     ("file", "text", "expected"),
     [
-        ("errors.py", "import neuraleraser.io.artifact", "errors:1 imports io.artifact, which is below it"),
+        ("errors.py", "import neuraleraser.io.tensor_file", "errors:1 imports io.tensor_file, which is below it"),
         (
             "canvas/words.py",
             "\nfrom neuraleraser.families import Family",
@@ -170,7 +170,7 @@ def test_a_tree_that_keeps_the_order_passes(tmp_path: Path):
         ("families.py", "from neuraleraser.shed import x", "families:1 imports shed, which is no room"),
         ("shed.py", "", "room 'shed' is not in the order"),
         ("shed/deep/x.py", "", "room 'shed' is not in the order"),
-        ("__init__.py", "from .io.artifact import save", "imports no room"),
+        ("__init__.py", "from .io.tensor_file import save", "imports no room"),
         ("evaluation/results.py", "from neuraleraser.evaluation.cells import x", "evaluation: cycle evaluation."),
         ("evaluation/results.py", "from .cells import x", "evaluation: cycle evaluation."),
         (

@@ -45,7 +45,7 @@ class FileError(NeuralEraserError):
 
 
 class SiteError(NeuralEraserError):
-    """A site does not exist in this pipeline, or an artifact made for another one does not fit it.
+    """A site does not exist in this pipeline, or a file made for another one does not fit it.
 
     Examples:
         >>> with record(pipe, [Site("unet.up_blocks.7")], print):

@@ -16,7 +16,7 @@ from torch import Tensor
 from helpers import pipelines
 from neuraleraser.activations import CONDITIONAL, Shards, activation_stream, described, sample, write_shards
 from neuraleraser.errors import DataError, FileError, SettingsError
-from neuraleraser.io import artifact, atomic
+from neuraleraser.io import atomic, tensor_file
 from neuraleraser.sae import Run, TrainSettings, train_together
 from neuraleraser.settings import SELECTION_SEEDS, STREAM_SEEDS, TEST_SEEDS, Sampling, StreamSettings
 from neuraleraser.sites import Site
@@ -138,7 +138,7 @@ def test_nan_is_named_and_what_was_learnt_is_kept(tmp_path: Path):
     message = r"unet\.mid_block\.attentions\.0.* timestep \d+, prompts \['.*\(all steps before are kept in .*c\)"
     with pytest.raises(DataError, match=message):
         train_together(pool, run)
-    assert artifact.load(tmp_path / "c", "sae-training")[1]["step"] == 6
+    assert tensor_file.load(tmp_path / "c", "sae-training")[1]["step"] == 6
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found = {}
     for path in folder.iterdir():
         kind = "activations" if path.stem == "index" else "activations-shard"
-        tensors, header = artifact.load(path, kind)
+        tensors, header = tensor_file.load(path, kind)
         found[path.name] = {name: x.tolist() for name, x in tensors.items()}, header
     return found
 
@@ -229,7 +229,7 @@ def test_damaged_shards_are_named(pipe: Any, recorded: Shards, tmp_path: Path):
 
 def test_a_damaged_index_is_named(recorded: Shards, tmp_path: Path):
     path = tmp_path / "index.safetensors"
-    _, header = artifact.load(recorded.folder / path.name, "activations")
+    _, header = tensor_file.load(recorded.folder / path.name, "activations")
     for change, field in (
         ({"count": 0}, "count is 0"),
         ({"rows": "16"}, "rows is '16'"),
@@ -240,11 +240,11 @@ def test_a_damaged_index_is_named(recorded: Shards, tmp_path: Path):
         ({"shards": [[1, "x"]] * 4}, "4 shards of 3"),
         ({"data": []}, "field data"),
     ):
-        artifact.save(path, "activations", {}, header | change)
+        tensor_file.save(path, "activations", {}, header | change)
         with pytest.raises(FileError, match=rf"index\.safetensors is no whole index .*{field}"):
             Shards.open(tmp_path)
     header.pop("count")
-    artifact.save(path, "activations", {}, header)
+    tensor_file.save(path, "activations", {}, header)
     with pytest.raises(FileError, match="field 'count'"):
         Shards.open(tmp_path)
 

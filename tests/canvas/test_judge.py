@@ -32,7 +32,7 @@ from neuraleraser.canvas.judge_nets import Which, build_judge
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import DataError, FileError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_only_the_second_judge_flags(judges: dict[str, Judge], renders: Renders)
 def test_a_damaged_judge_is_refused(judges: dict[str, Judge], tmp_path: Path):
     path = tmp_path / "j.safetensors"
     save_judge(judges["second"], path)
-    tensors, header = artifact.load(path, "judge")
+    tensors, header = tensor_file.load(path, "judge")
     header = {k: v for k, v in header.items() if k not in ("kind", "version")}
     cases = [
         (tensors, header | {"styles": ["Baroque"]}, "other styles or objects"),
@@ -218,7 +218,7 @@ def test_a_damaged_judge_is_refused(judges: dict[str, Judge], tmp_path: Path):
         (tensors | {"other": torch.zeros(2)}, header, "not a whole judge"),
     ]
     for some, head, said in cases:
-        artifact.save(path, "judge", some, head)
+        tensor_file.save(path, "judge", some, head)
         with pytest.raises(FileError, match=said):
             load_judge(path)
     with pytest.raises(FileError):

@@ -21,7 +21,7 @@ from neuraleraser.canvas.train import (
     train_vae,
 )
 from neuraleraser.errors import ConceptError, DataError, FileError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_finished_run_is_on_disk_and_not_run_again(tmp_path: Path):
     while run.step < 12:
         step(run)
     assert new(path).step == 12
-    tensors, header = artifact.load(path, "checkpoint")
+    tensors, header = tensor_file.load(path, "checkpoint")
     assert header["step"] == 12
     assert {k.split("/")[0] for k in tensors} == {"param", "average", "momentum", "exp_avg", "exp_avg_sq"}
 
@@ -160,7 +160,7 @@ def test_both_stages_go_through_resume_and_are_skipped_when_done(
     assert same(weights(vae_again), weights(vae)) and vae_again.config["scaling_factor"] == scale
     for done in (1, 2, 3):
         piece = train_denoiser(renders, vae_again, pieces)
-        assert artifact.load(pieces.folder / "denoiser.safetensors", "checkpoint")[1]["step"] == done
+        assert tensor_file.load(pieces.folder / "denoiser.safetensors", "checkpoint")[1]["step"] == done
     assert same(weights(piece.unet), weights(whole.unet))
     assert same(weights(piece.text_encoder), weights(whole.text_encoder))
 

@@ -11,7 +11,7 @@ from helpers.erasers import GATE
 from neuraleraser.activations import Shards
 from neuraleraser.cli import main
 from neuraleraser.errors import FileError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.prompts import read_prompts
 from neuraleraser.sae import SAE
 
@@ -39,7 +39,7 @@ def test_from_prompts_to_an_sae_and_its_profile(model: str, tmp_path: Path, caps
     assert main([*argv, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "SAeUron's share score" in text and len(text.splitlines()) == 1 + 5 + 2
-    assert artifact.load(out, "profile")[1]["names"] == ["Van Gogh style", "no Van Gogh style"]
+    assert tensor_file.load(out, "profile")[1]["names"] == ["Van Gogh style", "no Van Gogh style"]
 
 
 def test_several_saes_while_the_pipeline_draws(

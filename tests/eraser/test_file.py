@@ -224,9 +224,9 @@ def test_damaged_bytes(tmp_path_factory: pytest.TempPathFactory, where: int, wha
 
 
 def test_a_file_of_another_kind_and_no_file(tmp_path: Path) -> None:
-    from neuraleraser.io import artifact
+    from neuraleraser.io import tensor_file
 
-    artifact.save(tmp_path / "sae.safetensors", "sae", {"a": torch.zeros(1)}, {})
+    tensor_file.save(tmp_path / "sae.safetensors", "sae", {"a": torch.zeros(1)}, {})
     with pytest.raises(FileError, match="kind"):
         Eraser.load(tmp_path / "sae.safetensors")
     with pytest.raises(FileError, match="does not exist"):

@@ -17,7 +17,7 @@ from helpers.erasers import make_eraser
 from helpers.headers import headers
 from neuraleraser.eraser import Eraser, EraserHeader, attach
 from neuraleraser.errors import DataError, FileError, SiteError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.sites import Site, made_for
 from neuraleraser.sites.fingerprint import differs
 
@@ -97,8 +97,8 @@ WRONG: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("field", "value"), WRONG, ids=[f"{f} {v!a:.30}" for f, v in WRONG])
 def test_a_field_that_cannot_be(field: str, value: Any, tmp_path: Path):
     make_eraser().save(tmp_path / "x")
-    tensors, header = artifact.load(tmp_path / "x", "eraser")
-    artifact.save(tmp_path / "x", "eraser", tensors, {**header, field: value})
+    tensors, header = tensor_file.load(tmp_path / "x", "eraser")
+    tensor_file.save(tmp_path / "x", "eraser", tensors, {**header, field: value})
     with pytest.raises(FileError, match=f"field {field}") as caught:
         Eraser.load(tmp_path / "x")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500 + len(str(tmp_path))
@@ -135,7 +135,7 @@ def test_fields_that_are_not_known_are_kept(tmp_path: Path):
     note = {"by": ["me", None, 1.5]}
     free = replace(e, header=replace(e.header, kind="style", open_share=1, more={"note": note, "more": 2}))
     free.save(tmp_path / "x")
-    assert artifact.load(tmp_path / "x", "eraser")[1]["note"] == note
+    assert tensor_file.load(tmp_path / "x", "eraser")[1]["note"] == note
     assert Eraser.load(tmp_path / "x").header == free.header
 
 

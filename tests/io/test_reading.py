@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.artifact_files import saved
 from helpers.erasers import make_eraser
+from helpers.tensor_files import saved
 from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError, FileError, NeuralEraserError
-from neuraleraser.io import artifact, reading, untrusted
+from neuraleraser.io import reading, tensor_file, untrusted
 from neuraleraser.sae import SAE, formats
 
 
@@ -44,7 +44,7 @@ def folder(path: Path) -> None:
 READERS: dict[str, Callable[[Path], Any]] = {
     "eraser": Eraser.load,
     "sae": SAE.load,
-    "foreign": artifact.load_foreign,
+    "foreign": tensor_file.load_foreign,
     "json": untrusted.read_json,
     "pickle": untrusted.read_pickle,
     "npz": untrusted.read_npz,
@@ -94,7 +94,7 @@ def nothing_is_mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("the file was mapped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact, "safe_open", mapped)
+        patch.setattr(tensor_file, "safe_open", mapped)
         yield
 
 
@@ -108,13 +108,13 @@ def test_a_file_that_claims_more_than_its_kind_may_hold(
         nothing_is_mapped(monkeypatch),
         pytest.raises(FileError, match=r"over the bound of [\d,]+ for a file of its kind"),
     ):
-        artifact.load(tmp_path / "x", kind)
+        tensor_file.load(tmp_path / "x", kind)
 
 
 def test_a_foreign_file_and_an_archive_are_bounded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sparse(tmp_path / "x", 2**40)
     with nothing_is_mapped(monkeypatch), pytest.raises(FileError, match="over the bound"):
-        artifact.load_foreign(tmp_path / "x")
+        tensor_file.load_foreign(tmp_path / "x")
     for read in (untrusted.read_pickle, untrusted.read_npz):
         with pytest.raises(FileError, match="over the bound"):
             read(tmp_path / "x")
@@ -137,20 +137,20 @@ def test_a_file_that_memory_does_not_hold(error: Exception, tmp_path: Path, monk
 
     monkeypatch.setattr(torch.Tensor, "clone", full)
     with pytest.raises(FileError, match="does not fit into memory"):
-        artifact.load(path, "eraser")
+        tensor_file.load(path, "eraser")
 
 
 def test_what_could_not_be_read_for_its_size_is_not_written(tmp_path: Path):
     big = torch.zeros(2**26 // 4 + 1)
     with pytest.raises(NeuralEraserError, match="at most"):
-        artifact.save(tmp_path / "x", "eraser", {"x": big}, {})
-    artifact.save(tmp_path / "x", "sae", {"x": big}, {})
-    assert artifact.load(tmp_path / "x", "sae")[0]["x"].shape == big.shape
+        tensor_file.save(tmp_path / "x", "eraser", {"x": big}, {})
+    tensor_file.save(tmp_path / "x", "sae", {"x": big}, {})
+    assert tensor_file.load(tmp_path / "x", "sae")[0]["x"].shape == big.shape
 
 
 def test_the_largest_eraser_that_fit_makes_is_within_the_bound():
     largest = 3 * 10 * 2 * (2 * 4096 * 32 + 4096)  # corrections, time bins, bytes of float16, down + up + bias
-    assert 2 * largest < artifact.MAX_BYTES["eraser"] < 2**28
+    assert 2 * largest < tensor_file.MAX_BYTES["eraser"] < 2**28
     assert make_eraser().corrections
 
 

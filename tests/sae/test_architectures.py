@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers.planted import planted, recovered
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.sae import (
     ARCHITECTURES,
     SAE,
@@ -169,11 +169,11 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_one_from_before_the
     want = train(STREAM, SMALL, checkpoint=path)
     with pytest.raises(SettingsError, match="architecture = 'batchtopk', not 'topk'"):
         train(STREAM, chosen("topk"), checkpoint=path)
-    tensors, header = artifact.load(path, "sae-training")
+    tensors, header = tensor_file.load(path, "sae-training")
     for name in ("architecture", "bind", "contrast"):
         del header["settings"][name]
     del header["concepts"]
-    artifact.save(path, "sae-training", tensors, header)
+    tensor_file.save(path, "sae-training", tensors, header)
     assert torch.equal(train(STREAM, SMALL, checkpoint=path).W_enc, want.W_enc)
 
 

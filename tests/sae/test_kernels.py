@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="the kernels need triton, which CUDA builds of torch bring along")
 
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.sae import TrainSettings, kernels, pool_batches, sparse_ops, train, train_step, training
 from neuraleraser.sae.kernels import decode, fused, select, update
 from neuraleraser.sae.sparse_ops import Weights
@@ -261,7 +261,7 @@ def test_divergence_is_told_when_the_log_is_read(on_kernels, tmp_path):
     path = tmp_path / "run.safetensors"
     with pytest.raises(SettingsError, match="diverged at step 3"):
         train(bad, SETTINGS, checkpoint=path)
-    assert bool(torch.isfinite(artifact.load(path, "sae-training")[0]["W_enc"]).all())
+    assert bool(torch.isfinite(tensor_file.load(path, "sae-training")[0]["W_enc"]).all())
 
 
 def test_bad_input_is_told_when_the_log_is_read(on_kernels, tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_bad_input_is_told_when_the_log_is_read(on_kernels, tmp_path, monkeypatc
     path = tmp_path / "run.safetensors"
     with pytest.raises(DataError, match="batch 3 holds NaN or infinite"):
         train(bad, dataclasses.replace(SETTINGS, log_every=100), checkpoint=path)
-    tensors, header = artifact.load(path, "sae-training")
+    tensors, header = tensor_file.load(path, "sae-training")
     assert header["step"] == 2 and bool(torch.isfinite(tensors["W_enc"]).all())
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.errors import DataError, FileError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.sae import SAE, measure, pool_batches
 
 
@@ -79,17 +79,17 @@ def test_what_is_no_sae_is_refused(change, message, tmp_path):
     tensors = {**dict(random_sae().named_parameters()), **change}
     with pytest.raises(DataError, match=message):
         SAE(**tensors)
-    artifact.save(tmp_path / "x", "sae", tensors, {})
+    tensor_file.save(tmp_path / "x", "sae", tensors, {})
     with pytest.raises(FileError, match=message):
         SAE.load(tmp_path / "x")
 
 
 def test_files_of_other_tensors_or_kinds_are_refused(tmp_path):
     tensors = {"b_dec": torch.zeros(3), "other": torch.zeros(3)}
-    artifact.save(tmp_path / "x", "sae", tensors, {})
+    tensor_file.save(tmp_path / "x", "sae", tensors, {})
     with pytest.raises(FileError, match=r"an SAE has \['W_dec'"):
         SAE.load(tmp_path / "x")
-    artifact.save(tmp_path / "x", "eraser", tensors, {})
+    tensor_file.save(tmp_path / "x", "eraser", tensors, {})
     with pytest.raises(FileError, match="eraser"):
         SAE.load(tmp_path / "x")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers.planted import planted
 from neuraleraser.errors import DataError, FileError, SettingsError
-from neuraleraser.io import artifact, atomic
+from neuraleraser.io import atomic, tensor_file
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 
 _, BANK = planted(48, 16, 1000, active=2, seed=0, strong=3.0)
@@ -130,13 +130,13 @@ def half(path: Path) -> None:
 
     with pytest.raises(DataError, match=r"ended after 18 .*all steps before are kept in .*run\.safetensors"):
         train(short, SETTINGS, checkpoint=path)
-    assert artifact.load(path, "sae-training")[1]["step"] == 18
+    assert tensor_file.load(path, "sae-training")[1]["step"] == 18
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "run.safetensors"
     half(path)
-    tensors, header = artifact.load(path, "sae-training")
+    tensors, header = tensor_file.load(path, "sae-training")
     for damage in (
         lambda t, h: t.pop("W_enc"),
         lambda t, h: t.pop("b_dec.exp_avg"),
@@ -150,6 +150,6 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path):
     ):
         t, h = dict(tensors), dict(header)
         damage(t, h)
-        artifact.save(path, "sae-training", t, h)
+        tensor_file.save(path, "sae-training", t, h)
         with pytest.raises(FileError, match="delete it to start over"):
             train(STREAM, SETTINGS, checkpoint=path)

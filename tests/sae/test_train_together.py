@@ -14,7 +14,7 @@ import torch
 
 from helpers.planted import planted
 from neuraleraser.errors import ConceptRefusedError, DataError, FileError, MissingDependencyError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.sae import SAE, Run, TrainingLog, TrainSettings, pool_batches, train, train_together
 
 SMALL = TrainSettings(n_features=16, k=2, steps=8, init_vectors=64, bf16=False, log_every=2, checkpoint_every=3)
@@ -71,7 +71,7 @@ def test_what_was_learnt_is_kept_when_the_stream_fails(together: dict[str, SAE],
     runs = {name: dataclasses.replace(run, checkpoint=tmp_path / f"{i}") for i, (name, run) in enumerate(RUNS.items())}
     with pytest.raises(DataError, match=rf"prompts \['a'\] \(all steps before are kept in {tmp_path / '2'}\)"):
         train_together(failing, runs)
-    steps = [artifact.load(tmp_path / f"{i}", "sae-training")[1]["step"] for i in range(3)]
+    steps = [tensor_file.load(tmp_path / f"{i}", "sae-training")[1]["step"] for i in range(3)]
     assert steps == [8, 8, 9]
     done = train_together(both, runs)
     assert all(same(done[name], together[name]) for name in RUNS)
@@ -82,7 +82,7 @@ def test_one_that_diverges_takes_nothing_from_the_others(together: dict[str, SAE
     runs = {"wide": Run(SMALL, checkpoint=tmp_path / "good"), "slim": Run(bad, checkpoint=tmp_path / "bad")}
     with pytest.raises(SettingsError, match="diverged at step"):
         train_together(both, runs)
-    assert artifact.load(tmp_path / "good", "sae-training")[1]["step"] >= 1
+    assert tensor_file.load(tmp_path / "good", "sae-training")[1]["step"] >= 1
     assert same(train(ALONE["wide"], SMALL, tmp_path / "good"), together["wide"])
 
 
@@ -96,7 +96,7 @@ def test_interrupted_runs_are_kept_at_their_last_step(together: dict[str, SAE], 
     run = {"wide": Run(SMALL, checkpoint=tmp_path / "c")}
     with pytest.raises(KeyboardInterrupt):
         train_together(stopping, run)
-    assert artifact.load(tmp_path / "c", "sae-training")[1]["step"] == 5
+    assert tensor_file.load(tmp_path / "c", "sae-training")[1]["step"] == 5
     assert same(train_together(both, run)["wide"], together["wide"])
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.errors import FileError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.io.names import printable
 from neuraleraser.sae.mixing_buffer import MixingBuffer, Rows, Stopped, generator
 
@@ -71,7 +71,7 @@ class Shards:
     @classmethod
     def _read(cls, folder: Path) -> Shards:
         path = folder / INDEX
-        _, header = artifact.load(path, _KIND)
+        _, header = tensor_file.load(path, _KIND)
         try:
             numbers = {name: _whole(name, header[name]) for name in ("count", "rows", "group_size")}
             sources = tuple(header["sources"])
@@ -149,7 +149,7 @@ class Shards:
             raise FileError(
                 f"{path} is truncated or another file: it has {found} bytes, field bytes says {size}: {_AGAIN}"
             )
-        tensors, _ = artifact.load(path, _SHARD)
+        tensors, _ = tensor_file.load(path, _SHARD)
         if (own := _sha256(tensors)) != digest:
             twins = [i for i, (_, other) in enumerate(self.files) if other == own]
             what = f"is shard {twins[0]} under another name" if twins else "was altered"
@@ -216,7 +216,7 @@ def write_shards(
             tensors = {}
             for source, rows in block.items():
                 tensors |= dict(zip((source, source + _LABELS), rows, strict=False))
-            artifact.save(path, _SHARD, tensors, {"number": number})
+            tensor_file.save(path, _SHARD, tensors, {"number": number})
             files[number : number + 1] = [(path.stat().st_size, _sha256(tensors))]
             first = next(iter(block.values()))[0]
             header = {
@@ -227,7 +227,7 @@ def write_shards(
                 "sources": list(block),
                 "shards": files,
             }
-            artifact.save(folder / INDEX, _KIND, {}, header)
+            tensor_file.save(folder / INDEX, _KIND, {}, header)
             if on_shard:
                 on_shard(number)
     finally:

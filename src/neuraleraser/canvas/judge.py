@@ -23,7 +23,7 @@ from neuraleraser.canvas.artefact_distance import Artefact, Images, damaged, fea
 from neuraleraser.canvas.judge_nets import Which, build_judge
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import FileError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.precision import has_bf16
 
 if TYPE_CHECKING:
@@ -306,12 +306,12 @@ def save_judge(judge: Judge, path: Path) -> None:
     if judge.artefact:
         tensors |= {f"artefact/{k}": v.half() for k, v in vars(judge.artefact).items()}
     kept = {k: v for k, v in vars(judge).items() if k not in ("net", "artefact")}
-    artifact.save(path, "judge", tensors, {**kept, "styles": STYLES, "objects": OBJECTS})
+    tensor_file.save(path, "judge", tensors, {**kept, "styles": STYLES, "objects": OBJECTS})
 
 
 def load_judge(path: Path) -> Judge:
     """Open a judge's file. Raises FileError if it is damaged or knows other styles or objects than the canvas."""
-    tensors, header = artifact.load(path, "judge")
+    tensors, header = tensor_file.load(path, "judge")
     if header.get("styles") != [*STYLES] or header.get("objects") != [*OBJECTS]:
         raise FileError(f"{path} judges other styles or objects than this canvas has: train the judge again")
     parts: dict[str, dict[str, Tensor]] = {"net": {}, "artefact": {}}

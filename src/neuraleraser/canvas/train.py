@@ -42,7 +42,7 @@ from neuraleraser.canvas.pipeline import (
 from neuraleraser.canvas.recipe import TrainCanvas
 from neuraleraser.canvas.words import NONE, OBJECTS, caption
 from neuraleraser.errors import DataError, FileError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.io.atomic import replacing_folder
 from neuraleraser.precision import has_bf16
 
@@ -103,11 +103,11 @@ class TrainState:
         for k, p in self.params.items():
             if k not in self.momentum:
                 tensors |= {f"{name}/{k}": self.adam.state[p][name] for name in ("exp_avg", "exp_avg_sq")}
-        artifact.save(self.path, "checkpoint", tensors, {"step": self.step})
+        tensor_file.save(self.path, "checkpoint", tensors, {"step": self.step})
         self._saved = time.monotonic()
 
     def _load(self) -> None:
-        tensors, header = artifact.load(self.path, "checkpoint")
+        tensors, header = tensor_file.load(self.path, "checkpoint")
         expected = {
             f"{group}/{k}": p.shape
             for k, p in self.params.items()
@@ -286,12 +286,12 @@ def shown(renders: Renders, twice: Sequence[str]) -> np.ndarray:
 def _latents(renders: Renders, vae: AutoencoderKL, path: Path) -> Tensor:
     """All renders encoded, unscaled: from `path` if it is there, else made and kept there."""
     if path.exists():
-        latents = artifact.load(path, "latents")[0]["latents"]
+        latents = tensor_file.load(path, "latents")[0]["latents"]
         if len(latents) != len(renders.images):
             raise DataError(f"{path} holds {len(latents)} latents, expected {len(renders.images)}: delete it")
         return latents
     latents = encode(vae, renders.images)
-    artifact.save(path, "latents", {"latents": latents}, {})
+    tensor_file.save(path, "latents", {"latents": latents}, {})
     return latents
 
 

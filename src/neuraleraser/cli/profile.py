@@ -39,7 +39,7 @@ def profile(
 
     from neuraleraser.concepts import concept_of
     from neuraleraser.fitting.profile_concepts import profile_concepts
-    from neuraleraser.io import artifact
+    from neuraleraser.io import tensor_file
     from neuraleraser.io.outputs import check_outputs, save_or_keep
     from neuraleraser.sae import SAE, scores
     from neuraleraser.sites import Site
@@ -58,7 +58,7 @@ def profile(
     stats = profile_concepts(pipe, loaded, Site.parse(where), asked, num_images)
     tensors = {"mean": stats.mean, "spread": stats.spread, "times": stats.times}
     header = {"names": list(stats.names), "site": str(where), "model": model}
-    save_or_keep(out, lambda path: artifact.save(path, "profile", tensors, header))
+    save_or_keep(out, lambda path: tensor_file.save(path, "profile", tensors, header))
     for concept in asked:
         score = scores.margin_score(stats, concept.name).mean(0)
         share = scores.saeuron_score(stats, concept.name).mean(0)

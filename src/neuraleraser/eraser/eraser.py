@@ -18,7 +18,7 @@ from neuraleraser.eraser.gate import Gate
 from neuraleraser.eraser.header import EraserHeader
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.errors import DataError, FileError, SiteError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import printable
 from neuraleraser.sites import Site
@@ -121,7 +121,7 @@ class Eraser(HubFile):
             k: v.half() if k == "gate/rows" or (k.startswith("correction") and not k.endswith("times")) else v
             for k, v in self._tensors().items()
         }
-        artifact.save(path, "eraser", tensors, self.header.as_json() | self._layout())
+        tensor_file.save(path, "eraser", tensors, self.header.as_json() | self._layout())
 
     @classmethod
     def load(cls, path: str | Path) -> Eraser:
@@ -136,7 +136,7 @@ class Eraser(HubFile):
         Raises:
             FileError: The file is no eraser, or its parts do not fit.
         """
-        tensors, header = artifact.load(path, "eraser")
+        tensors, header = tensor_file.load(path, "eraser")
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition("/")

@@ -16,7 +16,7 @@ from neuraleraser.errors import DataError, FileError, SettingsError, SiteError
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting.trajectories import pooled_features
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.io.cards import header_rows, make_card, plain, table
 from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import name_error, printable, prompt_error
@@ -90,7 +90,7 @@ class Reference(HubFile):
         scale = values.amax().clamp(min=1e-12) / 255
         # Square roots: small activations keep their precision.
         coded = (values / (255 * scale)).sqrt().mul(255).round().to(torch.uint8)
-        artifact.save(
+        tensor_file.save(
             folder / "background.safetensors",
             "background",
             {
@@ -122,7 +122,7 @@ class Reference(HubFile):
             FileError: There is no reference, or it is not sound.
         """
         sae = SAE.load(folder / "sae.safetensors")
-        tensors, header = artifact.load(folder / "background.safetensors", "background")
+        tensors, header = tensor_file.load(folder / "background.safetensors", "background")
         error = _background_error(tensors, header, sae.n_features)
         if error:
             raise FileError(f"{folder} holds no complete reference ({error}): make it again")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neuraleraser.errors import FileError
 from neuraleraser.io import untrusted
-from neuraleraser.io.artifact import load_foreign
+from neuraleraser.io.tensor_file import load_foreign
 from neuraleraser.judges.judgement import Judgement, check
 
 PHOTOS = "Seed_Images"

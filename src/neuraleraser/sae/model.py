@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuraleraser.errors import DataError, FileError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.io.cards import header_rows, make_card, plain, table
 from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import printable
@@ -145,7 +145,7 @@ class SAE(nn.Module, HubFile):
         whole = {**self.header, **(header or {})}
         if error := _header_error(whole):
             raise DataError(f"the SAE for {path} has {error}: change its header")
-        artifact.save(path, KIND, tensors, whole)
+        tensor_file.save(path, KIND, tensors, whole)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:
@@ -160,7 +160,7 @@ class SAE(nn.Module, HubFile):
         Raises:
             FileError: The file is anything but a sound SAE file.
         """
-        tensors, header = artifact.load(path, KIND)
+        tensors, header = tensor_file.load(path, KIND)
         if set(tensors) != set(_NAMES):
             raise FileError(f"{path} holds tensors {printable(sorted(tensors)[:8])}: an SAE has {sorted(_NAMES)}")
         if error := _header_error(header):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 from neuraleraser.sae.architectures.architecture import architecture_named
 from neuraleraser.sae.batch_checks import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
 from neuraleraser.sae.model import SAE
@@ -305,13 +305,13 @@ def _keep(run: Run, state: _State) -> None:
         state.log()
     header = {"settings": asdict(run.settings), "data": dict(run.data)}
     header |= {name: getattr(state, name) for name in (*_NUMBERS, "concepts")} | {"threshold": float(state.threshold)}
-    artifact.save(run.path, _CHECKPOINT, _tensors(state), header)
+    tensor_file.save(run.path, _CHECKPOINT, _tensors(state), header)
 
 
 def _resume(path: Path, run: Run) -> _State:
     """The state that `_keep` wrote, on the CPU."""
     settings = run.settings
-    tensors, header = artifact.load(path, _CHECKPOINT)
+    tensors, header = tensor_file.load(path, _CHECKPOINT)
     asked, was, data = asdict(settings), header.get("settings"), header.get("data", {})
     if not isinstance(was, dict) or not isinstance(data, dict):
         raise FileError(f"{path} names no settings, so it is no checkpoint: delete it to start over")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.errors import FileError
-from neuraleraser.io import artifact, atomic, untrusted
+from neuraleraser.io import atomic, tensor_file, untrusted
 from neuraleraser.sae.conversion import Source
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -28,7 +28,7 @@ _KNOWN = ("standard", "jumprelu", "topk", "gated", *_BATCH)
 def read(path: Path) -> Source:
     """The dictionary whose weights are at `path`, its configuration beside it."""
     where = path.with_name(CONFIG)
-    config, tensors = untrusted.read_json(where), artifact.load_foreign(path)
+    config, tensors = untrusted.read_json(where), tensor_file.load_foreign(path)
     architecture = config.get("architecture", "standard")
     legacy = config.get("activation_fn_kwargs")
     if config.get("activation_fn_str", "relu") == "topk" and isinstance(legacy, dict):  # SAELens 5
@@ -91,7 +91,7 @@ def _normalised(source: Source, how: object, path: Path) -> Source:
         matrix, inverse, mean = torch.eye(d).double() * s, torch.eye(d).double() / s, torch.zeros(d).double()
     elif how == "covariance_whitening":
         where = path.with_name(_WHITENING)
-        tensors = artifact.load_foreign(where)
+        tensors = tensor_file.load_foreign(where)
         matrix, inverse = (untrusted.get_tensor(tensors, name, (d, d), where) for name in ("matrix", "inverse_matrix"))
         mean = untrusted.get_tensor(tensors, "mean", (d,), where)
     else:
@@ -121,7 +121,7 @@ def write(t: dict[str, Tensor], folder: Path, k: int | None) -> Path:
     """Write as a JumpReLU SAE; the path of its weights."""
     n, d = t["W_enc"].shape
     tensors = {**t, "W_enc": t["W_enc"].T}
-    artifact.save(folder / WEIGHTS, "saelens", tensors, {})
+    tensor_file.save(folder / WEIGHTS, "saelens", tensors, {})
     config = {
         "architecture": "jumprelu",
         "d_in": d,

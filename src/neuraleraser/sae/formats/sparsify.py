@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from neuraleraser.io import artifact, atomic, untrusted
+from neuraleraser.io import atomic, tensor_file, untrusted
 from neuraleraser.sae.conversion import Source
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -20,7 +20,7 @@ WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 def read(path: Path) -> Source:
     """The dictionary whose weights are at `path`, its configuration beside it."""
     where = path.with_name(CONFIG)
-    config, tensors = untrusted.read_json(where), artifact.load_foreign(path)
+    config, tensors = untrusted.read_json(where), tensor_file.load_foreign(path)
     for name in ("transcode", "skip_connection"):
         if untrusted.get_bool(config, name, False, where):
             raise untrusted.unsupported(where, name, True, "a transcoder is no autoencoder of one site")
@@ -54,7 +54,7 @@ def write(t: dict[str, Tensor], folder: Path, k: int | None, saeuron: bool = Fal
     """Write as a TopK SAE; the path of its weights."""
     n, d = t["W_enc"].shape
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-    artifact.save(folder / WEIGHTS, "sparsify", {name: t[ours] for name, ours in names.items()}, {})
+    tensor_file.save(folder / WEIGHTS, "sparsify", {name: t[ours] for name, ours in names.items()}, {})
     config = {"d_in": d, "num_latents": n, "k": k, "expansion_factor": max(1, n // d), "normalize_decoder": True}
     if saeuron:
         config |= {"multi_topk": False, "batch_topk": False, "sample_topk": False, "input_unit_norm": False}

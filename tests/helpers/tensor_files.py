@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from neuraleraser.io import artifact
+from neuraleraser.io import tensor_file
 
 
 def saved(folder: Path, **metadata: str) -> Path:
     """A small whole file; `metadata` replaces strings that `save` wrote."""
     path = folder / "a.safetensors"
-    artifact.save(path, "eraser", {"x": torch.arange(6.0).reshape(2, 3)}, {"concept": "cat"})
+    tensor_file.save(path, "eraser", {"x": torch.arange(6.0).reshape(2, 3)}, {"concept": "cat"})
     if metadata:
         raw = path.read_bytes()
         n = struct.unpack("<Q", raw[:8])[0]

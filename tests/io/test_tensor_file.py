@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.artifact_files import saved, write_raw
+from helpers.tensor_files import saved, write_raw
 from neuraleraser.errors import DataError, FileError
-from neuraleraser.io import artifact, atomic
+from neuraleraser.io import atomic, tensor_file
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -53,7 +53,7 @@ names = st.text(max_size=8)
 def refused(path: Path, kind: str = "eraser") -> str:
     """The sentence with which `load` refuses, which names the file and is one short line."""
     with pytest.raises(FileError) as caught:
-        artifact.load(path, kind)
+        tensor_file.load(path, kind)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text
@@ -65,8 +65,8 @@ def refused(path: Path, kind: str = "eraser") -> str:
 @given(st.dictionaries(names, tensors(), max_size=4), headers, st.text(max_size=8))
 def test_what_is_saved_comes_back(tmp_path: Path, some: dict[str, Tensor], header: dict[str, Any], kind: str):
     path = tmp_path / "folder" / "a.safetensors"
-    artifact.save(path, kind, some, header)
-    again, header_again = artifact.load(path, kind)
+    tensor_file.save(path, kind, some, header)
+    again, header_again = tensor_file.load(path, kind)
     assert header_again == header
     assert again.keys() == some.keys()
     for name, x in some.items():
@@ -78,15 +78,15 @@ def test_what_is_saved_comes_back(tmp_path: Path, some: dict[str, Tensor], heade
 
 def test_tensors_that_share_memory_are_each_written(tmp_path: Path):
     x = torch.arange(6.0)
-    artifact.save(tmp_path / "a", "sae", {"all": x, "same": x, "part": x[2:4]}, {})
-    again, _ = artifact.load(tmp_path / "a", "sae")
+    tensor_file.save(tmp_path / "a", "sae", {"all": x, "same": x, "part": x[2:4]}, {})
+    again, _ = tensor_file.load(tmp_path / "a", "sae")
     assert again["same"].tolist() == x.tolist()
     assert again["part"].tolist() == [2.0, 3.0]
 
 
 def test_what_was_loaded_does_not_change_with_the_file(tmp_path: Path):
     path = saved(tmp_path)
-    again, _ = artifact.load(path, "eraser")
+    again, _ = tensor_file.load(path, "eraser")
     raw = path.read_bytes()
     path.write_bytes(raw[:-24] + bytes(24))
     assert again["x"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
@@ -108,11 +108,11 @@ def test_a_save_that_fails_leaves_the_old_file(
         raise error
 
     if stage == "save_file":
-        monkeypatch.setattr(artifact, "save_file", half)
+        monkeypatch.setattr(tensor_file, "save_file", half)
     else:
         monkeypatch.setattr(atomic.os, "replace", fail)
     with pytest.raises(FileError if isinstance(error, OSError) else KeyboardInterrupt):
-        artifact.save(path, "eraser", {"x": torch.zeros(3)}, {})
+        tensor_file.save(path, "eraser", {"x": torch.zeros(3)}, {})
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -124,7 +124,7 @@ def test_a_disk_that_takes_no_more_leaves_the_old_file(tmp_path: Path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(FileError, match="could not be written"):
-            artifact.save(path, "eraser", {"x": torch.zeros(100_000)}, {})
+            tensor_file.save(path, "eraser", {"x": torch.zeros(100_000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == old
@@ -147,7 +147,7 @@ def test_what_a_killed_save_left_is_swept_away_by_the_next(tmp_path: Path):
 def test_a_place_that_cannot_be_written_is_a_file_error(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FileError, match="could not be written"):
-        artifact.save(tmp_path / "file" / "a.safetensors", "eraser", {}, {})
+        tensor_file.save(tmp_path / "file" / "a.safetensors", "eraser", {}, {})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -155,7 +155,7 @@ def test_a_place_that_cannot_be_written_is_a_file_error(tmp_path: Path):
 def test_nan_and_infinity_are_not_written(tmp_path: Path, bad: float, dtype: torch.dtype):
     x = torch.tensor([0.0, bad, 1.0]).to(dtype)
     with pytest.raises(DataError, match=r"tensor 'x' .* holds NaN or infinity"):
-        artifact.save(tmp_path / "a", "eraser", {"x": x}, {})
+        tensor_file.save(tmp_path / "a", "eraser", {"x": x}, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -163,8 +163,8 @@ def test_nan_and_infinity_are_not_written(tmp_path: Path, bad: float, dtype: tor
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_nan_and_infinity_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, dtype: torch.dtype):
     with monkeypatch.context() as careless:
-        careless.setattr(artifact, "_finite", lambda x: True)
-        artifact.save(tmp_path / "a", "eraser", {"x": torch.tensor([0.0, bad, 1.0]).to(dtype)}, {})
+        careless.setattr(tensor_file, "_finite", lambda x: True)
+        tensor_file.save(tmp_path / "a", "eraser", {"x": torch.tensor([0.0, bad, 1.0]).to(dtype)}, {})
     assert "holds NaN or infinity in tensor 'x'" in refused(tmp_path / "a")
 
 
@@ -173,7 +173,7 @@ def test_nan_and_infinity_are_not_read(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_a_header_that_is_not_json_is_not_written(tmp_path: Path, header: dict[Any, Any]):
     with pytest.raises(DataError, match="is not JSON"):
-        artifact.save(tmp_path / "a", "eraser", {}, header)
+        tensor_file.save(tmp_path / "a", "eraser", {}, header)
 
 
 @pytest.mark.parametrize(
@@ -189,18 +189,18 @@ def test_a_header_that_is_not_json_is_not_written(tmp_path: Path, header: dict[A
 )
 def test_a_tensor_that_could_not_be_read_is_not_written(tmp_path: Path, x: Tensor):
     with pytest.raises(DataError, match=r"tensor 'x' .* pass a dense"):
-        artifact.save(tmp_path / "a", "eraser", {"x": x}, {})
+        tensor_file.save(tmp_path / "a", "eraser", {"x": x}, {})
 
 
 def test_the_name_that_the_format_keeps_is_not_written(tmp_path: Path):
     with pytest.raises(DataError, match="__metadata__"):
-        artifact.save(tmp_path / "a", "eraser", {"__metadata__": torch.zeros(1)}, {})
+        tensor_file.save(tmp_path / "a", "eraser", {"__metadata__": torch.zeros(1)}, {})
 
 
 def test_a_header_over_the_bound_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(artifact, "MAX_HEADER", 1000)
+    monkeypatch.setattr(tensor_file, "MAX_HEADER", 1000)
     with pytest.raises(DataError, match=r"header .* is over"):
-        artifact.save(tmp_path / "a", "eraser", {}, {"a": "b" * 2000})
+        tensor_file.save(tmp_path / "a", "eraser", {}, {"a": "b" * 2000})
     assert not list(tmp_path.iterdir())
 
 
@@ -231,7 +231,7 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path: Path, data: st.DataObj
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
     try:
-        artifact.load(path, "eraser")
+        tensor_file.load(path, "eraser")
     except FileError as e:
         assert "\n" not in str(e)
 
@@ -255,7 +255,7 @@ def test_a_safetensors_file_of_another_program(tmp_path: Path):
 
 
 def test_a_newer_version(tmp_path: Path):
-    newer = str(artifact.VERSION + 1)
+    newer = str(tensor_file.VERSION + 1)
     assert f"has format version {newer}" in refused(saved(tmp_path, version=newer))
 
 
@@ -280,8 +280,8 @@ def test_a_header_that_is_no_object(tmp_path: Path):
 def test_a_claim_of_a_huge_header_is_refused_unread(tmp_path: Path):
     path = tmp_path / "a"
     with open(path, "wb") as f:
-        f.write(struct.pack("<Q", artifact.MAX_HEADER + 1))
-        f.truncate(artifact.MAX_HEADER + 100)  # a sparse file: the claim itself would hold
+        f.write(struct.pack("<Q", tensor_file.MAX_HEADER + 1))
+        f.truncate(tensor_file.MAX_HEADER + 100)  # a sparse file: the claim itself would hold
     assert "over the bound of 16 MB" in refused(path)
 
 
@@ -314,6 +314,6 @@ def test_what_is_saved_twice_is_one_file(tmp_path: Path) -> None:
     """The order of the metadata is the library's, and changes from run to run."""
     header = {"a": 1, "ü": '\U0001f600 \\ " \n', "b": [1.5, None]}
     for i in range(12):
-        artifact.save(tmp_path / str(i), "eraser", {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, header)
+        tensor_file.save(tmp_path / str(i), "eraser", {"x": torch.arange(3.0), "y": torch.ones(2, 2)}, header)
     assert len({(tmp_path / str(i)).read_bytes() for i in range(12)}) == 1
-    assert artifact.load(tmp_path / "0", "eraser")[1] == header
+    assert tensor_file.load(tmp_path / "0", "eraser")[1] == header
