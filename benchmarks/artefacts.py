@@ -30,7 +30,7 @@ from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import Correction, Eraser, attach
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting import fit
-from neuraleraser.sae import SAE, TrainSettings, measure, pool_batches, train
+from neuraleraser.sae import SAE, TrainSettings, measure_sae, pool_batches, train
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import EditContext, Site, candidate_sites, edit
@@ -92,7 +92,7 @@ def main(s: Settings) -> None:
         saes: dict[Site, SAE] = {}
         for site, x in vectors.items():
             saes[site] = train(pool_batches(x, 4096), TrainSettings(n_features=512, k=12, steps=steps))
-        explained = [measure(sae, vectors[site][:20_000])["explained_variance"] for site, sae in saes.items()]
+        explained = [measure_sae(sae, vectors[site][:20_000])["explained_variance"] for site, sae in saes.items()]
         with edit(pipe, {site: flipped(sae) for site, sae in saes.items()}):
             images = generate(pipe, prompts, seeds, sampling)
         tell("sign-flipped", images, explained_variance=sum(explained) / len(explained))

@@ -22,7 +22,7 @@ from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.families.canvas import GATE
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.families.opening import open_pipeline
-from neuraleraser.sae import Run, StepLog, TrainSettings, measure, train_together
+from neuraleraser.sae import Run, StepLog, TrainSettings, measure_sae, train_together
 from neuraleraser.settings import Sampling, StreamSettings
 from neuraleraser.sites import Site
 from neuraleraser.vocabulary import labelled_prompts
@@ -82,7 +82,7 @@ def main(s: Settings) -> None:
     for sae in saes.values():
         texts = [p for p, _ in labelled_prompts(VOCABULARY, s.images, 3)]
         lost = measure_loss_recovered(pipe, sae, site, texts, range(200_000, 200_000 + s.images))
-        figures = measure(sae, x)
+        figures = measure_sae(sae, x)
         found.append(
             {
                 "n": sae.n_features,

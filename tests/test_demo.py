@@ -18,7 +18,7 @@ from neuraleraser.concepts import Concept, concept_of
 from neuraleraser.demo import demo
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import ConceptError
-from neuraleraser.evaluation.figures import Pair
+from neuraleraser.evaluation.figures import ImagePair
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.families.canvas import CANVAS
@@ -46,7 +46,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         image = np.zeros((8, 8, 3), np.uint8)
         entries = [
             ErasureReport(
-                "neuraleraser", e.name, e.header.kind or "", {"ua": one}, pairs=[Pair("a cat", 1, image, image)]
+                "neuraleraser", e.name, e.header.kind or "", {"ua": one}, pairs=[ImagePair("a cat", 1, image, image)]
             )
             for e in erasers
         ]

@@ -23,7 +23,7 @@ from helpers.erasers import open_eraser
 from helpers.planted import planted
 from helpers.stamp_judge import reader
 from neuraleraser import families
-from neuraleraser.eraser import KINDS, Eraser, attach
+from neuraleraser.eraser import CORRECTION_KINDS, Eraser, attach
 from neuraleraser.evaluation.evaluate import evaluate
 from neuraleraser.evaluation.protocol import TARGET, Cell, EvaluationProtocol
 from neuraleraser.evaluation.report import Report
@@ -31,7 +31,7 @@ from neuraleraser.families import family_of, opening
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting import published_references
 from neuraleraser.methods import DoNothing
-from neuraleraser.sae import ARCHITECTURES, SAE, StepLog, TrainSettings, measure, pool_batches, train
+from neuraleraser.sae import ARCHITECTURES, SAE, StepLog, TrainSettings, measure_sae, pool_batches, train
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings, FitSettings, Sampling
 from neuraleraser.sites import default_gate_site
@@ -76,7 +76,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
 
 def test_a_correction(add: Add, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shift = add("add-correction.md").Shift
-    monkeypatch.setitem(KINDS, shift.KIND, shift)
+    monkeypatch.setitem(CORRECTION_KINDS, shift.KIND, shift)
     old = open_eraser()
     site, width = old.corrections[0].site, old.corrections[0].width
     vector = torch.linspace(-3, 3, width)
@@ -107,7 +107,7 @@ def test_an_architecture(add: Add, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     sae = train(pool_batches(x, 256), settings, on_step=logs.append)
     sae.save(tmp_path / "sae.safetensors")
     loaded = SAE.load(tmp_path / "sae.safetensors")
-    figures = measure(loaded, x)
+    figures = measure_sae(loaded, x)
     assert loaded.header["settings"]["architecture"] == "relu"
     assert figures["explained_variance"] > 0.6 and figures["l0"] == pytest.approx(logs[-1].l0, rel=0.3)
 

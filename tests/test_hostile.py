@@ -25,7 +25,7 @@ from helpers import pipelines
 from helpers.erasers import make_eraser
 from helpers.hostile import MUTATIONS
 from neuraleraser.concepts import Concept
-from neuraleraser.eraser import KINDS, Calibration, Eraser, attach, model_card
+from neuraleraser.eraser import CORRECTION_KINDS, Calibration, Eraser, attach, model_card
 from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import DataError, NeuralEraserError
 from neuraleraser.fitting.reference import Reference
@@ -121,7 +121,7 @@ class Bench:
     # Whole files
 
     def make_eraser(self, folder: Path) -> None:
-        for kind in sorted(KINDS):
+        for kind in sorted(CORRECTION_KINDS):
             e = make_eraser(kind=kind)
             made = made_for(self.pipe, e.sites)
             header = replace(

@@ -17,7 +17,7 @@ from helpers.erasers import FAMILIES, SHUT, SITES, make_correction, make_eraser,
 from helpers.scaling import scale
 from neuraleraser.canvas import words
 from neuraleraser.concepts import canvas_concept
-from neuraleraser.eraser import KINDS, Eraser, EraserHeader, Provenance, attach
+from neuraleraser.eraser import CORRECTION_KINDS, Eraser, EraserHeader, Provenance, attach
 from neuraleraser.errors import EraserNotAppliedError, FileError, SplitError
 from neuraleraser.methods import EraserMethod
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
@@ -53,7 +53,9 @@ def test_law_1_identity(family: str) -> None:
         pipelines.run(pipe, 0)
         raise ZeroDivisionError
     assert not hooks(pipe) and torch.equal(pipelines.run(pipe, 0, n=2), base)
-    silent = [make_eraser(family, kind, seed=i + 1, name=kind, **SHUT) for i, kind in enumerate(sorted(KINDS))]
+    silent = [
+        make_eraser(family, kind, seed=i + 1, name=kind, **SHUT) for i, kind in enumerate(sorted(CORRECTION_KINDS))
+    ]
     no_feature = make_eraser(family, threshold=1e6, name="no feature")
     with attach(pipe, [*silent, no_feature, acting], [1.0, 1.0, 2.0, 0.0]) as trace:
         assert torch.equal(pipelines.run(pipe, 0, n=2), base)
@@ -88,7 +90,7 @@ def test_law_3_time_is_data(family: str, steps: int) -> None:
     assert Eraser(unsorted, e.corrections, e.header).validation_error() is not None
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 def test_law_4_features_stand_alone(kind: str) -> None:
     pipe = pipelines.stable_diffusion()
     e = make_eraser(kind=kind, low=0.0, high=20.0)
@@ -123,7 +125,7 @@ def test_law_6_any_shape(family: str, dtype: torch.dtype) -> None:
     base = pipelines.run(pipe, 0, **settings)
     with attach(pipe, make_eraser(family, **SHUT)):
         assert torch.equal(pipelines.run(pipe, 0, **settings), base)
-    for kind in sorted(KINDS):
+    for kind in sorted(CORRECTION_KINDS):
         with attach(pipe, make_eraser(family, kind, share=0.1)):
             out = pipelines.run(pipe, 0, **settings)
         assert out.dtype == dtype and bool(torch.isfinite(out).all()) and not torch.equal(out, base)
@@ -186,7 +188,7 @@ def test_law_10_fail_closed(family: str) -> None:
 @family
 def test_law_11_erasers_commute(family: str) -> None:
     pipe = pipelines.BUILDERS[family]()
-    given = [make_eraser(family, kind, seed=40 * i, name=str(i)) for i, kind in enumerate(sorted(KINDS))]
+    given = [make_eraser(family, kind, seed=40 * i, name=str(i)) for i, kind in enumerate(sorted(CORRECTION_KINDS))]
     with attach(pipe, given):
         one = pipelines.run(pipe, 0)
     with attach(pipe, given[::-1]):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers import pipelines, text_encoders
 from helpers.erasers import SHUT, make_correction, make_gate
-from neuraleraser.eraser import KINDS, Eraser, EraserHeader, attach
+from neuraleraser.eraser import CORRECTION_KINDS, Eraser, EraserHeader, attach
 from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import (
     EditContext,
@@ -125,7 +125,7 @@ def test_identity(case: Case) -> None:
     ]
     with edit(case.pipe, dict.fromkeys([*sites, *updates], zero)):
         assert torch.equal(case.run(), case.base)
-    silent = [case.eraser(kind, seed=i + 1, concept=kind, **SHUT) for i, kind in enumerate(sorted(KINDS))]
+    silent = [case.eraser(kind, seed=i + 1, concept=kind, **SHUT) for i, kind in enumerate(sorted(CORRECTION_KINDS))]
     no_feature = case.eraser(threshold=1e6, concept="no feature")
     with attach(case.pipe, [*silent, no_feature, case.eraser()], [1.0] * 3 + [0.0]):
         assert torch.equal(case.run(), case.base)
@@ -213,7 +213,9 @@ def test_any_shape(case: Case, dtype: torch.dtype) -> None:
     base = case.run(n=1, pipe=pipe, **settings)
     with attach(pipe, case.eraser(**SHUT)):
         assert torch.equal(case.run(n=1, pipe=pipe, **settings), base)
-    with attach(pipe, [case.eraser(kind, seed=i, concept=kind, share=0.1) for i, kind in enumerate(sorted(KINDS))]):
+    with attach(
+        pipe, [case.eraser(kind, seed=i, concept=kind, share=0.1) for i, kind in enumerate(sorted(CORRECTION_KINDS))]
+    ):
         out = case.run(n=1, pipe=pipe, **settings)
     assert out.dtype == base.dtype and bool(torch.isfinite(out).all()) and not torch.equal(out, base)
 

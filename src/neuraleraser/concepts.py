@@ -41,7 +41,8 @@ _OBJECTS = (
 """What is mistaken for one another, in groups."""
 MOST_NEIGHBOURS = 8
 
-KINDS = ("style", "object", "other")
+CONCEPT_KINDS = ("style", "object", "other")
+"""Kinds of concepts; an "other" one has no neighbours by default."""
 _STYLE_WORDS = {"style", "styles", "painting", "paintings", "drawing", "drawings", "art"}
 MAX_FILE = 2**20
 """Bytes of a concept's file, at most."""
@@ -84,9 +85,9 @@ class Concept:
     def __post_init__(self) -> None:
         if error := name_error(self.name):
             raise ConceptError(f"{error}: name the concept in a few words, such as 'Van Gogh style'")
-        if self.kind not in KINDS:
+        if self.kind not in CONCEPT_KINDS:
             kind = printable(self.kind)
-            raise ConceptError(f"concept {self.name!r} is of kind {kind!r}: pass one of {', '.join(KINDS)}")
+            raise ConceptError(f"concept {self.name!r} is of kind {kind!r}: pass one of {', '.join(CONCEPT_KINDS)}")
         if not self.pairs:
             raise ConceptError(f"concept {self.name!r} has no prompts: give at least one pair that shows and lacks it")
         for pair in (*self.pairs, *self.context_pairs):

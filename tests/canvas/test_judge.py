@@ -16,7 +16,7 @@ from neuraleraser.canvas.artefact_distance import damaged, features, fit_artefac
 from neuraleraser.canvas.data import Renders
 from neuraleraser.canvas.judge import (
     STEPS,
-    Judge,
+    TrainedJudge,
     augment,
     best_threshold,
     fit_judge,
@@ -144,7 +144,7 @@ def test_distance_knows_each_kind_by_its_own_spread():
         fit_artefact(made[:49], kind[:49], size=6, bands=4)
 
 
-def test_an_autoencoders_pictures_are_nearer_once_they_were_known(judges: dict[str, Judge], renders: Renders):
+def test_an_autoencoders_pictures_are_nearer_once_they_were_known(judges: dict[str, TrainedJudge], renders: Renders):
     def through(images: np.ndarray) -> np.ndarray:
         return images // 64 * 64
 
@@ -174,7 +174,7 @@ def _twice(renders: Renders) -> Renders:
 
 
 @pytest.fixture(scope="module")
-def judges(renders: Renders) -> dict[str, Judge]:
+def judges(renders: Renders) -> dict[str, TrainedJudge]:
     """Judges that nobody trained, calibrated all the same."""
     torch.manual_seed(0)
     twice = _twice(renders)
@@ -183,7 +183,7 @@ def judges(renders: Renders) -> dict[str, Judge]:
 
 @pytest.mark.parametrize("which", STEPS)
 def test_a_judge_comes_back_from_its_file_bit_for_bit(
-    which: Which, judges: dict[str, Judge], renders: Renders, tmp_path: Path
+    which: Which, judges: dict[str, TrainedJudge], renders: Renders, tmp_path: Path
 ):
     judge = judges[which]
     save_judge(judge, tmp_path / "j.safetensors")
@@ -195,14 +195,14 @@ def test_a_judge_comes_back_from_its_file_bit_for_bit(
     assert (tmp_path / "j.safetensors").stat().st_size < 3e6
 
 
-def test_only_the_second_judge_flags(judges: dict[str, Judge], renders: Renders):
+def test_only_the_second_judge_flags(judges: dict[str, TrainedJudge], renders: Renders):
     assert flagged(judges["first"], renders.images) == 0
     assert flagged(judges["second"], damaged(renders.images)["grey"]) == 1
     assert set(judges["second"].figures["flagged"]) == set(damaged(renders.images))
     assert "flagged" not in judges["first"].figures
 
 
-def test_a_damaged_judge_is_refused(judges: dict[str, Judge], tmp_path: Path):
+def test_a_damaged_judge_is_refused(judges: dict[str, TrainedJudge], tmp_path: Path):
     path = tmp_path / "j.safetensors"
     save_judge(judges["second"], path)
     tensors, header = tensor_file.load(path, "judge")

@@ -134,7 +134,7 @@ def test_a_result_is_kept_where_its_path_fails_after_the_work(
     else:
         import neuraleraser.sae as sae
 
-        monkeypatch.setattr(sae, "measure", in_the_way(sae.measure))
+        monkeypatch.setattr(sae, "measure_sae", in_the_way(sae.measure_sae))
         argv = ["train", GATE.path, "--model", model, "--prompts", "p.txt", "--n-features", "32", *FEW]
         argv += ["--vectors-per-image", "16", "--buffer-chunks", "2", "--out", "late.safetensors"]
         monkeypatch.setattr(SAE, "save", _failing_at(SAE.save, Path("late.safetensors")))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.erasers import make_correction, make_gate, random
 from helpers.scaling import scale
-from neuraleraser.eraser import KINDS, Correction, Gate, time_bin
+from neuraleraser.eraser import CORRECTION_KINDS, Correction, Gate, time_bin
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 
@@ -80,7 +80,7 @@ def test_the_gate_against_loops(share: float) -> None:
     torch.testing.assert_close(gate(x, t), torch.tensor(want, dtype=torch.double))
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 def test_each_mode_against_loops(kind: str) -> None:
     c = double(make_correction(SITE, 4, kind))
     x, t = random(4, 5, 4, seed=4).double(), torch.tensor([0.0, 299.0, 301.5, 999.0])
@@ -135,7 +135,7 @@ def test_one_time_bin_serves_all_times() -> None:
     assert time_bin(torch.tensor([500.0]), torch.tensor([0.0, 999.0])).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 def test_rows_and_positions_stand_alone(kind: str) -> None:
     gate, c = make_gate(SITE, 8, low=0.2, high=2.0, share=0.5), make_correction(SITE, 8, kind)
     x, t = random(3, 6, 8), torch.tensor([10.0, 500.0, 990.0])
@@ -147,7 +147,7 @@ def test_rows_and_positions_stand_alone(kind: str) -> None:
     torch.testing.assert_close(c.delta(turned, t), c.delta(x, t).flip(1))
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 def test_gradients_of_an_edit(kind: str) -> None:
     gate = double(make_gate(SITE, 4, low=0.01, high=50.0, share=0.5))
     c = double(make_correction(SITE, 4, kind))
@@ -170,5 +170,5 @@ def test_bounds_hold_in_every_dtype(dtype: torch.dtype) -> None:
         opening = make_gate(SITE, 8, low=low, high=high)(x, t)
         assert bool(torch.isfinite(opening).all()) and bool(((0 <= opening) & (opening <= 1)).all())
     assert not make_gate(SITE, 8, low=1e9, high=2e9)(x, t).any()
-    for kind in sorted(KINDS):
+    for kind in sorted(CORRECTION_KINDS):
         assert bool(torch.isfinite(make_correction(SITE, 8, kind).delta(x, t)).all())

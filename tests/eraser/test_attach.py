@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers import erasers, pipelines
 from helpers.erasers import SHUT, make_correction, make_eraser, make_gate
-from neuraleraser.eraser import KINDS, Eraser, EraserHeader, LowRank, attach
+from neuraleraser.eraser import CORRECTION_KINDS, Eraser, EraserHeader, LowRank, attach
 from neuraleraser.eraser.corrections import BatchedLowRank
 from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
 from neuraleraser.sites import EditContext, Site, record
@@ -25,7 +25,7 @@ def sd() -> Any:
 # Attached.
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 def test_strength_scales_the_edit(sd: Any, kind: str) -> None:
     """x' = x + strength * gate * delta, of the x that the eraser reads: measured at the site itself."""
     eraser = make_eraser(kind=kind, low=0.0, high=50.0)

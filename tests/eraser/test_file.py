@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helpers.erasers import FAMILIES, make_eraser
-from neuraleraser.eraser import KINDS, Eraser
+from neuraleraser.eraser import CORRECTION_KINDS, Eraser
 from neuraleraser.errors import DataError, FileError, NeuralEraserError
 
 Tensors = dict[str, Tensor]
 Header = dict[str, Any]
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back(family: str, kind: str, tmp_path: Path) -> None:
     one = make_eraser(family, kind, share=0.5, low=0.25, high=0.5)
@@ -77,7 +77,7 @@ def refused(folder: Path, tensors: Tensors, header: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 def test_every_tensor_is_needed_and_has_its_shape(kind: str, parts: Any, tmp_path: Path) -> None:
     good, header = parts(kind)
     for name in good:

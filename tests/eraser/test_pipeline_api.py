@@ -24,7 +24,7 @@ from neuraleraser import (
     set_erasers,
     unload_erasers,
 )
-from neuraleraser.eraser import KINDS, Eraser
+from neuraleraser.eraser import CORRECTION_KINDS, Eraser
 from neuraleraser.errors import EraserNotAppliedError, FileError, SettingsError, SiteError
 
 
@@ -238,7 +238,7 @@ def test_each_image_has_its_own_strength(family: str, guidance: float) -> None:
     assert not torch.equal(mixed[1], base[1]) and not torch.equal(alike[1][2], alike[2][2])
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(CORRECTION_KINDS))
 def test_attached_by_image(sd: Any, kind: str) -> None:
     """Two erasers, each for one image: every image is as if it had been drawn with its own eraser alone."""
     a, b = make_eraser(kind=kind), make_eraser(kind=kind, seed=70, name="Dogs")
@@ -284,7 +284,7 @@ def test_fail_closed(sd: Any) -> None:
 
 def test_nothing_is_fired_and_nothing_changed(sd: Any) -> None:
     base = pipelines.run(sd, 0, n=2)
-    for i, kind in enumerate(sorted(KINDS)):
+    for i, kind in enumerate(sorted(CORRECTION_KINDS)):
         load_eraser(sd, make_eraser(kind=kind, seed=i, name=kind, **SHUT))
     assert torch.equal(pipelines.run(sd, 0, n=2), base)
 

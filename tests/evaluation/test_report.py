@@ -14,7 +14,7 @@ from PIL import Image
 
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.evaluation.columns import TABLES
-from neuraleraser.evaluation.figures import FeaturePanel, Pair, contact_sheet, difference, overlay, spaced_sample
+from neuraleraser.evaluation.figures import FeaturePanel, ImagePair, contact_sheet, difference, overlay, spaced_sample
 from neuraleraser.evaluation.html import page, save_html
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import Finding
@@ -30,8 +30,8 @@ def flat(*colour: int) -> np.ndarray:
 
 
 RED, BLUE = flat(200, 20, 20), flat(20, 20, 200)
-PAIR = Pair("a cat in Van Gogh style", 188, RED, BLUE)
-SAME = Pair("a dog", 288, RED, RED.copy())
+PAIR = ImagePair("a cat in Van Gogh style", 188, RED, BLUE)
+SAME = ImagePair("a dog", 288, RED, RED.copy())
 HALF = Estimate(0.5, 60, 0.4, 0.6)
 COSTS = {"make_seconds": 41.5, "bytes": 48_213, "overhead": 1.01, "overhead_idle": 1.0}
 FIGURES = {c.name: HALF for table in TABLES for c in table.columns} | COSTS | {"bystander": None}
@@ -57,7 +57,7 @@ def full() -> Report:
         pairs=[PAIR, SAME], others=[SAME, PAIR], features=panels, became=[("Seed_Images", HALF), (EVIL, HALF)]
     )
     control = entry(method="string filter")
-    other = entry(concept=EVIL, kind="object", method=EVIL, pairs=[Pair(EVIL, 1, RED, BLUE)])
+    other = entry(concept=EVIL, kind="object", method=EVIL, pairs=[ImagePair(EVIL, 1, RED, BLUE)])
     findings = [Finding("error", f"base images differ {EVIL}")]
     return report(whole, control, other, versions={EVIL: EVIL}, title=EVIL, intro=EVIL, findings=findings)
 
@@ -217,21 +217,21 @@ def test_files_are_written_aside_and_then_renamed(tmp_path: Path, monkeypatch):
 def test_pictures_are_checked():
     for bad in (RED.astype(np.float32), RED[..., 0], RED[:0], [[1]]):
         with pytest.raises(DataError, match="'before' of 'a cat' at seed 3"):
-            Pair("a cat", 3, bad, RED)  # pyright: ignore[reportArgumentType]
+            ImagePair("a cat", 3, bad, RED)  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match=r"\(16, 16, 3\) and \(8, 16, 3\)"):
-        Pair("a cat", 3, RED, RED[:8])
+        ImagePair("a cat", 3, RED, RED[:8])
     with pytest.raises(DataError, match="heatmap 'step 3' of feature 'f'"):
         FeaturePanel("f", heatmaps=[("step 3", RED / 255)])
 
 
 def test_difference_is_four_times_the_gap_either_way():
-    pair = Pair("p", 0, flat(10, 100, 0), flat(0, 110, 255))
+    pair = ImagePair("p", 0, flat(10, 100, 0), flat(0, 110, 255))
     assert difference(pair)[0, 0].tolist() == [40, 40, 255]
     assert not difference(SAME).any() and SAME.identical and not PAIR.identical
 
 
 def test_the_contact_sheet_shows_before_left_of_after(tmp_path: Path):
-    wide = Pair("p", 0, np.tile(RED, (1, 2, 1)), np.tile(BLUE, (1, 2, 1)))
+    wide = ImagePair("p", 0, np.tile(RED, (1, 2, 1)), np.tile(BLUE, (1, 2, 1)))
     contact_sheet([("Van_Gogh", [PAIR, PAIR]), ("Cats", [wide])], tmp_path / "sheet.png", tile=64)
     sheet = np.array(Image.open(tmp_path / "sheet.png"))
     red, blue = ((sheet == colour).all(axis=2) for colour in (RED[0, 0], BLUE[0, 0]))

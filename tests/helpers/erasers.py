@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.scaling import Scaling
-from neuraleraser.eraser import KINDS, Correction, Eraser, EraserHeader, Gate, LowRank
+from neuraleraser.eraser import CORRECTION_KINDS, Correction, Eraser, EraserHeader, Gate, LowRank
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import EditContext, Site, record
@@ -27,7 +27,7 @@ SITES: dict[str, tuple[Site, Site, int]] = {
     "pixart": (Site("transformer.transformer_blocks.0"), Site("transformer.transformer_blocks.1"), 16),
 }
 FAMILIES = sorted(SITES)
-KINDS[Scaling.KIND] = Scaling  # so that every test of a kind is one of several
+CORRECTION_KINDS[Scaling.KIND] = Scaling  # so that every test of a kind is one of several
 SHUT: dict[str, Any] = {"low": 1e6, "high": 2e6}
 """Bounds that no evidence of a random model reaches."""
 
@@ -100,7 +100,7 @@ def make_correction(
             "bias": 0.3 * random(t, d, seed=seed + 7),
         },
     }[kind]
-    return KINDS[kind].from_tensors(site, {"times": torch.tensor(times)} | made | tensors, also)
+    return CORRECTION_KINDS[kind].from_tensors(site, {"times": torch.tensor(times)} | made | tensors, also)
 
 
 def make_eraser(

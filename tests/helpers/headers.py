@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from neuraleraser.concepts import KINDS
+from neuraleraser.concepts import CONCEPT_KINDS
 from neuraleraser.eraser import Calibration, EraserHeader, Provenance
 from neuraleraser.settings import MAX_SEED, FitSettings, Sampling
 from neuraleraser.sites import ROUTES, Fingerprint
@@ -36,7 +36,7 @@ provenances = st.builds(
 headers = st.builds(
     EraserHeader,
     st.just("Cats"),
-    kind=st.sampled_from([None, *KINDS]),
+    kind=st.sampled_from([None, *CONCEPT_KINDS]),
     routes=st.lists(st.sampled_from(ROUTES), max_size=3).map(tuple),
     base=_lines,
     time_scale=_lines,

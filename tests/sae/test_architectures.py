@@ -19,7 +19,7 @@ from neuraleraser.sae import (
     StepLog,
     TrainSettings,
     labelled_batches,
-    measure,
+    measure_sae,
     pool_batches,
     sparse_ops,
     train,
@@ -69,7 +69,7 @@ def trained() -> tuple[Tensor, Tensor, Trained]:
 def test_planted_directions_are_recovered(trained, name):
     directions, held_out, made = trained
     sae, logs = made[name]
-    found, figures = recovered(directions, sae.W_dec), measure(sae, held_out)
+    found, figures = recovered(directions, sae.W_dec), measure_sae(sae, held_out)
     print(
         f"{name}: recovered {found:.3f}, {figures['l0']:.2f} fire, ev {figures['explained_variance']:.3f}, {logs[-1]}"
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.io import tensor_file
-from neuraleraser.sae import SAE, measure, pool_batches
+from neuraleraser.sae import SAE, measure_sae, pool_batches
 
 
 def random_sae(n: int = 24, d: int = 6, seed: int = 0) -> SAE:
@@ -52,7 +52,7 @@ def test_gradients_reach_the_activations_and_not_the_weights():
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
     sae, x = random_sae(), torch.randn(20, 6)
-    sae.header = {"settings": {"k": 3}, "measures": measure(sae, x)}
+    sae.header = {"settings": {"k": 3}, "measures": measure_sae(sae, x)}
     sae.save(tmp_path / "a.safetensors", {"site": "unet.mid_block:output:image", "time_scale": 1000})
     back = SAE.load(tmp_path / "a.safetensors")
     assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), back.parameters(), strict=True))
@@ -104,7 +104,7 @@ def test_measures():
     sae = SAE(eye, torch.zeros(4), eye, torch.zeros(4), torch.zeros(4))
     x = torch.zeros(100, 4)
     x[:, 0], x[:10, 1], x[:1, 2] = 1 + torch.arange(100) / 100, 1.0, 1.0
-    m = measure(sae, x)
+    m = measure_sae(sae, x)
     assert m["explained_variance"] == pytest.approx(1.0)
     assert m["l0"] == pytest.approx(1.11)
     assert m["dead_share"] == 0.25
@@ -112,14 +112,14 @@ def test_measures():
     assert by_edge[-2.0] == 1 and by_edge[-1.0] == 1 and by_edge[-0.5] == 1
     assert sum(m["rates"]["features"]) == 3
     mean = SAE(eye, torch.full((4,), -9.0), eye, x.mean(0), torch.zeros(4))
-    assert measure(mean, x)["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+    assert measure_sae(mean, x)["explained_variance"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_measures_do_not_depend_on_how_they_are_made(monkeypatch):
     sae, x = random_sae(), torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
-    whole = measure(sae, x)
+    whole = measure_sae(sae, x)
     monkeypatch.setattr("neuraleraser.sae.quality._CHUNK", 24 * 7)
-    parts = measure(sae, x)
+    parts = measure_sae(sae, x)
     assert parts.pop("explained_variance") == pytest.approx(whole.pop("explained_variance"))
     assert parts == whole
 
@@ -132,7 +132,7 @@ def test_bad_activations_are_not_measured():
         (torch.full((3, 6), float("nan")), "18 of 18"),
     ]:
         with pytest.raises(DataError, match=message):
-            measure(sae, x)
+            measure_sae(sae, x)
 
 
 @given(n=st.integers(1, 40), share=st.floats(0.01, 1), seed=st.integers(0, 5), start=st.integers(0, 60))

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from helpers.planted import planted
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sae import SAE, StepLog, TrainSettings, labelled_batches, measure, train
+from neuraleraser.sae import SAE, StepLog, TrainSettings, labelled_batches, measure_sae, train
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, contrast_loss, discriminants
 
@@ -154,9 +154,9 @@ def test_a_discriminant_is_held_while_the_rest_learns():
     assert torch.equal(few.W_enc[:CONCEPTS], many.W_enc[:CONCEPTS])
     assert not torch.equal(few.W_enc[CONCEPTS:], many.W_enc[CONCEPTS:])
     own = tells(many)[:, :CONCEPTS].diag()
-    print(own.tolist(), measure(many, x[7000:, 0])["explained_variance"])
+    print(own.tolist(), measure_sae(many, x[7000:, 0])["explained_variance"])
     assert float(own.min()) > 0.95 and many.header["concepts"] == CONCEPTS
-    assert measure(many, x[7000:, 0])["explained_variance"] > 0.85
+    assert measure_sae(many, x[7000:, 0])["explained_variance"] > 0.85
 
 
 def test_contrast_separates_concepts():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.planted import planted, recovered
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sae import SAE, StepLog, TrainSettings, measure, pool_batches, train
+from neuraleraser.sae import SAE, StepLog, TrainSettings, measure_sae, pool_batches, train
 
 DICTIONARY = TrainSettings(n_features=128, k=2, steps=600, dead_after=8000, bf16=False, log_every=150)
 """Twice the features that are planted: with as many, about a fifth of them is missed."""
@@ -45,7 +45,7 @@ def test_a_larger_dictionary_is_recovered():
 
 def test_features_fire_as_often_after_training_as_in_it(small):
     _, _, held_out, sae, logs = small
-    assert abs(measure(sae, held_out)["l0"] - 2) <= 0.2
+    assert abs(measure_sae(sae, held_out)["l0"] - 2) <= 0.2
     assert bool((sae.threshold == sae.threshold[0]).all()) and sae.threshold[0] > 0
     assert [log.step for log in logs] == [150, 300, 450, 600]
     assert logs[-1].l0 == pytest.approx(2, abs=0.01)
@@ -57,7 +57,7 @@ def test_bfloat16_learns_as_well(small):
     sae = train(pool_batches(x, 512), dataclasses.replace(DICTIONARY, bf16=True))
     assert recovered(directions, sae.W_dec) >= recovered(directions, exact.W_dec) - 0.05
     assert sae.W_dec.dtype == torch.float32
-    assert abs(measure(sae, held_out)["l0"] - 2) <= 0.2
+    assert abs(measure_sae(sae, held_out)["l0"] - 2) <= 0.2
 
 
 def test_revival_lowers_the_share_of_dead_features():
@@ -67,7 +67,7 @@ def test_revival_lowers_the_share_of_dead_features():
         settings = dataclasses.replace(
             DICTIONARY, n_features=64, k_aux=k_aux, learning_rate=1e-2, steps=400, dead_after=4000
         )
-        dead[k_aux] = measure(train(pool_batches(x, 512), settings), x)["dead_share"]
+        dead[k_aux] = measure_sae(train(pool_batches(x, 512), settings), x)["dead_share"]
     assert dead[0] >= 0.05, "the control must have dead features"
     assert dead[None] <= dead[0] / 2
 
@@ -204,5 +204,5 @@ def test_the_threshold_is_of_the_weights_as_they_end(architecture: str):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(16_000, 6, generator=g) @ torch.randn(6, 32, generator=g)
     settings = TrainSettings(n_features=512, k=6, steps=100, architecture=architecture)
-    fired = measure(train(pool_batches(x, 1024), settings), x)["l0"]
+    fired = measure_sae(train(pool_batches(x, 1024), settings), x)["l0"]
     assert fired == pytest.approx(6, rel=0.012)

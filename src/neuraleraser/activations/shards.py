@@ -21,7 +21,7 @@ from torch import Tensor
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.io import tensor_file
 from neuraleraser.io.names import printable
-from neuraleraser.sae.mixing_buffer import MixingBuffer, Rows, Stopped, generator
+from neuraleraser.sae.mixing_buffer import ActivationRows, MixingBuffer, Stopped, generator
 
 INDEX = "index.safetensors"
 _KIND, _SHARD, _LABELS = "activations", "activations-shard", "/labels"
@@ -121,7 +121,7 @@ class Shards:
                 f"batch is {batch}: pass a multiple of the {self.group_size} vectors that stay together"
             )
 
-        def chunk(number: int, stopped: Stopped) -> Mapping[str, Rows]:
+        def chunk(number: int, stopped: Stopped) -> Mapping[str, ActivationRows]:
             epoch, at = divmod(number, self.count)
             return self.load(int(torch.randperm(self.count, generator=generator(seed, "shards", epoch))[at]))
 
@@ -130,7 +130,7 @@ class Shards:
             chunk, self.rows, rows, buffer_chunks=buffer_chunks, seed=seed, prefetch=prefetch, device=device
         )
 
-    def load(self, number: int) -> dict[str, Rows]:
+    def load(self, number: int) -> dict[str, ActivationRows]:
         """Read the rows of a shard.
 
         Args:
@@ -154,7 +154,7 @@ class Shards:
             twins = [i for i, (_, other) in enumerate(self.files) if other == own]
             what = f"is shard {twins[0]} under another name" if twins else "was altered"
             raise FileError(f"{path} {what}: its SHA-256 is {own[:12]}, field sha256 says {digest[:12]}: {_AGAIN}")
-        out: dict[str, Rows] = {}
+        out: dict[str, ActivationRows] = {}
         for source in self.sources:
             rows = tuple(tensors[name] for name in (source, source + _LABELS) if name in tensors)
             if not rows or any(len(x) != self.rows for x in rows):
@@ -201,7 +201,7 @@ def write_shards(
         if other:
             raise SettingsError(f"{folder} holds a stream of {'; '.join(other)}: pass those, or another folder")
         files = list(old.files)
-    stream: Iterator[dict[str, Rows]] | None = None
+    stream: Iterator[dict[str, ActivationRows]] | None = None
     at = 0
     try:
         for number in range(count):

@@ -13,7 +13,7 @@ from torch import Tensor
 from neuraleraser.activations.collecting import CONDITIONAL, sample
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.sae.mixing_buffer import MixingBuffer, Rows, Stopped, generator
+from neuraleraser.sae.mixing_buffer import ActivationRows, MixingBuffer, Stopped, generator
 from neuraleraser.settings import STREAM_SEEDS, StreamSettings
 from neuraleraser.sites import Site, record
 
@@ -68,7 +68,7 @@ def activation_stream(
         pass  # a site that is not there is an error now, not once a thread draws
     start = int(torch.randint(len(STREAM_SEEDS), (), generator=generator(s.stream_seed, "noise")))
 
-    def chunk(number: int, stopped: Stopped) -> Mapping[str, Rows]:
+    def chunk(number: int, stopped: Stopped) -> Mapping[str, ActivationRows]:
         numbers = range(number * count, (number + 1) * count)
         shown = [_prompt(i, len(prompts), s.stream_seed) for i in numbers]
         seeds = [STREAM_SEEDS[(start + i) % len(STREAM_SEEDS)] for i in numbers]
@@ -83,7 +83,7 @@ def activation_stream(
             s.group_size,
             stopped,
         )
-        out: dict[str, Rows] = {}
+        out: dict[str, ActivationRows] = {}
         for site, kept in found.items():
             if len(kept.x) != size:
                 raise DataError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from neuraleraser.canvas.judge import SIZE, Judge, judge_path, load_judge
+from neuraleraser.canvas.judge import SIZE, TrainedJudge, judge_path, load_judge
 from neuraleraser.canvas.judge_nets import Which
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import SettingsError
@@ -31,7 +31,7 @@ class CanvasJudge:
         ['Van_Gogh', 'Seed_Images']
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: TrainedJudge) -> None:
         self.styles, self.objects = STYLES, OBJECTS
         self.thresholds = dict.fromkeys(STYLES, judge.style_threshold)
         self.thresholds |= dict(zip(OBJECTS, judge.object_thresholds, strict=True))

@@ -139,7 +139,7 @@ def settle(net: nn.Module, renders: Renders, seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Judge:
+class TrainedJudge:
     """A trained and calibrated judge; `figures` tells how it did on renders that it never saw."""
 
     which: Which
@@ -201,7 +201,7 @@ def _temperature(loss_of: Any) -> float:
 
 def fit_judge(
     which: Which, net: nn.Module, train: Renders, held: Renders, through: Through | None = None, fit: int = 10_000
-) -> Judge:
+) -> TrainedJudge:
     """Make a trained net a judge: temperatures and thresholds from the even renders of `held`, figures from the odd.
 
     The artefact distance is fitted to `fit` renders of `train` and all that are empty: slightly augmented, half
@@ -225,9 +225,9 @@ def fit_judge(
     if which == "second":
         artefact = _fit_distance(net, train, through, fit)
         threshold = float(artefact(_seen(net, held.images[even])[2]).quantile(0.99))
-    draft = Judge(which, net, (t1, t2), style_threshold, object_thresholds, artefact, threshold, {})
+    draft = TrainedJudge(which, net, (t1, t2), style_threshold, object_thresholds, artefact, threshold, {})
     figures = validate(draft, held, np.arange(1, len(held.images), 2), through)
-    return Judge(**{**vars(draft), "figures": figures})
+    return TrainedJudge(**{**vars(draft), "figures": figures})
 
 
 def _fit_distance(net: nn.Module, train: Renders, through: Through | None, fit: int) -> Artefact:
@@ -243,7 +243,7 @@ def _fit_distance(net: nn.Module, train: Renders, through: Through | None, fit: 
 
 
 def validate(
-    judge: Judge, renders: Renders, index: NDArray[np.integer], through: Through | None = None
+    judge: TrainedJudge, renders: Renders, index: NDArray[np.integer], through: Through | None = None
 ) -> dict[str, Any]:
     """Figures on some renders: accuracies (0..1) and, if it measures them, the share taken for artefacts.
 
@@ -262,7 +262,7 @@ def validate(
     return figures
 
 
-def _accuracies(judge: Judge, images: Images, style: Tensor, there: Tensor) -> dict[str, Any]:
+def _accuracies(judge: TrainedJudge, images: Images, style: Tensor, there: Tensor) -> dict[str, Any]:
     p_style, p_object, _ = judge(images)
     over = p_object > torch.tensor(judge.object_thresholds)
     count, right = there.sum(1), p_style.argmax(1) == style
@@ -283,7 +283,7 @@ def _accuracies(judge: Judge, images: Images, style: Tensor, there: Tensor) -> d
     }
 
 
-def flagged(judge: Judge, images: Images) -> float:
+def flagged(judge: TrainedJudge, images: Images) -> float:
     """The share of `images` farther from all that is real than 99 % of held-out renders; 0 without a distance."""
     apart = judge(images)[2]
     if apart is None or judge.artefact_threshold is None:
@@ -296,7 +296,7 @@ def judge_path(which: Which) -> Path:
     return WEIGHTS / f"judge-{which}.safetensors"
 
 
-def save_judge(judge: Judge, path: Path) -> None:
+def save_judge(judge: TrainedJudge, path: Path) -> None:
     """Save in fp16 (the norms' running figures in fp32)."""
     tensors = {
         f"net/{k}": v if "running" in k else v.half()
@@ -309,7 +309,7 @@ def save_judge(judge: Judge, path: Path) -> None:
     tensor_file.save(path, "judge", tensors, {**kept, "styles": STYLES, "objects": OBJECTS})
 
 
-def load_judge(path: Path) -> Judge:
+def load_judge(path: Path) -> TrainedJudge:
     """Open a judge's file. Raises FileError if it is damaged or knows other styles or objects than the canvas."""
     tensors, header = tensor_file.load(path, "judge")
     if header.get("styles") != [*STYLES] or header.get("objects") != [*OBJECTS]:
@@ -325,7 +325,7 @@ def load_judge(path: Path) -> Judge:
         net.load_state_dict(parts["net"] | {k: v for k, v in net.state_dict().items() if k.endswith("tracked")})
         artefact = Artefact(**parts["artefact"]) if parts["artefact"] else None
         net = net.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
-        judge = Judge(
+        judge = TrainedJudge(
             header["which"],
             net,
             (float(header["temperatures"][0]), float(header["temperatures"][1])),

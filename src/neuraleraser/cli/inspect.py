@@ -82,7 +82,7 @@ def _measured(
     from neuraleraser.evaluation.figures import grid_sheet, png
     from neuraleraser.families.defaults import default_sampling
     from neuraleraser.io.atomic import write_bytes
-    from neuraleraser.sae import measure
+    from neuraleraser.sae import measure_sae
     from neuraleraser.sites import Site
 
     at, lines = Site.parse(where), read_prompts(s.prompts) if s.prompts else None
@@ -93,7 +93,7 @@ def _measured(
     x = activation_matrix(pipe, texts, seeds, [at], s.vectors_per_image, together)[at]
     if x.shape[1] != sae.d_in:
         raise DataError(f"{source}: field W_enc takes activations {sae.d_in} wide, {at} of {model!r} has {x.shape[1]}")
-    print(_figures(measure(sae, x), sae.n_features, f"on {s.num_images} images"))
+    print(_figures(measure_sae(sae, x), sae.n_features, f"on {s.num_images} images"))
     found = measure_loss_recovered(pipe, sae, at, texts, seeds, together, s.num_timesteps)
     head = ("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")
     rows: list[tuple[str, ...]] = []

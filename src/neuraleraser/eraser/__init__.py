@@ -17,7 +17,7 @@ where it stays shut nothing is added, and the image keeps its bits. No row sees 
 from __future__ import annotations
 
 from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach, check_nothing_acts
-from neuraleraser.eraser.corrections import KINDS, Correction, LowRank
+from neuraleraser.eraser.corrections import CORRECTION_KINDS, Correction, LowRank
 from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.gate import Gate, time_bin
 from neuraleraser.eraser.header import Calibration, EraserHeader
@@ -38,7 +38,7 @@ from neuraleraser.eraser.trace import Trace
 
 __all__ = [
     "ACTIONS",
-    "KINDS",
+    "CORRECTION_KINDS",
     "MAX_STRENGTH",
     "Calibration",
     "Correction",

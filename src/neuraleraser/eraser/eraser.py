@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser.corrections import KINDS, Correction
+from neuraleraser.eraser.corrections import CORRECTION_KINDS, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
 from neuraleraser.eraser.gate import Gate
 from neuraleraser.eraser.header import EraserHeader
@@ -155,7 +155,7 @@ class Eraser(HubFile):
             )
             corrections = []
             for i, entry in enumerate(header["corrections"]):
-                kind = KINDS[entry["kind"]]
+                kind = CORRECTION_KINDS[entry["kind"]]
                 found = parts.pop(f"correction{i}")
                 if problem := _spec_error(found, kind.AXES):
                     raise ValueError(f"correction{i}/{problem}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from neuraleraser.concepts import KINDS
+from neuraleraser.concepts import CONCEPT_KINDS
 from neuraleraser.eraser.provenance import Provenance, is_span
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.fields import are_numbers, are_prompts, is_line, is_number, is_whole
@@ -154,7 +154,7 @@ def _line(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    _expect(value in KINDS, f"one of {', '.join(KINDS)}")
+    _expect(value in CONCEPT_KINDS, f"one of {', '.join(CONCEPT_KINDS)}")
     return value
 
 

@@ -36,7 +36,7 @@ class SitePlan:
     """Work at one site.
 
     gates: those that look here, with the eraser of each column in `gate_erasers`. gate_tokens: lengths of text that
-    gates were made for, each with its columns, bool [erasers]. rivals: columns whose gates read the
+    gates were made for, each with its columns, bool [erasers]. same_features: columns whose gates read the
     same features: of their erasers only the one with the largest change acts. corrections: made and added here.
     repeated: made at an earlier site, added here, too. waits_for: erasers that act here. shared_key: see `Edit`.
     """
@@ -44,7 +44,7 @@ class SitePlan:
     gates: BatchedGates | None
     gate_erasers: tuple[int, ...]
     gate_tokens: tuple[tuple[int, Tensor], ...]
-    rivals: tuple[tuple[int, ...], ...]
+    same_features: tuple[tuple[int, ...], ...]
     corrections: tuple[CorrectionGroup, ...]
     repeated: tuple[CorrectionGroup, ...]
     waits_for: frozenset[int]
@@ -91,7 +91,7 @@ def make_plan(erasers: Sequence[Eraser], actions: Sequence[str], order: Sequence
             gates=gates,
             gate_erasers=columns,
             gate_tokens=_tokens([placed[i] for i in columns], device),
-            rivals=_rivals([placed[i] for i in columns], [actions[i] for i in columns]),
+            same_features=_same_features([placed[i] for i in columns], [actions[i] for i in columns]),
             corrections=made,
             repeated=again,
             waits_for=frozenset(i for group in (*made, *again) for i in group.erasers),
@@ -127,7 +127,7 @@ def _tokens(erasers: Sequence[Eraser], device: torch.device) -> tuple[tuple[int,
     )
 
 
-def _rivals(erasers: Sequence[Eraser], actions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def _same_features(erasers: Sequence[Eraser], actions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Return groups of columns whose gates read the same features, and which erase (law 11)."""
     groups: dict[frozenset[bytes], list[int]] = {}
     for column, (e, action) in enumerate(zip(erasers, actions, strict=True)):

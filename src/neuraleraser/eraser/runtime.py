@@ -271,7 +271,7 @@ class SiteEdit:
                 heat = torch.where(opening.unsqueeze(1) > 0, plan.gates.evidence_by_position(z), 0)
             forward.openings.append(Opening(erasers, timestep, opening, heat))
             table = runtime.scaled_openings(erasers, opening, context.rows)
-            for group in plan.rivals:
+            for group in plan.same_features:
                 table = _largest_alone(table, group)
             for column, i in enumerate(erasers):
                 if opened[column] and (compiling or not runtime.zero_strength[i]):

@@ -23,7 +23,7 @@ _GOLDEN_RATIO = 0.618
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class ImagePair:
     """An image before and after erasure, at the same prompt and seed."""
 
     prompt: str
@@ -86,7 +86,7 @@ def png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def difference(pair: Pair) -> np.ndarray:
+def difference(pair: ImagePair) -> np.ndarray:
     """Return |after - before|, `GAIN` times amplified and cut off at white: uint8, black where nothing changed."""
     gap = np.abs(pair.after.astype(np.int16) - pair.before.astype(np.int16))
     return np.minimum(gap * GAIN, 255).astype(np.uint8)
@@ -130,7 +130,9 @@ def grid_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence
     return np.asarray(sheet)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Pair]]], path: str | os.PathLike[str], *, tile: int = 128) -> None:
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[ImagePair]]], path: str | os.PathLike[str], *, tile: int = 128
+) -> None:
     """Write a PNG: one row per concept, its label on the left, then its pairs, before and after side by side.
 
     Each picture fills a square of `tile` pixels, its proportions kept. Raises DataError for no rows, or a row without

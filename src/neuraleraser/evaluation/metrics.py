@@ -107,8 +107,8 @@ def classes_right(results: Results, kind: str) -> np.ndarray:
     """
     names, values = _domain(results, kind)
     count = _asked(results, kind).sum(1)[:, None]
-    rivals = [(values >= values[:, [i]]).sum(1) - 1 for i in range(len(names))]
-    leads = np.stack(rivals, 1) < count if rivals else np.zeros_like(values, dtype=bool)
+    ahead = [(values >= values[:, [i]]).sum(1) - 1 for i in range(len(names))]
+    leads = np.stack(ahead, 1) < count if ahead else np.zeros_like(values, dtype=bool)
     return (values > _thresholds(results, names)) & leads
 
 
@@ -372,8 +372,8 @@ def _bystanders(t: PairedResults) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         stays = _asked(results, "object") & (np.array(names) != t.concept)
         values = np.where(np.array(names) == t.concept, -1, values)
         own = np.where(stays, values, -1).max(axis=1, initial=-1)
-        rivals = np.where(stays, -1, values).max(axis=1, initial=-1)
-        return ((values > _thresholds(results, names)) & stays).any(axis=1) & (own > rivals)
+        others = np.where(stays, -1, values).max(axis=1, initial=-1)
+        return ((values > _thresholds(results, names)) & stays).any(axis=1) & (own > others)
 
     return two_objects(t), holds(t.after), holds(t.base)
 

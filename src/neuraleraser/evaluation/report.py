@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.errors import DataError
-from neuraleraser.evaluation.figures import FeaturePanel, Pair, spaced_sample
+from neuraleraser.evaluation.figures import FeaturePanel, ImagePair, spaced_sample
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
 from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows
@@ -48,9 +48,9 @@ class ErasureReport:
     sampling). None where there is nothing to compare with."""
     became: Sequence[tuple[str, Estimate]] = ()
     """(label, share), largest first."""
-    pairs: Sequence[Pair] = ()
+    pairs: Sequence[ImagePair] = ()
     """Images of the concept."""
-    others: Sequence[Pair] = ()
+    others: Sequence[ImagePair] = ()
     """Images of other concepts, which should not change."""
     features: Sequence[FeaturePanel] = ()
 
@@ -202,9 +202,9 @@ def _illustrated(
     cells = protocol.cells[e.concept]
     others = [c for c in cells if c.group == GRID and not c.asks_for(e.concept)]
 
-    def pairs(some: Sequence[Any], count: int) -> list[Pair]:
+    def pairs(some: Sequence[Any], count: int) -> list[ImagePair]:
         return [
-            Pair(c.prompt, c.seed, run.image("base", "", c), run.image(e.method, e.concept, c))
+            ImagePair(c.prompt, c.seed, run.image("base", "", c), run.image(e.method, e.concept, c))
             for c in dict.fromkeys(spaced_sample(some, count))
         ]
 

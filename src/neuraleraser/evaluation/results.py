@@ -32,7 +32,8 @@ watch while they are drawn, and change nothing."""
 UNHOOKED = "base-unhooked"
 """Method of a sample of base images drawn once more with nothing attached, to compare."""
 
-KINDS = ("style", "object", "")
+ROW_KINDS = ("style", "object", "")
+"""Kind of the concept that a row's method erases; "" in rows of the base."""
 VERSION = 1
 MAX_ROWS = 10_000_000
 _META = b"neuraleraser"
@@ -333,7 +334,7 @@ def _checked(results: Results) -> Results:
     method, concept, kind = results.method, results.concept, results.kind
     is_base = np.isin(method, (BASE, UNHOOKED))
     refuse(method == "", "method", "a name")
-    refuse(~np.isin(kind, KINDS), "kind", f"one of {KINDS}")
+    refuse(~np.isin(kind, ROW_KINDS), "kind", f"one of {ROW_KINDS}")
     refuse(~is_base & ((concept == "") | (kind == "")), "method", f"{BASE!r}, or a concept and its kind beside it")
     refuse(is_base & (concept != ""), "concept", "'' for the base")
     refuse(

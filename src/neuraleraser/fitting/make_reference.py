@@ -23,7 +23,7 @@ from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.reference import Reference, reference_from_sae
-from neuraleraser.sae import Run, TrainSettings, measure, train_together
+from neuraleraser.sae import Run, TrainSettings, measure_sae, train_together
 from neuraleraser.sae.train_settings import StepLog
 from neuraleraser.sampling import generate
 from neuraleraser.settings import STREAM_SEEDS, Sampling, StreamSettings
@@ -174,7 +174,7 @@ def make_reference(
     sae = train_together(shards.batches(min(4096 // together, shards.rows) * together), {"sae": run}, on_step)["sae"]
     sae.header["labels"] = names
     x = shards.load(0)[str(site)][0].flatten(0, 1).float()
-    sae.header["measures"] = measure(sae, x)
+    sae.header["measures"] = measure_sae(sae, x)
     tell("seeing how they fire", 0.7)
     seen = own_prompts(concept, neighbours, max(1, num_images // 2), 2)
     background = [(prompt, frozenset(of)) for prompt, of in seen]

@@ -20,7 +20,7 @@ from neuraleraser.io import tensor_file
 from neuraleraser.io.cards import header_rows, make_card, plain, table
 from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import name_error, printable, prompt_error
-from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure, train
+from neuraleraser.sae import SAE, TrainSettings, labelled_batches, measure_sae, train
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import Site
 from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary, labelled_prompts
@@ -232,7 +232,7 @@ def train_reference(
     settings = TrainSettings(n_features=n, k=k, steps=1200, discriminant=True, init_vectors=2**17)
     sae = train(labelled_batches(maps, of, 64), settings)
     sae.header["labels"] = names
-    sae.header["measures"] = measure(sae, maps.flatten(0, 1)[:50_000])
+    sae.header["measures"] = measure_sae(sae, maps.flatten(0, 1)[:50_000])
     seen = tuple(PHRASINGS[SEEN])
     learnt_from = Provenance(((seeds[0], seeds[-1]),), tuple(prompts), seen, tuple(names))
     background = labelled_prompts(vocabulary, images, 2)

@@ -16,7 +16,7 @@ from neuraleraser.errors import DataError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.io.outputs import save_or_keep
 from neuraleraser.prompts import LabelledPrompts, default_prompts
-from neuraleraser.sae import MixingBuffer, Run, TrainSettings, measure, train_together
+from neuraleraser.sae import MixingBuffer, Run, TrainSettings, measure_sae, train_together
 from neuraleraser.sae.train_settings import StepLog
 from neuraleraser.settings import StreamSettings
 from neuraleraser.sites import Site
@@ -94,7 +94,7 @@ def train_saes(
     """Train the SAEs that are wanted, all from the same activations, and save each at its path -> their measures.
 
     wanted: of each path, the site that its SAE reads and how it is trained. Interrupted and called again, it goes on
-    from the checkpoint beside each path, which goes when the SAE is there. Measures are those of `sae.measure`, on
+    from the checkpoint beside each path, which goes when the SAE is there. Measures are those of `sae.measure_sae`, on
     vectors that would have come next.
 
     Raises as `train_together` does.
@@ -109,7 +109,7 @@ def train_saes(
     found = {}
     for path, (site, settings) in wanted.items():
         sae = saes[str(path)]
-        found[path] = measure(sae, held_out[str(site)])
+        found[path] = measure_sae(sae, held_out[str(site)])
         header = {"site": str(site), "model": model, "measures": found[path]}
         if settings.bind or settings.discriminant:  # features that are the labels' own
             header["labels"] = list(data.names)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from neuraleraser.sae.memory_batches import labelled_batches, pool_batches
     from neuraleraser.sae.mixing_buffer import MixingBuffer
     from neuraleraser.sae.model import SAE
-    from neuraleraser.sae.quality import measure
+    from neuraleraser.sae.quality import measure_sae
     from neuraleraser.sae.train_settings import StepLog, TrainSettings
     from neuraleraser.sae.training import Run, train, train_together
     from neuraleraser.sae.training_log import TrainingLog
@@ -30,7 +30,7 @@ __all__ = [
     "TrainSettings",
     "TrainingLog",
     "labelled_batches",
-    "measure",
+    "measure_sae",
     "pool_batches",
     "train",
     "train_together",
@@ -46,7 +46,7 @@ _HOME = {
     "TrainSettings": "train_settings",
     "TrainingLog": "training_log",
     "labelled_batches": "memory_batches",
-    "measure": "quality",
+    "measure_sae": "quality",
     "pool_batches": "memory_batches",
     "train": "training",
     "train_together": "training",

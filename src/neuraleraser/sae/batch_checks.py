@@ -14,18 +14,18 @@ from neuraleraser.sae import kernels
 from neuraleraser.sae.supervised import check_labels
 from neuraleraser.sae.train_settings import TrainSettings
 
-Batch = Tensor | tuple[Tensor, Tensor]
+TrainingBatch = Tensor | tuple[Tensor, Tensor]
 """x [B, d], or (x, labels [M, C]): labels of 0 and 1 say what M maps of B / M consecutive vectors show."""
-Stream = Callable[[int], Iterator[Batch]]
+Stream = Callable[[int], Iterator[TrainingBatch]]
 """The batches from a step on: a pure function of the step, so that training can resume anywhere."""
-Streams = Callable[[int], Iterator[Mapping[str, Batch]]]
+Streams = Callable[[int], Iterator[Mapping[str, TrainingBatch]]]
 """The same for several sources at a time, by name."""
 
 
 def only(batches: Streams, source: str) -> Stream:
     """The stream of one source. DataError where a batch lacks it."""
 
-    def stream(step: int) -> Iterator[Batch]:
+    def stream(step: int) -> Iterator[TrainingBatch]:
         items = batches(step)
         try:
             for item in items:
@@ -36,7 +36,7 @@ def only(batches: Streams, source: str) -> Stream:
     return stream
 
 
-def of(item: Mapping[str, Batch], source: str) -> Batch:
+def of(item: Mapping[str, TrainingBatch], source: str) -> TrainingBatch:
     """The batch of one source. DataError if there is none."""
     if source not in item:
         raise DataError(f"the stream has no source {source!r}, only {', '.join(map(repr, item))}")
@@ -54,7 +54,7 @@ def take(stream: Iterator[Any], step: int, steps: int) -> Any:
 
 
 def checked(
-    item: Batch, step: int, d: int | None, settings: TrainSettings, concepts: int, wait: bool = False
+    item: TrainingBatch, step: int, d: int | None, settings: TrainSettings, concepts: int, wait: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled. `wait` looks for NaN
     and infinity also on a GPU, for which the host has to wait there; else `steps.step` looks.

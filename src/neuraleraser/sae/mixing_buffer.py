@@ -25,9 +25,9 @@ from torch import Tensor
 from neuraleraser.errors import DataError, SettingsError
 
 Stopped = Callable[[], bool]
-Rows = tuple[Tensor, ...]
+ActivationRows = tuple[Tensor, ...]
 """Of one source: x [C, d], or maps x [C, P, d] of P vectors that stay together; then, maybe, labels [C, K]."""
-Chunks = Callable[[int, Stopped], Mapping[str, Rows]]
+Chunks = Callable[[int, Stopped], Mapping[str, ActivationRows]]
 """The chunk of a number, from 0 on: for each source C rows. A pure function of the number; where `stopped()` turns
 true, nobody waits for the chunk any more, and the function may raise `Unwanted`."""
 
@@ -104,7 +104,7 @@ class MixingBuffer:
         finally:
             stream.close()  # type: ignore[attr-defined]
 
-    def blocks(self, first: int) -> Iterator[dict[str, Rows]]:
+    def blocks(self, first: int) -> Iterator[dict[str, ActivationRows]]:
         """Whole blocks from this one on, without end: all `size * reuse` rows between two refills, mixed."""
         stream = self._filled(first)
         try:
@@ -117,7 +117,7 @@ class MixingBuffer:
         """For this block and those after it: the pool, filled, and the places of the block's rows in it."""
         ring, self._ring = self._ring or _Ring(self.buffer_chunks, self.size, self.device), None
         stop = threading.Event()
-        coming: dict[int, Future[Mapping[str, Rows]]] = {}
+        coming: dict[int, Future[Mapping[str, ActivationRows]]] = {}
         with ThreadPoolExecutor(1, "activations") as thread:
             try:
                 while True:
@@ -168,12 +168,12 @@ class _Ring:
     def __init__(self, buffer_chunks: int, size: int, device: torch.device | str | None) -> None:
         self.buffer_chunks, self.size, self.device = buffer_chunks, size, device
         self.held: list[int | None] = [None] * buffer_chunks
-        self.tensors: dict[str, Rows] = {}
+        self.tensors: dict[str, ActivationRows] = {}
 
     def has(self, number: int, name: int) -> bool:
         return self.held[number % self.buffer_chunks] == name
 
-    def put(self, number: int, name: int, chunk: Mapping[str, Rows]) -> None:
+    def put(self, number: int, name: int, chunk: Mapping[str, ActivationRows]) -> None:
         """Take in a chunk. Raises DataError unless it is like those before."""
         if not self.tensors:
             places = self.buffer_chunks * self.size
@@ -192,14 +192,14 @@ class _Ring:
                 kept[slot * self.size : (slot + 1) * self.size].copy_(x)
         self.held[slot] = name
 
-    def take(self, places: Tensor) -> dict[str, Rows]:
+    def take(self, places: Tensor) -> dict[str, ActivationRows]:
         """Copies of the rows at these places."""
         return {
             source: tuple(x.index_select(0, places.to(x.device)) for x in rows) for source, rows in self.tensors.items()
         }
 
 
-def _batch(rows: Rows) -> Tensor | Rows:
+def _batch(rows: ActivationRows) -> Tensor | ActivationRows:
     """x [B, d] alone, or with its labels; the vectors of maps in a row."""
     x = rows[0].flatten(0, 1) if rows[0].ndim == 3 else rows[0]
     return x if len(rows) == 1 else (x, *rows[1:])

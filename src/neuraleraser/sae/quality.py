@@ -15,7 +15,7 @@ _CHUNK = 2**22  # activations of features held at a time
 
 
 @torch.no_grad()
-def measure(sae: SAE, x: Tensor) -> dict[str, Any]:
+def measure_sae(sae: SAE, x: Tensor) -> dict[str, Any]:
     """Measure an SAE on raw activations.
 
     Args:
@@ -37,9 +37,9 @@ def measure(sae: SAE, x: Tensor) -> dict[str, Any]:
         DataError: There are no vectors, they have another width, or they have NaN or infinity.
 
     Examples:
-        >>> from neuraleraser.sae import measure
+        >>> from neuraleraser.sae import measure_sae
         >>> x = activation_matrix(pipe, prompts, [0, 1], [site], sampling=quick)[site]
-        >>> list(measure(sae, x))
+        >>> list(measure_sae(sae, x))
         ['vectors', 'explained_variance', 'l0', 'dead_share', 'rates']
     """
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != sae.d_in:

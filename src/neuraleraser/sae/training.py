@@ -16,7 +16,7 @@ from torch import Tensor
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
 from neuraleraser.io import tensor_file
 from neuraleraser.sae.architectures.architecture import architecture_named
-from neuraleraser.sae.batch_checks import Batch, Stream, Streams, checked, close, first_vectors, of, only, take
+from neuraleraser.sae.batch_checks import Stream, Streams, TrainingBatch, checked, close, first_vectors, of, only, take
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, discriminants
@@ -101,7 +101,7 @@ def train(
         SAE(n=64, d=128)
     """
 
-    def alone(step: int) -> Iterator[dict[str, Batch]]:
+    def alone(step: int) -> Iterator[dict[str, TrainingBatch]]:
         stream = batches(step)
         try:
             for item in stream:
@@ -174,7 +174,11 @@ def _begin(batches: Streams, name: str, run: Run) -> _State:
 
 
 def _advanced(
-    state: _State, item: Mapping[str, Batch], name: str, run: Run, on_step: Callable[[str, StepLog], None] | None
+    state: _State,
+    item: Mapping[str, TrainingBatch],
+    name: str,
+    run: Run,
+    on_step: Callable[[str, StepLog], None] | None,
 ) -> _State:
     """The state after one step more."""
     settings = run.settings

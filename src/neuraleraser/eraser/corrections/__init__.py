@@ -1,11 +1,11 @@
-"""Corrections: what is added while a gate is open. One class and one file a kind; `KINDS` names them."""
+"""Corrections: what is added while a gate is open. One class and one file a kind; `CORRECTION_KINDS` names them."""
 
 from __future__ import annotations
 
 from neuraleraser.eraser.corrections.correction import BatchedCorrection, Correction
 from neuraleraser.eraser.corrections.low_rank import BatchedLowRank, LowRank
 
-KINDS: dict[str, type[Correction]] = {kind.KIND: kind for kind in (LowRank,)}
+CORRECTION_KINDS: dict[str, type[Correction]] = {kind.KIND: kind for kind in (LowRank,)}
 """Kinds of corrections by their name in files. A new kind is one more file, and one more name here."""
 
-__all__ = ["KINDS", "BatchedCorrection", "BatchedLowRank", "Correction", "LowRank"]
+__all__ = ["CORRECTION_KINDS", "BatchedCorrection", "BatchedLowRank", "Correction", "LowRank"]
