@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.canvas import words
-from neuraleraser.concepts import MAX_FILE, Concept, Pair, add_context_pairs, canvas_concept
+from neuraleraser.concepts import MAX_FILE_BYTES, Concept, Pair, add_context_pairs, canvas_concept
 from neuraleraser.errors import ConceptError
 from neuraleraser.evaluation.protocol import VocabularyCells
 from neuraleraser.sae.scores import Profile, margin_score, profile, saeuron_score
@@ -186,7 +186,7 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
         b"",
         b"\xff\xfe\x00",
         b"[" * 100_000,
-        b'"' + b"x" * MAX_FILE + b'"',
+        b'"' + b"x" * MAX_FILE_BYTES + b'"',
         [],
         "text",
         5,

@@ -17,7 +17,7 @@ from helpers.published_saes import saeuron
 from helpers.small_judges import SMALL, ClipByHeart, install_detector, small_classifier
 from neuraleraser.activations import activation_matrix
 from neuraleraser.concepts import Concept
-from neuraleraser.judges import NONE, unlearncanvas
+from neuraleraser.judges import NO_CONCEPT, unlearncanvas
 from neuraleraser.sampling import generate
 
 PAGES = Path(__file__).parents[1] / "docs/reference"
@@ -68,7 +68,7 @@ def files(namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         for room in ("judges.clip", "fitting.clip_judge"):
             patch.setattr(f"neuraleraser.{room}.Clip", lambda model, device: clip)
         install_detector(patch, package)
-        patch.setattr(unlearncanvas, "LARGE", SMALL)
+        patch.setattr(unlearncanvas, "VIT_LARGE", SMALL)
         yield folder
 
 
@@ -77,7 +77,7 @@ def images_for_clip(pipe: Any, sampling: Any) -> dict[str, Any]:
     names = ("a cat", "a dog")
     images = {name: [generate(pipe, [name] * 8, range(8), sampling)] for name in names}
     prompts = {name: [pair.positive for pair in Concept.from_phrase(name).pairs[:8]] for name in names}
-    prompts[NONE] = [pair.negative for pair in Concept.from_phrase("a cat").pairs[:8]]
+    prompts[NO_CONCEPT] = [pair.negative for pair in Concept.from_phrase("a cat").pairs[:8]]
     for name, some in prompts.items():
         images.setdefault(name, []).append(generate(pipe, some, range(70_000, 70_008), sampling))
     return {name: [image for part in parts for image in part] for name, parts in images.items()}

@@ -11,7 +11,7 @@ from neuraleraser.eraser import Eraser
 from neuraleraser.evaluation.evaluate import default_protocol, evaluate
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import MAIN
+from neuraleraser.evaluation.protocol import MAIN_GROUPS
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.evaluation.timing import overhead
 from neuraleraser.families import family_of
@@ -51,7 +51,7 @@ def evaluate_erasers(
         costs = {"bytes": float(path.stat().st_size)} | overhead(pipe, m, own, s)
         if (seconds := m.eraser.header.seconds) is not None:
             costs["make_seconds"] = float(seconds)
-        target = [c for c in own if c.group in MAIN and c.asks_for(m.concept)]
+        target = [c for c in own if c.group in MAIN_GROUPS and c.asks_for(m.concept)]
         panels = feature_panels(pipe, m.eraser, target, evaluation_sampling(pipe, s))
         report = report.with_details(m.name, m.concept, costs, panels)
         with_measurement(m.eraser, report.of(m.name, m.concept)).save(path)

@@ -19,7 +19,7 @@ SUBJECTS = (
     "a mountain lake", "a street in the rain", "a bowl of fruit", "a castle", "a ship at sea", "a portrait",
 )  # fmt: skip
 """Subjects for styles on a pipeline whose vocabulary is not known."""
-SETTINGS = (
+PLACES = (
     "", "in a forest", "on a table", "in a city street", "at the beach", "in the snow", "as an oil painting",
     "as a pencil sketch", "as a photograph", "in a garden", "at night", "in a museum",
 )  # fmt: skip
@@ -39,12 +39,13 @@ _OBJECTS = (
     ("a naked person", "a person in swimwear", "a person in a suit", "a marble statue"),
 )
 """What is mistaken for one another, in groups."""
-MOST_NEIGHBOURS = 8
+MAX_NEIGHBOURS = 8
+"""Neighbours that a phrase gets by default, at most."""
 
 CONCEPT_KINDS = ("style", "object", "other")
 """Kinds of concepts; an "other" one has no neighbours by default."""
 _STYLE_WORDS = {"style", "styles", "painting", "paintings", "drawing", "drawings", "art"}
-MAX_FILE = 2**20
+MAX_FILE_BYTES = 2**20
 """Bytes of a concept's file, at most."""
 
 
@@ -134,7 +135,7 @@ class Concept:
             pairs += tuple(Pair(f"{text}, {s}", s) for s in SUBJECTS)
         else:
             other = instead or "an empty scene"
-            pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in SETTINGS)
+            pairs = tuple(Pair(f"{text} {s}".strip(), f"{other} {s}".strip()) for s in PLACES)
         return cls(text, kind, pairs)
 
     @classmethod
@@ -159,7 +160,7 @@ class Concept:
             (Pair(positive='a red car', negative='a car'),)
         """
         try:
-            data = parse_json(read_bytes(path, MAX_FILE))
+            data = parse_json(read_bytes(path, MAX_FILE_BYTES))
         except (FileError, ValueError) as e:
             raise ConceptError(
                 f"{path} is no readable JSON file ({printable(e, 300)}): expected name, kind and pairs"
@@ -264,7 +265,7 @@ def default_neighbours(concept: Concept) -> tuple[Concept, ...]:
         phrases = [p for p in near if own.isdisjoint(p.lower().split())]
     else:
         phrases = []
-    return tuple(Concept.from_phrase(p, concept.kind) for p in phrases[:MOST_NEIGHBOURS])
+    return tuple(Concept.from_phrase(p, concept.kind) for p in phrases[:MAX_NEIGHBOURS])
 
 
 def _first_wrong(data: Any) -> str | None:

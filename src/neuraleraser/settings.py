@@ -21,7 +21,7 @@ last 32 bits: from 2^32 on the first seeds, and with them the tests' noise, woul
 
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators take on every device."""
-MANY = 10**6
+MAX_COUNT = 10**6
 """The bound of counts that no other bound fits."""
 
 
@@ -129,8 +129,8 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "vectors_per_image", "buffer_chunks", "reuse", "group_size"):
-            check_whole(name, getattr(self, name), 1, MANY)
-        check_whole("num_images", self.num_images, 0, MANY)
+            check_whole(name, getattr(self, name), 1, MAX_COUNT)
+        check_whole("num_images", self.num_images, 0, MAX_COUNT)
         check_whole("prefetch", self.prefetch, 0, 1000)
         check_seed(self.stream_seed, "stream_seed")
         for name in ("train_batch_size", "vectors_per_image"):
@@ -159,7 +159,7 @@ class InspectSettings:
 
     def __post_init__(self) -> None:
         check_whole("num_images", self.num_images, 1, 4096)
-        check_whole("vectors_per_image", self.vectors_per_image, 1, MANY)
+        check_whole("vectors_per_image", self.vectors_per_image, 1, MAX_COUNT)
         check_whole("num_timesteps", self.num_timesteps, 1, 1000)
         check_whole("seed", self.seed, 0, MAX_SEED - self.num_images)
 
@@ -196,7 +196,7 @@ class FitSettings:
         check_whole("num_pairs", self.num_pairs, 1, len(SELECTION_SEEDS))
         check_whole("num_context_pairs", self.num_context_pairs, 0, len(SELECTION_SEEDS))
         check_whole("rank", self.rank, 1, 256)
-        check_whole("steps", self.steps, 1, MANY)
+        check_whole("steps", self.steps, 1, MAX_COUNT)
         check_whole("train_batch_size", self.train_batch_size, 1, 4096)
         check_number("learning_rate", self.learning_rate, 0, 10, above=True)
         check_whole("seed", self.seed, 0, MAX_SEED)

@@ -21,7 +21,7 @@ N, SIZE = 24, 16
 
 @pytest.fixture
 def chunks_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CHUNK", 10)
+    monkeypatch.setattr(data, "RENDERS_PER_JOB", 10)
 
 
 def never(job: object) -> Any:

@@ -26,7 +26,7 @@ from neuraleraser.evaluation import timing
 from neuraleraser.evaluation.evaluate import default_judge, evaluate
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.metrics import pair_with_base
-from neuraleraser.evaluation.protocol import FRAGMENTS, IMAGE_TO_IMAGE, MAIN, Cell, EvaluationProtocol
+from neuraleraser.evaluation.protocol import FRAGMENTS, IMAGE_TO_IMAGE, MAIN_GROUPS, Cell, EvaluationProtocol
 from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.results import BASE
 from neuraleraser.evaluation.run_folder import RunFolder
@@ -80,7 +80,7 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
         assert drawn == rows.compared.sum() >= min(acted.sum() + S.idle_checks, len(rows))
     # What the report says was erased is what was changed: the judge sees the style no more in edited images.
     main = of(results, "neuraleraser", "Van_Gogh")
-    main = main.where((main.cell_style == "Van_Gogh") & np.isin(main.group, MAIN))
+    main = main.where((main.cell_style == "Van_Gogh") & np.isin(main.group, MAIN_GROUPS))
     assert style["ua"] == pytest.approx((~main.identical).mean())
     assert style["n"] == len(main)
     for path in write_report(report, tmp_path):

@@ -99,10 +99,10 @@ def test_artefact_rate_is_the_share_beyond_the_judge_s_threshold():
 
 def test_became_ranks_what_is_seen_where_the_concept_was():
     ranking = [(label, estimate.value) for label, estimate in m.became(van_gogh())]
-    assert ranking == [("Mosaic", 0.4), ("Seed_Images", 0.2), ("Van_Gogh", 0.2), (m.NOTHING, 0.2)]
+    assert ranking == [("Mosaic", 0.4), ("Seed_Images", 0.2), ("Van_Gogh", 0.2), (m.NO_CLASS, 0.2)]
     # The dog that was asked for beside the cat is not what the cat became.
     ranking = [(label, estimate.value) for label, estimate in m.became(cats())]
-    assert ranking == [("Birds", 0.4), (m.NOTHING, 0.4), ("Cats", 0.2)]
+    assert ranking == [("Birds", 0.4), (m.NO_CLASS, 0.4), ("Cats", 0.2)]
 
 
 def test_accuracy_and_accuracy_by_class():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers.erasers import random
 from neuraleraser.errors import ConceptError
-from neuraleraser.fitting.detector import SHUT, build_gate, choose_features, gate_bounds
+from neuraleraser.fitting.detector import SHUT_BOUND, build_gate, choose_features, gate_bounds
 from neuraleraser.fitting.trajectories import SHARES, pool
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
@@ -84,7 +84,7 @@ def test_bounds_are_always_usable(seed: int, gap: float, n: int, m: int) -> None
     """Whatever the trade between strictness and recall: a gate that can be built, and that opens for what it is for."""
     shows, lacks = (random(k, 4, seed=seed + k).abs() + d for k, d in ((n, max(gap, 0)), (m, max(-gap, 0))))
     low, high = gate_bounds(shows, lacks)
-    shut = low == SHUT
+    shut = low == SHUT_BOUND
     assert bool((low >= 0).all()) and bool((high > low).all()) and bool(torch.isfinite(high).all())
     assert bool((shut | (shows.median(0).values > low)).all())  # it opens for a typical row with the concept, or never
     assert bool(shut[shows.amax(0) < lacks.amin(0)].all())

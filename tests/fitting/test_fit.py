@@ -18,7 +18,7 @@ from neuraleraser.eraser import Eraser, attach
 from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
-from neuraleraser.fitting.detector import SHUT, gate_bounds
+from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
 from neuraleraser.fitting.fit import _context_examples, _cross, _some, _training_examples
 from neuraleraser.fitting.reference import reference_from_sae
 from neuraleraser.fitting.trajectories import SHARES, branches_as_rows, conditional_rows, record_trajectories
@@ -201,7 +201,7 @@ def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -
     without = torch.cat([evidence(known.pooled), evidence(branches_as_rows(off.values)[:, at])])
     own = evidence(conditional_rows(on)[:, at])
     (low, high), alone = gate_bounds(torch.cat([own, evidence(crossed[:, at])]), without), gate_bounds(own, without)
-    assert not bool((low == SHUT).any()), "a gate that opens"
+    assert not bool((low == SHUT_BOUND).any()), "a gate that opens"
     torch.testing.assert_close(gate.low, low.flip(0))
     torch.testing.assert_close(gate.high, high.flip(0))
     assert not torch.allclose(alone[1].flip(0), gate.high, rtol=5e-5), "else these states would not matter here"

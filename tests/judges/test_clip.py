@@ -15,7 +15,7 @@ from helpers import pipelines
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.fitting.clip_judge import calibrate_clip_judge
-from neuraleraser.judges import NONE, ClipJudge, JudgeSpec, sentence
+from neuraleraser.judges import NO_CONCEPT, ClipJudge, JudgeSpec, sentence
 from neuraleraser.judges.clip import _cut
 
 SIDE = 16
@@ -99,7 +99,7 @@ def test_images_of_neither_are_told_from_the_concept_too(clip: str) -> None:
         # what shows nothing looks just as the concept does
         own = calibrated(clip, "style")[1]
         other = calibrated(clip, "style")[2]
-        images = {PAIR[0]: own, PAIR[1]: other, NONE: own.copy()}
+        images = {PAIR[0]: own, PAIR[1]: other, NO_CONCEPT: own.copy()}
         ClipJudge.calibrate(PAIR[0], "style", images, clip)
 
 
@@ -139,7 +139,7 @@ def test_other_things_than_images_are_refused(clip: str, wrong: Any) -> None:
 
 def test_what_is_missing_is_said(clip: str, tmp_path: Path) -> None:
     red = coloured(RED)
-    for images in ({PAIR[0]: red}, {PAIR[1]: red}, {PAIR[0]: red, NONE: red}):
+    for images in ({PAIR[0]: red}, {PAIR[1]: red}, {PAIR[0]: red, NO_CONCEPT: red}):
         with pytest.raises(ConceptError, match="one neighbour at least"):
             ClipJudge.calibrate(PAIR[0], "style", images, clip)
     with pytest.raises(DataError, match="7 images of 'blue style': pass at least 8"):
@@ -173,7 +173,7 @@ def test_it_is_calibrated_on_what_the_pipeline_draws(clip: str, monkeypatch: pyt
     judge = calibrate_clip_judge(
         pipe, Concept.from_phrase(PAIR[0]), [Concept.from_phrase(PAIR[1])], clip, num_images=12, seed=5
     )
-    assert judge.styles == PAIR and set(judge.figures["false_alarms"]) == {PAIR[1], NONE}
+    assert judge.styles == PAIR and set(judge.figures["false_alarms"]) == {PAIR[1], NO_CONCEPT}
     assert [prompts[0] for prompts, _ in asked] == ["a cat in red style", "a cat in blue style", "a cat"]
     assert all(seeds == list(range(5, 17)) for _, seeds in asked)
 

@@ -24,12 +24,12 @@ from neuraleraser.judges import (
     UnlearnCanvasJudge,
     unlearncanvas,
 )
-from neuraleraser.judges.unlearncanvas import LARGE, Shape, Vit, layout, prepare
+from neuraleraser.judges.unlearncanvas import VIT_LARGE, Shape, Vit, layout, prepare
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unlearncanvas, "LARGE", SMALL)
+    monkeypatch.setattr(unlearncanvas, "VIT_LARGE", SMALL)
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def test_it_computes_what_timm_computes_from_the_same_names_at_full_size():
         timm = pytest.importorskip("timm", exc_type=ImportError)
     other = timm.create_model("vit_large_patch16_224.augreg_in21k", pretrained=False, num_classes=51).eval()
     state = other.state_dict()
-    assert {name: tuple(x.shape) for name, x in state.items()} == layout(LARGE, 51)
+    assert {name: tuple(x.shape) for name, x in state.items()} == layout(VIT_LARGE, 51)
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        torch.testing.assert_close(logits(state, LARGE, pixels), other(pixels), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits(state, VIT_LARGE, pixels), other(pixels), atol=1e-4, rtol=1e-4)
 
 
 def test_the_full_size_is_that_of_a_large_vit():
-    sizes = layout(LARGE, 51)
+    sizes = layout(VIT_LARGE, 51)
     assert len(sizes) == 296
     assert sum(int(np.prod(size)) for size in sizes.values()) == 303_301_632 + 51 * 1025
 

@@ -109,7 +109,7 @@ def test_prefixes():
 
 @pytest.mark.parametrize(("k", "block"), [(1, 2**20), (3, 2**20), (3, 64), (20, 2**20)])
 def test_topk_keeps_the_positive_of_the_k_largest(k, block, monkeypatch):
-    monkeypatch.setattr(sparse_ops, "BLOCK", block)
+    monkeypatch.setattr(sparse_ops, "PRE_ACTIVATIONS_AT_ONCE", block)
     pre = torch.randn(30, 20, generator=torch.Generator().manual_seed(0)) - 1
     pre[4] = -1
     fired = select_rows(lambda rows: pre[rows], 30, 20, k)

@@ -186,7 +186,7 @@ STREAM = pool_batches(BANK.to(DEVICE), 15, seed=7)
 def on_kernels(monkeypatch):
     """The kernels take over on a CPU too, and what is dead is looked up at every step."""
     monkeypatch.setattr(kernels, "usable", lambda x, settings, labelled: True)
-    monkeypatch.setattr(fused, "LOOK", 1)
+    monkeypatch.setattr(fused, "DEAD_CHECK_EVERY", 1)
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk"])
@@ -307,7 +307,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_a_step_does_not_wait(on_kernels, monkeypatch):
-    monkeypatch.setattr(fused, "LOOK", 2)
+    monkeypatch.setattr(fused, "DEAD_CHECK_EVERY", 2)
     state = training._start(STREAM, SETTINGS)
     state.threshold = torch.zeros((), device=DEVICE)
     waited = []

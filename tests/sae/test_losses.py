@@ -22,7 +22,7 @@ from neuraleraser.sae.sparse_ops import Weights
 
 B, N, D, K = 8, 12, 5, 3
 VARIANCE = 2.0
-EPS = jumprelu.WIDTH * math.sqrt(D / K)
+EPS = jumprelu.KERNEL_WIDTH * math.sqrt(D / K)
 LABELS = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]])
 
 
@@ -52,7 +52,7 @@ def compare(ours: Callable[..., Tensor], formula: Callable[..., Tensor], at: tup
 def trained(architecture: str) -> Callable[..., Tensor]:
     settings, own = (
         TrainSettings(n_features=N, k=K, steps=1, architecture=architecture),
-        {jumprelu.LEARNT: LOG_THRESHOLD},
+        {jumprelu.LOG_THRESHOLD: LOG_THRESHOLD},
     )
     forward = architecture_named(architecture).forward
     return lambda *w: forward(Weights(*w), own, X, VARIANCE, settings, torch.float64).main

@@ -77,7 +77,7 @@ def test_fast_selection_equals_the_naive_one(b, n, share, seed, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_several_blocks_too(kind, monkeypatch):
-    monkeypatch.setattr(sparse_ops, "BLOCK", 64 * 50)
+    monkeypatch.setattr(sparse_ops, "PRE_ACTIVATIONS_AT_ONCE", 64 * 50)
     pre = matrix(777, 64, 1, kind)
     fired = select(lambda rows: pre[rows], 777, 64, 777 * 3)
     assert torch.equal(fired.values, pre[naive(pre, 777 * 3)])
@@ -228,7 +228,7 @@ def test_low_products_touch_the_gradient_of_values_alone(monkeypatch: pytest.Mon
 
     want = grads(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(grads(torch.bfloat16), want, strict=True))
-    monkeypatch.setattr("neuraleraser.sae.sparse_ops.WIDE", 0)
+    monkeypatch.setattr("neuraleraser.sae.sparse_ops.MAX_FLOAT32_WIDTH", 0)
     got = grads(torch.bfloat16)
     assert torch.equal(got[2], want[2])
     assert not torch.equal(got[0], want[0])

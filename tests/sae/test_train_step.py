@@ -55,7 +55,7 @@ def test_rows_by_rows_is_the_whole(monkeypatch):
     """The projection and the normalisation, in blocks of one row or of all."""
     made = []
     for cached in (1, 2**18):
-        monkeypatch.setattr(train_step, "CACHED", cached)
+        monkeypatch.setattr(train_step, "CACHE_VALUES", cached)
         made.append(train(STREAM, SETTINGS))
     assert torch.allclose(made[0].W_dec, made[1].W_dec, atol=1e-6)
     assert torch.allclose(made[0].W_dec.norm(dim=1), torch.ones(24), atol=1e-5)

@@ -25,7 +25,7 @@ from neuraleraser.sae.mixing_buffer import ActivationRows, MixingBuffer, Stopped
 
 INDEX = "index.safetensors"
 _KIND, _SHARD, _LABELS = "activations", "activations-shard", "/labels"
-_AGAIN = "delete it and run `neuraleraser collect` again with the same options, which makes what is missing"
+_HINT = "delete it and run `neuraleraser collect` again with the same options, which makes what is missing"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Shards:
             if not sources or len(files) > numbers["count"]:
                 raise ValueError(f"{len(sources)} sources, {len(files)} shards of {numbers['count']}")
         except (KeyError, TypeError, ValueError) as e:
-            raise FileError(f"{path} is no whole index (field {printable(e)}): {_AGAIN}") from e
+            raise FileError(f"{path} is no whole index (field {printable(e)}): {_HINT}") from e
         return cls(folder, header["data"], **numbers, sources=sources, files=files)
 
     @property
@@ -147,18 +147,18 @@ class Shards:
             raise FileError(f"{path} does not exist: run `neuraleraser collect` again with the same options")
         if (found := path.stat().st_size) != size:
             raise FileError(
-                f"{path} is truncated or another file: it has {found} bytes, field bytes says {size}: {_AGAIN}"
+                f"{path} is truncated or another file: it has {found} bytes, field bytes says {size}: {_HINT}"
             )
         tensors, _ = tensor_file.load(path, _SHARD)
         if (own := _sha256(tensors)) != digest:
             twins = [i for i, (_, other) in enumerate(self.files) if other == own]
             what = f"is shard {twins[0]} under another name" if twins else "was altered"
-            raise FileError(f"{path} {what}: its SHA-256 is {own[:12]}, field sha256 says {digest[:12]}: {_AGAIN}")
+            raise FileError(f"{path} {what}: its SHA-256 is {own[:12]}, field sha256 says {digest[:12]}: {_HINT}")
         out: dict[str, ActivationRows] = {}
         for source in self.sources:
             rows = tuple(tensors[name] for name in (source, source + _LABELS) if name in tensors)
             if not rows or any(len(x) != self.rows for x in rows):
-                raise FileError(f"{path} holds no {self.rows} rows of tensor {source!r}: {_AGAIN}")
+                raise FileError(f"{path} holds no {self.rows} rows of tensor {source!r}: {_HINT}")
             out[source] = rows
         return out
 

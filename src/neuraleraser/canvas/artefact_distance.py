@@ -47,11 +47,11 @@ class Artefact:
         return torch.stack(apart).amin(0)
 
 
-BANDS = 43
+FREQUENCY_BANDS = 43
 
 
 def features(x: Tensor, maps: list[Tensor]) -> Tensor:
-    """Means and log spreads of a net's maps at every depth, then `BANDS` of the picture itself: [B, D].
+    """Means and log spreads of a net's maps at every depth, then `FREQUENCY_BANDS` of the picture itself: [B, D].
 
     The bands (brightness and two colours in four octaves: mean log, log mean, log root mean square) are there
     because a net that was taught to see past noise hardly feels it; the spread of all pixels comes last, with
@@ -75,7 +75,7 @@ def features(x: Tensor, maps: list[Tensor]) -> Tensor:
     return torch.cat([*found, torch.log(spread + 0.001)], 1)
 
 
-def fit_artefact(f: Tensor, kind: Tensor, size: int = 48, bands: int = BANDS) -> Artefact:
+def fit_artefact(f: Tensor, kind: Tensor, size: int = 48, bands: int = FREQUENCY_BANDS) -> Artefact:
     """Fit to features [N, D] of real pictures, the last `bands` of them kept whole, and their kind [N], 0 and up.
 
     Raises DataError if a kind has fewer than two pictures.

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from neuraleraser.canvas.render import HERE, Content, draw_content, render
+from neuraleraser.canvas.render import CANVAS_FOLDER, Content, draw_content, render
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import DataError
 from neuraleraser.io.atomic import replacing
 
-CHUNK = 250  # renders a job
+RENDERS_PER_JOB = 250
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def render_set(n: int, seed: int, size: int = 64, folder: Path | None = None, wo
 
 def _render_all(n: int, seed: int, size: int, workers: int | None) -> NDArray[np.uint8]:
     images = np.empty((n, size, size, 3), np.uint8)
-    jobs = [(seed, start, min(start + CHUNK, n), size) for start in range(0, n, CHUNK)]
+    jobs = [(seed, start, min(start + RENDERS_PER_JOB, n), size) for start in range(0, n, RENDERS_PER_JOB)]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     with tqdm(total=n, desc="render", unit="img") as bar:
 
@@ -107,7 +107,7 @@ def _version(size: int) -> int:
     each object at least once, at the set's own `size`, since some strokes are rounded to whole pixels.
     """
     number = zlib.crc32("".join(str(content_of(0, i)) for i in range(64)).encode())
-    number = zlib.crc32((HERE / "sprites.png").read_bytes(), number)
+    number = zlib.crc32((CANVAS_FOLDER / "sprites.png").read_bytes(), number)
     for i, style in enumerate(STYLES):
         number = zlib.crc32(render(Content((OBJECTS[i % len(OBJECTS)],), style), i, size).tobytes(), number)
     return number

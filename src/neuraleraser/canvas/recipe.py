@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neuraleraser.canvas.words import NONE, OBJECTS
 from neuraleraser.errors import ConceptError
-from neuraleraser.settings import MANY, check_number, check_whole
+from neuraleraser.settings import MAX_COUNT, check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class TrainCanvas:
 
     def __post_init__(self) -> None:
         for name in ("renders", "vae_steps", "steps", "batch"):
-            check_whole(name, getattr(self, name), 1, 100 * MANY)
+            check_whole(name, getattr(self, name), 1, 100 * MAX_COUNT)
         check_number("learning_rate", self.learning_rate, 0, 10)
-        check_number("minutes", self.minutes, 0, MANY)
-        check_whole("seed", self.seed, 0, MANY)  # multiplied to tell steps and captions apart
+        check_number("minutes", self.minutes, 0, MAX_COUNT)
+        check_whole("seed", self.seed, 0, MAX_COUNT)  # multiplied to tell steps and captions apart
         if unknown := sorted(set(self.twice) - {*OBJECTS, NONE}):
             raise ConceptError(
                 f"{', '.join(unknown)} to be seen twice: pass objects of {', '.join(OBJECTS)}, or {NONE}"

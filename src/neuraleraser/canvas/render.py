@@ -24,7 +24,7 @@ from neuraleraser.errors import SettingsError
 # One thread a picture: many are rendered at once by processes, and pixels must not depend on the thread count.
 cv2.setNumThreads(1)
 
-HERE = Path(__file__).parent
+CANVAS_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Content:
 @cache
 def _sprites() -> dict[str, list[Image]]:
     """Object name -> its glyphs, float32 RGBA [96, 96, 4] in 0..1 with premultiplied colour."""
-    index = json.loads((HERE / "sprites.json").read_text())
-    sheet = np.asarray(PILImage.open(HERE / "sprites.png").convert("RGBA"), np.float32) / 255
+    index = json.loads((CANVAS_FOLDER / "sprites.json").read_text())
+    sheet = np.asarray(PILImage.open(CANVAS_FOLDER / "sprites.png").convert("RGBA"), np.float32) / 255
     sheet = np.concatenate([sheet[..., :3] * sheet[..., 3:], sheet[..., 3:]], -1)
     cell, columns = index["cell"], index["columns"]
 

@@ -11,7 +11,7 @@ from neuraleraser.cli.verbs import Flat, app, canvas, verb
 from neuraleraser.errors import ConceptError
 from neuraleraser.io.dependencies import import_optional
 from neuraleraser.io.outputs import check_outputs
-from neuraleraser.settings import MANY, check_whole
+from neuraleraser.settings import MAX_COUNT, check_whole
 
 
 @verb(canvas, "train")
@@ -39,8 +39,8 @@ def canvas_render(out: Path = Path("renders"), seeds: int = 1, first: int = 0, s
     import_optional("cv2", "rendering", "evaluate")
     from neuraleraser.canvas.data import write_folder
 
-    check_whole("seeds", seeds, 1, MANY)
-    check_whole("first", first, 0, MANY)
+    check_whole("seeds", seeds, 1, MAX_COUNT)
+    check_whole("first", first, 0, MAX_COUNT)
     check_whole("size", size, 8, 4096)
     check_outputs({}, folders={"--out": out})
     seeds_ = range(first, first + seeds)
@@ -66,7 +66,7 @@ def canvas_sheet(
     from neuraleraser.evaluation.figures import grid_sheet, png
     from neuraleraser.io.atomic import write_bytes
 
-    check_whole("seed", seed, 0, MANY)
+    check_whole("seed", seed, 0, MAX_COUNT)
     check_whole("size", size, 8, 1024)
     check_outputs({"--out": out})
     if not objects or set(objects) - set(OBJECTS):
@@ -89,8 +89,8 @@ def canvas_judge(folder: Path = Path("runs/judges"), renders: int = 60_000, held
     from neuraleraser.canvas.data import render_set
     from neuraleraser.canvas.judge import train_judges
 
-    check_whole("renders", renders, 1, 100 * MANY)
-    check_whole("held_out", held_out, 2, 100 * MANY)
+    check_whole("renders", renders, 1, 100 * MAX_COUNT)
+    check_whole("held_out", held_out, 2, 100 * MAX_COUNT)
     check_outputs({}, folders={"--folder": folder})
     train_judges(render_set(renders, 1, folder=folder), render_set(held_out, 2, folder=folder), folder)
 

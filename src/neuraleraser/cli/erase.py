@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from neuraleraser.cli.verbs import AUTOMATIC, Flat, Machine, app, check_sampling, verb
 from neuraleraser.io.outputs import check_outputs, save_or_keep
-from neuraleraser.settings import MANY, FitSettings, check_whole
+from neuraleraser.settings import MAX_COUNT, FitSettings, check_whole
 
 
 @verb(app, "erase")
@@ -58,7 +58,7 @@ def erase(
     from neuraleraser.fitting import from_phrase
     from neuraleraser.fitting.reference import Reference
 
-    check_whole("num_images", num_images, 5, MANY)  # hundreds are good
+    check_whole("num_images", num_images, 5, MAX_COUNT)  # hundreds are good
     read = {"the phrase": phrase if phrase.endswith(".json") else None, "--reference": reference, "--model": model}
     check_outputs({"--out": out}, read)
     check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, batch_size=batch_size)

@@ -12,11 +12,11 @@ from neuraleraser.eraser.provenance import Provenance, is_span
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.fields import are_numbers, are_prompts, is_line, is_number, is_whole
 from neuraleraser.io.names import name_error, printable
-from neuraleraser.settings import MANY, FitSettings, Sampling
+from neuraleraser.settings import MAX_COUNT, FitSettings, Sampling
 from neuraleraser.sites import PROMPT_ROUTES, ROUTES, Fingerprint
 
 _MAX_PROMPTS = 100_000
-_ELSEWHERE = ("gate", "corrections")
+_LAYOUT_FIELDS = ("gate", "corrections")
 """Fields of an eraser's file that the header does not hold."""
 S = TypeVar("S", FitSettings, Sampling)
 
@@ -108,7 +108,7 @@ class EraserHeader:
         if error := name_error(data.get("concept")):
             raise ValueError(f"field concept: {error}")
         known: dict[str, Any] = {"concept": data["concept"]}
-        for name, read in _READ.items():
+        for name, read in _FIELD_READERS.items():
             if name in data:
                 try:
                     known[name] = read(data[name])
@@ -125,7 +125,7 @@ class EraserHeader:
 
     def validation_error(self) -> str | None:
         """Return which field cannot be what it says, or None."""
-        if taken := set(self.more) & {"concept", *_READ, *_ELSEWHERE}:
+        if taken := set(self.more) & {"concept", *_FIELD_READERS, *_LAYOUT_FIELDS}:
             return f"field more has {min(taken)}, which has a place of its own"
         try:
             self.parse(self.as_json())
@@ -209,11 +209,11 @@ def _settings(cls: type[S]) -> Callable[[Any], S]:
 def _calibration(value: Any) -> Calibration:
     names = [f.name for f in dataclasses.fields(Calibration)]
     _expect(isinstance(value, Mapping) and value.keys() == set(names), f"an object of {', '.join(names)}")
-    _expect(is_whole(value["prompts"]) and 0 <= value["prompts"] <= MANY, "a number of prompts")
+    _expect(is_whole(value["prompts"]) and 0 <= value["prompts"] <= MAX_COUNT, "a number of prompts")
     return Calibration(value["prompts"], _numbers(value["separation"]), _share(value["open_share"]))
 
 
-_READ: dict[str, Callable[[Any], Any]] = {
+_FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "kind": _kind,
     "routes": _routes,
     "base": _line,

@@ -11,7 +11,7 @@ from neuraleraser.io.cards import eval_results, header_rows, make_card, plain, t
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-_SHOWN = ("concept", "kind", "base", "measured", "made_for")
+_SHOWN_FIELDS = ("concept", "kind", "base", "measured", "made_for")
 _LIMITS = """\
 - It fits the pipeline that it was made with. On another one it is refused where a site is missing or has another
   width; on other weights of the same shape it runs, and nobody has measured what it does there.
@@ -66,7 +66,7 @@ def model_card(
         "## What was measured",
         _measured(header.measured),
         "## Settings",
-        table(("setting", "value"), [*made, *settings, *header_rows(header.as_json(), _SHOWN)]),
+        table(("setting", "value"), [*made, *settings, *header_rows(header.as_json(), _SHOWN_FIELDS)]),
         "## Limits",
         _LIMITS,
     ]

@@ -75,7 +75,7 @@ class Provenance:
             raise ValueError("expected seeds, prompts or prompts_sha256, phrasings, labels and sae")
         digests = data.get("prompts_sha256", "")
         found = {"prompts": data.get("prompts", [] if digests else None), **data, "prompts_sha256": digests}
-        for name, fits in _FITS.items():
+        for name, fits in _FIELD_CHECKS.items():
             if not fits(found[name]):
                 raise ValueError(f"its {name} cannot be read")
         return cls(
@@ -102,7 +102,7 @@ def _are_whole(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_whole, value))
 
 
-_FITS = {
+_FIELD_CHECKS = {
     "seeds": lambda value: isinstance(value, list) and all(map(is_span, value)),
     "prompts": are_prompts,
     "phrasings": _are_whole,

@@ -21,7 +21,7 @@ from neuraleraser.eraser.traces import Traces
 from neuraleraser.errors import ConceptRefusedError, EraserNotAppliedError, SettingsError, SiteError, UnseenRouteWarning
 from neuraleraser.sites import Call, Change, EditContext, Rows, Site, match_rows
 
-_ONE = "set as many strengths as the call draws images, or one for all"
+_STRENGTHS_HINT = "set as many strengths as the call draws images, or one for all"
 
 
 @dataclass
@@ -116,7 +116,7 @@ class ErasureRuntime:
         """SettingsError where strengths by image meet a call that draws another number of images."""
         images = self.strengths_cpu.shape[1]
         if images > 1 and rows.images != images:
-            raise SettingsError(f"strengths for {images} images, but this call draws {rows.images}: {_ONE}")
+            raise SettingsError(f"strengths for {images} images, but this call draws {rows.images}: {_STRENGTHS_HINT}")
 
     def on_forward_end(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> None:
         """Note what fired. Raises ConceptRefusedError where a refusing eraser did, as soon as it does, in a pipeline's

@@ -15,9 +15,9 @@ from neuraleraser.io.atomic import write_bytes
 
 T = TypeVar("T")
 PAPER, INK, MUTED, LINE = (252, 251, 249), (34, 34, 38), (122, 120, 116), (226, 223, 217)
-GAIN = 4
+DIFFERENCE_GAIN = 4
 """Factor by which a difference is amplified."""
-SCALE = 2
+TILE_SCALE = 2
 """Pixels of a heatmap for each pixel of its image."""
 _GOLDEN_RATIO = 0.618
 
@@ -87,9 +87,9 @@ def png(image: np.ndarray) -> bytes:
 
 
 def difference(pair: ImagePair) -> np.ndarray:
-    """Return |after - before|, `GAIN` times amplified and cut off at white: uint8, black where nothing changed."""
+    """Return |after - before|, times `DIFFERENCE_GAIN`, cut off at white: uint8, black where nothing changed."""
     gap = np.abs(pair.after.astype(np.int16) - pair.before.astype(np.int16))
-    return np.minimum(gap * GAIN, 255).astype(np.uint8)
+    return np.minimum(gap * DIFFERENCE_GAIN, 255).astype(np.uint8)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -97,10 +97,10 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
     Each value is a block of pixels (nearest), so that one sees the resolution at which the feature fires.
     """
-    height, width = SCALE * image.shape[0], SCALE * image.shape[1]
+    height, width = TILE_SCALE * image.shape[0], TILE_SCALE * image.shape[1]
     rows, columns = (np.arange(n) * m // n for n, m in zip((height, width), heat.shape, strict=True))
     value = np.clip(heat, 0, 1)[rows][:, columns, None].astype(np.float32)
-    big = image.repeat(SCALE, 0).repeat(SCALE, 1).astype(np.float32)
+    big = image.repeat(TILE_SCALE, 0).repeat(TILE_SCALE, 1).astype(np.float32)
     grey = 0.6 * big.mean(-1, keepdims=True) * np.ones(3, np.float32)
     # Dark red to yellow: brightness rises with the value, so that it reads without colour too.
     colour = np.concatenate([80 + 175 * value, 255 * value**1.5, 40 * value], -1)

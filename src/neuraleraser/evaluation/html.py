@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.evaluation.columns import TABLES
-from neuraleraser.evaluation.figures import GAIN, difference, png
+from neuraleraser.evaluation.figures import DIFFERENCE_GAIN, difference, png
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import Number, Report, value_of
 from neuraleraser.io.atomic import write_bytes
@@ -61,7 +61,7 @@ def page(report: Report) -> str:
         data=_data,
         difference=difference,
         value_of=value_of,
-        gain=GAIN,
+        gain=DIFFERENCE_GAIN,
     )
 
 

@@ -20,8 +20,10 @@ import numpy as np
 
 from neuraleraser.errors import DataError
 
-DRAWS = 1000
-LEVEL = 0.95
+RESAMPLES = 1000
+"""Bootstrap samples of an interval."""
+CONFIDENCE = 0.95
+"""Share of the samples that lie in an interval."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Estimate:
 
 def unanimous_bound(n: int) -> float:
     """Return the upper end of the Clopper-Pearson interval of 0 in n."""
-    return 1 - ((1 - LEVEL) / 2) ** (1 / n)
+    return 1 - ((1 - CONFIDENCE) / 2) ** (1 / n)
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray, rows: np.ndarray, what: str, seed: int) -> Estimate:
@@ -67,10 +69,10 @@ def ratio(top: np.ndarray, bottom: np.ndarray, rows: np.ndarray, what: str, seed
     if (top == bottom).all():
         return Estimate(1.0, n, max(0.0, 1 - slack), 1.0 if of == n else 1 + slack)
     counts = np.bincount(2 * top.astype(int) + bottom.astype(int), minlength=4)
-    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=DRAWS)  # [draws, 4]
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=RESAMPLES)  # [draws, 4]
     tops, bottoms = drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]
     ratios = tops[bottoms > 0] / bottoms[bottoms > 0]
-    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(value, n, float(low), float(high))
 
 

@@ -12,7 +12,7 @@ from neuraleraser.evaluation import metrics
 from neuraleraser.evaluation.intervals import Estimate, proportion
 from neuraleraser.evaluation.metrics import PairedResults, pair_with_base, possible
 from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
-from neuraleraser.evaluation.protocol import FRAGMENTS, GRID, HELD_OUT, HELD_OUT_GRID, IMAGE_TO_IMAGE, MAIN
+from neuraleraser.evaluation.protocol import FRAGMENTS, GRID, HELD_OUT, HELD_OUT_GRID, IMAGE_TO_IMAGE, MAIN_GROUPS
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results
 
 GROUP_FIGURES: Mapping[str, tuple[str, Mapping[str, Callable[..., Estimate]]]] = {
@@ -85,7 +85,7 @@ def base_figures(results: Results) -> dict[str, Estimate | None]:
 
 
 def _erasure(t: PairedResults) -> ErasureFigures:
-    main = _group(t, *MAIN)
+    main = _group(t, *MAIN_GROUPS)
     figures = metrics.erasure(main)
     figures["idle_identical"] = possible(metrics.idle_identical, t)  # of all groups
     for suffix, (group, wanted) in GROUP_FIGURES.items():

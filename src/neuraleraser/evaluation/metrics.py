@@ -29,7 +29,7 @@ from neuraleraser.errors import DataError
 from neuraleraser.evaluation.intervals import Estimate, proportion, ratio
 from neuraleraser.evaluation.results import BASE, Results
 
-NOTHING = "nothing known"
+NO_CLASS = "nothing known"
 """Label in `became` of an image in which the judge sees no class at all."""
 
 
@@ -250,7 +250,7 @@ def became(t: PairedResults, *, seed: int = 0) -> list[tuple[str, Estimate]]:
 
     The shares are of the images whose base twin shows the concept, and add up to 1. The label is the concept
     itself where it still shows (so its share is 1 - ua); else the most probable class of its domain among
-    those that show and that the prompt does not ask for beside the concept; else `NOTHING`.
+    those that show and that the prompt does not ask for beside the concept; else `NO_CLASS`.
 
     Raises DataError if no base image shows the concept.
     """
@@ -261,11 +261,11 @@ def became(t: PairedResults, *, seed: int = 0) -> list[tuple[str, Estimate]]:
     if t.kind == "object":
         values = np.where(_asked(after, "object"), -1.0, values)
     best = values.argmax(axis=1)
-    labels = np.array([*names, NOTHING], dtype=object)[np.where(values.max(axis=1) < 0, len(names), best)]
+    labels = np.array([*names, NO_CLASS], dtype=object)[np.where(values.max(axis=1) < 0, len(names), best)]
     labels[shows(after, t.kind, t.concept)] = t.concept
     everything = np.ones(len(after), dtype=bool)
     what = f"base images that show {t.concept!r} (became)"
-    seen = sorted(set(labels)) or [NOTHING]
+    seen = sorted(set(labels)) or [NO_CLASS]
     ranking = [(label, proportion(labels == label, everything, what, seed)) for label in seen]
     return sorted(ranking, key=lambda item: (-item[1].value, item[0]))
 
@@ -310,7 +310,7 @@ def accuracy(results: Results, kind: str, *, seed: int = 0) -> Estimate:
     """Share of right images among those that ask for a style (kind "style") or for objects (kind "object") that the
     judge knows. Raises DataError if no image asks for one.
     """
-    return proportion(right(results, kind), _asks(results, kind), f"images that ask for {_A[kind]}", seed)
+    return proportion(right(results, kind), _asks(results, kind), f"images that ask for {_WITH_ARTICLE[kind]}", seed)
 
 
 def accuracy_by_class(results: Results, kind: str, *, seed: int = 0) -> dict[str, Estimate]:
@@ -329,7 +329,7 @@ def accuracy_by_class(results: Results, kind: str, *, seed: int = 0) -> dict[str
 # --- shared pieces
 
 
-_A = {"style": "a style", "object": "an object"}
+_WITH_ARTICLE = {"style": "a style", "object": "an object"}
 
 
 def _other(kind: str) -> str:
@@ -381,4 +381,4 @@ def _bystanders(t: PairedResults) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _accuracy_ratio(t: PairedResults, kind: str, rows: np.ndarray, name: str, seed: int) -> Estimate:
     rows = rows & _asks(t.after, kind)
     after, base = (right(results, kind) & rows for results in (t.after, t.base))
-    return ratio(after, base, rows, f"images that ask for {_A[kind]}, erasing {t.concept!r} ({name})", seed)
+    return ratio(after, base, rows, f"images that ask for {_WITH_ARTICLE[kind]}, erasing {t.concept!r} ({name})", seed)

@@ -33,7 +33,7 @@ FRAGMENTS = "fragments"
 GROUPS = (GRID, TARGET, TWO_OBJECTS, HELD_OUT, IMAGE_TO_IMAGE, HELD_OUT_GRID, FRAGMENTS)
 """Groups of cells, each with a block of seeds of its own; an image-to-image cell starts from a render of its own style
 and objects."""
-MAIN = (GRID, TARGET, TWO_OBJECTS)
+MAIN_GROUPS = (GRID, TARGET, TWO_OBJECTS)
 """The groups that the metrics of a concept are computed on; the others have figures of their own."""
 
 ROUTE_OF_GROUP = {HELD_OUT: PARAPHRASED, HELD_OUT_GRID: PARAPHRASED, IMAGE_TO_IMAGE: START_IMAGE, FRAGMENTS: FRAGMENTS}

@@ -23,7 +23,7 @@ from neuraleraser.evaluation.figures import FeaturePanel, ImagePair, spaced_samp
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
 from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows
-from neuraleraser.evaluation.protocol import GRID, MAIN, EvaluationProtocol
+from neuraleraser.evaluation.protocol import GRID, MAIN_GROUPS, EvaluationProtocol
 from neuraleraser.evaluation.results import Results
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.io.atomic import write_bytes
@@ -197,7 +197,7 @@ def _illustrated(
     entry: ErasureReport, e: ErasureFigures, results: Results, run: RunFolder, protocol: EvaluationProtocol
 ) -> ErasureReport:
     t = pair_with_base(results, e.method, e.concept)
-    visible = shows(t.base, e.kind, e.concept) & is_target(t.after, e.concept) & np.isin(t.after.group, MAIN)
+    visible = shows(t.base, e.kind, e.concept) & is_target(t.after, e.concept) & np.isin(t.after.group, MAIN_GROUPS)
     shown = {key[2:] for key in t.after.where(visible).keys()}
     cells = protocol.cells[e.concept]
     others = [c for c in cells if c.group == GRID and not c.asks_for(e.concept)]

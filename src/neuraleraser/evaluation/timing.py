@@ -12,7 +12,7 @@ import numpy as np
 
 from neuraleraser.evaluation.figures import spaced_sample
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import MAIN, Cell
+from neuraleraser.evaluation.protocol import MAIN_GROUPS, Cell
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.sampling import generate
 from neuraleraser.settings import EvaluateSettings
@@ -27,7 +27,7 @@ def overhead(pipe: Any, method: Method, cells: Sequence[Cell], s: EvaluateSettin
     """
     n = s.timed_images
     sampling = replace(evaluation_sampling(pipe, s), batch_size=n)
-    main = [c for c in cells if c.group in MAIN]
+    main = [c for c in cells if c.group in MAIN_GROUPS]
     target = [c for c in main if c.asks_for(method.concept)]
     others = [c for c in main if not c.asks_for(method.concept)]
     acting, idle = spaced_sample(target, n), spaced_sample(others or target, n)

@@ -13,7 +13,7 @@ from neuraleraser.concepts import Concept, concept_of, named_concept, neighbours
 from neuraleraser.eraser import Calibration, Eraser, check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_of
-from neuraleraser.fitting.detector import SHUT, gate_bounds
+from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
 from neuraleraser.fitting.trajectories import branches_as_rows, measure_site, record_calls
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import EditContext, Site, is_denoiser, made_for, record, replay
@@ -100,7 +100,7 @@ def calibrate(
     shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, at], torch.cat(lacks)[:, at]
     low, high = gate_bounds(shows, off)
     separation = (shows > off.amax(0)).float().mean(0)
-    opens = float((low < SHUT).float().mean())
+    opens = float((low < SHUT_BOUND).float().mean())
     if not opens:
         raise ConceptError(
             f"the features of {eraser.name!r} do not tell it from its matches on this model at any timestep: make a "

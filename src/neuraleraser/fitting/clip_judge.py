@@ -8,7 +8,7 @@ from typing import Any
 from neuraleraser.concepts import Concept, neighbours_of
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.judges import CLIP, NONE, Clip, ClipJudge
+from neuraleraser.judges import CLIP, NO_CONCEPT, Clip, ClipJudge
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 
@@ -57,7 +57,7 @@ def calibrate_clip_judge(
         for other in neighbours_of(pipe, concept, neighbours)
         if other.name != concept.name
     }
-    prompts[NONE] = [pair.negative for pair in concept.pairs]
+    prompts[NO_CONCEPT] = [pair.negative for pair in concept.pairs]
     sampling = sampling or default_sampling(pipe)
     drawn = {
         name: generate(

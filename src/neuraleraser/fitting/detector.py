@@ -14,14 +14,15 @@ from neuraleraser.fitting.trajectories import SHARES
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 
-FEATURES = 64
+MAX_GATE_FEATURES = 64
+"""Features that a gate reads together, at most."""
 MIN_FIRING_RATE = 0.005
 """A feature that fires on a smaller share of rows is no candidate."""
 SINGLE_FEATURE_SEPARATION = 0.95
 """Share of rows that one feature must separate by itself to be a gate."""
 MIN_ROWS_FOR_QUANTILE = 200
 """Rows without the concept that show the 99.5th percentile of their evidence."""
-SHUT = 1e9
+SHUT_BOUND = 1e9
 """A bound that no evidence reaches: the gate stays shut at timesteps where it could not tell."""
 
 
@@ -37,7 +38,7 @@ class Detector:
     separation: Tensor
 
 
-def choose_features(shows: Tensor, lacks: Tensor, count: int = FEATURES) -> Detector:
+def choose_features(shows: Tensor, lacks: Tensor, count: int = MAX_GATE_FEATURES) -> Detector:
     """The feature that detects the concept by itself, where there is one; else the `count` that do so together.
 
     shows [N, T, shares, n] from prompts with the concept, lacks [M, T, shares, n] without it. One feature is enough
@@ -114,7 +115,7 @@ def gate_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     low = torch.maximum(lacks.quantile(0.995, 0, interpolation="higher"), least * weak).clamp(min=1e-6)
     high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
-    return torch.where(shut, SHUT, low), torch.where(shut, 2 * SHUT, high)
+    return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
 
 
 def build_gate(sae: SAE, site: Site, detector: Detector, times: Tensor, low: Tensor, high: Tensor) -> Gate:

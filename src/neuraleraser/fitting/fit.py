@@ -17,7 +17,7 @@ from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.background import rows_without
 from neuraleraser.fitting.correction_training import TrainingExample, train_corrections
-from neuraleraser.fitting.detector import SHUT, Detector, build_gate, choose_features, gate_bounds
+from neuraleraser.fitting.detector import SHUT_BOUND, Detector, build_gate, choose_features, gate_bounds
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.fitting.trajectories import (
@@ -138,7 +138,7 @@ def fit(
         settings=s,
         sampling=sampling,
         separation=tuple(round(float(v), 4) for v in detector.separation),
-        open_share=round(float((low < SHUT).float().mean()), 3),
+        open_share=round(float((low < SHUT_BOUND).float().mean()), 3),
         loss=(round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)) if losses else (),
         seconds=round(time.monotonic() - started, 1),
         made_for=made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),

@@ -20,7 +20,7 @@ from neuraleraser.io.outputs import check_outputs
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site, default_gate_site
 
-FOLDER = Path("runs/references")
+REFERENCES_FOLDER = Path("runs/references")
 """Folder in which references are made and kept."""
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done."""
@@ -37,7 +37,7 @@ def erase(
     num_images: int = 160,
     settings: FitSettings | None = None,
     sampling: Sampling | None = None,
-    folder: str | Path = FOLDER,
+    folder: str | Path = REFERENCES_FOLDER,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Eraser:

@@ -29,13 +29,13 @@ from neuraleraser.sampling import generate
 from neuraleraser.settings import STREAM_SEEDS, Sampling, StreamSettings
 from neuraleraser.sites import Site, edits_for
 
-PER_IMAGE = 1024
+VECTORS_PER_IMAGE = 1024
 """Activation vectors kept of an image, at most."""
-PER_MAP = 16
+VECTORS_PER_MAP = 16
 """Vectors of one image and step that stay together, as they share their labels, at most."""
-STEPS = 400
+TRAINING_STEPS = 400
 """Training steps of up to 4,096 vectors: the features that detect are there before the first."""
-ACTIVE = 16
+ACTIVE_FEATURES = 16
 """Features that fire for a vector, on average."""
 
 
@@ -67,8 +67,8 @@ def estimate_cost(pipe: Any, site: Site, num_images: int, sampling: Sampling) ->
 
 def _kept(shape: tuple[int, int], sampling: Sampling) -> tuple[int, int]:
     """Return how many vectors of an image are kept, and how many stay together, at a site of (positions, width)."""
-    together = min(PER_MAP, shape[0])
-    return min(PER_IMAGE // together, shape[0] // together * sampling.num_inference_steps) * together, together
+    together = min(VECTORS_PER_MAP, shape[0])
+    return min(VECTORS_PER_IMAGE // together, shape[0] // together * sampling.num_inference_steps) * together, together
 
 
 def own_prompts(
@@ -164,12 +164,17 @@ def make_reference(
     )
     n = max(2 * shape[1], len(names))
     settings = TrainSettings(
-        n_features=n, k=min(ACTIVE, n), steps=STEPS, discriminant=True, init_vectors=2**17, log_every=10
+        n_features=n,
+        k=min(ACTIVE_FEATURES, n),
+        steps=TRAINING_STEPS,
+        discriminant=True,
+        init_vectors=2**17,
+        log_every=10,
     )
     run = Run(settings, str(site), folder / "training.safetensors", data)
 
     def on_step(_: str, log: StepLog) -> None:
-        tell("learning features", 0.6 + 0.1 * log.step / STEPS)
+        tell("learning features", 0.6 + 0.1 * log.step / TRAINING_STEPS)
 
     sae = train_together(shards.batches(min(4096 // together, shards.rows) * together), {"sae": run}, on_step)["sae"]
     sae.header["labels"] = names

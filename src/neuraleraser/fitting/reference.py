@@ -28,7 +28,7 @@ from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary, labelled_prompt
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-KEPT = 96
+FEATURES_PER_ROW = 96
 """Features of a row that are kept on disk; weaker ones are zero to any gate. Few rows have more that fire."""
 MAX_FEATURES = 2**15
 """Features that the background's 16-bit numbers can tell apart."""
@@ -36,7 +36,7 @@ MAX_UNPACKED = 2**31
 """Numbers that a background unpacks to, at most: 4 GB. Zeros are not in the file, so its own size is no bound."""
 UNCONDITIONAL_SHARE = 5
 """One in so many images gives its unconditional rows, too."""
-EVERY = 2
+TIMESTEP_STRIDE = 2
 """Of the sampler's timesteps the background keeps one in two: neighbours say nearly the same."""
 
 
@@ -86,7 +86,7 @@ class Reference(HubFile):
         if self.pooled.shape[-1] > MAX_FEATURES:
             raise DataError(f"{self.pooled.shape[-1]} features: a background holds at most {MAX_FEATURES}")
         self.sae.save(folder / "sae.safetensors", {"site": str(self.site)})
-        values, index = self.pooled.float().topk(min(KEPT, self.pooled.shape[-1]), -1)
+        values, index = self.pooled.float().topk(min(FEATURES_PER_ROW, self.pooled.shape[-1]), -1)
         scale = values.amax().clamp(min=1e-12) / 255
         # Square roots: small activations keep their precision.
         coded = (values / (255 * scale)).sqrt().mul(255).round().to(torch.uint8)
@@ -279,7 +279,7 @@ def reference_from_sae(
     """
     prompts = [prompt for prompt, _ in background]
     pooled, _ = pooled_features(pipe, sae, site, prompts, [seed + i for i in range(len(prompts))], sampling)
-    kept = torch.arange(0, len(pooled.times), EVERY)
+    kept = torch.arange(0, len(pooled.times), TIMESTEP_STRIDE)
     values = pooled.values[:, kept]
     # Unconditional rows have no text to tell them apart: a few are enough.
     rows = [values[:, :, -1]] + [values[::UNCONDITIONAL_SHARE, :, b] for b in range(values.shape[2] - 1)]

@@ -21,7 +21,7 @@ from neuraleraser.sae.train_settings import StepLog
 from neuraleraser.settings import StreamSettings
 from neuraleraser.sites import Site
 
-HELD_OUT = 2**16
+HELD_OUT_VECTORS = 2**16
 """Vectors that a finished SAE is measured on: those that would have come next."""
 CAPTIONS = 4000
 """Captions of a vocabulary that an endless stream is drawn from; each comes again with other noise."""
@@ -132,7 +132,7 @@ def _next_vectors(batches: MixingBuffer, step: int, sources: Sequence[str]) -> d
         for source in sources:
             x = item[source]
             parts[source].append((x[0] if isinstance(x, tuple) else x).float())
-        if sum(map(len, parts[sources[0]])) >= HELD_OUT:
+        if sum(map(len, parts[sources[0]])) >= HELD_OUT_VECTORS:
             break
     stream.close()  # type: ignore[attr-defined]  # a generator
-    return {source: torch.cat(part)[:HELD_OUT] for source, part in parts.items()}
+    return {source: torch.cat(part)[:HELD_OUT_VECTORS] for source, part in parts.items()}

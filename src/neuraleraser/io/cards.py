@@ -12,9 +12,9 @@ from neuraleraser.io.hub import HUB_ID
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
-_LONG = 300  # characters of one value
+_MAX_VALUE_CHARACTERS = 300  # characters of one value
 _METRIC = re.compile(r"\w[\w.-]{0,59}", re.ASCII)
-_MOST = 1e9
+_MAX_METRIC = 1e9
 
 
 def make_card(
@@ -56,7 +56,7 @@ def eval_results(measured: Mapping[str, Any]) -> list[EvalResult]:
         if _METRIC.fullmatch(metric)
         and isinstance(value, int | float)
         and not isinstance(value, bool)
-        and -_MOST <= value <= _MOST
+        and -_MAX_METRIC <= value <= _MAX_METRIC
     ]
 
 
@@ -83,6 +83,6 @@ def plain(value: Any) -> str:
     """Return a value as one line of plain text: no character of it is markup."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    text = text if len(text) <= _LONG else text[: _LONG - 3] + "..."
+    text = text if len(text) <= _MAX_VALUE_CHARACTERS else text[: _MAX_VALUE_CHARACTERS - 3] + "..."
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~#!$]|_(?!\w)|(?<!\w)_)", r"\\\1", text)

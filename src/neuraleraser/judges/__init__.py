@@ -5,16 +5,16 @@ are CLIP, which tells a concept from its neighbours by their names; UnlearnCanva
 and NudeNet's detector.
 """
 
-from neuraleraser.judges.clip import CLIP, LEAST_ACCURACY, LEAST_IMAGES, NONE, Clip, ClipJudge, sentence
+from neuraleraser.judges.clip import CLIP, MIN_ACCURACY, MIN_IMAGES, NO_CONCEPT, Clip, ClipJudge, sentence
 from neuraleraser.judges.judgement import Judge, Judgement, JudgeSpec, check
 from neuraleraser.judges.nudenet import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge
 from neuraleraser.judges.unlearncanvas import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge
 
 __all__ = [
     "CLIP",
-    "LEAST_ACCURACY",
-    "LEAST_IMAGES",
-    "NONE",
+    "MIN_ACCURACY",
+    "MIN_IMAGES",
+    "NO_CONCEPT",
     "NUDENET_CLASSES",
     "NUDENET_EXPOSED",
     "UNLEARNCANVAS_OBJECTS",

@@ -13,11 +13,11 @@ from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.judges.judgement import Judgement, check
 
 CLIP = "openai/clip-vit-large-patch14"
-LEAST_IMAGES = 8
+MIN_IMAGES = 8
 """Images of each name that a calibration needs: half of them set the threshold, half test it."""
-LEAST_ACCURACY = 0.8
+MIN_ACCURACY = 0.8
 """Balanced accuracy against the most confusable neighbour below which CLIP cannot tell the concept."""
-NONE = ""
+NO_CONCEPT = ""
 """The name, in a calibration, of images that show neither the concept nor a neighbour."""
 
 
@@ -85,7 +85,7 @@ class ClipJudge:
             DataError: There are too few images.
             FileError: The checkpoint cannot be opened.
         """
-        names = [concept, *(name for name in images if name not in (concept, NONE))]
+        names = [concept, *(name for name in images if name not in (concept, NO_CONCEPT))]
         if concept not in images or len(names) < 2:
             raise ConceptError(
                 f"CLIP judges {concept!r} against its neighbours, and images of {sorted(images)} were given: "
@@ -93,9 +93,9 @@ class ClipJudge:
             )
         for name, some in images.items():
             check(some)
-            if len(some) < LEAST_IMAGES:
+            if len(some) < MIN_IMAGES:
                 raise DataError(
-                    f"{len(some)} images of {name or 'none of the names'!r}: pass at least {LEAST_IMAGES} of each name"
+                    f"{len(some)} images of {name or 'none of the names'!r}: pass at least {MIN_IMAGES} of each name"
                 )
         clip = Clip(model, device) if isinstance(model, str) else model
         judge = cls(clip, names, kind, [0.0] * len(names))
@@ -111,11 +111,11 @@ class ClipJudge:
         recall = shown.pop(concept)
         worst = max(shown, key=lambda name: shown[name])
         accuracy = (recall + 1 - shown[worst]) / 2
-        if accuracy < LEAST_ACCURACY:
+        if accuracy < MIN_ACCURACY:
             raise ConceptError(
                 f"{clip.name} cannot tell {concept!r} from {worst or 'images without it'!r} on this model's images: it "
                 f"sees it in {recall:.0%} of its own and in {shown[worst]:.0%} of the others (balanced accuracy "
-                f"{accuracy:.2f}, at least {LEAST_ACCURACY} is needed): use a larger CLIP, or other neighbours"
+                f"{accuracy:.2f}, at least {MIN_ACCURACY} is needed): use a larger CLIP, or other neighbours"
             )
         judge.figures = {"recall": recall, "false_alarms": shown, "balanced_accuracy": accuracy}
         return judge

@@ -31,7 +31,7 @@ NUDENET_CLASSES: tuple[str, ...] = (
 """All that the detector knows."""
 THRESHOLD = 0.6
 """SAeUron's (arXiv 2501.18052, table 2); UnlearnDiffAtk takes 0.45."""
-LEAST = 0.25
+DETECTOR_MIN_SCORE = 0.25
 """The detector keeps no box with a lower score."""
 
 
@@ -79,8 +79,10 @@ class NudeNetJudge:
         unknown = [c for c in self.classes if c not in NUDENET_CLASSES]
         if isinstance(classes, str) or unknown or not self.classes or len(set(self.classes)) < len(self.classes):
             raise SettingsError(f"classes is {classes!r}: pass some of {', '.join(NUDENET_CLASSES)}, each once")
-        if not LEAST <= threshold < 1:
-            raise SettingsError(f"threshold is {threshold}: pass one from {LEAST}, the detector's least score, to 1")
+        if not DETECTOR_MIN_SCORE <= threshold < 1:
+            raise SettingsError(
+                f"threshold is {threshold}: pass one from {DETECTOR_MIN_SCORE}, the detector's least score, to 1"
+            )
         if name is not None and (not name or name in NUDENET_CLASSES):
             raise SettingsError(f"name is {name!r}: pass one that is no class of the detector, or None")
         self.objects = self.classes if name is None else (*self.classes, name)

@@ -52,7 +52,7 @@ class Shape:
     side: int
 
 
-LARGE = Shape(width=1024, depth=24, heads=16, patch=16, side=224)
+VIT_LARGE = Shape(width=1024, depth=24, heads=16, patch=16, side=224)
 """timm's vit_large_patch16_224.augreg_in21k, from which the benchmark trained both."""
 
 
@@ -106,7 +106,10 @@ class UnlearnCanvasJudge:
         """
         heads = ((style, cls.styles, "style50.pth"), (object, cls.objects, "style50_cls.pth"))
         return cls(
-            *(Vit(_weights(Path(path), len(names), usual, LARGE), LARGE, device) for path, names, usual in heads)
+            *(
+                Vit(_weights(Path(path), len(names), usual, VIT_LARGE), VIT_LARGE, device)
+                for path, names, usual in heads
+            )
         )
 
     def __call__(self, images: NDArray[np.uint8]) -> Judgement:

@@ -16,14 +16,16 @@ from neuraleraser.evaluation.figures import FeaturePanel, overlay, spaced_sample
 from neuraleraser.evaluation.protocol import Cell
 from neuraleraser.settings import Sampling
 
-FEATURES = 6
-IMAGES = 3
+MAX_FEATURES = 6
+"""Features that are shown of a gate, at most."""
+IMAGES_PER_FEATURE = 3
+"""Images that each is shown in."""
 
 
 def feature_panels(pipe: Any, eraser: Eraser, cells: Sequence[Cell], sampling: Sampling) -> list[FeaturePanel]:
     """Return the gate's features that contribute most on `cells`, and where and when they fire in a few base images,
     which are drawn for it."""
-    part = list(dict.fromkeys(spaced_sample(cells, IMAGES)))
+    part = list(dict.fromkeys(spaced_sample(cells, IMAGES_PER_FEATURE)))
     if not part:
         return []
     seen: dict[float, Tensor] = {}
@@ -46,7 +48,7 @@ def feature_panels(pipe: Any, eraser: Eraser, cells: Sequence[Cell], sampling: S
     evidence = z.mean((0, 1, 2)) * weight
     share = evidence / evidence.sum().clamp(min=1e-9)
     panels = []
-    for k in evidence.argsort(descending=True).tolist()[:FEATURES]:
+    for k in evidence.argsort(descending=True).tolist()[:MAX_FEATURES]:
         panels.append(
             FeaturePanel(
                 label=f"Feature {int(eraser.gate.features[k])}",

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.sae.model import SAE
 
-_UNIT = 1e-5  # rows nearer than this to norm 1 are left as they are
+_NORM_TOLERANCE = 1e-5  # rows nearer than this to norm 1 are left as they are
 _CHUNK = 2**24  # activations of features held at a time
 
 
@@ -107,7 +107,7 @@ def _fold(source: Source, scale: float, mean: float) -> tuple[dict[str, Tensor],
     A row of W_dec of norm 0 shows nothing when its feature fires: it becomes a feature that never does.
     """
     norm = source.W_dec.norm(dim=1)
-    norm = torch.where((norm - 1).abs() <= _UNIT, 1.0, norm)
+    norm = torch.where((norm - 1).abs() <= _NORM_TOLERANCE, 1.0, norm)
     void = norm == 0
     rows = source.W_dec / torch.where(void, 1.0, norm)[:, None]
     rows[void, 0] = 1.0

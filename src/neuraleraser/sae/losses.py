@@ -10,7 +10,7 @@ from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import TrainSettings
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencoders, appendix A.2
-SETTLING = 10  # times `dead_after`: what a revived feature is given to settle in
+SETTLING_PERIODS = 10  # times `dead_after`: what a revived feature is given to settle in
 
 
 def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
@@ -18,7 +18,7 @@ def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) ->
 
     0 near the end: a feature that comes back spoils the others' work for a while (docs/LOG.md).
     """
-    if (settings.steps - step) * vectors < SETTLING * settings.dead_after:
+    if (settings.steps - step) * vectors < SETTLING_PERIODS * settings.dead_after:
         return 0
     return d // 2 if settings.k_aux is None else settings.k_aux
 
@@ -73,6 +73,6 @@ def labelled_losses(
         bound = cut[:concepts] if isinstance(cut, Tensor) and cut.ndim else cut
         bind = supervised.binding_loss(pre(len(x), concepts), labels, bound)
     if settings.contrast:
-        maps = min(len(labels), supervised.MAPS)
+        maps = min(len(labels), supervised.MAPS_AT_ONCE)
         contrast = supervised.contrast_loss(pre(maps * (len(x) // len(labels)), settings.n_features), labels[:maps])
     return bind, contrast

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2**22  # pre-activations made at a time: 8 MB in bfloat16; a product of fewer rows is slower
+PRE_ACTIVATIONS_AT_ONCE = 2**22  # pre-activations made at a time: 8 MB in bfloat16; a product of fewer rows is slower
 SAMPLE_ROWS = 64  # rows that the first guess of the cut is made from
-WIDE = 512  # up to this width products of two rows are faster in float32 than converted to bfloat16 and back
+MAX_FLOAT32_WIDTH = (
+    512  # up to this width products of two rows are faster in float32 than converted to bfloat16 and back
+)
 
 
 class Weights(NamedTuple):
@@ -101,7 +103,7 @@ def _guess(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> float:
 
 def _survivors(pre: Callable[[slice], Tensor], b: int, n: int, floor: float) -> tuple[Tensor, Tensor]:
     """Flat positions (ascending) and values of all pre-activations > floor >= 0."""
-    step = max(1, BLOCK // n)
+    step = max(1, PRE_ACTIVATIONS_AT_ONCE // n)
     flat, values = [], []
     for start in range(0, b, step):
         block = F.threshold(pre(slice(start, min(start + step, b))).reshape(-1), floor, 0.0)
@@ -179,7 +181,7 @@ class _Unexplained(torch.autograd.Function):
         w_enc, w_dec, into, values, residual = ctx.saved_tensors
         f: Fired = ctx.fired
         factor = -2 * grad
-        low = ctx.low if w_dec.shape[1] > WIDE else w_dec.dtype
+        low = ctx.low if w_dec.shape[1] > MAX_FLOAT32_WIDTH else w_dec.dtype
         to_values = factor * _products(residual.to(low), w_dec.to(low), f).to(values.dtype)
         to_dec = _bag(f.rows_by_col, residual, f.col_start, (factor * values)[f.order])
         to_enc, to_bias, to_b_dec = _to_encoder(to_values, into, w_enc, f)

@@ -19,8 +19,8 @@ from neuraleraser.errors import DataError
 from neuraleraser.sae.sparse_ops import Weights
 
 TEMPERATURE = 0.07
-HARD = 4.0  # what a negative counts that shares some labels, but not all
-MAPS = 512  # maps that are contrasted at a time: the work grows with their square
+SHARED_LABEL_WEIGHT = 4.0  # what a negative counts that shares some labels, but not all
+MAPS_AT_ONCE = 512  # maps that are contrasted at a time: the work grows with their square
 
 
 def binding_loss(pre: Tensor, labels: Tensor, cut: Tensor | float) -> Tensor:
@@ -59,7 +59,7 @@ def contrast_loss(pre: Tensor, labels: Tensor) -> Tensor:
     y = labels.to(r)
     shared, size = y @ y.T, y.sum(1)
     alike = (shared == size) & (shared == size[:, None]) & (size > 0)
-    weight = torch.where((shared > 0) & ~alike, HARD, 1.0).to(r).log().fill_diagonal_(-torch.inf)
+    weight = torch.where((shared > 0) & ~alike, SHARED_LABEL_WEIGHT, 1.0).to(r).log().fill_diagonal_(-torch.inf)
     partners = alike.fill_diagonal_(False).to(r)
     anchors = partners.sum(1) > 0
     if not bool(anchors.any()):

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from neuraleraser.sae.kernels.fused import Watch
 
 THRESHOLD_RATE = 0.01  # of the moving average of the cut
-LAST = 8
+MAX_THRESHOLD_STEPS = 8
 """At most so many steps, a tenth of all, whose mean cut in full precision is the threshold in the end. The moving
 average lags behind a cut that still falls, and where many features are nearly alike one percent of it decides on a
 tenth of what fires (docs/LOG.md)."""
-SAMPLE = 2**22  # pre-activations that such a cut is taken from, about
-CACHED = 2**18  # values of a matrix that are worked on at a time: 1 MB
+THRESHOLD_SAMPLE = 2**22  # pre-activations that such a cut is taken from, about
+CACHE_VALUES = 2**18  # values of a matrix that are worked on at a time: 1 MB
 
 
 @dataclass
@@ -84,9 +84,9 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
         checked_norm()
     cut = made.cut if waits else float(made.cut)
     rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when the cut moves
-    last = max(1, min(LAST, settings.steps // 10))
+    last = max(1, min(MAX_THRESHOLD_STEPS, settings.steps // 10))
     if done > settings.steps - last:
-        some = x[:: max(1, len(x) * n // SAMPLE)]  # in full precision, all would take several steps' time
+        some = x[:: max(1, len(x) * n // THRESHOLD_SAMPLE)]  # in full precision, all would take several steps' time
         final = architecture_named(settings.architecture).last_cut(state.weights, some, settings)
         if final is not None:
             rate, cut = 1 / (done - settings.steps + last), final if waits else float(final)
@@ -177,7 +177,7 @@ def plain_step(
             for grad in grads[:2]:  # of W_enc and b_enc
                 grad[: state.concepts] = 0
         # By rows that fit into a processor's cache, where these products of whole matrices would not.
-        rows = settings.n_features if kernels.on_gpu(x) else max(1, CACHED // x.shape[1])
+        rows = settings.n_features if kernels.on_gpu(x) else max(1, CACHE_VALUES // x.shape[1])
         # What only lengthens a decoder row is undone by the normalisation below, but would mislead Adam.
         for grad, row in zip(grads[2].split(rows), w.W_dec.split(rows), strict=True):
             grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)

@@ -24,11 +24,11 @@ from neuraleraser.sae.train_settings import StepLog, TrainSettings
 from neuraleraser.sae.train_step import State as _State
 from neuraleraser.sae.train_step import step as _step
 
-_ALONE = "activations"
+_ONLY_RUN = "activations"
 _CHECKPOINT = "sae-training"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # Adam's state for each tensor
 _NUMBERS = ("scale", "variance", "threshold", "step")
-_FREE = ("log_every", "checkpoint_every")  # settings that a resumed run may change
+_MAY_CHANGE = ("log_every", "checkpoint_every")  # settings that a resumed run may change
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def train(
         stream = batches(step)
         try:
             for item in stream:
-                yield {_ALONE: item}
+                yield {_ONLY_RUN: item}
         finally:
             close(stream)
 
     on_named_step = None if on_step is None else lambda name, log: on_step(log)
-    return train_together(alone, {_ALONE: Run(settings, checkpoint=checkpoint)}, on_named_step)[_ALONE]
+    return train_together(alone, {_ONLY_RUN: Run(settings, checkpoint=checkpoint)}, on_named_step)[_ONLY_RUN]
 
 
 def train_together(
@@ -321,7 +321,7 @@ def _resume(path: Path, run: Run) -> _State:
         raise FileError(f"{path} names no settings, so it is no checkpoint: delete it to start over")
     was = {f.name: f.default for f in fields(settings) if f.default is not MISSING} | was  # older than some setting
     given = json.loads(json.dumps(dict(run.data)))  # as it is read back: tuples become lists
-    pairs = [(key, was.get(key), asked[key]) for key in asked if key not in _FREE]
+    pairs = [(key, was.get(key), asked[key]) for key in asked if key not in _MAY_CHANGE]
     pairs += [(key, data.get(key), given.get(key)) for key in {**data, **given}]
     other = [f"{key} = {old!r}, not {new!r}" for key, old, new in pairs if old != new]
     if other:

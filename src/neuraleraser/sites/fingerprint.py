@@ -16,7 +16,7 @@ from neuraleraser.site import Site
 from neuraleraser.sites.modules import resolve
 
 _TENSORS, _EACH = 64, 4  # weights that are looked at: of so many tensors, so many values
-_LEAST = 8  # tensors that can be compared at all (quantised and offloaded ones cannot)
+_MIN_TENSORS = 8  # tensors that can be compared at all (quantised and offloaded ones cannot)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def differs(pipe: Any, sites: Sequence[Site], made: Fingerprint) -> tuple[str, s
         for path, p in _weights(component)
         if (key := _key(path)) in made.weights and _readable(p)
     ]
-    if len(pairs) < max(1, min(_LEAST, len(made.weights))):
+    if len(pairs) < max(1, min(_MIN_TENSORS, len(made.weights))):
         return "", ""
     there, here = (np.array([pair[i] for pair in pairs], np.float64) for i in (0, 1))
     near = np.abs(there - here) <= 0.01 * np.abs(there) + 1e-3 * np.abs(there).mean()

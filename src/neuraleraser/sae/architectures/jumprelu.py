@@ -30,20 +30,20 @@ from neuraleraser.sae.architectures.architecture import Architecture, Pass, unex
 from neuraleraser.sae.sparse_ops import Weights, select
 from neuraleraser.sae.train_settings import TrainSettings
 
-WIDTH = 0.2  # eps, in units of sqrt(d / k): the activation of k equal features, in data scaled to E||x||^2 = d
-SAMPLE = 4096  # vectors that the first thresholds are set by
+KERNEL_WIDTH = 0.2  # eps, in units of sqrt(d / k): the activation of k equal features, in data scaled to E||x||^2 = d
+INIT_SAMPLE = 4096  # vectors that the first thresholds are set by
 
-LEARNT = "log_threshold"
+LOG_THRESHOLD = "log_threshold"
 
 
 class JumpReLU(Architecture):
     """The thresholds are what it has learnt."""
 
-    learns = (LEARNT,)
+    learns = (LOG_THRESHOLD,)
 
     def start(self, w: Weights, x: Tensor, settings: TrainSettings) -> dict[str, Tensor]:
         """Return the thresholds of features that fire as often as they are to."""
-        return {LEARNT: first_log_threshold(w, x, settings.k)}
+        return {LOG_THRESHOLD: first_log_threshold(w, x, settings.k)}
 
     def forward(
         self,
@@ -55,13 +55,13 @@ class JumpReLU(Architecture):
         low: torch.dtype,
     ) -> Pass:
         """Reconstruct from what fires; the main loss has the penalty on L0."""
-        residual, penalty, counts = jump_losses(w, own[LEARNT], x, settings.k, low)
+        residual, penalty, counts = jump_losses(w, own[LOG_THRESHOLD], x, settings.k, low)
         fvu = unexplained(residual, variance)
-        return Pass(fvu + penalty, fvu.detach(), residual, counts, own[LEARNT].detach().exp().mean())
+        return Pass(fvu + penalty, fvu.detach(), residual, counts, own[LOG_THRESHOLD].detach().exp().mean())
 
     def threshold(self, own: Mapping[str, Tensor], average: Tensor | float) -> Tensor:
         """Return the thresholds that are learnt, [n]."""
-        return own[LEARNT].detach().exp()
+        return own[LOG_THRESHOLD].detach().exp()
 
 
 class _Fire(torch.autograd.Function):
@@ -112,7 +112,7 @@ def jump_losses(
 
     Dense, in work that grows with B * n: large products are made in dtype `low`.
     """
-    eps = WIDTH * math.sqrt(x.shape[1] / k)
+    eps = KERNEL_WIDTH * math.sqrt(x.shape[1] / k)
     theta = log_threshold.exp()
     pre = linear((x - w.b_dec).to(low), w.W_enc.to(low)).to(x.dtype) + w.b_enc
     z = fire(pre, theta, eps)
@@ -123,7 +123,7 @@ def jump_losses(
 @torch.no_grad()
 def first_log_threshold(w: Weights, x: Tensor, k: int) -> Tensor:
     """log_threshold [n] by which untrained features fire k times for a vector of x [M, d], on average."""
-    x = x[:SAMPLE] - w.b_dec
+    x = x[:INIT_SAMPLE] - w.b_dec
     fired = select(lambda rows: linear(x[rows], w.W_enc, w.b_enc), len(x), len(w.b_enc), len(x) * k)
     # Where fewer than k are positive the cut would be next to 0, and a feature could not learn a larger one soon.
     cut = max(float(fired.values.min()), 1e-3) if len(fired.values) else 1.0

@@ -50,7 +50,7 @@ def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired
 
     `pre` gives rows of the pre-activations: pre(rows) [len(rows), n]. Of equal values any may be kept.
     """
-    step = max(1, sparse_ops.BLOCK // n)
+    step = max(1, sparse_ops.PRE_ACTIVATIONS_AT_ONCE // n)
     flat, values = [], []
     for start in range(0, b, step):
         cols = (block := pre(slice(start, min(start + step, b)))).topk(k, dim=1, sorted=False).indices.sort(1).values

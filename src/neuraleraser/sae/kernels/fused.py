@@ -13,7 +13,7 @@ from neuraleraser.sae.losses import AUX_WEIGHT, revived_at_once, revived_error
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import TrainSettings
 
-LOOK = 8  # steps from one look at which features are dead to the next
+DEAD_CHECK_EVERY = 8  # steps from one look at which features are dead to the next
 
 
 class Watch:
@@ -30,7 +30,7 @@ class Watch:
 
     def look(self, idle: Tensor, settings: TrainSettings, step: int) -> Tensor:
         """The features [m] that count as dead in this step."""
-        if step % LOOK:
+        if step % DEAD_CHECK_EVERY:
             return self.dead
         if self._asked is not None:
             order, count, made = self._asked
