@@ -95,10 +95,8 @@ _SAMPLING = "src/neuraleraser/sampling.py"
 _METRICS = "src/neuraleraser/evaluation/metrics.py"
 _PROTOCOL = "src/neuraleraser/evaluation/protocol.py"
 _ROWS = "src/neuraleraser/sites/rows.py"
-_OWN = "    examples = [TrainingExample(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2\n"
-_DRAWN = (
-    "    return examples + [TrainingExample(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
-)
+_OWN = "    examples = [TrainingExample(a, b.prediction) for a, b in zip(replayed, plain, strict=True)] * 2\n"
+_DRAWN = "[TrainingExample(a, _matched_prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
@@ -106,14 +104,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         "the edit is fitted to the concept's own predictions, so it learns nothing",
         (
             Text(_FITTING, _OWN, _OWN.replace("b.prediction", "a.prediction")),
-            Text(_FITTING, _DRAWN, _DRAWN.replace("_prediction(pipe, a, b)", "a.prediction")),
+            Text(_FITTING, _DRAWN, _DRAWN.replace("_matched_prediction(pipe, a, b)", "a.prediction")),
         ),
         (f"{FIT}::test_targets_are_the_matched_prompt_s_predictions", PRODUCT),
     ),
     Mutation(
         "targets-drawn-with",
         "at states drawn with the concept the target is its own prediction",
-        (Text(_FITTING, _DRAWN, _DRAWN.replace("_prediction(pipe, a, b)", "a.prediction")),),
+        (Text(_FITTING, _DRAWN, _DRAWN.replace("_matched_prediction(pipe, a, b)", "a.prediction")),),
         (f"{FIT}::test_targets_are_the_matched_prompt_s_predictions",),
     ),
     Mutation(
@@ -134,8 +132,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "[p.positive for p in pairs], seeds, *looked_at",
-                "[p.positive for p in pairs], [seed + 500 for seed in seeds], *looked_at",
+                "[p.positive for p in pairs], seeds, *recording",
+                "[p.positive for p in pairs], [seed + 500 for seed in seeds], *recording",
             ),
         ),
         (f"{FIT}::test_a_pair_is_drawn_from_the_same_noise",),
@@ -146,8 +144,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "torch.cat([conditional_rows(pooled_shown), pooled_crossed])[:, at]",
-                "conditional_rows(pooled_shown)[:, at]",
+                "torch.cat([conditional_rows(pooled_shown), pooled_replayed])[:, nearest_step]",
+                "conditional_rows(pooled_shown)[:, nearest_step]",
             ),
         ),
         (f"{FIT}::test_the_gate_is_fitted_to_states_drawn_without_the_concept_too",),
@@ -155,7 +153,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "own-matches",
         "the concept's matched prompts are no background of its gate",
-        (Text(_FITTING, "    lacks = torch.cat([lacks, own])\n", ""),),
+        (Text(_FITTING, "    lacks = torch.cat([lacks, plain_rows])\n", ""),),
         (f"{FIT}::test_the_gate_is_fitted_to_states_drawn_without_the_concept_too",),
     ),
     Mutation(

@@ -19,7 +19,7 @@ from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
-from neuraleraser.fitting.fit import _context_examples, _cross, _some, _training_examples
+from neuraleraser.fitting.fit import _context_examples, _replay_with_concept, _sample_pairs, _training_examples
 from neuraleraser.fitting.reference import reference_from_sae
 from neuraleraser.fitting.trajectories import SHARES, branches_as_rows, conditional_rows, record_trajectories
 from neuraleraser.sae import SAE
@@ -113,7 +113,7 @@ def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> Non
 def test_targets_are_the_matched_prompt_s_predictions(pipe: Any, known: Reference) -> None:
     prompts, seeds = [[p.negative for p in CONCEPT.pairs], [p.positive for p in CONCEPT.pairs]], [0, 1, 2]
     plain, shown = (record_trajectories(pipe, p, seeds, SAMPLING, known.sae, AT)[0] for p in prompts)
-    crossed, _ = _cross(pipe, plain, shown, known)
+    crossed, _ = _replay_with_concept(pipe, plain, shown, known)
     examples = _training_examples(pipe, plain, shown, crossed)
     at_plain, at_shown = examples[: 2 * len(plain)], examples[2 * len(plain) :]
     assert len(at_plain) == 2 * len(at_shown) == 4
@@ -180,7 +180,7 @@ def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -
         num_inference_steps=4, batch_size=2
     )  # at the first step the states of a pair are one and the same noise
     concept = Concept("x", "other", tuple(Pair(f"x x x x {c}", f"b c d e {c}") for c in "abc"))
-    pairs = _some(concept.pairs, 3, 0)
+    pairs = _sample_pairs(concept.pairs, 3, 0)
     prompts = [[p.negative for p in pairs], [p.positive for p in pairs]]
     plain, shown = (activation_matrix(pipe, p, [0, 1, 2], [site], 64, four)[site].mean(0) for p in prompts)
     w = torch.nn.functional.normalize(torch.stack([shown - plain, plain - shown]), dim=1)
@@ -192,7 +192,7 @@ def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -
     )
     gate = eraser.gate
     (plain, off), (shown, on) = (record_trajectories(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
-    _, crossed = _cross(pipe, plain, shown, known)
+    _, crossed = _replay_with_concept(pipe, plain, shown, known)
     at = [off.times.tolist().index(t) for t in known.times.tolist()]
 
     def evidence(pooled: torch.Tensor) -> torch.Tensor:

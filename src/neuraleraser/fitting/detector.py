@@ -28,9 +28,14 @@ SHUT_BOUND = 1e9
 
 @dataclass(frozen=True)
 class Detector:
-    """Features [f], their weights [f] (above 0 they speak for the concept, below against it: what its neighbours
-    have and it has not), the index of the pooling in SHARES, and how well they tell: `separation` [T] is the share
-    of rows with the concept above the 99.5th percentile of rows without."""
+    """Features that together detect the concept.
+
+    Attributes:
+        features: Their numbers in the SAE, [f].
+        weight: Their weights, [f]: above 0 a feature speaks for the concept, below 0 against it (neighbours have it).
+        share: Index in `SHARES` of the pooling.
+        separation: Share of rows with the concept above the 99.5th percentile of rows without, [T].
+    """
 
     features: Tensor
     weight: Tensor
@@ -39,11 +44,12 @@ class Detector:
 
 
 def choose_features(shows: Tensor, lacks: Tensor, count: int = MAX_GATE_FEATURES) -> Detector:
-    """The feature that detects the concept by itself, where there is one; else the `count` that do so together.
+    """Return the feature that detects the concept by itself, where there is one; else the `count` that do so together.
 
     shows [N, T, shares, n] from prompts with the concept, lacks [M, T, shares, n] without it. One feature is enough
-    where it separates ALONE of the rows. Else those that a logistic regression leans on most (weight times spread)
-    are kept, and weighed by it. Of both ways of pooling the one that separates better is taken, the mean if equal.
+    where it separates `SINGLE_FEATURE_SEPARATION` of the rows. Else those that a logistic regression leans on most
+    (weight times spread) are kept, and weighed by it. Of both ways of pooling the one that separates better is taken,
+    the mean if equal.
 
     Raises ConceptError if no feature fires more with the concept than without.
     """
@@ -54,28 +60,29 @@ def choose_features(shows: Tensor, lacks: Tensor, count: int = MAX_GATE_FEATURES
         candidates = often.nonzero()[:, 0]
         if bool((on.mean((0, 1)) > off.mean((0, 1)))[candidates].any()):
             pooled.append((on, off, candidates, share))
-    if alone := [d for d in (_one(*p) for p in pooled) if float(d.separation.mean()) >= SINGLE_FEATURE_SEPARATION]:
+    alone = [_best_single(*p) for p in pooled]
+    if alone := [d for d in alone if float(d.separation.mean()) >= SINGLE_FEATURE_SEPARATION]:
         return max(alone, key=lambda d: float(d.separation.mean()))
-    together = [d for d in (_many(*p, count) for p in pooled) if bool((d.weight > 0).any())]
+    together = [d for d in (_best_combination(*p, count) for p in pooled) if bool((d.weight > 0).any())]
     if not together:
         raise ConceptError("no feature fires more with the concept than without: give other prompts, or another site")
     return max(together, key=lambda d: float(d.separation.mean()))
 
 
 def _separation(on: Tensor, off: Tensor) -> Tensor:
-    """Share of rows on [N, T, ...] above the 99.5th percentile of off [M, T, ...] -> [T, ...]."""
+    """Return the share of rows on [N, T, ...] above the 99.5th percentile of off [M, T, ...]: [T, ...]."""
     return (on > off.quantile(0.995, 0)).float().mean(0)
 
 
-def _one(on: Tensor, off: Tensor, candidates: Tensor, share: int) -> Detector:
-    """The candidate that separates best by itself."""
+def _best_single(on: Tensor, off: Tensor, candidates: Tensor, share: int) -> Detector:
+    """Return the candidate that separates best by itself."""
     separation = _separation(on[..., candidates], off[..., candidates])  # [T, candidates]
     best = separation.mean(0).argmax()
     return Detector(candidates[best][None], torch.ones(1), share, separation[:, best])
 
 
-def _many(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -> Detector:
-    """`count` of the candidates, weighed by logistic regression."""
+def _best_combination(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -> Detector:
+    """Return the `count` best of the candidates together, weighed by logistic regression."""
     weight = logistic_weights(on[..., candidates], off[..., candidates])
     leaning = weight.abs() * (on.std((0, 1)) + off.std((0, 1)))[candidates]
     features = candidates[leaning.topk(min(count, len(candidates))).indices]
@@ -85,7 +92,7 @@ def _many(on: Tensor, off: Tensor, candidates: Tensor, share: int, count: int) -
 
 
 def logistic_weights(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
-    """Weights [f] of a logistic regression of on [N, T, f] against off [M, T, f], with an intercept for each
+    """Return the weights [f] of a logistic regression of on [N, T, f] against off [M, T, f], with an intercept for each
     timestep, both classes weighing the same, `penalty` times the squared weights (of features in units of their
     spread). Deterministic."""
     spread = on.std((0, 1)) + off.std((0, 1)) + 1e-4
@@ -103,12 +110,12 @@ def logistic_weights(on: Tensor, off: Tensor, steps: int = 150, penalty: float =
 
 
 def gate_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
-    """low and high [T] from evidence on rows with the concept [N, T] and without [M, T].
+    """Return low and high [T], between which the gate opens, from evidence with the concept [N, T] and without [M, T].
 
-    low lies above 995 in 1,000 rows without, and at a fifth of the first decile with: a concept that shares its picture
-    with another can be that weak. Fewer than ENOUGH rows cannot say what one in 200 reads: then it lies above all of
-    them, and at half of that decile. From there to high, 0.15 of the way to a typical row, the gate opens wide. It is
-    shut where a typical row with the concept lies below low: it could not tell.
+    low is the 99.5th percentile without the concept, or a fifth of the first decile with it if that is larger (a
+    concept that shares its image with another can be that weak). With fewer than `MIN_ROWS_FOR_QUANTILE` rows without,
+    it is their maximum, or half of that decile. high lies 0.15 of the way from low to the median with the concept.
+    Where that median lies below low the gate stays shut: it could not tell.
     """
     typical, weak = shows.median(0).values, shows.quantile(0.1, 0)
     least = 0.2 if len(lacks) >= MIN_ROWS_FOR_QUANTILE else 0.5
@@ -119,7 +126,7 @@ def gate_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build_gate(sae: SAE, site: Site, detector: Detector, times: Tensor, low: Tensor, high: Tensor) -> Gate:
-    """The gate with its own copies of the SAE's rows; the decoder bias is folded into the features' biases."""
+    """Return the gate, with copies of the SAE's rows; the decoder bias is folded into the features' biases."""
     f = detector.features
     rows = sae.W_enc[f].float()
     order = times.argsort()

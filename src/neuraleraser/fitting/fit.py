@@ -80,41 +80,41 @@ def fit(
     s, sampling = settings or FitSettings(), sampling or default_sampling(pipe)
     reference = reference or shipped_reference(pipe)
     _check_width(pipe, reference, sampling)
-    say = progress or (lambda what, share: None)
+    report_progress = progress or (lambda what, share: None)
     started = time.monotonic()
-    acts = list(edits or edits_for(pipe, reference.site))
-    pairs = _some(concept.pairs, s.num_pairs, s.seed)
+    edit_sites = list(edits or edits_for(pipe, reference.site))
+    pairs = _sample_pairs(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
-    say("drawing without the concept", 0.0)
-    looked_at = sampling, reference.sae, reference.site
-    plain, pooled_plain = record_trajectories(pipe, [p.negative for p in pairs], seeds, *looked_at)
-    say("drawing with the concept", 0.1)
-    shown, pooled_shown = record_trajectories(pipe, [p.positive for p in pairs], seeds, *looked_at)
-    say("choosing features", 0.2)
-    crossed, pooled_crossed = _cross(pipe, plain, shown, reference)
-    at = time_bin(pooled_shown.times.flip(0), reference.times).neg() + len(pooled_shown.times) - 1
-    shows = torch.cat([conditional_rows(pooled_shown), pooled_crossed])[:, at]
+    report_progress("drawing without the concept", 0.0)
+    recording = sampling, reference.sae, reference.site
+    plain_calls, pooled_plain = record_trajectories(pipe, [p.negative for p in pairs], seeds, *recording)
+    report_progress("drawing with the concept", 0.1)
+    shown_calls, pooled_shown = record_trajectories(pipe, [p.positive for p in pairs], seeds, *recording)
+    report_progress("choosing features", 0.2)
+    replayed_calls, pooled_replayed = _replay_with_concept(pipe, plain_calls, shown_calls, reference)
+    nearest_step = time_bin(pooled_shown.times.flip(0), reference.times).neg() + len(pooled_shown.times) - 1
+    shows = torch.cat([conditional_rows(pooled_shown), pooled_replayed])[:, nearest_step]
     lacks = reference.pooled[rows_without(concept, reference.prompts, reference.labels)]
-    own = branches_as_rows(pooled_plain.values)[:, at]
-    lacks = torch.cat([lacks, own])
+    plain_rows = branches_as_rows(pooled_plain.values)[:, nearest_step]
+    lacks = torch.cat([lacks, plain_rows])
     detector = choose_features(shows, lacks)
-    say("drawing what stays", 0.2)
+    report_progress("drawing what stays", 0.2)
     context = _context_prompts(concept, s.num_context_pairs)
     context_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(context))
-    examples = _training_examples(pipe, plain, shown, crossed)
+    examples = _training_examples(pipe, plain_calls, shown_calls, replayed_calls)
     if context:
         for part in _context_examples(pipe, context, context_seeds, sampling, reference.site):
             examples += part
-    say("fitting the edit", 0.3)
+    report_progress("fitting the edit", 0.3)
     losses: list[float] = []
 
     def on_step(step: int, loss: float) -> None:
         losses.append(loss)
-        say("fitting the edit", 0.3 + 0.65 * step / s.steps)
+        report_progress("fitting the edit", 0.3 + 0.65 * step / s.steps)
 
     corrections = train_corrections(
         pipe,
-        acts,
+        edit_sites,
         examples,
         rank=s.rank,
         steps=s.steps,
@@ -125,15 +125,15 @@ def fit(
     )
     low, high = gate_bounds(_evidence(shows, detector), _evidence(lacks, detector))
     gate = build_gate(reference.sae, reference.site, detector, reference.times, low, high)
-    gate = dataclasses.replace(gate, text_tokens=plain[0].text_tokens)
-    say("done", 1.0)
+    gate = dataclasses.replace(gate, text_tokens=plain_calls[0].text_tokens)
+    report_progress("done", 1.0)
     header = EraserHeader(
         concept=concept.name,
         kind=concept.kind,
         routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
-        prompts=_drawn(pairs, context),
+        prompts=_used_prompts(pairs, context),
         seeds=(seeds[0], seeds[-1] + len(context)),
         settings=s,
         sampling=sampling,
@@ -159,34 +159,35 @@ def _check_width(pipe: Any, reference: Reference, sampling: Sampling) -> None:
         )
 
 
-def _some(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+def _sample_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+    """Return `count` of the pairs in random order; where there are fewer, they come again."""
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[order[i % len(pairs)]] for i in range(count)]
 
 
-def _cross(
+def _replay_with_concept(
     pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], reference: Reference
 ) -> tuple[list[DenoiserCall], Tensor]:
-    """Return the prompts with the concept at the states drawn without it, where a finished eraser will stand.
+    """Replay the states drawn without the concept with the conditioning of its prompts: there a finished eraser works.
 
-    First the calls with their unedited predictions, then the pooled features [N, T, shares, n].
+    Returns the calls, with their unedited predictions, and the pooled features [N, T, shares, n].
     """
-    out: list[DenoiserCall] = []
-    seen: list[Tensor] = []
+    calls: list[DenoiserCall] = []
+    pooled: list[Tensor] = []
 
-    def note(site: Site, x: Tensor, call: Any) -> None:
+    def on_activations(site: Site, x: Tensor, call: Any) -> None:
         z = reference.sae.encode(x.float())
-        seen.append(torch.stack([pool(z, q) for q in SHARES], 1).half())
+        pooled.append(torch.stack([pool(z, q) for q in SHARES], 1).half())
 
-    with record(pipe, [reference.site], note), torch.no_grad():
+    with record(pipe, [reference.site], on_activations), torch.no_grad():
         for a, b in zip(plain, shown, strict=True):
             prediction = replay(pipe, a.state, a.timestep, b.conditioning)
-            out.append(DenoiserCall(a.state, a.timestep, b.conditioning, prediction))
-    return out, torch.stack(seen, 1)
+            calls.append(DenoiserCall(a.state, a.timestep, b.conditioning, prediction))
+    return calls, torch.stack(pooled, 1)
 
 
 def _training_examples(
-    pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], crossed: Sequence[DenoiserCall]
+    pipe: Any, plain: Sequence[DenoiserCall], shown: Sequence[DenoiserCall], replayed: Sequence[DenoiserCall]
 ) -> list[TrainingExample]:
     """Return the examples of the concept's own prompts, at states drawn without the concept and with it.
 
@@ -194,8 +195,8 @@ def _training_examples(
 
     Those without count twice: that is where the states of a finished eraser's run lie.
     """
-    examples = [TrainingExample(a, b.prediction) for a, b in zip(crossed, plain, strict=True)] * 2
-    return examples + [TrainingExample(a, _prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
+    examples = [TrainingExample(a, b.prediction) for a, b in zip(replayed, plain, strict=True)] * 2
+    return examples + [TrainingExample(a, _matched_prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]
 
 
 def _context_prompts(concept: Concept, count: int) -> dict[str, list[str]]:
@@ -226,24 +227,24 @@ def _context_examples(
             [shows[way % len(shows)] for shows in context.values()],
             dataclasses.replace(sampling, num_inference_steps=1),
         )[0]
-        examples.append([TrainingExample(_conditioned(call, conditioning), call.prediction) for call in plain])
+        examples.append([TrainingExample(_with_conditioning(call, conditioning), call.prediction) for call in plain])
     return examples
 
 
-def _drawn(pairs: Sequence[Pair], context: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def _used_prompts(pairs: Sequence[Pair], context: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return every prompt that the fit draws or conditions on, each once: a test must not repeat them."""
     prompts = [prompt for pair in pairs for prompt in (pair.positive, pair.negative)]
     prompts += [prompt for alone, both in context.items() for prompt in (*both, alone)]
     return tuple(dict.fromkeys(prompts))
 
 
-def _conditioned(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:
+def _with_conditioning(call: DenoiserCall, other: DenoiserCall) -> DenoiserCall:
     """Return the call with the conditioning of another."""
     return DenoiserCall(call.state, call.timestep, other.conditioning, call.prediction)
 
 
 @torch.no_grad()
-def _prediction(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> Tensor:
+def _matched_prediction(pipe: Any, shown: DenoiserCall, plain: DenoiserCall) -> Tensor:
     """Return the matched prompt's prediction at the states drawn with the concept."""
     return replay(pipe, shown.state, shown.timestep, plain.conditioning)
 
