@@ -22,29 +22,29 @@ Streams = Callable[[int], Iterator[Mapping[str, TrainingBatch]]]
 """The same for several sources at a time, by name."""
 
 
-def only(batches: Streams, source: str) -> Stream:
-    """The stream of one source. DataError where a batch lacks it."""
+def select_source(batches: Streams, source: str) -> Stream:
+    """Return the stream of one source; it raises DataError where a batch lacks it."""
 
     def stream(step: int) -> Iterator[TrainingBatch]:
         items = batches(step)
         try:
             for item in items:
-                yield of(item, source)
+                yield batch_of_source(item, source)
         finally:
-            close(items)
+            close_stream(items)
 
     return stream
 
 
-def of(item: Mapping[str, TrainingBatch], source: str) -> TrainingBatch:
-    """The batch of one source. DataError if there is none."""
+def batch_of_source(item: Mapping[str, TrainingBatch], source: str) -> TrainingBatch:
+    """Return the batch of one source. Raises DataError if there is none."""
     if source not in item:
         raise DataError(f"the stream has no source {source!r}, only {', '.join(map(repr, item))}")
     return item[source]
 
 
-def take(stream: Iterator[Any], step: int, steps: int) -> Any:
-    """The next item, that of `step`. DataError where the stream has ended."""
+def next_batch(stream: Iterator[Any], step: int, steps: int) -> Any:
+    """Return the next item, that of `step`. Raises DataError where the stream has ended."""
     item = next(stream, None)
     if item is None:
         if step == 0:
@@ -53,11 +53,13 @@ def take(stream: Iterator[Any], step: int, steps: int) -> Any:
     return item
 
 
-def checked(
+def validate_batch(
     item: TrainingBatch, step: int, d: int | None, settings: TrainSettings, concepts: int, wait: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The batch of this step, [B, d] float32, and its labels [M, C] where training is labelled. `wait` looks for NaN
-    and infinity also on a GPU, for which the host has to wait there; else `steps.step` looks.
+    """Return the batch of this step, [B, d] float32, and its labels [M, C] where training is labelled.
+
+    With `wait`, NaN and infinity are looked for on a GPU, too, for which the host has to wait there; without,
+    `train_step.step` looks for them.
 
     Raises DataError for another shape or width, NaN or infinity, labels that are missing or do not fit.
     """
@@ -67,8 +69,8 @@ def checked(
     if x.ndim != 2 or 0 in x.shape or (d is not None and x.shape[1] != d):
         raise DataError(f"batch {step} has shape {tuple(x.shape)}: expected [B, {d or 'd'}] with B > 0")
     # One sum tells in nearly all cases; where it overflows each value is asked.
-    looks = (wait or not kernels.on_gpu(x)) and not math.isfinite(x.sum())
-    if looks and (bad := int((~torch.isfinite(x)).sum())):
+    check_values = (wait or not kernels.on_gpu(x)) and not math.isfinite(x.sum())
+    if check_values and (bad := int((~torch.isfinite(x)).sum())):
         raise DataError(f"batch {step} holds {bad} NaN or infinite values of {x.numel()}: mend their source")
     if not settings.labelled:
         return x.detach().float(), None
@@ -79,7 +81,7 @@ def checked(
 
 
 def first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Tensor | None]:
-    """Up to `init_vectors` vectors [N, d] float32 from the start of the stream, and their labels [N, C], if any."""
+    """Return the first vectors of the stream, [N, d] float32 with N <= `init_vectors`, and their labels [N, C], if any."""
     parts: list[Tensor] = []
     known: list[Tensor] = []
     stream = batches(0)
@@ -87,18 +89,18 @@ def first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Ten
         while sum(map(len, parts)) < settings.init_vectors and len(parts) < settings.steps:
             d, concepts = parts[0].shape[1] if parts else None, known[0].shape[1] if known else 0
             step = len(parts)
-            x, labels = checked(take(stream, step, settings.steps), step, d, settings, concepts, wait=True)
+            x, labels = validate_batch(next_batch(stream, step, settings.steps), step, d, settings, concepts, wait=True)
             parts.append(x)
             if labels is not None:
                 known.append(labels.repeat_interleave(len(x) // len(labels), 0))
     finally:
-        close(stream)
+        close_stream(stream)
     vectors = settings.init_vectors
     return torch.cat(parts)[:vectors], torch.cat(known)[:vectors] if known else None
 
 
-def close(stream: Iterator[Any]) -> None:
-    """Let a generator run its clean-up now; other iterators have none."""
+def close_stream(stream: Iterator[Any]) -> None:
+    """Close the stream if it is a generator, so that its clean-up runs now; other iterators have none."""
     end = getattr(stream, "close", None)
     if end:
         end()

@@ -16,7 +16,17 @@ from torch import Tensor
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
 from neuraleraser.io import tensor_file
 from neuraleraser.sae.architectures.architecture import architecture_named
-from neuraleraser.sae.batch_checks import Stream, Streams, TrainingBatch, checked, close, first_vectors, of, only, take
+from neuraleraser.sae.batch_checks import (
+    Stream,
+    Streams,
+    TrainingBatch,
+    batch_of_source,
+    close_stream,
+    first_vectors,
+    next_batch,
+    select_source,
+    validate_batch,
+)
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, discriminants
@@ -107,7 +117,7 @@ def train(
             for item in stream:
                 yield {_ONLY_RUN: item}
         finally:
-            close(stream)
+            close_stream(stream)
 
     on_named_step = None if on_step is None else lambda name, log: on_step(log)
     return train_together(alone, {_ONLY_RUN: Run(settings, checkpoint=checkpoint)}, on_named_step)[_ONLY_RUN]
@@ -151,7 +161,7 @@ def train_together(
     stream = batches(first) if first < last else iter(())
     try:
         for step in range(first, last):
-            item = take(stream, step, last)
+            item = next_batch(stream, step, last)
             for name, run in runs.items():
                 if states[name].step == step < run.settings.steps:
                     states[name] = _advanced(states[name], item, name, run, on_step)
@@ -161,7 +171,7 @@ def train_together(
             error.args = (f"{error} (all steps before are kept in {', '.join(kept)})", *error.args[1:])
         raise
     finally:
-        close(stream)
+        close_stream(stream)
     return {name: _finished(batches, states[name], name, run) for name, run in runs.items()}
 
 
@@ -170,7 +180,7 @@ def _begin(batches: Streams, name: str, run: Run) -> _State:
     path = run.path
     if path is not None and path.exists():
         return _resume(path, run)
-    return _start(only(batches, run.source or name), run.settings)
+    return _start(select_source(batches, run.source or name), run.settings)
 
 
 def _advanced(
@@ -182,7 +192,9 @@ def _advanced(
 ) -> _State:
     """The state after one step more."""
     settings = run.settings
-    x, labels = checked(of(item, run.source or name), state.step, len(state.weights.b_dec), settings, state.concepts)
+    x, labels = validate_batch(
+        batch_of_source(item, run.source or name), state.step, len(state.weights.b_dec), settings, state.concepts
+    )
     if x.device != state.idle.device:  # resumed: the file was read on the CPU
         state = _moved(state, x.device)
     state.whole = False
@@ -203,7 +215,7 @@ def _finished(batches: Streams, state: _State, name: str, run: Run) -> SAE:
     sae = _fold(state, run.settings, _header(state, run))
 
     def first() -> Tensor:
-        return first_vectors(only(batches, run.source or name), run.settings)[0]
+        return first_vectors(select_source(batches, run.source or name), run.settings)[0]
 
     return architecture_named(run.settings.architecture).finish(sae, run.settings, first)
 
