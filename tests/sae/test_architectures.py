@@ -26,7 +26,7 @@ from neuraleraser.sae import (
 )
 from neuraleraser.sae.architectures.architecture import architecture_named
 from neuraleraser.sae.architectures.matryoshka import prefixes
-from neuraleraser.sae.architectures.topk import mean_cut, select_rows
+from neuraleraser.sae.architectures.topk import mean_smallest, select_rows
 
 OTHERS = [name for name in ARCHITECTURES if name != "batchtopk"]
 SMALL = TrainSettings(
@@ -118,7 +118,7 @@ def test_topk_keeps_the_positive_of_the_k_largest(k, block, monkeypatch):
     assert torch.equal(fired.values, pre[want]) and torch.equal(fired.cols, cols)
     assert torch.equal(rows[fired.order], fired.rows_by_col)
     least = torch.stack([row[on].min() for row, on in zip(pre, want, strict=True) if on.any()])
-    assert mean_cut(fired) == pytest.approx(float(least.mean()))
+    assert mean_smallest(fired) == pytest.approx(float(least.mean()))
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))

@@ -55,7 +55,7 @@ def trained(architecture: str) -> Callable[..., Tensor]:
         {jumprelu.LOG_THRESHOLD: LOG_THRESHOLD},
     )
     forward = architecture_named(architecture).forward
-    return lambda *w: forward(Weights(*w), own, X, VARIANCE, settings, torch.float64).main
+    return lambda *w: forward(Weights(*w), own, X, VARIANCE, settings, torch.float64).loss
 
 
 def written_out(architecture: str) -> Callable[..., Tensor]:

@@ -81,7 +81,7 @@ def validate_batch(
 
 
 def first_vectors(batches: Stream, settings: TrainSettings) -> tuple[Tensor, Tensor | None]:
-    """Return the first vectors of the stream, [N, d] float32 with N <= `init_vectors`, and their labels [N, C], if any."""
+    """Return the first `init_vectors` vectors of the stream, [N, d] float32, and their labels [N, C], if any."""
     parts: list[Tensor] = []
     known: list[Tensor] = []
     stream = batches(0)

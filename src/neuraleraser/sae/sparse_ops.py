@@ -165,13 +165,13 @@ class _Unexplained(torch.autograd.Function):
         b_dec: Tensor,
         x: Tensor,
         fired: Fired,
-        low: torch.dtype,
+        matmul_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         into = x - b_dec
         values = fired.values.to(x.dtype)
         residual = torch.sub(into, _bag(fired.cols, w_dec, fired.row_start, values))
         ctx.save_for_backward(w_enc, w_dec, into, values, residual)
-        ctx.fired, ctx.low = fired, low
+        ctx.fired, ctx.matmul_dtype = fired, matmul_dtype
         ctx.mark_non_differentiable(residual)
         flat = residual.view(-1)
         return torch.dot(flat, flat), residual
@@ -181,8 +181,8 @@ class _Unexplained(torch.autograd.Function):
         w_enc, w_dec, into, values, residual = ctx.saved_tensors
         f: Fired = ctx.fired
         factor = -2 * grad
-        low = ctx.low if w_dec.shape[1] > MAX_FLOAT32_WIDTH else w_dec.dtype
-        to_values = factor * _products(residual.to(low), w_dec.to(low), f).to(values.dtype)
+        matmul_dtype = ctx.matmul_dtype if w_dec.shape[1] > MAX_FLOAT32_WIDTH else w_dec.dtype
+        to_values = factor * _products(residual.to(matmul_dtype), w_dec.to(matmul_dtype), f).to(values.dtype)
         to_dec = _bag(f.rows_by_col, residual, f.col_start, (factor * values)[f.order])
         to_enc, to_bias, to_b_dec = _to_encoder(to_values, into, w_enc, f)
         return to_enc, to_bias, to_dec, to_b_dec + factor * residual.sum(0), None, None, None
@@ -220,10 +220,11 @@ class _Decode(torch.autograd.Function):
         return _products(grad, w_dec, f), _bag(f.rows_by_col, grad, f.col_start, values[f.order]), None
 
 
-def unexplained_at(w: Weights, x: Tensor, fired: Fired, low: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(||x - x_hat||^2, a scalar; x - x_hat [B, d]) of x [B, d] through the kept pairs. The first is differentiable in
-    the weights (not in x), the second in nothing. The products of rows in its gradient are made in dtype `low`."""
-    return _Unexplained.apply(*w, x, fired, low)  # pyright: ignore[reportReturnType]
+def unexplained_at(w: Weights, x: Tensor, fired: Fired, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return ||x - x_hat||^2, a scalar, and x - x_hat [B, d] of x [B, d] through the kept pairs. The first is
+    differentiable in the weights (not in x), the second in nothing. The products of rows in its gradient are made in
+    `matmul_dtype`."""
+    return _Unexplained.apply(*w, x, fired, matmul_dtype)  # pyright: ignore[reportReturnType]
 
 
 def encode_at(w: Weights, x: Tensor, fired: Fired) -> Tensor:

@@ -23,11 +23,11 @@ SHARED_LABEL_WEIGHT = 4.0  # what a negative counts that shares some labels, but
 MAPS_AT_ONCE = 512  # maps that are contrasted at a time: the work grows with their square
 
 
-def binding_loss(pre: Tensor, labels: Tensor, cut: Tensor | float) -> Tensor:
+def binding_loss(pre: Tensor, labels: Tensor, threshold: Tensor | float) -> Tensor:
     """Distance of feature c from firing just where concept c is (scalar), from pre [B, C] of the first C features,
-    labels [M, C], and the threshold `cut` (a number or [C]), held fixed:
+    labels [M, C], and the threshold `threshold` (a number or [C]), held fixed:
 
-        v    = max over the map's vectors of pre_c - cut
+        v    = max over the map's vectors of pre_c - threshold
         L_c  = mean of -log sigmoid(v) over the maps with c, / 2 + mean of -log sigmoid(-v) over those without, / 2
         loss = mean of L_c over the concepts
 
@@ -38,7 +38,7 @@ def binding_loss(pre: Tensor, labels: Tensor, cut: Tensor | float) -> Tensor:
     from `concept_directions`, where SAEmnesia looks for the best features of a finished dictionary. (In one trial,
     three planted concepts of four cases each: balanced accuracy 0.66 to 0.82 from random rows, 0.92 to 1.00 else.)
     """
-    v = pre.unflatten(0, (len(labels), -1)).amax(1) - cut
+    v = pre.unflatten(0, (len(labels), -1)).amax(1) - threshold
     with_c, without = labels.to(v), 1 - labels.to(v)
     hit = (softplus(-v) * with_c).sum(0) / with_c.sum(0).clamp_min(1)
     miss = (softplus(v) * without).sum(0) / without.sum(0).clamp_min(1)

@@ -21,12 +21,12 @@ from neuraleraser.sae.train_settings import StepLog, TrainSettings
 if TYPE_CHECKING:
     from neuraleraser.sae.kernels.fused import Watch
 
-THRESHOLD_RATE = 0.01  # of the moving average of the cut
+THRESHOLD_RATE = 0.01  # of the moving average of the firing threshold
 MAX_THRESHOLD_STEPS = 8
-"""At most so many steps, a tenth of all, whose mean cut in full precision is the threshold in the end. The moving
-average lags behind a cut that still falls, and where many features are nearly alike one percent of it decides on a
+"""At most so many steps, a tenth of all, whose mean firing threshold in full precision is the threshold in the end. The
+moving average lags behind one that still falls, and where many features are nearly alike one percent of it decides on a
 tenth of what fires (docs/LOG.md)."""
-THRESHOLD_SAMPLE = 2**22  # pre-activations that such a cut is taken from, about
+THRESHOLD_SAMPLE = 2**22  # pre-activations that it is taken from, about
 CACHE_VALUES = 2**18  # values of a matrix that are worked on at a time: 1 MB
 
 
@@ -42,7 +42,7 @@ class State:
     threshold: float | Tensor = 0.0  # on a GPU a scalar there, which the host has not waited for
     step: int = 0
     concepts: int = 0  # that the labels tell apart, in labelled training
-    own: dict[str, Tensor] = field(default_factory=dict)  # what the architecture learns beside the weights
+    extra_parameters: dict[str, Tensor] = field(default_factory=dict)  # what the architecture learns beside the weights
     bad: Tensor | None = None  # on a GPU: the first batch with NaN or infinity, as a scalar; -1: none yet
     watch: Watch | None = None  # of the kernels for GPUs; in no checkpoint
     whole: bool = True  # no step is half done
@@ -50,7 +50,7 @@ class State:
 
     def parameters(self) -> dict[str, Tensor]:
         """Parameters that are learnt, by name."""
-        return self.weights._asdict() | self.own
+        return self.weights._asdict() | self.extra_parameters
 
 
 def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> Callable[[], StepLog]:
@@ -63,17 +63,17 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
     waits = kernels.on_gpu(x)
     if waits:
         x = _finite(state, x)
-    low = torch.bfloat16 if settings.bf16 and (waits or has_bf16()) else x.dtype
+    matmul_dtype = torch.bfloat16 if settings.bf16 and (waits or has_bf16()) else x.dtype
     lr = settings.lr_at(state.step, x.shape[1])
     if kernels.usable(x, settings, labels is not None):
-        made = _fused_step(state, x, settings, low)
+        result = _fused_step(state, x, settings, matmul_dtype)
     else:
-        made = plain_step(state, x, labels, settings, low, lr)
+        result = plain_step(state, x, labels, settings, matmul_dtype, lr)
 
     def checked_norm() -> float:
         if bad is not None and (first := int(bad)) >= 0:
             raise DataError(f"batch {first} holds NaN or infinite values: mend their source")
-        norm = float(made.norm)
+        norm = float(result.grad_norm)
         if not math.isfinite(norm):
             raise SettingsError(f"training diverged at step {done - 1} (gradient {norm}): lower learning_rate")
         return norm
@@ -82,18 +82,18 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
     bad = state.bad
     if not waits:
         checked_norm()
-    cut = made.cut if waits else float(made.cut)
-    rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when the cut moves
+    firing_threshold = result.firing_threshold if waits else float(result.firing_threshold)
+    rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when it moves
     last = max(1, min(MAX_THRESHOLD_STEPS, settings.steps // 10))
     if done > settings.steps - last:
         some = x[:: max(1, len(x) * n // THRESHOLD_SAMPLE)]  # in full precision, all would take several steps' time
-        final = architecture_named(settings.architecture).last_cut(state.weights, some, settings)
+        final = architecture_named(settings.architecture).last_firing_threshold(state.weights, some, settings)
         if final is not None:
-            rate, cut = 1 / (done - settings.steps + last), final if waits else float(final)
-    moved = state.threshold + rate * (cut - state.threshold)
-    if isinstance(cut, Tensor):
-        state.threshold = torch.where(cut > 0, moved, state.threshold)
-    elif cut > 0:
+            rate, firing_threshold = 1 / (done - settings.steps + last), final if waits else float(final)
+    moved = state.threshold + rate * (firing_threshold - state.threshold)
+    if isinstance(firing_threshold, Tensor):
+        state.threshold = torch.where(firing_threshold > 0, moved, state.threshold)
+    elif firing_threshold > 0:
         state.threshold = moved
     state.step, threshold = done, state.threshold
 
@@ -102,15 +102,15 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
         return StepLog(
             step=done,
             vectors=vectors,
-            fvu=float(made.fvu),
-            aux=float(made.aux),
-            l0=float(made.fired) / vectors,
-            dead=float(made.dead) / n,
+            fvu=float(result.fvu),
+            aux=float(result.aux),
+            l0=float(result.fired) / vectors,
+            dead=float(result.dead) / n,
             threshold=float(threshold),
             learning_rate=lr,
             grad_norm=norm,
-            bind=float(made.bind),
-            contrast=float(made.contrast),
+            bind=float(result.bind),
+            contrast=float(result.contrast),
         )
 
     state.log = log
@@ -125,48 +125,48 @@ def _finite(state: State, x: Tensor) -> Tensor:
     return x.masked_fill(bad, 0.0)
 
 
-class _Made(NamedTuple):
+class _StepResult(NamedTuple):
     """Outcome of a step: scalars, on a GPU not yet known to the host."""
 
-    cut: Tensor  # 0 where nothing fired
+    firing_threshold: Tensor  # 0 where nothing fired
     fvu: Tensor
     fired: Tensor  # pairs
     dead: Tensor | int  # features
     aux: Tensor
-    norm: Tensor
+    grad_norm: Tensor
     bind: Tensor | float = 0.0
     contrast: Tensor | float = 0.0
 
 
-def _fused_step(state: State, x: Tensor, settings: TrainSettings, low: torch.dtype) -> _Made:
+def _fused_step(state: State, x: Tensor, settings: TrainSettings, matmul_dtype: torch.dtype) -> _StepResult:
     """The step by the kernels for GPUs; without waiting for the device."""
     from neuraleraser.sae.kernels.fused import Watch, fused_step
 
     if state.watch is None:
         state.watch = Watch(x.device)
-    made, dead, aux, norm = fused_step(
-        state.weights, state.optimiser, state.idle, state.watch, x, state.variance, settings, state.step, low
+    result, dead, aux, norm = fused_step(
+        state.weights, state.optimiser, state.idle, state.watch, x, state.variance, settings, state.step, matmul_dtype
     )
-    return _Made(made.cut, made.fvu, made.counts.sum(), dead, aux, norm)
+    return _StepResult(result.firing_threshold, result.fvu, result.counts.sum(), dead, aux, norm)
 
 
 def plain_step(
-    state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings, low: torch.dtype, lr: float
-) -> _Made:
+    state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings, matmul_dtype: torch.dtype, lr: float
+) -> _StepResult:
     """The step by torch's operations, for every architecture and loss."""
     w = state.weights
     architecture = architecture_named(settings.architecture)
-    made = architecture.forward(w, state.own, x, state.variance, settings, low)
-    state.idle = torch.where(made.counts > 0, 0, state.idle + len(x))
+    result = architecture.forward(w, state.extra_parameters, x, state.variance, settings, matmul_dtype)
+    state.idle = torch.where(result.counts > 0, 0, state.idle + len(x))
     dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
 
     k_aux = revived_at_once(settings, state.step, *x.shape)
-    aux = revival(w, x, made.residual, dead, k_aux, low)
-    loss = made.main + AUX_WEIGHT * aux
+    aux = revival(w, x, result.residual, dead, k_aux, matmul_dtype)
+    loss = result.loss + AUX_WEIGHT * aux
     bind = contrast = x.new_zeros(())
     if labels is not None:
-        cut = architecture.threshold(state.own, state.threshold)
-        bind, contrast = labelled_losses(w, x, labels, cut, settings, low)
+        threshold = architecture.threshold(state.extra_parameters, state.threshold)
+        bind, contrast = labelled_losses(w, x, labels, threshold, settings, matmul_dtype)
         loss = loss + settings.bind * bind + settings.contrast * contrast
     learnt = list(state.parameters().values())
     for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
@@ -189,4 +189,13 @@ def plain_step(
             state.optimiser.step()
             for row in w.W_dec.split(rows):
                 row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True))
-    return _Made(made.cut, made.fvu, made.counts.sum(), len(dead), aux.detach(), norm, bind.detach(), contrast.detach())
+    return _StepResult(
+        result.firing_threshold,
+        result.fvu,
+        result.counts.sum(),
+        len(dead),
+        aux.detach(),
+        norm,
+        bind.detach(),
+        contrast.detach(),
+    )

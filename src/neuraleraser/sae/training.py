@@ -241,7 +241,7 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
     own = architecture_named(settings.architecture).start(w, sample * scale, settings)
     idle = torch.zeros(settings.n_features, dtype=torch.int64, device=sample.device)
     optimiser = _optimiser([*w, *own.values()])
-    return _State(w, optimiser, idle, scale, variance * scale**2, concepts=concepts, own=own)
+    return _State(w, optimiser, idle, scale, variance * scale**2, concepts=concepts, extra_parameters=own)
 
 
 def _optimiser(learnt: Iterable[Tensor]) -> torch.optim.Adam:
@@ -266,7 +266,7 @@ def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
 def _fold(state: _State, settings: TrainSettings, header: Mapping[str, Any]) -> SAE:
     """The SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
     w, s = state.weights, state.scale
-    each = architecture_named(settings.architecture).threshold(state.own, float(state.threshold))
+    each = architecture_named(settings.architecture).threshold(state.extra_parameters, float(state.threshold))
     return SAE(w.W_enc, w.b_enc / s, w.W_dec, w.b_dec / s, torch.zeros_like(w.b_enc) + each / s, header)
 
 
@@ -294,12 +294,12 @@ def _rebuilt(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], learns: 
     for name, p in learnt.items():
         optimiser.state[p] = {m: tensors[f"{name}.{m}"] for m in _MOMENTS}
     plain = {name: numbers[name] for name in _NUMBERS} | {"concepts": numbers.get("concepts", 0)}
-    return _State(w, optimiser, tensors["idle"], **plain, own=own)
+    return _State(w, optimiser, tensors["idle"], **plain, extra_parameters=own)
 
 
 def _moved(state: _State, device: torch.device) -> _State:
     """The same state on another device."""
-    return _rebuilt({name: x.to(device) for name, x in _tensors(state).items()}, vars(state), state.own)
+    return _rebuilt({name: x.to(device) for name, x in _tensors(state).items()}, vars(state), state.extra_parameters)
 
 
 def _kept(run: Run, state: _State) -> bool:

@@ -17,21 +17,21 @@ from neuraleraser.sae.sparse_ops import Fired, Weights, unexplained_at
 from neuraleraser.sae.train_settings import TrainSettings
 
 
-class Pass(NamedTuple):
-    """Pass of one batch of scaled activations [B, d]."""
+class ForwardResult(NamedTuple):
+    """Result of one batch of scaled activations [B, d]."""
 
-    main: Tensor  # scalar, to be minimised
+    loss: Tensor  # scalar, to be minimised
     fvu: Tensor  # scalar, ||x - x_hat||^2 over the variance, without gradient
     residual: Tensor  # [B, d], x - x_hat
     counts: Tensor  # [n] integers, how often each feature fired
-    cut: Tensor  # scalar, what a feature had to exceed to fire; 0 where none fired
+    firing_threshold: Tensor  # scalar, what a feature had to exceed to fire; 0 where none fired
 
 
 class Architecture(ABC):
     """Rule by which features fire in training, with its loss; and the thresholds by which they fire afterwards.
 
-    `own` are the tensors that it learns beside the weights, by the names in `learns`. Activations x [B, d] are scaled
-    to E||x||^2 = d; `variance` is that of the first vectors, large products may be made in dtype `low`.
+    `extra_parameters` are the tensors that it learns beside the weights, by the names in `learns`. Activations x [B, d]
+    are scaled to E||x||^2 = d; `variance` is that of the first vectors, large products may be made in `matmul_dtype`.
     """
 
     learns: ClassVar[tuple[str, ...]] = ()
@@ -48,22 +48,22 @@ class Architecture(ABC):
     def forward(
         self,
         w: Weights,
-        own: Mapping[str, Tensor],
+        extra_parameters: Mapping[str, Tensor],
         x: Tensor,
         variance: float,
         settings: TrainSettings,
-        low: torch.dtype,
-    ) -> Pass:
-        """Reconstruct x [B, d]. The main loss is mean ||x - x_hat||^2 / `variance`, and what the architecture adds."""
+        matmul_dtype: torch.dtype,
+    ) -> ForwardResult:
+        """Reconstruct x [B, d]. The loss is mean ||x - x_hat||^2 / `variance`, and what the architecture adds."""
 
-    def last_cut(self, w: Weights, x: Tensor, settings: TrainSettings) -> Tensor | None:
-        """Return the cut of x [B, d] in full precision, whose mean over the last steps is the threshold; None where the
-        moving average of `Pass.cut` is good enough."""
+    def last_firing_threshold(self, w: Weights, x: Tensor, settings: TrainSettings) -> Tensor | None:
+        """Return the firing threshold of x [B, d] in full precision, whose mean over the last steps is the threshold;
+        None where the moving average of `ForwardResult.firing_threshold` is good enough."""
         return None
 
-    def threshold(self, own: Mapping[str, Tensor], average: Tensor | float) -> Tensor | float:
+    def threshold(self, extra_parameters: Mapping[str, Tensor], average: Tensor | float) -> Tensor | float:
         """Return what features exceed to fire alone: a number for all, or [n]. `average`: the moving average of the
-        cut."""
+        batches' firing thresholds."""
         return average
 
     def finish(self, sae: SAE, settings: TrainSettings, first: Callable[[], Tensor]) -> SAE:
@@ -88,14 +88,16 @@ def unexplained(residual: Tensor, variance: float) -> Tensor:
     return residual.square().sum() / (len(residual) * variance)
 
 
-def pre_activations(w: Weights, x: Tensor, low: torch.dtype) -> Callable[[slice], Tensor]:
-    """Return a function of rows of x [B, d] that makes their pre-activations, [len(rows), n], in dtype `low`."""
-    into, w_enc, b_enc = (x - w.b_dec).to(low), w.W_enc.to(low).T, w.b_enc.to(low)
+def pre_activations(w: Weights, x: Tensor, matmul_dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    """Return a function of rows of x [B, d] that makes their pre-activations, [len(rows), n], in `matmul_dtype`."""
+    into, w_enc, b_enc = (x - w.b_dec).to(matmul_dtype), w.W_enc.to(matmul_dtype).T, w.b_enc.to(matmul_dtype)
     return lambda rows: torch.addmm(b_enc, into[rows], w_enc)
 
 
-def sparse_pass(w: Weights, x: Tensor, fired: Fired, cut: Tensor, variance: float, low: torch.dtype) -> Pass:
-    """Return the pass in which `fired` reconstructs x [B, d], without any other term."""
-    squares, residual = unexplained_at(w, x, fired, low)
-    main = squares / (len(x) * variance)
-    return Pass(main, main.detach(), residual, fired.counts, cut)
+def sparse_forward(
+    w: Weights, x: Tensor, fired: Fired, firing_threshold: Tensor, variance: float, matmul_dtype: torch.dtype
+) -> ForwardResult:
+    """Return the result in which `fired` reconstructs x [B, d], without any other term."""
+    squares, residual = unexplained_at(w, x, fired, matmul_dtype)
+    loss = squares / (len(x) * variance)
+    return ForwardResult(loss, loss.detach(), residual, fired.counts, firing_threshold)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from neuraleraser.sae.architectures.architecture import Architecture, Pass, pre_activations, sparse_pass
+from neuraleraser.sae.architectures.architecture import Architecture, ForwardResult, pre_activations, sparse_forward
 from neuraleraser.sae.sparse_ops import Fired, Weights, select
 from neuraleraser.sae.train_settings import TrainSettings
 
@@ -21,25 +21,25 @@ class BatchTopK(Architecture):
     def forward(
         self,
         w: Weights,
-        own: Mapping[str, Tensor],
+        extra_parameters: Mapping[str, Tensor],
         x: Tensor,
         variance: float,
         settings: TrainSettings,
-        low: torch.dtype,
-    ) -> Pass:
+        matmul_dtype: torch.dtype,
+    ) -> ForwardResult:
         """Reconstruct from what fires."""
-        fired = choose(w, x, settings, low)
-        return sparse_pass(w, x, fired, smallest(fired), variance, low)
+        fired = choose(w, x, settings, matmul_dtype)
+        return sparse_forward(w, x, fired, smallest(fired), variance, matmul_dtype)
 
-    def last_cut(self, w: Weights, x: Tensor, settings: TrainSettings) -> Tensor:
+    def last_firing_threshold(self, w: Weights, x: Tensor, settings: TrainSettings) -> Tensor:
         """Return the smallest value that fires."""
         return smallest(choose(w, x, settings, x.dtype))
 
 
 @torch.no_grad()
-def choose(w: Weights, x: Tensor, settings: TrainSettings, low: torch.dtype) -> Fired:
+def choose(w: Weights, x: Tensor, settings: TrainSettings, matmul_dtype: torch.dtype) -> Fired:
     """Return the pairs of scaled x [B, d] that fire."""
-    return select(pre_activations(w, x, low), len(x), settings.n_features, len(x) * settings.k)
+    return select(pre_activations(w, x, matmul_dtype), len(x), settings.n_features, len(x) * settings.k)
 
 
 def smallest(fired: Fired) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from neuraleraser.sae.architectures.architecture import Architecture, Pass, unexplained
+from neuraleraser.sae.architectures.architecture import Architecture, ForwardResult, unexplained
 from neuraleraser.sae.sparse_ops import Weights, select
 from neuraleraser.sae.train_settings import TrainSettings
 
@@ -48,20 +48,22 @@ class JumpReLU(Architecture):
     def forward(
         self,
         w: Weights,
-        own: Mapping[str, Tensor],
+        extra_parameters: Mapping[str, Tensor],
         x: Tensor,
         variance: float,
         settings: TrainSettings,
-        low: torch.dtype,
-    ) -> Pass:
+        matmul_dtype: torch.dtype,
+    ) -> ForwardResult:
         """Reconstruct from what fires; the main loss has the penalty on L0."""
-        residual, penalty, counts = jump_losses(w, own[LOG_THRESHOLD], x, settings.k, low)
+        residual, penalty, counts = jump_losses(w, extra_parameters[LOG_THRESHOLD], x, settings.k, matmul_dtype)
         fvu = unexplained(residual, variance)
-        return Pass(fvu + penalty, fvu.detach(), residual, counts, own[LOG_THRESHOLD].detach().exp().mean())
+        return ForwardResult(
+            fvu + penalty, fvu.detach(), residual, counts, extra_parameters[LOG_THRESHOLD].detach().exp().mean()
+        )
 
-    def threshold(self, own: Mapping[str, Tensor], average: Tensor | float) -> Tensor:
+    def threshold(self, extra_parameters: Mapping[str, Tensor], average: Tensor | float) -> Tensor:
         """Return the thresholds that are learnt, [n]."""
-        return own[LOG_THRESHOLD].detach().exp()
+        return extra_parameters[LOG_THRESHOLD].detach().exp()
 
 
 class _Fire(torch.autograd.Function):
@@ -106,17 +108,17 @@ def count(pre: Tensor, theta: Tensor, eps: float) -> Tensor:
 
 
 def jump_losses(
-    w: Weights, log_threshold: Tensor, x: Tensor, k: int, low: torch.dtype
+    w: Weights, log_threshold: Tensor, x: Tensor, k: int, matmul_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x - x_hat [B, d], (L0 / k - 1)^2, how often each feature fired [n]) of scaled x [B, d].
 
-    Dense, in work that grows with B * n: large products are made in dtype `low`.
+    Dense, in work that grows with B * n: large products are made in dtype `matmul_dtype`.
     """
     eps = KERNEL_WIDTH * math.sqrt(x.shape[1] / k)
     theta = log_threshold.exp()
-    pre = linear((x - w.b_dec).to(low), w.W_enc.to(low)).to(x.dtype) + w.b_enc
+    pre = linear((x - w.b_dec).to(matmul_dtype), w.W_enc.to(matmul_dtype)).to(x.dtype) + w.b_enc
     z = fire(pre, theta, eps)
-    x_hat = (z.to(low) @ w.W_dec.to(low)).to(x.dtype) + w.b_dec
+    x_hat = (z.to(matmul_dtype) @ w.W_dec.to(matmul_dtype)).to(x.dtype) + w.b_dec
     return x - x_hat, (count(pre, theta, eps) / k - 1).square(), (z.detach() > 0).sum(0)
 
 

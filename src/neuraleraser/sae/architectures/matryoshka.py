@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from neuraleraser.sae.architectures.architecture import Pass, unexplained
+from neuraleraser.sae.architectures.architecture import ForwardResult, unexplained
 from neuraleraser.sae.architectures.batchtopk import BatchTopK, choose, smallest
 from neuraleraser.sae.sparse_ops import Fired, Weights, decode_at, encode_at, pairs
 from neuraleraser.sae.train_settings import TrainSettings
@@ -24,17 +24,17 @@ class Matryoshka(BatchTopK):
     def forward(
         self,
         w: Weights,
-        own: Mapping[str, Tensor],
+        extra_parameters: Mapping[str, Tensor],
         x: Tensor,
         variance: float,
         settings: TrainSettings,
-        low: torch.dtype,
-    ) -> Pass:
+        matmul_dtype: torch.dtype,
+    ) -> ForwardResult:
         """Reconstruct from what fires; the main loss is the mean over the nested dictionaries."""
-        fired = choose(w, x, settings, low)
+        fired = choose(w, x, settings, matmul_dtype)
         residuals = nested_residuals(w, x, fired, prefixes(settings.n_features))
         nested = torch.stack([unexplained(r, variance) for r in residuals])
-        return Pass(nested.mean(), nested[-1].detach(), residuals[-1], fired.counts, smallest(fired))
+        return ForwardResult(nested.mean(), nested[-1].detach(), residuals[-1], fired.counts, smallest(fired))
 
 
 def prefixes(n: int) -> tuple[int, ...]:
@@ -54,10 +54,10 @@ def nested_residuals(w: Weights, x: Tensor, fired: Fired, sizes: tuple[int, ...]
     """
     values = encode_at(w, x, fired)
     residual, residuals = x - w.b_dec, []
-    for low, high in pairwise((0, *sizes)):
-        at = ((fired.cols >= low) & (fired.cols < high)).nonzero().squeeze(1)
-        width = high - low
-        part = pairs(fired.rows[at] * width + fired.cols[at] - low, fired.values[at], len(x), width)
-        residual = residual - decode_at(values[at], w.W_dec[low:high], part)
+    for start, stop in pairwise((0, *sizes)):
+        at = ((fired.cols >= start) & (fired.cols < stop)).nonzero().squeeze(1)
+        width = stop - start
+        part = pairs(fired.rows[at] * width + fired.cols[at] - start, fired.values[at], len(x), width)
+        residual = residual - decode_at(values[at], w.W_dec[start:stop], part)
         residuals.append(residual)
     return residuals

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.sae import sparse_ops
-from neuraleraser.sae.architectures.architecture import Architecture, Pass, pre_activations, sparse_pass
+from neuraleraser.sae.architectures.architecture import Architecture, ForwardResult, pre_activations, sparse_forward
 from neuraleraser.sae.conversion import Source, to_sae
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.sparse_ops import Fired, Weights, pairs
@@ -25,16 +25,16 @@ class TopK(Architecture):
     def forward(
         self,
         w: Weights,
-        own: Mapping[str, Tensor],
+        extra_parameters: Mapping[str, Tensor],
         x: Tensor,
         variance: float,
         settings: TrainSettings,
-        low: torch.dtype,
-    ) -> Pass:
+        matmul_dtype: torch.dtype,
+    ) -> ForwardResult:
         """Reconstruct from what fires."""
         with torch.no_grad():
-            fired = select_rows(pre_activations(w, x, low), len(x), settings.n_features, settings.k)
-        return sparse_pass(w, x, fired, mean_cut(fired), variance, low)
+            fired = select_rows(pre_activations(w, x, matmul_dtype), len(x), settings.n_features, settings.k)
+        return sparse_forward(w, x, fired, mean_smallest(fired), variance, matmul_dtype)
 
     def finish(self, sae: SAE, settings: TrainSettings, first: Callable[[], Tensor]) -> SAE:
         """Return the SAE with thresholds of its own; `header["calibration"]` gets what was measured on a quarter of the
@@ -61,7 +61,7 @@ def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired
     return pairs(torch.cat(flat), torch.cat(values), b, n)
 
 
-def mean_cut(fired: Fired) -> Tensor:
+def mean_smallest(fired: Fired) -> Tensor:
     """Return what a feature had to exceed to be kept: the smallest kept value of a vector, on average over vectors
     that have any; 0 where none has."""
     if not len(fired.values):

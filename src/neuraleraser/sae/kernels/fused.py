@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neuraleraser.sae.architectures.architecture import Pass, architecture_named
+from neuraleraser.sae.architectures.architecture import ForwardResult, architecture_named
 from neuraleraser.sae.kernels.decode import residual
 from neuraleraser.sae.kernels.select import by_feature, select
 from neuraleraser.sae.kernels.update import Adam, Extra, Moments, update
@@ -57,8 +57,8 @@ def fused_step(
     variance: float,
     settings: TrainSettings,
     at: int,
-    low: torch.dtype,
-) -> tuple[Pass, Tensor, Tensor, Tensor]:
+    matmul_dtype: torch.dtype,
+) -> tuple[ForwardResult, Tensor, Tensor, Tensor]:
     """Step `at` (from 0) of BatchTopK or TopK on scaled x [B, d]: alters `w`, the state of `optimiser` (Adam, over
     `w`) and `idle` [n].
 
@@ -67,8 +67,8 @@ def fused_step(
     """
     b, d, n = len(x), x.shape[1], settings.n_features
     centred = x - w.b_dec
-    into, w_enc, w_dec = centred.to(low), w.W_enc.to(low), w.W_dec.to(low)
-    pre = torch.addmm(w.b_enc.to(low), into, w_enc.T)
+    into, w_enc, w_dec = centred.to(matmul_dtype), w.W_enc.to(matmul_dtype), w.W_dec.to(matmul_dtype)
+    pre = torch.addmm(w.b_enc.to(matmul_dtype), into, w_enc.T)
     fired = select(pre, settings.k, per_row=architecture_named(settings.architecture).kernel == "row")
     del pre
     order = by_feature(fired, n)
@@ -82,7 +82,7 @@ def fused_step(
     if len(dead) and k_aux:
         with torch.enable_grad():
             rows = [p[dead].requires_grad_() for p in w[:3]]
-            aux = revived_error(Weights(rows[0], rows[1], rows[2], w.b_dec), x, e, k_aux, low)
+            aux = revived_error(Weights(rows[0], rows[1], rows[2], w.b_dec), x, e, k_aux, matmul_dtype)
             to_enc, to_bias, to_dec = torch.autograd.grad(AUX_WEIGHT * aux, rows)
         extra = Extra(dead, to_enc, to_bias, to_dec)
         aux = aux.detach()
@@ -98,11 +98,11 @@ def fused_step(
     parts = [Moments(p, optimiser.state[p]["exp_avg"], optimiser.state[p]["exp_avg_sq"]) for p in w]
     to_bias, total = update(e, into, order, factor, parts[0], parts[1], parts[2], adam, clip, extra)
     # b_dec enters twice: in x - b_dec, through the encoder as it was in this step, and by itself.
-    to_b_dec = factor * e.sum(0, dtype=torch.float32) - (to_bias.to(low) @ w_enc).float()
+    to_b_dec = factor * e.sum(0, dtype=torch.float32) - (to_bias.to(matmul_dtype) @ w_enc).float()
     watch.norm = (total + to_b_dec.square().sum()).sqrt()
     _adam(parts[3], clip * to_b_dec, adam)
     fvu = squares / (b * variance)
-    made = Pass(fvu, fvu, e, counts, fired.cut)
+    made = ForwardResult(fvu, fvu, e, counts, fired.cut)
     return made, (idle >= settings.dead_after).sum(), aux, watch.norm
 
 
