@@ -87,7 +87,7 @@ def main(s: Settings) -> None:
             {
                 "n": sae.n_features,
                 **{key: figures[key] for key in ("explained_variance", "l0", "dead_share", "vectors")},
-                "kept": {t.time: t.recovered if t.mean > t.loss else None for t in lost.times},
+                "kept": {t.time: t.recovered if t.loss_mean > t.loss else None for t in lost.by_timestep},
                 "image_difference": lost.difference,
             }
         )

@@ -133,7 +133,7 @@ VERBS: dict[str, Callable[[Any, Path], Any]] = {
     "collect": lambda pipe, folder: collect(pipe, PROMPTS, range(5), [AT], lambda seen: None),
     "activation_matrix": lambda pipe, folder: activation_matrix(pipe, PROMPTS, range(5), [AT], 8),
     "measure_loss_recovered": lambda pipe, folder: measure_loss_recovered(
-        pipe, sae(), AT, PROMPTS[:4], range(4), times=2
+        pipe, sae(), AT, PROMPTS[:4], range(4), num_timesteps=2
     ),
 }
 

@@ -40,28 +40,28 @@ def dumb(mean: torch.Tensor) -> SAE:
 
 
 def test_a_perfect_sae_loses_nothing(pipe: Any):
-    found = measure_loss_recovered(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, times=2)
-    assert [t.time for t in found.times] == [float(pipe.scheduler.timesteps[i]) for i in (0, 2)]
-    for t in found.times:
+    found = measure_loss_recovered(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, num_timesteps=2)
+    assert [t.time for t in found.by_timestep] == [float(pipe.scheduler.timesteps[i]) for i in (0, 2)]
+    for t in found.by_timestep:
         assert t.explained_variance > 0.9999 and t.l0 == pytest.approx(32, abs=0.1)
-        assert t.replaced == pytest.approx(t.loss, rel=1e-4) and t.mean != t.loss
+        assert t.loss_reconstructed == pytest.approx(t.loss, rel=1e-4) and t.loss_mean != t.loss
     assert found.difference < 1 and found.before.shape == found.after.shape == (2, 16, 16, 3)
 
 
 def test_an_sae_that_says_the_mean_loses_what_the_mean_loses(pipe: Any):
     mean = activation_matrix(pipe, PROMPTS, SEEDS, [SITE], 10_000, SAMPLING)[SITE].mean(0)
     found = measure_loss_recovered(pipe, dumb(mean), SITE, PROMPTS, SEEDS, SAMPLING)
-    assert len(found.times) == 3 and found.difference > 0
-    for t in found.times:
+    assert len(found.by_timestep) == 3 and found.difference > 0
+    for t in found.by_timestep:
         assert t.l0 == 0 and t.explained_variance <= 1e-6
-        assert t.replaced == pytest.approx(t.mean, rel=1e-4)
-        assert t.mean <= t.loss or t.recovered == pytest.approx(0, abs=1e-3)
+        assert t.loss_reconstructed == pytest.approx(t.loss_mean, rel=1e-4)
+        assert t.loss_mean <= t.loss or t.recovered == pytest.approx(0, abs=1e-3)
 
 
 def test_the_pipeline_is_left_as_it_was(pipe: Any):
     before = pipelines.run(pipe, 0)
     hooks = [m for m in pipe.unet.modules() if m._forward_hooks or m._forward_pre_hooks]
-    measure_loss_recovered(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, times=1)
+    measure_loss_recovered(pipe, perfect(32), SITE, PROMPTS, SEEDS, SAMPLING, num_timesteps=1)
     assert "step" not in vars(pipe.scheduler)
     assert torch.equal(pipelines.run(pipe, 0), before)
     assert hooks == [m for m in pipe.unet.modules() if m._forward_hooks or m._forward_pre_hooks] == []
@@ -136,5 +136,7 @@ def test_every_family(family: str, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(type(pipe), "__call__", call)
     site = Site("transformer.transformer_blocks.1")
-    found = measure_loss_recovered(pipe, perfect(16), site, PROMPTS, SEEDS, SAMPLING, times=2)
-    assert all(t.replaced == pytest.approx(t.loss, rel=1e-3) and np.isfinite(t.mean) for t in found.times)
+    found = measure_loss_recovered(pipe, perfect(16), site, PROMPTS, SEEDS, SAMPLING, num_timesteps=2)
+    assert all(
+        t.loss_reconstructed == pytest.approx(t.loss, rel=1e-3) and np.isfinite(t.loss_mean) for t in found.by_timestep
+    )

@@ -53,8 +53,8 @@ def test_inspect(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert "Measured on 2 images, 40 vectors" in text and "variance explained  100.00%" in re.sub(" {3,}", "  ", text)
     bar = [line for line in text.splitlines() if "█" in line]
     assert bar and max(map(len, text.splitlines())) <= 120
-    kept = text[text.index("timestep") :].splitlines()
-    assert kept[0].split()[-1] == "kept" and len(kept[2].split()) == 7
+    lines = text[text.index("timestep") :].splitlines()
+    assert lines[0].split()[-1] == "recovered" and len(lines[2].split()) == 7
     with Image.open("s.png") as sheet:
         assert sheet.width > 2 * 16
     wrong = ["--site", "unet.up_blocks.1.attentions.0", "--num-inference-steps", "1"]

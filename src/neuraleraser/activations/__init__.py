@@ -13,7 +13,7 @@ from neuraleraser.activations.collecting import (
     collect,
     sample,
 )
-from neuraleraser.activations.loss_recovered import AtTime, LossRecovered, measure_loss_recovered
+from neuraleraser.activations.loss_recovered import LossRecovered, TimestepLoss, measure_loss_recovered
 from neuraleraser.activations.shards import Shards, write_shards
 from neuraleraser.activations.streaming import activation_stream, described
 
@@ -21,10 +21,10 @@ __all__ = [
     "CONDITIONAL",
     "UNCONDITIONAL",
     "ActivationBatch",
-    "AtTime",
     "LossRecovered",
     "Sample",
     "Shards",
+    "TimestepLoss",
     "activation_matrix",
     "activation_stream",
     "collect",

@@ -22,7 +22,7 @@ from neuraleraser.sites import DenoiserCall, Site, denoiser, denoiser_calls, edi
 
 
 @dataclass(frozen=True)
-class AtTime:
+class TimestepLoss:
     """Figures of one timestep. Losses are means of ||target - prediction||^2 over images, noise and values."""
 
     time: float
@@ -31,23 +31,23 @@ class AtTime:
     l0: float
     loss: float
     """Of the model as it is."""
-    replaced: float
+    loss_reconstructed: float
     """With the reconstructions in place of the activations."""
-    mean: float
+    loss_mean: float
     """With the activations' mean, over all timesteps, in their place."""
 
     @property
     def recovered(self) -> float:
-        """Share of the loss that the activations are worth which is kept: 1 as good as the model, 0 as the mean."""
-        worth = self.mean - self.loss
-        return 1 - (self.replaced - self.loss) / worth if worth > 0 else float("nan")
+        """Share of the loss that the activations are worth that is recovered: 1 as good as the model, 0 as the mean."""
+        worth = self.loss_mean - self.loss
+        return 1 - (self.loss_reconstructed - self.loss) / worth if worth > 0 else float("nan")
 
 
 @dataclass(frozen=True)
 class LossRecovered:
-    """Findings of `measure_loss_recovered`: figures by timestep, and the images before and after."""
+    """Findings of `measure_loss_recovered`: figures by timestep, and the images before and after the replacement."""
 
-    times: tuple[AtTime, ...]
+    by_timestep: tuple[TimestepLoss, ...]
     before: Images
     after: Images
 
@@ -65,9 +65,9 @@ def measure_loss_recovered(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: Sampling | None = None,
-    times: int = 6,
+    num_timesteps: int = 6,
 ) -> LossRecovered:
-    """Measure how much of a pipeline's denoising loss an SAE's reconstructions keep.
+    """Measure how much of a pipeline's denoising loss an SAE's reconstructions recover.
 
     The images are generated with and without the reconstructions at `site` (at every step, position and guidance
     branch), all in one batch. For the loss, the model's own final latents x_0 are noised anew, as its scheduler does,
@@ -81,7 +81,7 @@ def measure_loss_recovered(
         prompts: One prompt per image.
         seeds: One seed per image.
         sampling: How images are generated; None: as `default_sampling` says.
-        times: Number of timesteps at which the loss is compared.
+        num_timesteps: Number of timesteps at which the loss is compared.
 
     Returns:
         Figures by timestep, and the images without and with the reconstructions.
@@ -92,7 +92,7 @@ def measure_loss_recovered(
 
     Examples:
         >>> found = measure_loss_recovered(pipe, sae, site, prompts, [0, 1], quick)
-        >>> [at.time for at in found.times]
+        >>> [figures.time for figures in found.by_timestep]
         [999.0, 499.0]
         >>> found.after.shape  # images drawn with the reconstructions
         (2, 64, 64, 3)
@@ -105,7 +105,7 @@ def measure_loss_recovered(
     calls: dict[float, DenoiserCall] = {}
     final: deque[Tensor] = deque(maxlen=1)
 
-    def on(seen: ActivationBatch) -> None:
+    def on_activations(seen: ActivationBatch) -> None:
         if seen.x.shape[2] != sae.d_in:
             raise DataError(
                 f"{site} is {seen.x.shape[2]} wide, W_enc takes {sae.d_in}: pass the site it was trained on"
@@ -119,33 +119,33 @@ def measure_loss_recovered(
             calls[time] = call.rows(torch.tensor(index[: len(prompts)], device=call.state.device))
 
     with denoiser_calls(pipe, on_call), scheduler_steps(pipe, final.append):
-        before = collect(pipe, prompts, seeds, [site], on, s)
+        before = collect(pipe, prompts, seeds, [site], on_activations, s)
     known = list(dict.fromkeys(pipe.scheduler.timesteps.tolist()))
     if len(known) != len(calls):
         raise SettingsError(
             f"{len(calls)} timesteps were drawn, of the scheduler's {len(known)}: pass a plain pipeline"
         )
     mean = torch.stack([part.sum for part in sums.values()]).sum(0) / sum(part.n for part in sums.values())
-    ways = {
+    edits_of = {
         "loss": {},
-        "replaced": {site: lambda x, call: sae(x.float()) - x.float()},
-        "mean": {site: lambda x, call: mean.to(x.device).float().expand_as(x) - x.float()},
+        "loss_reconstructed": {site: lambda x, call: sae(x.float()) - x.float()},
+        "loss_mean": {site: lambda x, call: mean.to(x.device).float().expand_as(x) - x.float()},
     }
-    count = min(times, len(known))
+    count = min(num_timesteps, len(known))
     chosen = [round(i * (len(known) - 1) / max(count - 1, 1)) for i in range(count)]
     found = []
-    for at in chosen:
-        time, call = list(calls.items())[at]
-        noise = torch.randn(final[0].shape, generator=torch.Generator().manual_seed(at)).to(final[0].device)
-        state, target = noised(pipe.scheduler, final[0].float(), noise, known[at])
+    for step in chosen:
+        time, call = list(calls.items())[step]
+        noise = torch.randn(final[0].shape, generator=torch.Generator().manual_seed(step)).to(final[0].device)
+        state, target = noised(pipe.scheduler, final[0].float(), noise, known[step])
         losses = {}
-        for name, edits in ways.items():
+        for name, edits in edits_of.items():
             with edit(pipe, edits):
                 out = replay(pipe, state.to(call.state.dtype), call.timestep, call.conditioning)
             out = out[:, : target.shape[1]].float()  # some models predict the variance, too
             losses[name] = float((out - target).square().mean())
-        found.append(AtTime(time, *sums[_same(time, sums)].figures(), **losses))
-    with edit(pipe, ways["replaced"]):
+        found.append(TimestepLoss(time, *sums[_same(time, sums)].figures(), **losses))
+    with edit(pipe, edits_of["loss_reconstructed"]):
         after = generate(pipe, prompts, seeds, s)
     return LossRecovered(tuple(found), before, after)
 

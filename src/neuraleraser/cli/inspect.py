@@ -95,23 +95,23 @@ def _measured(
         raise DataError(f"{source}: field W_enc takes activations {sae.d_in} wide, {at} of {model!r} has {x.shape[1]}")
     print(_figures(measure_sae(sae, x), sae.n_features, f"on {s.num_images} images"))
     found = measure_loss_recovered(pipe, sae, at, texts, seeds, together, s.num_timesteps)
-    head = ("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "kept")
+    head = ("timestep", "explained", "fire", "loss", "reconstructed", "mean instead", "recovered")
     rows: list[tuple[str, ...]] = []
-    for t in found.times:
-        losses = [f"{value:.4f}" for value in (t.loss, t.replaced, t.mean)]
+    for t in found.by_timestep:
+        losses = [f"{value:.4f}" for value in (t.loss, t.loss_reconstructed, t.loss_mean)]
         rows.append(
             (
                 f"{t.time:g}",
                 f"{t.explained_variance:.1%}",
                 f"{t.l0:.1f}",
                 *losses,
-                f"{t.recovered:.1%}" if t.mean > t.loss else "-",
+                f"{t.recovered:.1%}" if t.loss_mean > t.loss else "-",
             )
         )
     print(
         "\nDenoising loss with the reconstructions, or the mean, in place of the activations\n" + text_table(rows, head)
     )
-    print("kept: of what the activations are worth for the loss; 100 % is as good as the model itself")
+    print("recovered: of what the activations are worth for the loss; 100 % is as good as the model itself")
     print(f"\nImages differ by {found.difference:.1f} of 255 (root mean square) with the reconstructions in place.")
     if s.comparison_png:
         pairs = zip(texts, found.before, found.after, strict=True)
