@@ -239,7 +239,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/fitting/calibrate.py",
-                "    usual = sampling_of(pipe, eraser.header.sampling)\n",
+                "    usual = sampling_for_eraser(pipe, eraser.header.sampling)\n",
                 "    usual = Sampling()\n",
             ),
         ),

@@ -19,7 +19,7 @@ from neuraleraser.concepts import Concept, named_concept, neighbours_of
 from neuraleraser.eraser import Eraser, Trace, attach, check_nothing_acts
 from neuraleraser.errors import DataError, EraserNotAppliedError, SettingsError, SiteError
 from neuraleraser.families import family_of
-from neuraleraser.families.defaults import sampling_of
+from neuraleraser.families.defaults import sampling_for_eraser
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 
@@ -123,7 +123,7 @@ def diagnose(
     judges = judges or [family.judge() if family.judge else None] * len(erasers)
     concepts = concepts or [named_concept(pipe, e.name, e.header.kind) for e in erasers]
     lookalikes = lookalikes or [lookalike_prompts(c, neighbours_of(pipe, c, neighbours), num_images) for c in concepts]
-    usual = [sampling_of(pipe, eraser.header.sampling) for eraser in erasers]
+    usual = [sampling_for_eraser(pipe, eraser.header.sampling) for eraser in erasers]
     samplings = samplings or [replace(s, batch_size=max(1, min(num_images, 8, s.batch_size))) for s in usual]
     if not erasers or num_images < 1 or {len(concepts), len(lookalikes), len(judges), len(samplings)} != {len(erasers)}:
         raise SettingsError(

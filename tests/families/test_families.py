@@ -22,7 +22,7 @@ from neuraleraser.eraser import EraserHeader
 from neuraleraser.errors import FileError, SettingsError, SiteError
 from neuraleraser.families import FAMILIES, opening
 from neuraleraser.families.canvas import CANVAS
-from neuraleraser.families.defaults import default_sampling, model_name, recommended_sites, sampling_of
+from neuraleraser.families.defaults import default_sampling, model_name, recommended_sites, sampling_for_eraser
 from neuraleraser.families.opening import image_to_image, open_pipeline
 from neuraleraser.families.sdxl import SDXL
 from neuraleraser.sampling import generate
@@ -204,8 +204,8 @@ def test_the_sampling_that_an_eraser_was_fitted_with():
     assert (usual.num_inference_steps, usual.guidance_scale) == (50, 7.5), "as its own call has it, not as the canvas"
     fitted = Sampling(num_inference_steps=1, guidance_scale=0.0, batch_size=64, height=32, width=48)
     header = EraserHeader("x", sampling=fitted)
-    assert sampling_of(pipe, header.sampling) == replace(fitted, batch_size=usual.batch_size) != fitted
-    assert sampling_of(pipe, EraserHeader("x").sampling) == usual
+    assert sampling_for_eraser(pipe, header.sampling) == replace(fitted, batch_size=usual.batch_size) != fitted
+    assert sampling_for_eraser(pipe, EraserHeader("x").sampling) == usual
 
 
 def test_edits_are_spread_over_what_follows():

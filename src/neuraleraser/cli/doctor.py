@@ -46,7 +46,7 @@ def doctor(
     from neuraleraser.concepts import named_concept
     from neuraleraser.diagnosis import diagnose
     from neuraleraser.eraser import Eraser
-    from neuraleraser.families.defaults import sampling_of
+    from neuraleraser.families.defaults import sampling_for_eraser
     from neuraleraser.fitting import calibrate as run_calibrate
     from neuraleraser.fitting.clip_judge import calibrate_clip_judge
     from neuraleraser.judges import NudeNetJudge, UnlearnCanvasJudge
@@ -62,7 +62,7 @@ def doctor(
     loaded = [Eraser.from_pretrained(source) for source in erasers]
     given = [prompt for prompt, _ in read_prompts(lookalikes)] if lookalikes else []
     pipe = machine.open_pipeline(model)
-    samplings = [sampling_of(pipe, e.header.sampling) for e in loaded]
+    samplings = [sampling_for_eraser(pipe, e.header.sampling) for e in loaded]
     samplings = [replace(s, batch_size=min(num_images, 8, s.batch_size)) for s in samplings]
     if num_inference_steps is not None:
         samplings = [replace(s, num_inference_steps=num_inference_steps) for s in samplings]

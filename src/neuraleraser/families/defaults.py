@@ -59,7 +59,7 @@ def default_sampling(
         >>> one.num_inference_steps, one.guidance_scale
         (25, 3.0)
     """
-    usual = family_of(pipe).sampling_of(pipe)
+    usual = family_of(pipe).default_sampling(pipe)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
@@ -69,7 +69,7 @@ def evaluation_sampling(pipe: Any, settings: EvaluateSettings) -> Sampling:
     return settings.sampling or default_sampling(pipe)
 
 
-def sampling_of(pipe: Any, fitted: Sampling | None) -> Sampling:
+def sampling_for_eraser(pipe: Any, fitted: Sampling | None) -> Sampling:
     """Return how to draw with an eraser that was fitted on images sampled so, in the pipeline's usual batch.
 
     None, where its header does not say: as `pipe` is usually sampled. An eraser of a one-step model is calibrated and

@@ -97,7 +97,7 @@ class Family:
 
     Examples:
         >>> family = Family("mine", matches=lambda pipe: "StableDiffusion" in type(pipe).__name__, sampling=quick)
-        >>> family.matches(pipe), family.sampling_of(pipe).num_inference_steps
+        >>> family.matches(pipe), family.default_sampling(pipe).num_inference_steps
         (True, 2)
     """
 
@@ -117,7 +117,7 @@ class Family:
     reference: Path | None = None
     load: Callable[[torch.dtype | None], Any] | None = None
 
-    def sampling_of(self, pipe: Any) -> Sampling:
+    def default_sampling(self, pipe: Any) -> Sampling:
         """Return how `pipe` is usually sampled.
 
         Args:

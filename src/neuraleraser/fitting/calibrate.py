@@ -12,7 +12,7 @@ from torch import Tensor
 from neuraleraser.concepts import Concept, concept_of, named_concept, neighbours_of
 from neuraleraser.eraser import Calibration, Eraser, check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
-from neuraleraser.families.defaults import model_name, sampling_of
+from neuraleraser.families.defaults import model_name, sampling_for_eraser
 from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
 from neuraleraser.fitting.trajectories import branches_as_rows, measure_site, record_calls
 from neuraleraser.settings import Sampling
@@ -69,7 +69,7 @@ def calibrate(
         raise SettingsError(
             f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
         )
-    usual = sampling_of(pipe, eraser.header.sampling)
+    usual = sampling_for_eraser(pipe, eraser.header.sampling)
     s = sampling or replace(usual, batch_size=min(8, num_pairs, usual.batch_size))
     # Spread over the concept's own, whose order goes by phrasing and subject.
     some = [concept.pairs[i * len(concept.pairs) // num_pairs] for i in range(num_pairs)]

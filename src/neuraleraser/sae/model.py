@@ -83,12 +83,12 @@ class SAE(nn.Module, HubFile):
 
     @property
     def n_features(self) -> int:
-        """Features."""
+        """Number of features, n."""
         return self.W_enc.shape[0]
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """Width of the activations, d."""
         return self.W_enc.shape[1]
 
     def encode(self, x: Tensor) -> Tensor:
