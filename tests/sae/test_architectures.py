@@ -25,7 +25,7 @@ from neuraleraser.sae import (
     train,
 )
 from neuraleraser.sae.architectures.architecture import architecture_named
-from neuraleraser.sae.architectures.matryoshka import prefixes
+from neuraleraser.sae.architectures.matryoshka import nested_sizes
 from neuraleraser.sae.architectures.topk import mean_smallest, select_rows
 
 OTHERS = [name for name in ARCHITECTURES if name != "batchtopk"]
@@ -102,9 +102,9 @@ def test_the_first_features_of_a_matryoshka_reconstruct_more_than_those_of_batch
 
 
 def test_prefixes():
-    assert prefixes(2048) == (128, 256, 512, 1024, 2048)
-    assert prefixes(12) == (1, 3, 6, 12)
-    assert prefixes(1) == (1,)
+    assert nested_sizes(2048) == (128, 256, 512, 1024, 2048)
+    assert nested_sizes(12) == (1, 3, 6, 12)
+    assert nested_sizes(1) == (1,)
 
 
 @pytest.mark.parametrize(("k", "block"), [(1, 2**20), (3, 2**20), (3, 64), (20, 2**20)])

@@ -194,21 +194,21 @@ def test_training_is_that_of_the_cpu(architecture, on_kernels, monkeypatch):
     """Of a few steps, some with dead features. Ours come to know of these a step later: the twin is told so."""
     chosen = dataclasses.replace(SETTINGS, architecture=architecture, steps=30)  # near the end none are revived
     logs, want = [], []
-    state = training._start(STREAM, chosen)
-    twin = training._start(STREAM, chosen)
+    state = training._untrained_state(STREAM, chosen)
+    twin = training._untrained_state(STREAM, chosen)
     first = [p.detach().clone() for p in twin.weights]
-    revival, before = train_step.revival, [torch.zeros(0, dtype=torch.int64)]
+    revival, before = train_step.bounded_revival_loss, [torch.zeros(0, dtype=torch.int64)]
 
     def late(w: Weights, x: Tensor, e: Tensor, dead: Tensor, k_aux: int, low: torch.dtype) -> Tensor:
         before.append(dead)
         return revival(w, x, e, before[-2], k_aux, low)
 
-    monkeypatch.setattr(train_step, "revival", late)
+    monkeypatch.setattr(train_step, "bounded_revival_loss", late)
     for x, _ in zip(STREAM(0), range(5), strict=False):
-        logs.append(train_step.step(state, x * state.scale, None, chosen)())
+        logs.append(train_step.train_step(state, x * state.scale, None, chosen)())
         with monkeypatch.context() as m:
             m.setattr(kernels, "usable", lambda x, settings, labelled: False)
-            want.append(train_step.step(twin, x * twin.scale, None, chosen)())
+            want.append(train_step.train_step(twin, x * twin.scale, None, chosen)())
     assert all(log.grad_norm < 1 for log in want), "clipping is not by the same norm"
     assert any(log.aux > 0 for log in want), "the revival must take part"
     for a, b in zip(logs, want, strict=True):  # Adam makes steps of what is rounding, where a gradient is next to 0
@@ -222,11 +222,11 @@ def test_training_is_that_of_the_cpu(architecture, on_kernels, monkeypatch):
 def test_low_products_are_near(on_kernels, monkeypatch):
     chosen = dataclasses.replace(SETTINGS, bf16=True)
     monkeypatch.setattr(train_step, "has_bf16", lambda: True)
-    state, twin = (training._start(STREAM, chosen) for _ in range(2))
+    state, twin = (training._untrained_state(STREAM, chosen) for _ in range(2))
     x = next(STREAM(0)) * state.scale
-    low = train_step.step(state, x, None, chosen)()
+    low = train_step.train_step(state, x, None, chosen)()
     monkeypatch.setattr(kernels, "usable", lambda x, settings, labelled: False)
-    want = train_step.step(twin, x, None, chosen)()
+    want = train_step.train_step(twin, x, None, chosen)()
     assert low.fvu == pytest.approx(want.fvu, rel=0.02) and low.grad_norm == pytest.approx(want.grad_norm, rel=0.05)
     assert low.l0 == want.l0
 
@@ -267,12 +267,12 @@ def test_divergence_is_told_when_the_log_is_read(on_kernels, tmp_path):
 def test_bad_input_is_told_when_the_log_is_read(on_kernels, tmp_path, monkeypatch):
     """It does no harm until then, and names its batch."""
     monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
-    state = training._start(STREAM, SETTINGS)
+    state = training._untrained_state(STREAM, SETTINGS)
     for i, x in zip(range(3), STREAM(0), strict=False):
         if i == 1:
             x = x.clone()
             x[3, 1] = torch.nan
-        log = train_step.step(state, x * state.scale, None, SETTINGS)
+        log = train_step.train_step(state, x * state.scale, None, SETTINGS)
     assert bool(torch.isfinite(state.weights.W_enc).all())
     with pytest.raises(DataError, match="batch 1 holds NaN"):
         log()
@@ -308,13 +308,13 @@ class Waits(TorchDispatchMode):
 
 def test_a_step_does_not_wait(on_kernels, monkeypatch):
     monkeypatch.setattr(fused, "DEAD_CHECK_EVERY", 2)
-    state = training._start(STREAM, SETTINGS)
+    state = training._untrained_state(STREAM, SETTINGS)
     state.threshold = torch.zeros((), device=DEVICE)
     waited = []
     monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
     for x, at in zip(STREAM(0), range(5), strict=False):
         with Waits() as waits:
-            log = train_step.step(state, x * state.scale, None, SETTINGS)
+            log = train_step.train_step(state, x * state.scale, None, SETTINGS)
         waited.append(waits.seen)
         with Waits() as waits:
             log()
@@ -324,7 +324,7 @@ def test_a_step_does_not_wait(on_kernels, monkeypatch):
     assert state.watch is not None and len(state.watch.dead), "the revival must take part"
     monkeypatch.setattr(kernels, "usable", lambda x, settings, labelled: False)
     with Waits() as waits:
-        train_step.step(state, next(STREAM(0)) * state.scale, None, SETTINGS)
+        train_step.train_step(state, next(STREAM(0)) * state.scale, None, SETTINGS)
     assert waits.seen, "the plain step does wait, and that is seen"
 
 
@@ -344,7 +344,7 @@ def test_the_plain_gradients_are_what_the_kernels_give():
     m = int(pairs.total)
     flat = pairs.rows[:m].long() * 20 + pairs.cols[:m]
     squares, _ = sparse_ops.unexplained_at(
-        leaves, into + w.b_dec, sparse_ops.pairs(flat, pairs.values[:m], 14, 20), torch.float32
+        leaves, into + w.b_dec, sparse_ops.fired_pairs(flat, pairs.values[:m], 14, 20), torch.float32
     )
     want = torch.autograd.grad(squares, leaves[:2])
     ours = [update.Moments(p.clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in w[:3]]

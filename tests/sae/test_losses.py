@@ -90,9 +90,9 @@ def check_thresholds() -> None:
     near = ((pre - theta).abs() < EPS / 2).sum(0)
     assert int(near.sum()) > 20
     higher, lower = ((pre > theta + side * EPS / 2).double() for side in (1, -1))
-    (to_count,) = torch.autograd.grad(jumprelu.count(pre, theta, EPS), theta)
+    (to_count,) = torch.autograd.grad(jumprelu.mean_l0(pre, theta, EPS), theta)
     torch.testing.assert_close(to_count, (higher - lower).sum(0) / EPS / 40)
-    (to_fire,) = torch.autograd.grad((up * jumprelu.fire(pre, theta, EPS)).sum(), theta)
+    (to_fire,) = torch.autograd.grad((up * jumprelu.jump_relu(pre, theta, EPS)).sum(), theta)
     torch.testing.assert_close(to_fire, (up * theta * (higher - lower)).sum(0) / EPS)
 
 

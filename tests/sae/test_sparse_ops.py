@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neuraleraser.sae import sparse_ops
-from neuraleraser.sae.losses import AUX_WEIGHT, revival, revival_loss
-from neuraleraser.sae.sparse_ops import Weights, pairs, select, unexplained_at
+from neuraleraser.sae.losses import AUX_WEIGHT, bounded_revival_loss, revival_loss
+from neuraleraser.sae.sparse_ops import Weights, fired_pairs, select, unexplained_at
 
 
 def naive(pre: Tensor, keep: int) -> Tensor:
@@ -120,7 +120,7 @@ def sparse_of(w: Weights, x: Tensor, mask: Tensor) -> sparse_ops.Fired:
     with torch.no_grad():
         pre = (x - w.b_dec) @ w.W_enc.T + w.b_enc
     flat = mask.flatten().nonzero().squeeze(1)
-    return pairs(flat, pre.flatten()[flat], *pre.shape)
+    return fired_pairs(flat, pre.flatten()[flat], *pre.shape)
 
 
 def main_loss(w: Weights, x: Tensor, fired: sparse_ops.Fired) -> Tensor:
@@ -167,9 +167,9 @@ def test_a_vector_is_explained_by_at_most_an_eighth_of_the_dead():
     fired, dead = sparse_of(w, x, mask), torch.arange(9, 40)
     residual = residual_of(w, x, fired)
     for k_aux, used in ((2, 2), (3, 3), (9, 3)):
-        aux = revival(w, x, residual, dead, k_aux, torch.float64)
+        aux = bounded_revival_loss(w, x, residual, dead, k_aux, torch.float64)
         assert torch.equal(aux, revival_loss(w, x, residual, dead, used, torch.float64))
-    assert revival(w, x, residual, dead[:0], 5, torch.float64) == 0
+    assert bounded_revival_loss(w, x, residual, dead[:0], 5, torch.float64) == 0
 
 
 def test_gradcheck_of_the_sparse_path_itself():

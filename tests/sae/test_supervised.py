@@ -16,7 +16,7 @@ from helpers.planted import planted
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import SAE, StepLog, TrainSettings, labelled_batches, measure_sae, train
 from neuraleraser.sae.sparse_ops import Weights
-from neuraleraser.sae.supervised import concept_directions, contrast_loss, discriminants
+from neuraleraser.sae.supervised import concept_directions, contrast_loss, fisher_features
 
 CONCEPTS, CASES, D = 3, 4, 32
 PLAIN = TrainSettings(n_features=96, k=2, steps=400, dead_after=8000, bf16=False)
@@ -113,7 +113,7 @@ def trained_for_one_step() -> SAE:
 def test_a_discriminant_is_nothing_without_its_label_and_the_gap_with_it():
     x, labels = concepts()[0][:, 0].double(), concepts()[1]
     w = Weights(x[:4], x[:4, 0], x[:4], x.mean(0))
-    rows, bias, out = discriminants(x, labels, w)
+    rows, bias, out = fisher_features(x, labels, w)
     pre = (x - w.b_dec) @ rows.T + bias
     for c in range(CONCEPTS):
         gap = x[labels[:, c]].mean(0) - x[~labels[:, c]].mean(0)
@@ -126,7 +126,7 @@ def test_a_label_that_never_changes_leaves_its_row():
     x, labels = concepts()[0][:100, 0], torch.ones(100, 2)
     labels[:, 0] = 0
     w = Weights(x[:4], x[:4, 0], x[:4], x[0])
-    for got, want in zip(discriminants(x, labels, w), w, strict=False):
+    for got, want in zip(fisher_features(x, labels, w), w, strict=False):
         assert torch.equal(got, want[:2])
 
 
@@ -139,7 +139,7 @@ def test_a_discriminant_takes_away_what_else_varies_along_the_gap():
     x[:, 0] += 2 * labels[:, 0] + other
     x[:, 1] += other
     w = Weights(torch.zeros(1, 6), torch.zeros(1), torch.zeros(1, 6), torch.zeros(6))
-    rows, bias, out = discriminants(x, labels, w, shrink=1e-5)
+    rows, bias, out = fisher_features(x, labels, w, shrink=1e-5)
 
     def separation(values: Tensor) -> float:
         return float(((values > values.mean()) == (labels[:, 0] > 0)).float().mean())

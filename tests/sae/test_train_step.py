@@ -34,20 +34,20 @@ def test_what_the_processor_has(known, has, monkeypatch):
 
 
 def test_the_log_is_read_later_and_holds_no_batch():
-    state = training._start(STREAM, SETTINGS)
+    state = training._untrained_state(STREAM, SETTINGS)
     stream = STREAM(0)
-    first = train_step.step(state, next(stream) * state.scale, None, SETTINGS)
-    train_step.step(state, next(stream) * state.scale, None, SETTINGS)
+    first = train_step.train_step(state, next(stream) * state.scale, None, SETTINGS)
+    train_step.train_step(state, next(stream) * state.scale, None, SETTINGS)
     assert first().step == 1 and first().vectors == 40 and 0 < first().fvu < 2
     held = [cell.cell_contents for cell in first.__closure__ or ()]
     assert not any(isinstance(x, Tensor) and x.numel() > 1 for x in held)
 
 
 def test_divergence_leaves_the_weights():
-    state = training._start(STREAM, SETTINGS)
+    state = training._untrained_state(STREAM, SETTINGS)
     before = state.weights.W_enc.detach().clone()
     with pytest.raises(SettingsError, match="diverged at step 0"):
-        train_step.step(state, next(STREAM(0)) * 1e30, None, SETTINGS)
+        train_step.train_step(state, next(STREAM(0)) * 1e30, None, SETTINGS)
     assert torch.equal(state.weights.W_enc, before) and state.step == 0
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.io import tensor_file
 from neuraleraser.io.names import printable
-from neuraleraser.sae.mixing_buffer import ActivationRows, MixingBuffer, Stopped, generator
+from neuraleraser.sae.mixing_buffer import ActivationRows, MixingBuffer, Stopped, generator_for
 
 INDEX = "index.safetensors"
 _KIND, _SHARD, _LABELS = "activations", "activations-shard", "/labels"
@@ -123,7 +123,7 @@ class Shards:
 
         def chunk(number: int, stopped: Stopped) -> Mapping[str, ActivationRows]:
             epoch, at = divmod(number, self.count)
-            return self.load(int(torch.randperm(self.count, generator=generator(seed, "shards", epoch))[at]))
+            return self.load(int(torch.randperm(self.count, generator=generator_for(seed, "shards", epoch))[at]))
 
         rows = batch // self.group_size
         return MixingBuffer(

@@ -13,7 +13,7 @@ from torch import Tensor
 from neuraleraser.activations.collecting import CONDITIONAL, sample
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.sae.mixing_buffer import ActivationRows, MixingBuffer, Stopped, generator
+from neuraleraser.sae.mixing_buffer import ActivationRows, MixingBuffer, Stopped, generator_for
 from neuraleraser.settings import STREAM_SEEDS, StreamSettings
 from neuraleraser.sites import Site, record
 
@@ -66,7 +66,7 @@ def activation_stream(
         raise DataError(f"labels have shape {tuple(labels.shape)} for {len(prompts)} prompts: pass [prompts, C]")
     with record(pipe, sites, lambda site, x, call: None):
         pass  # a site that is not there is an error now, not once a thread draws
-    start = int(torch.randint(len(STREAM_SEEDS), (), generator=generator(s.stream_seed, "noise")))
+    start = int(torch.randint(len(STREAM_SEEDS), (), generator=generator_for(s.stream_seed, "noise")))
 
     def chunk(number: int, stopped: Stopped) -> Mapping[str, ActivationRows]:
         numbers = range(number * count, (number + 1) * count)
@@ -78,7 +78,7 @@ def activation_stream(
             seeds,
             sites,
             s.vectors_per_image // s.group_size,
-            generator(s.stream_seed, "positions", number),
+            generator_for(s.stream_seed, "positions", number),
             sampling,
             s.group_size,
             stopped,
@@ -127,4 +127,4 @@ def described(model: str, prompts: Sequence[str], settings: StreamSettings) -> d
 def _prompt(image: int, prompts: int, seed: int) -> int:
     """Number of the prompt that an image shows: all of them in random order, then all in another."""
     epoch, at = divmod(image, prompts)
-    return int(torch.randperm(prompts, generator=generator(seed, "prompts", epoch))[at])
+    return int(torch.randperm(prompts, generator=generator_for(seed, "prompts", epoch))[at])

@@ -59,7 +59,7 @@ def validate_batch(
     """Return the batch of this step, [B, d] float32, and its labels [M, C] where training is labelled.
 
     With `wait`, NaN and infinity are looked for on a GPU, too, for which the host has to wait there; without,
-    `train_step.step` looks for them.
+    `train_step` looks for them.
 
     Raises DataError for another shape or width, NaN or infinity, labels that are missing or do not fit.
     """

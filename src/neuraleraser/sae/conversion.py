@@ -41,7 +41,7 @@ class Source:
     by_norm: bool = False
     scaling: Literal["none", "layer_norm", "norm"] = "none"
 
-    def on(self, x: Tensor) -> Source:
+    def like(self, x: Tensor) -> Source:
         """The same in the dtype and on the device of x."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: v.to(x) for name, v in tensors.items() if isinstance(v, Tensor)})
@@ -81,7 +81,7 @@ def to_sae(source: Source, path: Path, x: Tensor | None, header: dict[str, Any])
     and None, DataError where it is no activations, FileError where the weights overflow.
     """
     if source.threshold is not None and source.scaling == "none":
-        tensors, unit = _fold(source, 1.0, 0.0)
+        tensors, unit = _fold_statistics(source, 1.0, 0.0)
         return _sae(tensors, source.threshold * unit, header, path)
     if x is None:
         rule = "scales every vector by itself" if source.scaling != "none" else f"keeps the {source.k} largest features"
@@ -97,10 +97,10 @@ def to_sae(source: Source, path: Path, x: Tensor | None, header: dict[str, Any])
     if bad := int((~torch.isfinite(x)).sum()):
         raise DataError(f"{bad} of {x.numel()} values in calibrate are NaN or infinite")
     with torch.no_grad():
-        return _calibrated(source, path, x.float(), header)
+        return _calibrate(source, path, x.float(), header)
 
 
-def _fold(source: Source, scale: float, mean: float) -> tuple[dict[str, Tensor], Tensor]:
+def _fold_statistics(source: Source, scale: float, mean: float) -> tuple[dict[str, Tensor], Tensor]:
     """Our tensors for a source that standardises every vector by this scale and mean; `unit` [n], what 1 in
     the source's ranking is in our activations.
 
@@ -126,17 +126,17 @@ def _fold(source: Source, scale: float, mean: float) -> tuple[dict[str, Tensor],
     return {"W_enc": W, "b_enc": b, "W_dec": rows, "b_dec": b_dec}, unit
 
 
-def _calibrated(source: Source, path: Path, x: Tensor, header: dict[str, Any]) -> SAE:
+def _calibrate(source: Source, path: Path, x: Tensor, header: dict[str, Any]) -> SAE:
     """The SAE with thresholds from three quarters of x, and how far it and the source differ on the last quarter."""
     held = torch.arange(len(x), device=x.device) % 4 == 3
     fit, rest = x[~held], x[held]
     _, scales, means = source.standardise(fit)
     typical = (1.0, 0.0) if source.scaling == "none" else (float(scales.median()), float(means.mean()))
-    tensors, unit = _fold(source, *typical)
-    here = source.on(x)
+    tensors, unit = _fold_statistics(source, *typical)
+    here = source.like(x)
     count = torch.zeros(len(unit), dtype=torch.int64, device=x.device)
     cut = 0.0
-    for part in fit.split(_rows(len(unit))):
+    for part in fit.split(_rows_at_once(len(unit))):
         z = here.encode(here.standardise(part)[0])
         count += (z > 0).sum(0)
         cut += float(torch.where(z > 0, z, torch.inf).amin(1).nan_to_num(posinf=0.0).sum())
@@ -146,7 +146,7 @@ def _calibrated(source: Source, path: Path, x: Tensor, header: dict[str, Any]) -
     ours = {name: t.to(x) for name, t in tensors.items()}
     centred = (fit - ours["b_dec"]).T
     threshold = []
-    for part in torch.arange(len(unit), device=x.device).split(_rows(len(fit))):
+    for part in torch.arange(len(unit), device=x.device).split(_rows_at_once(len(fit))):
         pre = ours["W_enc"][part] @ centred + ours["b_enc"][part, None]
         c = count[part, None]
         top = pre.topk(min(len(fit), int(c.max()) + 1), dim=1).values
@@ -155,16 +155,16 @@ def _calibrated(source: Source, path: Path, x: Tensor, header: dict[str, Any]) -
         between = torch.where(count[part] == len(fit), 0.0, (inside + outside) / 2)
         threshold.append(torch.where(count[part] == 0, torch.maximum(outside, floor[part]), between))
     sae = _sae(tensors, torch.cat(threshold).cpu(), header, path).to(x.device)
-    sae.header["calibration"] = {"vectors": len(fit), **_difference(here, sae, rest)}
+    sae.header["calibration"] = {"vectors": len(fit), **_measure_difference(here, sae, rest)}
     return sae.cpu()
 
 
-def _difference(source: Source, sae: SAE, x: Tensor) -> dict[str, float]:
+def _measure_difference(source: Source, sae: SAE, x: Tensor) -> dict[str, float]:
     """Return how a source and its SAE differ on x [M, d] that neither was made from."""
     both = either = theirs = ours = 0
     error = error_theirs = total = 0.0
     mean = x.double().mean(0)
-    for part in x.split(_rows(sae.n_features)):
+    for part in x.split(_rows_at_once(sae.n_features)):
         u, scale, shift = source.standardise(part)
         a, z = source.encode(u), sae.encode(part)
         both += int(((a > 0) & (z > 0)).sum())
@@ -185,7 +185,7 @@ def _difference(source: Source, sae: SAE, x: Tensor) -> dict[str, float]:
     }
 
 
-def _rows(width: int) -> int:
+def _rows_at_once(width: int) -> int:
     return max(1, _CHUNK // width)
 
 

@@ -13,7 +13,7 @@ AUX_WEIGHT = 1 / 32  # Gao et al. 2024, Scaling and evaluating sparse autoencode
 SETTLING_PERIODS = 10  # times `dead_after`: what a revived feature is given to settle in
 
 
-def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
+def max_revived(settings: TrainSettings, step: int, vectors: int, d: int) -> int:
     """Return how many dead features of width d may explain a vector's residual at this step, of batches of `vectors`.
 
     0 near the end: a feature that comes back spoils the others' work for a while (docs/LOG.md).
@@ -23,8 +23,13 @@ def revived_at_once(settings: TrainSettings, step: int, vectors: int, d: int) ->
     return d // 2 if settings.k_aux is None else settings.k_aux
 
 
-def revival(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, matmul_dtype: torch.dtype) -> Tensor:
-    """The revival loss with up to k_aux of the `dead` features [m] a vector; 0 with none dead or k_aux = 0."""
+def bounded_revival_loss(
+    w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, matmul_dtype: torch.dtype
+) -> Tensor:
+    """Return the revival loss with up to k_aux of the `dead` features [m] a vector, but at most an eighth of them.
+
+    0 with none dead or k_aux = 0.
+    """
     if len(dead) == 0 or k_aux == 0:
         return residual.new_zeros(())
     # All dead features at once would be a linear autoencoder, and learn mixtures of what is missing. In a trial
@@ -35,20 +40,20 @@ def revival(w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, m
 def revival_loss(
     w: Weights, x: Tensor, residual: Tensor, dead: Tensor, k_aux: int, matmul_dtype: torch.dtype
 ) -> Tensor:
-    """||e - e_hat||^2 / ||e||^2 (scalar), where e = `residual` [B, d] = x - x_hat, held fixed, and e_hat is
+    """Return ||e - e_hat||^2 / ||e||^2 (scalar), where e = `residual` [B, d] = x - x_hat, held fixed, and e_hat is
     what the k_aux largest pre-activations of each vector among the `dead` features [m] decode to, without
     b_dec. Large products are made in dtype `matmul_dtype`.
 
     AuxK of Gao et al. 2024. It teaches dead features, and only them, to add what is missing. Values are taken
     with their sign: after a ReLU, a feature that is negative everywhere would have no gradient to return by.
     """
-    return revived_error(
+    return revival_error(
         Weights(w.W_enc[dead], w.b_enc[dead], w.W_dec[dead], w.b_dec), x, residual, k_aux, matmul_dtype
     )
 
 
-def revived_error(dead: Weights, x: Tensor, residual: Tensor, k_aux: int, matmul_dtype: torch.dtype) -> Tensor:
-    """`revival_loss`, given the rows of the dead features alone (and the b_dec that all share)."""
+def revival_error(dead: Weights, x: Tensor, residual: Tensor, k_aux: int, matmul_dtype: torch.dtype) -> Tensor:
+    """Return `revival_loss`, given the rows of the dead features alone (and the b_dec that all share)."""
     e = residual.detach().to(x.dtype)
     into = (x - dead.b_dec.detach()).to(matmul_dtype)
     pre = (into @ dead.W_enc.to(matmul_dtype).T).to(x.dtype) + dead.b_enc

@@ -36,7 +36,7 @@ class Unwanted(Exception):
     """Raised by a chunk function that was stopped."""
 
 
-def generator(*what: int | str) -> torch.Generator:
+def generator_for(*what: int | str) -> torch.Generator:
     """A generator on the CPU whose seed is a hash of what it is for: streams of other purposes never meet."""
     digest = hashlib.blake2b("/".join(map(str, what)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest))
@@ -93,12 +93,12 @@ class MixingBuffer:
     def __call__(self, step: int) -> Iterator[dict[str, Any]]:
         """Batches from this step on, without end."""
         block, first = divmod(step, self.per_block)
-        stream = self._filled(block)
+        stream = self._filled_pools(block)
         try:
             for ring, order in stream:
                 for i in range(first, self.per_block):
                     yield {
-                        name: _batch(rows) for name, rows in ring.take(order[i * self.batch :][: self.batch]).items()
+                        name: _as_batch(rows) for name, rows in ring.take(order[i * self.batch :][: self.batch]).items()
                     }
                 first = 0
         finally:
@@ -106,14 +106,14 @@ class MixingBuffer:
 
     def blocks(self, first: int) -> Iterator[dict[str, ActivationRows]]:
         """Whole blocks from this one on, without end: all `size * reuse` rows between two refills, mixed."""
-        stream = self._filled(first)
+        stream = self._filled_pools(first)
         try:
             for ring, order in stream:
                 yield ring.take(order)
         finally:
             stream.close()  # type: ignore[attr-defined]
 
-    def _filled(self, block: int) -> Iterator[tuple[_Ring, Tensor]]:
+    def _filled_pools(self, block: int) -> Iterator[tuple[_Ring, Tensor]]:
         """For this block and those after it: the pool, filled, and the places of the block's rows in it."""
         ring, self._ring = self._ring or _Ring(self.buffer_chunks, self.size, self.device), None
         stop = threading.Event()
@@ -121,19 +121,19 @@ class MixingBuffer:
         with ThreadPoolExecutor(1, "activations") as thread:
             try:
                 while True:
-                    held = self._held(block)
+                    held = self._chunks_held(block)
                     for number in range(held.start, held.stop + self.prefetch):
-                        name = self._name(number)
+                        name = self._chunk_name(number)
                         if self.prefetch and name not in coming and not ring.has(number, name):
                             coming[name] = thread.submit(self.chunk, name, stop.is_set)
                     for number in held:
-                        name = self._name(number)
+                        name = self._chunk_name(number)
                         if not ring.has(number, name):
                             made = coming.pop(name).result() if self.prefetch else self.chunk(name, stop.is_set)
                             ring.put(number, name, made)
                             if self.on_chunk:
                                 self.on_chunk(number + 1)
-                    yield ring, self._order(block)
+                    yield ring, self._row_places(block)
                     block += 1
             finally:
                 stop.set()
@@ -142,24 +142,24 @@ class MixingBuffer:
                 wait(coming.values())
                 self._ring = ring
 
-    def _held(self, block: int) -> range:
+    def _chunks_held(self, block: int) -> range:
         """The chunks that are in the pool during a block."""
         newest = block + self.start
         return range(max(0, newest - self.buffer_chunks), newest)
 
-    def _name(self, number: int) -> int:
+    def _chunk_name(self, number: int) -> int:
         return number if self.cycle is None else number % self.cycle
 
-    def _order(self, block: int) -> Tensor:
+    def _row_places(self, block: int) -> Tensor:
         """Places [size * reuse] in the ring of the block's rows, mixed."""
-        parts, epoch, held = [], block // self.cycle if self.cycle else 0, self._held(block)
+        parts, epoch, held = [], block // self.cycle if self.cycle else 0, self._chunks_held(block)
         for i, number in enumerate(reversed(held)):  # the newest gives its first slice
             low, high = (j * self.size * self.reuse // len(held) for j in (i, i + 1))
-            which = self.seed, "slices", self._name(number), epoch, len(held)
-            rows = torch.randperm(self.size, generator=generator(*which))
+            which = self.seed, "slices", self._chunk_name(number), epoch, len(held)
+            rows = torch.randperm(self.size, generator=generator_for(*which))
             parts.append(rows[torch.arange(low, high) % self.size] + number % self.buffer_chunks * self.size)
         places = torch.cat(parts)
-        return places[torch.randperm(len(places), generator=generator(self.seed, "block", block))]
+        return places[torch.randperm(len(places), generator=generator_for(self.seed, "block", block))]
 
 
 class _Ring:
@@ -199,7 +199,7 @@ class _Ring:
         }
 
 
-def _batch(rows: ActivationRows) -> Tensor | ActivationRows:
+def _as_batch(rows: ActivationRows) -> Tensor | ActivationRows:
     """x [B, d] alone, or with its labels; the vectors of maps in a row."""
     x = rows[0].flatten(0, 1) if rows[0].ndim == 3 else rows[0]
     return x if len(rows) == 1 else (x, *rows[1:])

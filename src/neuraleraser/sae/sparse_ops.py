@@ -54,15 +54,15 @@ def select(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> Fired:
     one are kept too, so the result does not depend on the order of rows or features. Exact: a sample of rows
     only guesses a floor; if fewer than `keep` values reach it, it is lowered.
     """
-    floor = _guess(pre, b, n, keep)
-    flat, values = _survivors(pre, b, n, floor)
+    floor = _guess_floor(pre, b, n, keep)
+    flat, values = _values_above(pre, b, n, floor)
     while len(values) < keep and floor > 0:
         floor = floor / 2 if floor > 1e-6 else 0.0
-        flat, values = _survivors(pre, b, n, floor)
+        flat, values = _values_above(pre, b, n, floor)
     if len(values) > keep:
         kept = (values >= _cut(values, keep)).nonzero().squeeze(1)
         flat, values = flat.index_select(0, kept), values.index_select(0, kept)
-    return pairs(flat, values, b, n)
+    return fired_pairs(flat, values, b, n)
 
 
 def _cut(values: Tensor, keep: int) -> Tensor:
@@ -73,7 +73,7 @@ def _cut(values: Tensor, keep: int) -> Tensor:
     return values.view(torch.int16).sort().values[-keep].view(values.dtype)
 
 
-def pairs(flat: Tensor, values: Tensor, b: int, n: int) -> Fired:
+def fired_pairs(flat: Tensor, values: Tensor, b: int, n: int) -> Fired:
     """Index pairs given as ascending flat positions [m] into a [b, n] matrix, with their values [m]."""
     rows, cols = torch.div(flat, n, rounding_mode="floor"), flat.remainder(n)
     order = torch.sort(cols.short() if n <= 2**15 else cols, stable=True).indices  # fewer bits sort faster
@@ -90,7 +90,7 @@ def pairs(flat: Tensor, values: Tensor, b: int, n: int) -> Fired:
     )
 
 
-def _guess(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> float:
+def _guess_floor(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> float:
     """A floor that somewhat more than `keep` values should reach; 0 where positive values run short."""
     sample = pre(slice(0, b, max(1, b // SAMPLE_ROWS)))
     share = keep * sample.shape[0] / b
@@ -101,7 +101,7 @@ def _guess(pre: Callable[[slice], Tensor], b: int, n: int, keep: int) -> float:
     return floor if 0 < floor < math.inf else 0.0  # infinity would never be exceeded, nor halved
 
 
-def _survivors(pre: Callable[[slice], Tensor], b: int, n: int, floor: float) -> tuple[Tensor, Tensor]:
+def _values_above(pre: Callable[[slice], Tensor], b: int, n: int, floor: float) -> tuple[Tensor, Tensor]:
     """Flat positions (ascending) and values of all pre-activations > floor >= 0."""
     step = max(1, PRE_ACTIVATIONS_AT_ONCE // n)
     flat, values = [], []
@@ -133,12 +133,12 @@ def _nonzero(x: Tensor) -> tuple[Tensor, Tensor]:
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
-def _bag(index: Tensor, table: Tensor, start: Tensor, weights: Tensor) -> Tensor:
+def _weighted_row_sums(index: Tensor, table: Tensor, start: Tensor, weights: Tensor) -> Tensor:
     """Per bag, the sum of weights[j] * table[index[j]]: [bags, d]."""
     return F.embedding_bag(index, table, start, mode="sum", per_sample_weights=weights)
 
 
-def _products(grad: Tensor, table: Tensor, fired: Fired) -> Tensor:
+def _row_products(grad: Tensor, table: Tensor, fired: Fired) -> Tensor:
     """<grad[row], table[col]> [m] at the pairs alone, of grad [B, d] and table [n, d]: what `embedding_bag` calls the
     gradient of its weights, here without the forward pass that autograd would want first."""
     op = torch.ops.aten._embedding_bag_per_sample_weights_backward
@@ -149,7 +149,7 @@ def _to_encoder(grad: Tensor, into: Tensor, w_enc: Tensor, fired: Fired) -> tupl
     """Gradients of W_enc [n, d], b_enc [n] and b_dec [d], from those of the kept values [m]; into = x - b_dec."""
     by_col = grad[fired.order]
     to_bias = torch.zeros_like(w_enc[:, 0]).index_add_(0, fired.cols, grad)
-    return _bag(fired.rows_by_col, into, fired.col_start, by_col), to_bias, -(to_bias @ w_enc)
+    return _weighted_row_sums(fired.rows_by_col, into, fired.col_start, by_col), to_bias, -(to_bias @ w_enc)
 
 
 class _Unexplained(torch.autograd.Function):
@@ -169,7 +169,7 @@ class _Unexplained(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         into = x - b_dec
         values = fired.values.to(x.dtype)
-        residual = torch.sub(into, _bag(fired.cols, w_dec, fired.row_start, values))
+        residual = torch.sub(into, _weighted_row_sums(fired.cols, w_dec, fired.row_start, values))
         ctx.save_for_backward(w_enc, w_dec, into, values, residual)
         ctx.fired, ctx.matmul_dtype = fired, matmul_dtype
         ctx.mark_non_differentiable(residual)
@@ -182,8 +182,8 @@ class _Unexplained(torch.autograd.Function):
         f: Fired = ctx.fired
         factor = -2 * grad
         matmul_dtype = ctx.matmul_dtype if w_dec.shape[1] > MAX_FLOAT32_WIDTH else w_dec.dtype
-        to_values = factor * _products(residual.to(matmul_dtype), w_dec.to(matmul_dtype), f).to(values.dtype)
-        to_dec = _bag(f.rows_by_col, residual, f.col_start, (factor * values)[f.order])
+        to_values = factor * _row_products(residual.to(matmul_dtype), w_dec.to(matmul_dtype), f).to(values.dtype)
+        to_dec = _weighted_row_sums(f.rows_by_col, residual, f.col_start, (factor * values)[f.order])
         to_enc, to_bias, to_b_dec = _to_encoder(to_values, into, w_enc, f)
         return to_enc, to_bias, to_dec, to_b_dec + factor * residual.sum(0), None, None, None
 
@@ -210,14 +210,18 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, w_dec: Tensor, fired: Fired) -> Tensor:
         ctx.save_for_backward(values, w_dec)
         ctx.fired = fired
-        return _bag(fired.cols, w_dec, fired.row_start, values)
+        return _weighted_row_sums(fired.cols, w_dec, fired.row_start, values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
         values, w_dec = ctx.saved_tensors
         f: Fired = ctx.fired
         grad = grad.contiguous()
-        return _products(grad, w_dec, f), _bag(f.rows_by_col, grad, f.col_start, values[f.order]), None
+        return (
+            _row_products(grad, w_dec, f),
+            _weighted_row_sums(f.rows_by_col, grad, f.col_start, values[f.order]),
+            None,
+        )
 
 
 def unexplained_at(w: Weights, x: Tensor, fired: Fired, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,9 @@ def concept_directions(x: Tensor, labels: Tensor, otherwise: Tensor) -> Tensor:
     return normalize(torch.where(known, gap, otherwise), dim=1)
 
 
-def discriminants(x: Tensor, labels: Tensor, otherwise: Weights, shrink: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
+def fisher_features(
+    x: Tensor, labels: Tensor, otherwise: Weights, shrink: float = 1e-3
+) -> tuple[Tensor, Tensor, Tensor]:
     """Encoder rows [C, d], biases [C] and decoder rows [C, d] of features that each read one label, from vectors
     x [N, d] with labels [N, C], in closed form:
 

@@ -14,7 +14,7 @@ from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.precision import has_bf16
 from neuraleraser.sae import kernels
 from neuraleraser.sae.architectures.architecture import architecture_named
-from neuraleraser.sae.losses import AUX_WEIGHT, labelled_losses, revival, revived_at_once
+from neuraleraser.sae.losses import AUX_WEIGHT, bounded_revival_loss, labelled_losses, max_revived
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import StepLog, TrainSettings
 
@@ -53,16 +53,16 @@ class State:
         return self.weights._asdict() | self.extra_parameters
 
 
-def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> Callable[[], StepLog]:
-    """One step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place.
+def train_step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings) -> Callable[[], StepLog]:
+    """Take one step on scaled activations x [B, d], with labels [M, C] in labelled training; alters `state` in place.
 
-    -> what reads the step's log. On a GPU only that waits for the device, and raises the SettingsError of divergence
-    and the DataError of NaN or infinity in x (which count as 0 until then); on a CPU divergence is raised at once,
-    and x is known to be finite.
+    Returns a function that reads the step's log. On a GPU only that waits for the device, and raises the SettingsError
+    of divergence and the DataError of NaN or infinity in x (which count as 0 until then); on a CPU divergence is raised
+    at once, and x is known to be finite.
     """
     waits = kernels.on_gpu(x)
     if waits:
-        x = _finite(state, x)
+        x = _without_nonfinite(state, x)
     matmul_dtype = torch.bfloat16 if settings.bf16 and (waits or has_bf16()) else x.dtype
     lr = settings.lr_at(state.step, x.shape[1])
     if kernels.usable(x, settings, labels is not None):
@@ -117,8 +117,8 @@ def step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSettings
     return log
 
 
-def _finite(state: State, x: Tensor) -> Tensor:
-    """x with 0 for NaN and infinity; notes the step of the first batch that had any."""
+def _without_nonfinite(state: State, x: Tensor) -> Tensor:
+    """Return x with 0 for NaN and infinity; notes the step of the first batch that had any."""
     bad = ~torch.isfinite(x)
     was = torch.full((), -1, device=x.device) if state.bad is None else state.bad
     state.bad = torch.where((was < 0) & bad.any(), state.step, was)
@@ -160,8 +160,8 @@ def plain_step(
     state.idle = torch.where(result.counts > 0, 0, state.idle + len(x))
     dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
 
-    k_aux = revived_at_once(settings, state.step, *x.shape)
-    aux = revival(w, x, result.residual, dead, k_aux, matmul_dtype)
+    k_aux = max_revived(settings, state.step, *x.shape)
+    aux = bounded_revival_loss(w, x, result.residual, dead, k_aux, matmul_dtype)
     loss = result.loss + AUX_WEIGHT * aux
     bind = contrast = x.new_zeros(())
     if labels is not None:

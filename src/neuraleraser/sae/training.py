@@ -29,10 +29,10 @@ from neuraleraser.sae.batch_checks import (
 )
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.sparse_ops import Weights
-from neuraleraser.sae.supervised import concept_directions, discriminants
+from neuraleraser.sae.supervised import concept_directions, fisher_features
 from neuraleraser.sae.train_settings import StepLog, TrainSettings
 from neuraleraser.sae.train_step import State as _State
-from neuraleraser.sae.train_step import step as _step
+from neuraleraser.sae.train_step import train_step
 
 _ONLY_RUN = "activations"
 _CHECKPOINT = "sae-training"
@@ -57,11 +57,13 @@ class Run:
     source: str = ""
     """Whose batches it is trained on; "": those of its own name."""
     checkpoint: str | os.PathLike[str] | None = None
+    """File that its state is written to, and from which it goes on if it is there; None: no checkpoint."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What the stream is, in JSON: kept with checkpoint and SAE, and a checkpoint of other data is refused."""
 
     @property
     def path(self) -> Path | None:
+        """The checkpoint as a path, None without one."""
         return None if self.checkpoint is None else Path(self.checkpoint)
 
 
@@ -111,7 +113,7 @@ def train(
         SAE(n=64, d=128)
     """
 
-    def alone(step: int) -> Iterator[dict[str, TrainingBatch]]:
+    def named_stream(step: int) -> Iterator[dict[str, TrainingBatch]]:
         stream = batches(step)
         try:
             for item in stream:
@@ -120,7 +122,7 @@ def train(
             close_stream(stream)
 
     on_named_step = None if on_step is None else lambda name, log: on_step(log)
-    return train_together(alone, {_ONLY_RUN: Run(settings, checkpoint=checkpoint)}, on_named_step)[_ONLY_RUN]
+    return train_together(named_stream, {_ONLY_RUN: Run(settings, checkpoint=checkpoint)}, on_named_step)[_ONLY_RUN]
 
 
 def train_together(
@@ -156,7 +158,7 @@ def train_together(
     """
     if not runs:
         raise SettingsError("there are no runs to train: pass at least one")
-    states = {name: _begin(batches, name, run) for name, run in runs.items()}
+    states = {name: _first_state(batches, name, run) for name, run in runs.items()}
     first, last = min(state.step for state in states.values()), max(run.settings.steps for run in runs.values())
     stream = batches(first) if first < last else iter(())
     try:
@@ -164,41 +166,41 @@ def train_together(
             item = next_batch(stream, step, last)
             for name, run in runs.items():
                 if states[name].step == step < run.settings.steps:
-                    states[name] = _advanced(states[name], item, name, run, on_step)
+                    states[name] = _advance(states[name], item, name, run, on_step)
     except (NeuralEraserError, KeyboardInterrupt) as error:
-        kept = [str(run.path) for name, run in runs.items() if _kept(run, states[name])]
+        kept = [str(run.path) for name, run in runs.items() if _save_if_sound(run, states[name])]
         if kept and isinstance(error, NeuralEraserError):
             error.args = (f"{error} (all steps before are kept in {', '.join(kept)})", *error.args[1:])
         raise
     finally:
         close_stream(stream)
-    return {name: _finished(batches, states[name], name, run) for name, run in runs.items()}
+    return {name: _finish(batches, states[name], name, run) for name, run in runs.items()}
 
 
-def _begin(batches: Streams, name: str, run: Run) -> _State:
-    """The state that a run starts from, or goes on from."""
+def _first_state(batches: Streams, name: str, run: Run) -> _State:
+    """Return the state that a run starts from, or goes on from."""
     path = run.path
     if path is not None and path.exists():
-        return _resume(path, run)
-    return _start(select_source(batches, run.source or name), run.settings)
+        return _load_checkpoint(path, run)
+    return _untrained_state(select_source(batches, run.source or name), run.settings)
 
 
-def _advanced(
+def _advance(
     state: _State,
     item: Mapping[str, TrainingBatch],
     name: str,
     run: Run,
     on_step: Callable[[str, StepLog], None] | None,
 ) -> _State:
-    """The state after one step more."""
+    """Return the state after one step more."""
     settings = run.settings
     x, labels = validate_batch(
         batch_of_source(item, run.source or name), state.step, len(state.weights.b_dec), settings, state.concepts
     )
     if x.device != state.idle.device:  # resumed: the file was read on the CPU
-        state = _moved(state, x.device)
+        state = _state_on_device(state, x.device)
     state.whole = False
-    log = _step(state, x * state.scale, labels, settings)
+    log = train_step(state, x * state.scale, labels, settings)
     state.whole = True
     last = state.step == settings.steps
     if last or state.step % settings.log_every == 0:
@@ -206,13 +208,13 @@ def _advanced(
         if on_step:
             on_step(name, numbers)
     if run.path and (last or state.step % settings.checkpoint_every == 0):
-        _keep(run, state)
+        _save_checkpoint(run, state)
     return state
 
 
-def _finished(batches: Streams, state: _State, name: str, run: Run) -> SAE:
-    """The SAE of a run whose steps are done."""
-    sae = _fold(state, run.settings, _header(state, run))
+def _finish(batches: Streams, state: _State, name: str, run: Run) -> SAE:
+    """Return the SAE of a run whose steps are done."""
+    sae = _unscaled_sae(state, run.settings, _header(state, run))
 
     def first() -> Tensor:
         return first_vectors(select_source(batches, run.source or name), run.settings)[0]
@@ -220,8 +222,8 @@ def _finished(batches: Streams, state: _State, name: str, run: Run) -> SAE:
     return architecture_named(run.settings.architecture).finish(sae, run.settings, first)
 
 
-def _start(batches: Stream, settings: TrainSettings) -> _State:
-    """The state before the first step: scale and bias from the first vectors, the rest from the seed."""
+def _untrained_state(batches: Stream, settings: TrainSettings) -> _State:
+    """Return the state before the first step: scale and bias from the first vectors, the rest from the seed."""
     sample, labels = first_vectors(batches, settings)
     d = sample.shape[1]
     power = float(sample.double().square().sum(1).mean())
@@ -234,7 +236,7 @@ def _start(batches: Stream, settings: TrainSettings) -> _State:
     w = Weights(rows.clone(), rows.new_zeros(settings.n_features), rows, geometric_median(sample * scale))
     concepts = 0 if labels is None else labels.shape[1]
     if labels is not None and settings.discriminant:
-        w.W_enc[:concepts], w.b_enc[:concepts], w.W_dec[:concepts] = discriminants(sample * scale, labels, w)
+        w.W_enc[:concepts], w.b_enc[:concepts], w.W_dec[:concepts] = fisher_features(sample * scale, labels, w)
     elif labels is not None and settings.bind:
         toward = concept_directions(sample, labels, rows[:concepts])
         w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
@@ -252,19 +254,19 @@ def _optimiser(learnt: Iterable[Tensor]) -> torch.optim.Adam:
 
 def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
     """The point [d] of least summed distance to the rows of x [N, d] (Weiszfeld's iteration)."""
-    at = x.mean(0)
+    median = x.mean(0)
     for _ in range(rounds):
-        weight = 1 / (x - at).norm(dim=1).clamp_min(1e-8 * float(x.abs().max()) + 1e-30)
+        weight = 1 / (x - median).norm(dim=1).clamp_min(1e-8 * float(x.abs().max()) + 1e-30)
         new = (weight @ x) / weight.sum()
-        done = float((new - at).norm()) <= 1e-6 * float(at.norm())
-        at = new
+        done = float((new - median).norm()) <= 1e-6 * float(median.norm())
+        median = new
         if done:
             break
-    return at
+    return median
 
 
-def _fold(state: _State, settings: TrainSettings, header: Mapping[str, Any]) -> SAE:
-    """The SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
+def _unscaled_sae(state: _State, settings: TrainSettings, header: Mapping[str, Any]) -> SAE:
+    """Return the SAE for raw activations: with x = x_scaled / s, features fire alike and z = z_scaled / s."""
     w, s = state.weights, state.scale
     each = architecture_named(settings.architecture).threshold(state.extra_parameters, float(state.threshold))
     return SAE(w.W_enc, w.b_enc / s, w.W_dec, w.b_dec / s, torch.zeros_like(w.b_enc) + each / s, header)
@@ -277,16 +279,16 @@ def _header(state: _State, run: Run) -> dict[str, Any]:
     return header | ({"data": dict(run.data)} if run.data else {})
 
 
-def _tensors(state: _State) -> dict[str, Tensor]:
-    """Every tensor of the state by name."""
+def _state_tensors(state: _State) -> dict[str, Tensor]:
+    """Return every tensor of the state by name."""
     tensors = {"idle": state.idle}
     for name, p in state.parameters().items():
         tensors |= {name: p.detach()} | {f"{name}.{m}": state.optimiser.state[p][m] for m in _MOMENTS}
     return tensors
 
 
-def _rebuilt(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], learns: Iterable[str]) -> _State:
-    """The state that these tensors and numbers were taken from, of an architecture that learns these beside the
+def _state_from_tensors(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], learns: Iterable[str]) -> _State:
+    """Return the state that these tensors and numbers were taken from, of an architecture that learns these beside the
     weights."""
     w, own = Weights(*(tensors[name] for name in Weights._fields)), {name: tensors[name] for name in learns}
     learnt = w._asdict() | own
@@ -297,23 +299,28 @@ def _rebuilt(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], learns: 
     return _State(w, optimiser, tensors["idle"], **plain, extra_parameters=own)
 
 
-def _moved(state: _State, device: torch.device) -> _State:
-    """The same state on another device."""
-    return _rebuilt({name: x.to(device) for name, x in _tensors(state).items()}, vars(state), state.extra_parameters)
+def _state_on_device(state: _State, device: torch.device) -> _State:
+    """Return the same state on another device."""
+    return _state_from_tensors(
+        {name: x.to(device) for name, x in _state_tensors(state).items()}, vars(state), state.extra_parameters
+    )
 
 
-def _kept(run: Run, state: _State) -> bool:
-    """Keep a state where training ends early, unless it is half done, diverged, or a finished run's, which was kept."""
+def _save_if_sound(run: Run, state: _State) -> bool:
+    """Save a state where training ends early, unless it is half done, diverged, or a finished run's, which was saved.
+
+    Returns True if it was saved.
+    """
     if run.path is None or not state.whole or not 0 < state.step < run.settings.steps:
         return False
     try:
-        _keep(run, state)
+        _save_checkpoint(run, state)
     except (DataError, SettingsError):  # on a GPU the log, and what is wrong, is read only now
         return False
     return True
 
 
-def _keep(run: Run, state: _State) -> None:
+def _save_checkpoint(run: Run, state: _State) -> None:
     """Write the whole state to the run's checkpoint, in one piece or not at all. Raises SettingsError where training
     diverged."""
     assert run.path is not None
@@ -321,11 +328,11 @@ def _keep(run: Run, state: _State) -> None:
         state.log()
     header = {"settings": asdict(run.settings), "data": dict(run.data)}
     header |= {name: getattr(state, name) for name in (*_NUMBERS, "concepts")} | {"threshold": float(state.threshold)}
-    tensor_file.save(run.path, _CHECKPOINT, _tensors(state), header)
+    tensor_file.save(run.path, _CHECKPOINT, _state_tensors(state), header)
 
 
-def _resume(path: Path, run: Run) -> _State:
-    """The state that `_keep` wrote, on the CPU."""
+def _load_checkpoint(path: Path, run: Run) -> _State:
+    """Return the state that `_save_checkpoint` wrote, on the CPU."""
     settings = run.settings
     tensors, header = tensor_file.load(path, _CHECKPOINT)
     asked, was, data = asdict(settings), header.get("settings"), header.get("data", {})
@@ -340,7 +347,7 @@ def _resume(path: Path, run: Run) -> _State:
         raise SettingsError(f"{path} was made with {'; '.join(other)}: pass those, or another checkpoint")
     try:
         learns = architecture_named(settings.architecture).learns
-        state = _rebuilt(tensors, header, learns)
+        state = _state_from_tensors(tensors, header, learns)
         if not 0 < state.step <= settings.steps:
             raise ValueError(f"step {state.step}")
         # Checked to the last tensor: the fused optimiser trusts shapes.

@@ -28,20 +28,20 @@ class BatchTopK(Architecture):
         matmul_dtype: torch.dtype,
     ) -> ForwardResult:
         """Reconstruct from what fires."""
-        fired = choose(w, x, settings, matmul_dtype)
-        return sparse_forward(w, x, fired, smallest(fired), variance, matmul_dtype)
+        fired = fire_batch(w, x, settings, matmul_dtype)
+        return sparse_forward(w, x, fired, smallest_fired(fired), variance, matmul_dtype)
 
     def last_firing_threshold(self, w: Weights, x: Tensor, settings: TrainSettings) -> Tensor:
         """Return the smallest value that fires."""
-        return smallest(choose(w, x, settings, x.dtype))
+        return smallest_fired(fire_batch(w, x, settings, x.dtype))
 
 
 @torch.no_grad()
-def choose(w: Weights, x: Tensor, settings: TrainSettings, matmul_dtype: torch.dtype) -> Fired:
+def fire_batch(w: Weights, x: Tensor, settings: TrainSettings, matmul_dtype: torch.dtype) -> Fired:
     """Return the pairs of scaled x [B, d] that fire."""
     return select(pre_activations(w, x, matmul_dtype), len(x), settings.n_features, len(x) * settings.k)
 
 
-def smallest(fired: Fired) -> Tensor:
+def smallest_fired(fired: Fired) -> Tensor:
     """Return the smallest value that fires, a scalar; 0 where none does."""
     return fired.values.min() if len(fired.values) else fired.values.new_zeros(())

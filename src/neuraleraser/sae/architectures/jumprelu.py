@@ -97,12 +97,12 @@ class _Count(torch.autograd.Function):
         return None, -grad / (ctx.eps * len(ctx.near)) * ctx.near.sum(0), None
 
 
-def fire(pre: Tensor, theta: Tensor, eps: float) -> Tensor:
+def jump_relu(pre: Tensor, theta: Tensor, eps: float) -> Tensor:
     """z [B, n] of pre [B, n] and theta [n], with the estimators of width eps for gradients."""
     return _Fire.apply(pre, theta, eps)  # pyright: ignore[reportReturnType]
 
 
-def count(pre: Tensor, theta: Tensor, eps: float) -> Tensor:
+def mean_l0(pre: Tensor, theta: Tensor, eps: float) -> Tensor:
     """L0 (scalar) of pre [B, n] and theta [n], with the estimator of width eps for its gradient by theta."""
     return _Count.apply(pre, theta, eps)  # pyright: ignore[reportReturnType]
 
@@ -117,9 +117,9 @@ def jump_losses(
     eps = KERNEL_WIDTH * math.sqrt(x.shape[1] / k)
     theta = log_threshold.exp()
     pre = linear((x - w.b_dec).to(matmul_dtype), w.W_enc.to(matmul_dtype)).to(x.dtype) + w.b_enc
-    z = fire(pre, theta, eps)
+    z = jump_relu(pre, theta, eps)
     x_hat = (z.to(matmul_dtype) @ w.W_dec.to(matmul_dtype)).to(x.dtype) + w.b_dec
-    return x - x_hat, (count(pre, theta, eps) / k - 1).square(), (z.detach() > 0).sum(0)
+    return x - x_hat, (mean_l0(pre, theta, eps) / k - 1).square(), (z.detach() > 0).sum(0)
 
 
 @torch.no_grad()

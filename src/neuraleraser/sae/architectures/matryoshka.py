@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from neuraleraser.sae.architectures.architecture import ForwardResult, unexplained
-from neuraleraser.sae.architectures.batchtopk import BatchTopK, choose, smallest
-from neuraleraser.sae.sparse_ops import Fired, Weights, decode_at, encode_at, pairs
+from neuraleraser.sae.architectures.batchtopk import BatchTopK, fire_batch, smallest_fired
+from neuraleraser.sae.sparse_ops import Fired, Weights, decode_at, encode_at, fired_pairs
 from neuraleraser.sae.train_settings import TrainSettings
 
 HALVINGS = 4
@@ -31,13 +31,13 @@ class Matryoshka(BatchTopK):
         matmul_dtype: torch.dtype,
     ) -> ForwardResult:
         """Reconstruct from what fires; the main loss is the mean over the nested dictionaries."""
-        fired = choose(w, x, settings, matmul_dtype)
-        residuals = nested_residuals(w, x, fired, prefixes(settings.n_features))
+        fired = fire_batch(w, x, settings, matmul_dtype)
+        residuals = nested_residuals(w, x, fired, nested_sizes(settings.n_features))
         nested = torch.stack([unexplained(r, variance) for r in residuals])
-        return ForwardResult(nested.mean(), nested[-1].detach(), residuals[-1], fired.counts, smallest(fired))
+        return ForwardResult(nested.mean(), nested[-1].detach(), residuals[-1], fired.counts, smallest_fired(fired))
 
 
-def prefixes(n: int) -> tuple[int, ...]:
+def nested_sizes(n: int) -> tuple[int, ...]:
     """The sizes of the nested dictionaries of n features: n / 16, n / 8, n / 4, n / 2 and n."""
     return tuple(sorted({max(1, n >> i) for i in range(HALVINGS + 1)}))
 
@@ -57,7 +57,7 @@ def nested_residuals(w: Weights, x: Tensor, fired: Fired, sizes: tuple[int, ...]
     for start, stop in pairwise((0, *sizes)):
         at = ((fired.cols >= start) & (fired.cols < stop)).nonzero().squeeze(1)
         width = stop - start
-        part = pairs(fired.rows[at] * width + fired.cols[at] - start, fired.values[at], len(x), width)
+        part = fired_pairs(fired.rows[at] * width + fired.cols[at] - start, fired.values[at], len(x), width)
         residual = residual - decode_at(values[at], w.W_dec[start:stop], part)
         residuals.append(residual)
     return residuals

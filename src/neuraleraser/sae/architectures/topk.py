@@ -12,7 +12,7 @@ from neuraleraser.sae import sparse_ops
 from neuraleraser.sae.architectures.architecture import Architecture, ForwardResult, pre_activations, sparse_forward
 from neuraleraser.sae.conversion import Source, to_sae
 from neuraleraser.sae.model import SAE
-from neuraleraser.sae.sparse_ops import Fired, Weights, pairs
+from neuraleraser.sae.sparse_ops import Fired, Weights, fired_pairs
 from neuraleraser.sae.train_settings import TrainSettings
 
 
@@ -58,7 +58,7 @@ def select_rows(pre: Callable[[slice], Tensor], b: int, n: int, k: int) -> Fired
         rows = torch.arange(start, start + len(block), device=block.device)[:, None]
         flat.append((rows * n + cols)[top > 0])
         values.append(top[top > 0])
-    return pairs(torch.cat(flat), torch.cat(values), b, n)
+    return fired_pairs(torch.cat(flat), torch.cat(values), b, n)
 
 
 def mean_smallest(fired: Fired) -> Tensor:

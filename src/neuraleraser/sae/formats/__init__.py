@@ -72,7 +72,7 @@ def read(path: str | os.PathLike[str], format: Format | None = None, calibrate: 
             raise FileError(f"{note} has no object 'header' or a 'threshold' that is no list: remove it")
         header = ours["header"]
         if "threshold" in ours:
-            source = replace(source, threshold=_numbers(ours["threshold"], source.b_enc, note))
+            source = replace(source, threshold=_parse_thresholds(ours["threshold"], source.b_enc, note))
     return to_sae(source, weights, calibrate, header)
 
 
@@ -101,7 +101,7 @@ def write(sae: SAE, folder: str | os.PathLike[str], format: str) -> None:
         written = ", ".join(name for name in get_args(Format) if name != "gemma-scope")
         raise SettingsError(f"format is {format!r}: an SAE can be written as {written}")
     folder, t = Path(folder), {name: p.detach().float().cpu().contiguous() for name, p in sae.named_parameters()}
-    k = _k(sae) if format in _NO_THRESHOLD else None
+    k = _k_of(sae) if format in _NO_THRESHOLD else None
     if format == "saelens":
         weights = saelens.write(t, folder, k)
     elif format == "dictionary_learning":
@@ -156,7 +156,7 @@ def _read(name: str, weights: Path) -> Source:
     return gemma_scope.read(weights)
 
 
-def _k(sae: SAE) -> int:
+def _k_of(sae: SAE) -> int:
     """Return how many features fire for a vector, as the header has it."""
     settings = sae.header.get("settings")
     k = sae.header.get("k", settings.get("k") if isinstance(settings, dict) else None)
@@ -165,7 +165,7 @@ def _k(sae: SAE) -> int:
     return k
 
 
-def _numbers(values: list[Any], like: Tensor, path: Path) -> Tensor:
+def _parse_thresholds(values: list[Any], like: Tensor, path: Path) -> Tensor:
     """Thresholds [n] from JSON."""
     if len(values) != len(like) or not all(type(v) in (int, float) and 0 <= v < 1e38 for v in values):
         raise FileError(f"{path} has a 'threshold' that is not {len(like)} numbers of at least 0: remove it")

@@ -60,10 +60,12 @@ def read(path: Path) -> Source:
     bias = named("b_enc" if "W_enc" in state else "encoder.bias", n)
     if kind == "JumpReluAutoEncoder":
         return Source(W, bias, W_dec, named("b_dec", d), named("threshold", n), subtracts=False)
-    return Source(W, bias, W_dec, named("b_dec", d), *_rule(kind, config, state, n, path))
+    return Source(W, bias, W_dec, named("b_dec", d), *_firing_rule(kind, config, state, n, path))
 
 
-def _rule(kind: str, config: dict[str, Any], state: dict[str, Any], n: int, path: Path) -> tuple[Tensor | None, int]:
+def _firing_rule(
+    kind: str, config: dict[str, Any], state: dict[str, Any], n: int, path: Path
+) -> tuple[Tensor | None, int]:
     """The threshold [n], where the class fires by one that was estimated, and k."""
     k = untrusted.get_int(config, "k", n, path.with_name(CONFIG))
     if kind == "AutoEncoderTopK":

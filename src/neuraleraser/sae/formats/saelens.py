@@ -62,7 +62,7 @@ def read(path: Path) -> Source:
         source = replace(source, threshold=one.expand(n))
     elif architecture == "topk" or architecture in _BATCH:
         source = replace(source, threshold=None, k=untrusted.get_int(config, "k", n, where))
-    return _normalised(source, config.get("normalize_activations"), path)
+    return _fold_normalisation(source, config.get("normalize_activations"), path)
 
 
 def _threshold(tensors: dict[str, Tensor], n: int, path: Path) -> Tensor:
@@ -72,7 +72,7 @@ def _threshold(tensors: dict[str, Tensor], n: int, path: Path) -> Tensor:
     return untrusted.get_tensor(tensors, "threshold", (n,), path)
 
 
-def _normalised(source: Source, how: object, path: Path) -> Source:
+def _fold_normalisation(source: Source, how: object, path: Path) -> Source:
     """The source on raw activations, where its statistics are fixed; else with its `scaling` named."""
     if how in (None, False, "none"):
         return source

@@ -9,7 +9,7 @@ from neuraleraser.sae.architectures.architecture import ForwardResult, architect
 from neuraleraser.sae.kernels.decode import residual
 from neuraleraser.sae.kernels.select import by_feature, select
 from neuraleraser.sae.kernels.update import Adam, Extra, Moments, update
-from neuraleraser.sae.losses import AUX_WEIGHT, revived_at_once, revived_error
+from neuraleraser.sae.losses import AUX_WEIGHT, max_revived, revival_error
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import TrainSettings
 
@@ -78,11 +78,11 @@ def fused_step(
 
     dead = watch.look(idle, settings, at)
     aux, extra = x.new_zeros(()), None
-    k_aux = min(revived_at_once(settings, at, *x.shape), max(1, len(dead) // 8))
+    k_aux = min(max_revived(settings, at, *x.shape), max(1, len(dead) // 8))
     if len(dead) and k_aux:
         with torch.enable_grad():
             rows = [p[dead].requires_grad_() for p in w[:3]]
-            aux = revived_error(Weights(rows[0], rows[1], rows[2], w.b_dec), x, e, k_aux, matmul_dtype)
+            aux = revival_error(Weights(rows[0], rows[1], rows[2], w.b_dec), x, e, k_aux, matmul_dtype)
             to_enc, to_bias, to_dec = torch.autograd.grad(AUX_WEIGHT * aux, rows)
         extra = Extra(dead, to_enc, to_bias, to_dec)
         aux = aux.detach()
