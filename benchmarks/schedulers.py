@@ -66,10 +66,10 @@ def main(s: Settings) -> None:
             with attach(pipe, eraser):
                 images = generate(pipe, prompts, seeds, sampling)
             after = read(judge, cells, images, name, str(eraser.header.kind))
-            as_asked = metrics.right(base, "style") & metrics.right(base, "object")
+            as_asked = metrics.all_classes_right(base, "style") & metrics.all_classes_right(base, "object")
             whole = whole or float(as_asked.mean())
             pairs = metrics.pair_with_base(concat([base, after]), "neuraleraser", name)
-            ua = metrics.possible(metrics.ua, pairs)
+            ua = metrics.estimate_or_none(metrics.ua, pairs)
             row = {"concept": name, "scheduler": kind, "steps": steps, "base": round(float(as_asked.mean()) / whole, 3)}
             rows.append(row | ({"n": ua.n, "ua": ua.value, "ci": [ua.low, ua.high]} if ua else {"n": 0, "ua": None}))
             print(rows[-1], flush=True)

@@ -529,7 +529,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/sites/guard.py",
-                "            if module is None or not _carries(unwrap(module), hooks):\n",
+                "            if module is None or not _has_hooks(unwrap(module), hooks):\n",
                 "            if False:\n",
             ),
         ),

@@ -19,7 +19,7 @@ from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.io.names import printable
 from neuraleraser.settings import Sampling, check_seed
-from neuraleraser.sites import Batch, Series, drawing
+from neuraleraser.sites import Batch, Series, generating_batch
 
 Images = NDArray[np.uint8]
 """uint8 [N, H, W, 3]."""
@@ -94,7 +94,7 @@ def generate(
         if image is not None:
             extra["image"] = torch.from_numpy(image[index]).permute(0, 3, 1, 2).float().div(255)
         try:
-            with torch.no_grad(), drawing(Batch(series, start, real, size)):
+            with torch.no_grad(), generating_batch(Batch(series, start, real, size)):
                 result = pipe(
                     [prompts[i] for i in index],
                     num_inference_steps=s.num_inference_steps,

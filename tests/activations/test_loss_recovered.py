@@ -15,7 +15,7 @@ from neuraleraser.activations import activation_matrix, measure_loss_recovered
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sae import SAE
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site, noised
+from neuraleraser.sites import Site, input_and_target
 
 SITE = Site("unet.mid_block.attentions.0")
 PROMPTS, SEEDS = ["a b", "c"], [1, 2]
@@ -97,7 +97,7 @@ def test_one_step_from_the_true_target_goes_towards_the_latents(kind: str, setti
     x_0, noise = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 4, 8, 8, generator=g)
     at = scheduler.timesteps[5]
     scheduler._step_index = 7  # as a run leaves it: it must not matter
-    state, target = noised(scheduler, x_0, noise, float(at))
+    state, target = input_and_target(scheduler, x_0, noise, float(at))
     fresh = getattr(diffusers, kind)(**settings)
     fresh.set_timesteps(8)
     plain = state
@@ -118,7 +118,7 @@ def test_a_scheduler_that_is_not_known():
     scheduler.set_timesteps(4)
     x = torch.zeros(1, 4, 8, 8)
     with pytest.raises(SettingsError, match="DDIMScheduler predicts as 'other' is not known"):
-        noised(scheduler, x, x, float(scheduler.timesteps[1]))
+        input_and_target(scheduler, x, x, float(scheduler.timesteps[1]))
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "flux", "pixart"])

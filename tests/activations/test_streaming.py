@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from helpers import pipelines
-from neuraleraser.activations import CONDITIONAL, Shards, activation_stream, described, sample, write_shards
+from neuraleraser.activations import CONDITIONAL, Shards, activation_stream, sample, stream_data, write_shards
 from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.io import atomic, tensor_file
 from neuraleraser.sae import Run, TrainSettings, train_together
@@ -150,7 +150,7 @@ def write(pipe: Any, folder: Path, on_shard: Any = None, **settings: Any) -> Sha
     s = dataclasses.replace(SETTINGS, num_images=6, **settings)
     labels = torch.tensor([[1], [0], [1]], dtype=torch.uint8)
     pool = activation_stream(pipe, PROMPTS, [EARLY, LATE], s, labels)
-    return write_shards(pool, folder, 3, described("tiny", PROMPTS, s), on_shard)
+    return write_shards(pool, folder, 3, stream_data("tiny", PROMPTS, s), on_shard)
 
 
 def test_shards_are_the_stream_whole_and_mixed(pipe: Any, recorded: Shards):

@@ -59,7 +59,7 @@ def test_processes_make_no_difference(chunks_of_ten: None, monkeypatch: pytest.M
 def test_a_kept_set_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = render_set(N, 3, SIZE, folder=tmp_path, workers=1)
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(data, "_chunk", never)
+    monkeypatch.setattr(data, "_render_job", never)
     found = render_set(N, 3, SIZE, folder=tmp_path, workers=1)
     assert isinstance(found.images, np.memmap)
     for a, b in ((made.images, found.images), (made.style, found.style), (made.objects, found.objects)):
@@ -71,7 +71,7 @@ def test_a_kept_set_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_killed_halfway_it_leaves_nothing_and_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunks_of_ten: None
 ):
-    chunk = data._chunk
+    chunk = data._render_job
 
     def killed(job: tuple[int, int, int, int]) -> Any:
         if job[1] >= 10:
@@ -79,7 +79,7 @@ def test_killed_halfway_it_leaves_nothing_and_starts_again(
         return chunk(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_chunk", killed)
+        patch.setattr(data, "_render_job", killed)
         with pytest.raises(KeyboardInterrupt):
             render_set(N, 3, SIZE, folder=tmp_path, workers=1)
     assert not list(tmp_path.iterdir())

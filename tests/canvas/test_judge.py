@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuraleraser.canvas import train
-from neuraleraser.canvas.artefact_distance import damaged, features, fit_artefact
+from neuraleraser.canvas.artefact_distance import damage_images, fit_artefact, image_features
 from neuraleraser.canvas.data import Renders
 from neuraleraser.canvas.judge import (
     STEPS,
     TrainedJudge,
+    artefact_share,
     augment,
     best_threshold,
     fit_judge,
-    flagged,
     judge_loss,
     load_judge,
-    pixels,
-    presence,
+    object_targets,
     save_judge,
+    to_tensor,
     train_judge,
 )
 from neuraleraser.canvas.judge_nets import Which, build_judge
@@ -63,13 +63,13 @@ def test_the_two_judges_share_no_architecture():
 
 
 def test_presence_reads_no_one_and_two_objects(renders: Renders):
-    there = presence(renders, slice(0, 3))
+    there = object_targets(renders, slice(0, 3))
     assert there.sum(1).tolist() == [1, 2, 0]
     assert there[1].nonzero()[:, 0].tolist() == sorted(renders.objects[1].tolist())
 
 
 def test_augmenting_is_slight_and_repeats_itself(renders: Renders):
-    x = pixels(renders.images)
+    x = to_tensor(renders.images)
     a, b, c = (augment(x, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
@@ -159,9 +159,9 @@ def test_an_autoencoders_pictures_are_nearer_once_they_were_known(judges: dict[s
 
 def test_features_see_noise_blur_and_flatness(renders: Renders):
     net = build_judge("second").eval()
-    made = damaged(renders.images)
+    made = damage_images(renders.images)
     with torch.no_grad():
-        f = {k: features(x := pixels(v[:8]), net(x)[2]) for k, v in made.items()}
+        f = {k: image_features(x := to_tensor(v[:8]), net(x)[2]) for k, v in made.items()}
     assert all(torch.isfinite(x).all() for x in f.values())
     assert len({x.shape[1] for x in f.values()}) == 1
     assert made["grey"].shape == (256, 64, 64, 3)
@@ -196,9 +196,9 @@ def test_a_judge_comes_back_from_its_file_bit_for_bit(
 
 
 def test_only_the_second_judge_flags(judges: dict[str, TrainedJudge], renders: Renders):
-    assert flagged(judges["first"], renders.images) == 0
-    assert flagged(judges["second"], damaged(renders.images)["grey"]) == 1
-    assert set(judges["second"].figures["flagged"]) == set(damaged(renders.images))
+    assert artefact_share(judges["first"], renders.images) == 0
+    assert artefact_share(judges["second"], damage_images(renders.images)["grey"]) == 1
+    assert set(judges["second"].figures["flagged"]) == set(damage_images(renders.images))
     assert "flagged" not in judges["first"].figures
 
 

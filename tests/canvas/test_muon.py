@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neuraleraser.canvas.muon import Muon, orthogonal
+from neuraleraser.canvas.muon import Muon, orthogonalise
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -19,7 +19,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def test_singular_values_come_near_one_and_directions_stay(shape: tuple[int, int, int]) -> None:
     x = draw(*shape)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    y = orthogonal(x).float()
+    y = orthogonalise(x).float()
     # In the matrix's own singular bases the result is nearly diagonal.
     inside = u.mT @ y @ v.mT
     diagonal = inside.diagonal(dim1=1, dim2=2)

@@ -147,7 +147,7 @@ def test_both_stages_go_through_resume_and_are_skipped_when_done(
 ):
     vae = train_vae(renders, settings)
     scale = vae.config["scaling_factor"]
-    spread = train.encode(vae, renders.images).float().std().item()
+    spread = train.encode_renders(vae, renders.images).float().std().item()
     assert scale == pytest.approx(1 / spread, rel=0.02)
     assert not vae.training
     whole = train_denoiser(renders, vae, settings)
@@ -174,12 +174,12 @@ def test_both_stages_go_through_resume_and_are_skipped_when_done(
 
 
 def test_objects_are_seen_twice(renders: Renders):
-    plain, more = train.shown(renders, ()), train.shown(renders, ("Cats", "Dogs"))
+    plain, more = train.training_indices(renders, ()), train.training_indices(renders, ("Cats", "Dogs"))
     assert plain.tolist() == list(range(64))
     twice = [i for i in range(64) if {"Cats", "Dogs"} & set(renders.content(i).objects)]
     assert twice and more.tolist() == [*range(64), *twice]
     empty = [i for i in range(64) if not renders.content(i).objects]
-    assert empty and train.shown(renders, ("none",)).tolist() == [*range(64), *empty]
+    assert empty and train.training_indices(renders, ("none",)).tolist() == [*range(64), *empty]
     with pytest.raises(ConceptError, match="Unicorn"):
         TrainCanvas(twice=("Cats", "none", "Unicorn"))
 

@@ -14,13 +14,13 @@ from helpers.canvas_models import tiny_vae
 from neuraleraser.canvas.data import Renders, render_set
 from neuraleraser.canvas.pipeline import build_scheduler
 from neuraleraser.canvas.train import (
-    batches,
     denoiser_loss,
     draw_captions,
     draw_times,
+    index_batches,
     learning_rate,
-    pixels,
     time_weights,
+    to_tensor,
     vae_loss,
 )
 from neuraleraser.errors import SettingsError
@@ -51,16 +51,16 @@ def test_the_shortest_runs_have_a_rate_too(steps: int):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-    whole = list(islice(batches(50, 8, 0, 3), 20))
+    whole = list(islice(index_batches(50, 8, 0, 3), 20))
     for start in (1, 5, 6, 7, 13):  # within, at and after the end of an epoch of six
         assert all(
-            np.array_equal(a, b) for a, b in zip(islice(batches(50, 8, start, 3), 5), whole[start:], strict=False)
+            np.array_equal(a, b) for a, b in zip(islice(index_batches(50, 8, start, 3), 5), whole[start:], strict=False)
         )
-    assert not np.array_equal(whole[0], next(batches(50, 8, 0, 4)))
+    assert not np.array_equal(whole[0], next(index_batches(50, 8, 0, 4)))
 
 
 def test_an_epoch_shows_nothing_twice_and_epochs_differ():
-    epochs = [np.concatenate(list(islice(batches(50, 8, 6 * e, 3), 6))) for e in range(3)]
+    epochs = [np.concatenate(list(islice(index_batches(50, 8, 6 * e, 3), 6))) for e in range(3)]
     for epoch in epochs:
         assert len(set(epoch.tolist())) == 48 and epoch.min() >= 0 and epoch.max() < 50
     assert not np.array_equal(epochs[0], epochs[1])
@@ -68,7 +68,7 @@ def test_an_epoch_shows_nothing_twice_and_epochs_differ():
 
 def test_less_than_a_batch_is_refused():
     with pytest.raises(SettingsError, match="render more, or lower batch"):
-        next(batches(7, 8, 0, 0))
+        next(index_batches(7, 8, 0, 0))
 
 
 def test_captions_are_a_function_of_their_generator_and_one_in_ten_is_empty(renders: Renders):
@@ -166,14 +166,14 @@ def test_the_target_is_diffusers_own_velocity():
 
 
 def test_pixels_span_minus_one_to_one():
-    x = pixels(np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3))
+    x = to_tensor(np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3))
     assert x.shape == (1, 3, 1, 1) and x.flatten().tolist() == pytest.approx([-1, 1, -0.6], abs=1e-6)
 
 
 def test_the_autoencoders_loss_falls_and_reaches_every_weight(renders: Renders):
     torch.manual_seed(0)
     vae = tiny_vae()
-    x = pixels(renders.images[:2, :32, :32])
+    x = to_tensor(renders.images[:2, :32, :32])
     loss = vae_loss(vae, x, torch.zeros(2, 8, 8, 8))
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in vae.parameters())

@@ -19,7 +19,7 @@ from neuraleraser.eraser import Eraser, EraserHeader, attach
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.io import tensor_file
 from neuraleraser.sites import Site, made_for
-from neuraleraser.sites.fingerprint import differs
+from neuraleraser.sites.fingerprint import find_difference
 
 WRONG: list[tuple[str, Any]] = [
     ("concept", ""),
@@ -173,14 +173,14 @@ def test_weights_that_say_nothing_are_taken_for_the_same_and_warn_of_nothing(wei
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for said in (weights, known):  # under keys that the model has, too
-            what, how = differs(pipe, [e.gate.site], replace(made, weights=said))
+            what, how = find_difference(pipe, [e.gate.site], replace(made, weights=said))
             assert "nan" not in how and (what == "" or said is known)
-    assert differs(pipe, [e.gate.site], replace(made, weights={})) == ("", "")
+    assert find_difference(pipe, [e.gate.site], replace(made, weights={})) == ("", "")
 
 
 def test_other_weights_are_still_seen():
     pipe, e = pipelines.stable_diffusion(), make_eraser()
     made = made_for(pipe, [e.gate.site])
     other = {key: tuple(v + 1 for v in values) for key, values in made.weights.items()}
-    assert differs(pipe, [e.gate.site], replace(made, weights=other))[0] == "weights"
-    assert differs(pipe, [e.gate.site], made) == ("", "")
+    assert find_difference(pipe, [e.gate.site], replace(made, weights=other))[0] == "weights"
+    assert find_difference(pipe, [e.gate.site], made) == ("", "")

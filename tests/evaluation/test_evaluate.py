@@ -73,7 +73,7 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     for e in erasers:
         rows = of(results, "neuraleraser", e.name)
         assert len(rows) == len(cells[e.name])
-        acted = rows.says("fired", rows.identities())
+        acted = rows.lists_name("fired", rows.identities())
         assert 0 < acted.sum() < len(rows)  # else this test would show nothing
         assert not (~rows.identical & ~acted).any() and rows.compared[acted].all()
         drawn = len(list((tmp_path / "images" / "neuraleraser" / e.name).rglob("*.png")))

@@ -73,7 +73,7 @@ def test_the_stories_tell_flipped_definitions_apart(metric):
 def test_wrong_sets_of_images_would_give_other_values():
     t = van_gogh()
     target = m.is_target(t.after, "Van_Gogh")
-    shown = m.shows(t.after, "style", "Van_Gogh")
+    shown = m.shows_concept(t.after, "style", "Van_Gogh")
     assert m.ua(t).value != np.mean(~shown[target]), "ua over the prompts that ask, without looking at the base"
     for metric, kind in ((m.ira, "style"), (m.cra, "object")):
         other = m.accuracy(t.after.where(~target), kind).value
@@ -93,7 +93,7 @@ def test_artefact_rate_is_the_share_beyond_the_judge_s_threshold():
     assert m.artefact_rate(with_limit(t, 10).after).value == 2 / 10
     assert m.artefact_rate(with_limit(t, 11).after).value == 1 / 10, "a distance equal to the threshold is none"
     assert m.artefact_rate(with_limit(t, 10).base).value == 1 / 10
-    every = m.erasure(t)
+    every = m.erasure_metrics(t)
     assert [every[name].value for name in ("artefact_rate_target", "artefact_rate_target_base")] == [2 / 5, 1 / 5]
 
 
@@ -165,7 +165,7 @@ def test_an_object_is_right_when_shown_and_among_the_leading_ones(asked, p, righ
     ],
 )
 def test_a_style_is_right_by_the_same_rule(style, p, right):
-    assert m.right(one((style, []), p, [0, 0, 0]), "style").tolist() == [right]
+    assert m.all_classes_right(one((style, []), p, [0, 0, 0]), "style").tolist() == [right]
 
 
 @given(
@@ -178,7 +178,7 @@ def test_what_is_right_is_shown_and_what_is_gone_is_not_right(p, threshold, kind
     asked = ("Van_Gogh", ["Cats"])
     results = one(asked, p, p, judge)
     concept = asked[0] if kind == "style" else asked[1][0]
-    assert not (m.right(results, kind) & ~m.shows(results, kind, concept)).any()
+    assert not (m.all_classes_right(results, kind) & ~m.shows_concept(results, kind, concept)).any()
 
 
 def test_a_bystander_is_not_easier_to_keep_once_the_concept_is_gone():
@@ -216,7 +216,7 @@ def test_nothing_to_count_is_an_error_that_says_what_is_missing():
         m.bystander(t)
     with pytest.raises(DataError, match="no images"):
         m.artefact_rate(table([]))
-    assert m.erasure(t)["bystander"] is None
+    assert m.erasure_metrics(t)["bystander"] is None
 
 
 def test_a_judge_without_artefacts_or_with_one_domain_gives_what_it_can():
@@ -228,7 +228,7 @@ def test_a_judge_without_artefacts_or_with_one_domain_gives_what_it_can():
             rows.append(Row(**{**source, "p_object": [], "artefact": None}))
             assert key.prompt == source["prompt"]
     t = m.pair_with_base(Results.of(blind, rows), "eraser", "Van_Gogh")
-    every, whole = m.erasure(t), m.erasure(van_gogh())
+    every, whole = m.erasure_metrics(t), m.erasure_metrics(van_gogh())
     assert [name for name, figure in every.items() if figure is None] == [
         "cra", "kept", "kept_still", "bystander", "bystander_still", "artefact_rate_target",
         "artefact_rate_target_base", "artefact_rate", "idle_identical",
@@ -301,7 +301,7 @@ def test_the_order_of_rows_does_not_matter(seed, extra, concept):
     both = concat([base, erased(base, *concept, damage=seed)])
     mixed = both.where(np.random.default_rng(seed).permutation(len(both)))
     one, two = (m.pair_with_base(v, "eraser", concept[0]) for v in (both, mixed))
-    assert m.erasure(one) == m.erasure(two)
+    assert m.erasure_metrics(one) == m.erasure_metrics(two)
     assert m.became(one) == m.became(two)
 
 
@@ -313,7 +313,7 @@ def test_shares_are_shares_and_agree_with_each_other(seed, extra, concept):
     assert sum(estimate.value for estimate in became.values()) == pytest.approx(1)
     still = became[concept[0]].value if concept[0] in became else 0.0
     assert m.ua(t).value == pytest.approx(1 - still)
-    every = m.erasure(t)
+    every = m.erasure_metrics(t)
     for name, estimate in every.items():
         if estimate is not None:
             assert 0 <= estimate.low <= estimate.value <= estimate.high and np.isfinite(estimate.high), name
@@ -329,4 +329,4 @@ def test_other_methods_and_concepts_in_the_table_do_not_matter():
     both = style_story()
     base = both.where(both.method == BASE)
     more = concat([both, erased(base, "Cats", "object"), erased(base, "Van_Gogh", "style", method="none")])
-    assert m.erasure(m.pair_with_base(more, "eraser", "Van_Gogh")) == m.erasure(van_gogh())
+    assert m.erasure_metrics(m.pair_with_base(more, "eraser", "Van_Gogh")) == m.erasure_metrics(van_gogh())

@@ -67,7 +67,7 @@ def test_where_takes_masks_and_row_numbers():
 def test_columns_can_be_replaced_as_a_whole():
     v = base_of(style_story()).with_columns(method="none", concept="Cats", kind="object", watched=["x"], seconds=0.0)
     assert set(v.method) == {"none"} and v.table["watched"].to_pylist() == [["x"]] * 10
-    assert v.says("watched", ["x"] * 10).all() and not v.says("fired", ["x"] * 10).any()
+    assert v.lists_name("watched", ["x"] * 10).all() and not v.lists_name("fired", ["x"] * 10).any()
 
 
 @pytest.mark.parametrize(

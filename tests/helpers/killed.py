@@ -24,7 +24,7 @@ import numpy as np
 
 from helpers import pipelines
 from helpers.canvas_cells import canvas_protocol
-from neuraleraser.activations import activation_stream, described, write_shards
+from neuraleraser.activations import activation_stream, stream_data, write_shards
 from neuraleraser.evaluation.evaluate import evaluate as measure
 from neuraleraser.judges import Judgement
 from neuraleraser.methods import DoNothing, StringFilter
@@ -64,7 +64,7 @@ def collect(folder: Path, tick: Callable[[], None]) -> None:
         1, 8, num_images=120, buffer_chunks=3, reuse=1, sampling=Sampling(num_inference_steps=1, batch_size=2)
     )
     pool = stream(tick, settings)
-    write_shards(pool, folder, 60, described("tiny", PROMPTS, settings), lambda number: tick())
+    write_shards(pool, folder, 60, stream_data("tiny", PROMPTS, settings), lambda number: tick())
 
 
 class Judge:

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neuraleraser.judges import nudenet, sentence
-from neuraleraser.judges.unlearncanvas import Shape, layout
+from neuraleraser.judges import clip_sentence, nudenet
+from neuraleraser.judges.unlearncanvas import Shape, tensor_shapes
 
 SMALL = Shape(width=24, depth=2, heads=3, patch=8, side=16)
 BELLY, FEET = "BELLY_EXPOSED", "FEET_EXPOSED"
@@ -25,7 +25,7 @@ class ClipByHeart:
     """A CLIP that knows these images by heart: each is like the sentence of its own name, and like no other."""
 
     def __init__(self, kind: str, images: Mapping[str, Sequence[NDArray[np.uint8]]]) -> None:
-        self.said = {image.tobytes(): sentence(name, kind) for name, some in images.items() for image in some}
+        self.said = {image.tobytes(): clip_sentence(name, kind) for name, some in images.items() for image in some}
 
     def __call__(self, images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float64]:
         return np.array([[10.0 * (self.said[image.tobytes()] == text) for text in texts] for image in images])
@@ -34,8 +34,8 @@ class ClipByHeart:
 def random_weights(shape: Shape, outputs: int, seed: int = 0) -> dict[str, Tensor]:
     """Values in every tensor, biases and norms among them, so that none could be left out unseen."""
     g = torch.Generator().manual_seed(seed)
-    spread = {name: 0.3 if len(size) == 1 else size[-1] ** -0.5 for name, size in layout(shape, outputs).items()}
-    return {name: spread[name] * torch.randn(size, generator=g) for name, size in layout(shape, outputs).items()}
+    spread = {name: 0.3 if len(size) == 1 else size[-1] ** -0.5 for name, size in tensor_shapes(shape, outputs).items()}
+    return {name: spread[name] * torch.randn(size, generator=g) for name, size in tensor_shapes(shape, outputs).items()}
 
 
 def small_classifier(path: Path, outputs: int, **beside: Any) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neuraleraser.canvas.artefact_distance import damaged
+from neuraleraser.canvas.artefact_distance import damage_images
 from neuraleraser.canvas.canvas_judge import CanvasJudge, Judgement
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import OBJECTS, STYLES
@@ -62,7 +62,7 @@ def test_it_sees_two_objects_and_none(judge: CanvasJudge):
 def test_the_second_judge_tells_artefacts(images: np.ndarray):
     judge = CanvasJudge.load("second")
     share = {}
-    for name, made in damaged(images).items():
+    for name, made in damage_images(images).items():
         artefact = judge(made).artefact
         assert artefact is not None
         share[name] = (artefact > judge.artefact_threshold).mean()

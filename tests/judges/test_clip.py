@@ -15,8 +15,8 @@ from helpers import pipelines
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.fitting.clip_judge import calibrate_clip_judge
-from neuraleraser.judges import NO_CONCEPT, ClipJudge, JudgeSpec, sentence
-from neuraleraser.judges.clip import _cut
+from neuraleraser.judges import NO_CONCEPT, ClipJudge, JudgeSpec, clip_sentence
+from neuraleraser.judges.clip import _best_threshold
 
 SIDE = 16
 RED, GREEN, BLUE, GREY = (220, 20, 20), (20, 220, 20), (20, 20, 220), (120, 120, 120)
@@ -186,12 +186,16 @@ def test_a_checkpoint_that_is_not_there_is_an_error_before_anything_is_drawn(tmp
 
 
 def test_sentences() -> None:
-    assert sentence("Van_Gogh", "style") == sentence("Van Gogh style", "style") == "a picture in the style of Van Gogh"
-    assert sentence("a cat", "object") == "a picture of a cat"
+    assert (
+        clip_sentence("Van_Gogh", "style")
+        == clip_sentence("Van Gogh style", "style")
+        == "a picture in the style of Van Gogh"
+    )
+    assert clip_sentence("a cat", "object") == "a picture of a cat"
 
 
 def test_the_threshold_lies_in_the_widest_gap() -> None:
-    assert _cut(np.array([3.0, 5.0]), [np.array([0.0, 1.0]), np.array([-4.0])]) == 2.0
-    assert _cut(np.array([2.0, 2.0]), [np.array([2.0])]) == 2.0
+    assert _best_threshold(np.array([3.0, 5.0]), [np.array([0.0, 1.0]), np.array([-4.0])]) == 2.0
+    assert _best_threshold(np.array([2.0, 2.0]), [np.array([2.0])]) == 2.0
     # one neighbour far, one near: the near one decides
-    assert 1.0 < _cut(np.array([1.5, 3.0]), [np.zeros(100), np.array([1.0])]) < 1.5
+    assert 1.0 < _best_threshold(np.array([1.5, 3.0]), [np.zeros(100), np.array([1.0])]) < 1.5

@@ -24,7 +24,7 @@ from neuraleraser.judges import (
     UnlearnCanvasJudge,
     unlearncanvas,
 )
-from neuraleraser.judges.unlearncanvas import VIT_LARGE, Shape, Vit, layout, prepare
+from neuraleraser.judges.unlearncanvas import VIT_LARGE, Shape, Vit, prepare_images, tensor_shapes
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_it_computes_what_timms_names_say() -> None:
     torch.testing.assert_close(got, written_out(weights, SMALL, pixels).float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(layout(SMALL, 20)))
+@pytest.mark.parametrize("name", sorted(tensor_shapes(SMALL, 20)))
 def test_every_tensor_of_the_file_is_in_its_place(name: str) -> None:
     """Changed in the file, each changes the logits as the formula says."""
     weights, pixels = random_weights(SMALL, 20), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
@@ -103,14 +103,14 @@ def test_it_computes_what_timm_computes_from_the_same_names_at_full_size():
         timm = pytest.importorskip("timm", exc_type=ImportError)
     other = timm.create_model("vit_large_patch16_224.augreg_in21k", pretrained=False, num_classes=51).eval()
     state = other.state_dict()
-    assert {name: tuple(x.shape) for name, x in state.items()} == layout(VIT_LARGE, 51)
+    assert {name: tuple(x.shape) for name, x in state.items()} == tensor_shapes(VIT_LARGE, 51)
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         torch.testing.assert_close(logits(state, VIT_LARGE, pixels), other(pixels), atol=1e-4, rtol=1e-4)
 
 
 def test_the_full_size_is_that_of_a_large_vit():
-    sizes = layout(VIT_LARGE, 51)
+    sizes = tensor_shapes(VIT_LARGE, 51)
     assert len(sizes) == 296
     assert sum(int(np.prod(size)) for size in sizes.values()) == 303_301_632 + 51 * 1025
 
@@ -151,10 +151,10 @@ def test_an_object_is_read_when_it_is_the_most_probable(judge: UnlearnCanvasJudg
 
 
 def test_images_are_resized_as_pillow_does_and_scaled(images: np.ndarray):
-    pixels = prepare(images[:2], 16)
+    pixels = prepare_images(images[:2], 16)
     want = np.asarray(Image.fromarray(images[1]).resize((16, 16), Image.Resampling.BILINEAR)) / 127.5 - 1
     np.testing.assert_allclose(pixels[1].permute(1, 2, 0).numpy(), want, atol=1e-6)
-    same = prepare(images[:1, :16, :16], 16)[0].permute(1, 2, 0).numpy()
+    same = prepare_images(images[:1, :16, :16], 16)[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose((same + 1) * 127.5, images[0, :16, :16], atol=1e-4)
 
 

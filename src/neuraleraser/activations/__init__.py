@@ -15,7 +15,7 @@ from neuraleraser.activations.collecting import (
 )
 from neuraleraser.activations.loss_recovered import LossRecovered, TimestepLoss, measure_loss_recovered
 from neuraleraser.activations.shards import Shards, write_shards
-from neuraleraser.activations.streaming import activation_stream, described
+from neuraleraser.activations.streaming import activation_stream, stream_data
 
 __all__ = [
     "CONDITIONAL",
@@ -28,8 +28,8 @@ __all__ = [
     "activation_matrix",
     "activation_stream",
     "collect",
-    "described",
     "measure_loss_recovered",
     "sample",
+    "stream_data",
     "write_shards",
 ]

@@ -66,7 +66,7 @@ def collect(
         [(999.0, 0, torch.Size([2, 64, 128])), (999.0, 1, torch.Size([2, 64, 128]))]
     """
 
-    def note(site: Site, x: Tensor, context: EditContext[None]) -> None:
+    def on_activations(site: Site, x: Tensor, context: EditContext[None]) -> None:
         batch, frames = current_batch(), context.rows.frames(x.shape[0])
         assert batch is not None
         images = range(batch.first, batch.first + batch.real)
@@ -75,7 +75,7 @@ def collect(
             part = part.unflatten(0, (-1, frames)).flatten(1, 2) if frames > 1 else part
             on(ActivationBatch(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL))
 
-    with record(pipe, sites, note):
+    with record(pipe, sites, on_activations):
         return generate(pipe, prompts, seeds, sampling, image=image, on_batch_start=on_batch_start)
 
 
@@ -126,10 +126,10 @@ def sample(
     """
     kept: dict[tuple[Site, int], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def on(seen: ActivationBatch) -> None:
+    def keep_some(seen: ActivationBatch) -> None:
         if unwanted and unwanted():
             raise Unwanted
-        _check(seen, prompts)
+        _check_finite(seen, prompts)
         b, p, _ = seen.x.shape
         whole = p // group_size
         if not whole:
@@ -152,7 +152,7 @@ def sample(
             branch = branch.gather(1, stay)
         kept[home] = key, x, branch
 
-    collect(pipe, prompts, seeds, sites, on, sampling)
+    collect(pipe, prompts, seeds, sites, keep_some, sampling)
     out = {}
     for site in sites:
         parts = [(first, *rest) for (at, first), rest in kept.items() if at == site]
@@ -204,7 +204,7 @@ def activation_matrix(
     return {site: s.x[torch.randperm(len(s.x), generator=order), 0].float().cpu() for site, s in found.items()}
 
 
-def _check(seen: ActivationBatch, prompts: Sequence[str]) -> None:
+def _check_finite(seen: ActivationBatch, prompts: Sequence[str]) -> None:
     """DataError for NaN or infinity, which a sum keeps."""
     good = torch.isfinite(seen.x.sum((1, 2), dtype=torch.float32))
     if not bool(good.all()):

@@ -18,7 +18,16 @@ from neuraleraser.families.defaults import default_sampling
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import DenoiserCall, Site, denoiser, denoiser_calls, edit, noised, replay, scheduler_steps
+from neuraleraser.sites import (
+    DenoiserCall,
+    Site,
+    denoiser,
+    denoiser_calls,
+    edit,
+    input_and_target,
+    replay,
+    scheduler_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -137,14 +146,14 @@ def measure_loss_recovered(
     for step in chosen:
         time, call = list(calls.items())[step]
         noise = torch.randn(final[0].shape, generator=torch.Generator().manual_seed(step)).to(final[0].device)
-        state, target = noised(pipe.scheduler, final[0].float(), noise, known[step])
+        state, target = input_and_target(pipe.scheduler, final[0].float(), noise, known[step])
         losses = {}
         for name, edits in edits_of.items():
             with edit(pipe, edits):
                 out = replay(pipe, state.to(call.state.dtype), call.timestep, call.conditioning)
             out = out[:, : target.shape[1]].float()  # some models predict the variance, too
             losses[name] = float((out - target).square().mean())
-        found.append(TimestepLoss(time, *sums[_same(time, sums)].figures(), **losses))
+        found.append(TimestepLoss(time, *sums[_key_of_time(time, sums)].figures(), **losses))
     with edit(pipe, edits_of["loss_reconstructed"]):
         after = generate(pipe, prompts, seeds, s)
     return LossRecovered(tuple(found), before, after)
@@ -172,6 +181,6 @@ class _Sums:
         return (1 - self.error / total if total > 0 else 0.0), self.fired / self.n
 
 
-def _same(time: float, sums: dict[float, Any]) -> float:
+def _key_of_time(time: float, sums: dict[float, Any]) -> float:
     """The key of this time: sites outside the denoiser have one for all."""
     return time if time in sums else next(iter(sums))

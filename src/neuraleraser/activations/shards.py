@@ -60,7 +60,7 @@ class Shards:
         Raises:
             FileError: The folder is damaged, or lacks shards.
         """
-        found = cls._read(Path(folder))
+        found = cls._read_index(Path(folder))
         if len(found.files) < found.count:
             raise FileError(
                 f"{folder} holds {len(found.files)} of {found.count} shards: run `neuraleraser collect` again with the "
@@ -69,13 +69,14 @@ class Shards:
         return found
 
     @classmethod
-    def _read(cls, folder: Path) -> Shards:
+    def _read_index(cls, folder: Path) -> Shards:
+        """Read the index of a folder. Raises FileError where a field is wrong."""
         path = folder / INDEX
         _, header = tensor_file.load(path, _KIND)
         try:
-            numbers = {name: _whole(name, header[name]) for name in ("count", "rows", "group_size")}
+            numbers = {name: _positive_whole(name, header[name]) for name in ("count", "rows", "group_size")}
             sources = tuple(header["sources"])
-            files = tuple((_whole("bytes", size), str(digest)) for size, digest in header["shards"])
+            files = tuple((_positive_whole("bytes", size), str(digest)) for size, digest in header["shards"])
             if not isinstance(header["data"], dict) or not all(isinstance(name, str) for name in sources):
                 raise ValueError("data is no object, or sources are no names")
             labels = header["data"].get("labels", [])
@@ -195,7 +196,7 @@ def write_shards(
     folder, files = Path(folder), list[tuple[int, str]]()
     data = json.loads(json.dumps(dict(data)))  # as it is read back
     if (folder / INDEX).exists():
-        old = Shards._read(folder)
+        old = Shards._read_index(folder)
         pairs = [("count", old.count, count)] + [(k, old.data.get(k), data.get(k)) for k in {**old.data, **data}]
         other = [f"{name} = {was!r}, not {now!r}" for name, was, now in pairs if was != now]
         if other:
@@ -237,6 +238,7 @@ def write_shards(
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """Return the path of a shard."""
     return folder / f"shard-{number:06d}.safetensors"
 
 
@@ -249,7 +251,8 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _whole(name: str, value: Any) -> int:
+def _positive_whole(name: str, value: Any) -> int:
+    """Return `value` as it is. Raises ValueError unless it is a positive whole number."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**40:
         raise ValueError(f"{name} is {value!r}")
     return value

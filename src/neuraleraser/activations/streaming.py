@@ -112,7 +112,7 @@ def activation_stream(
     )
 
 
-def described(model: str, prompts: Sequence[str], settings: StreamSettings) -> dict[str, Any]:
+def stream_data(model: str, prompts: Sequence[str], settings: StreamSettings) -> dict[str, Any]:
     """Return what a stream is, in JSON, for `Run.data` and shards: a run goes on only with the same.
 
     Raises SettingsError where the settings leave the sampling to the pipeline, which is not known here.

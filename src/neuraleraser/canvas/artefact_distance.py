@@ -50,7 +50,7 @@ class Artefact:
 FREQUENCY_BANDS = 43
 
 
-def features(x: Tensor, maps: list[Tensor]) -> Tensor:
+def image_features(x: Tensor, maps: list[Tensor]) -> Tensor:
     """Means and log spreads of a net's maps at every depth, then `FREQUENCY_BANDS` of the picture itself: [B, D].
 
     The bands (brightness and two colours in four octaves: mean log, log mean, log root mean square) are there
@@ -104,7 +104,7 @@ def round_half(x: Tensor) -> Tensor:
     return x.half().float()
 
 
-def damaged(images: Images, seed: int = 0) -> dict[str, Images]:
+def damage_images(images: Images, seed: int = 0) -> dict[str, Images]:
     """Pictures that should pass for real (clean, blurred) and that should not (noisy, flat), by name."""
     rng = np.random.default_rng(seed)
     x = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)

@@ -55,7 +55,7 @@ def render_set(n: int, seed: int, size: int = 64, folder: Path | None = None, wo
         objects[i, : len(c.objects)] = [OBJECTS.index(o) for o in c.objects]
     path = folder and folder / f"renders-{seed}-{n}-{size}-{_version(size):08x}.npy"
     if path and path.exists():
-        return Renders(_open(path, (n, size, size, 3)), style, objects)
+        return Renders(_open_cached(path, (n, size, size, 3)), style, objects)
     images = _render_all(n, seed, size, workers)
     if path:
         with replacing(path) as temp_path, open(temp_path, "wb") as file:
@@ -64,6 +64,7 @@ def render_set(n: int, seed: int, size: int = 64, folder: Path | None = None, wo
 
 
 def _render_all(n: int, seed: int, size: int, workers: int | None) -> NDArray[np.uint8]:
+    """Render the whole set in several processes: uint8 [n, size, size, 3]."""
     images = np.empty((n, size, size, 3), np.uint8)
     jobs = [(seed, start, min(start + RENDERS_PER_JOB, n), size) for start in range(0, n, RENDERS_PER_JOB)]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
@@ -75,22 +76,23 @@ def _render_all(n: int, seed: int, size: int, workers: int | None) -> NDArray[np
 
         if workers <= 1:
             for job in jobs:
-                take(*_chunk(job))
+                take(*_render_job(job))
             return images
         # Spawned, not forked: by now torch may have threads, and a fork of threads can hang.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for start, block in pool.map(_chunk, jobs):
+            for start, block in pool.map(_render_job, jobs):
                 take(start, block)
     return images
 
 
-def _chunk(job: tuple[int, int, int, int]) -> tuple[int, NDArray[np.uint8]]:
+def _render_job(job: tuple[int, int, int, int]) -> tuple[int, NDArray[np.uint8]]:
     """Renders `start` to `stop` of a set, and `start`; a job is (seed, start, stop, size)."""
     seed, start, stop, size = job
     return start, np.stack([render(content_of(seed, i), seed * 10_000_000 + i, size) for i in range(start, stop)])
 
 
-def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _open_cached(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Open a set that was rendered before, without reading it. Raises DataError where it is not whole."""
     try:
         images = np.load(path, mmap_mode="r")
     except (OSError, EOFError, ValueError) as e:

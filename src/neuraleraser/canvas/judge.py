@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from neuraleraser.canvas.artefact_distance import Artefact, Images, damaged, features, fit_artefact, round_half
+from neuraleraser.canvas.artefact_distance import (
+    Artefact,
+    Images,
+    damage_images,
+    fit_artefact,
+    image_features,
+    round_half,
+)
 from neuraleraser.canvas.judge_nets import Which, build_judge
 from neuraleraser.canvas.words import OBJECTS, STYLES
 from neuraleraser.errors import FileError
@@ -36,7 +43,7 @@ STEPS: dict[Which, int] = {"first": 2600, "second": 3600}
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def pixels(images: Images) -> Tensor:
+def to_tensor(images: Images) -> Tensor:
     """uint8 [B, 64, 64, 3] -> float32 [B, 3, 64, 64] in -1..1, channels last."""
     return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).div_(127.5).sub_(1)
 
@@ -67,7 +74,7 @@ def augment(x: Tensor, generator: torch.Generator, noise: float = 0.03) -> Tenso
     return x + 2 * draw(0, noise) * torch.randn(x.shape, generator=generator)
 
 
-def presence(renders: Renders, index: NDArray[np.integer] | slice) -> Tensor:
+def object_targets(renders: Renders, index: NDArray[np.integer] | slice) -> Tensor:
     """float32 [B, 20]: 1 where the object is in the picture."""
     pairs = torch.from_numpy(renders.objects[index].astype(np.int64))
     return torch.zeros(len(pairs), len(OBJECTS) + 1).scatter_(1, pairs % (len(OBJECTS) + 1), 1)[:, :-1]
@@ -95,34 +102,34 @@ def train_judge(
     # Here and not above: judging needs neither diffusers nor the renderer's dependencies, training does.
     from tqdm import tqdm
 
-    from neuraleraser.canvas.train import TrainState, batches
+    from neuraleraser.canvas.train import TrainState, index_batches
 
     torch.manual_seed(seed)
     steps = STEPS[which] if steps is None else steps
     net = build_judge(which).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     run = TrainState(net, checkpoint, peak, steps, ema=0.998)
     loss_of = torch.compile(judge_loss) if compile else judge_loss
-    stream = batches(len(renders.images), batch, run.step, seed)
+    stream = index_batches(len(renders.images), batch, run.step, seed)
     with tqdm(total=steps, initial=run.step, desc=f"{which} judge", mininterval=5) as bar:
         while run.step < steps:
             index = next(stream)
             generator = torch.Generator().manual_seed(seed * 5_000_011 + run.step)
-            x = augment(pixels(renders.images[index]), generator)
+            x = augment(to_tensor(renders.images[index]), generator)
             style = torch.from_numpy(renders.style[index].astype(np.int64))
             with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
-                loss = loss_of(net, x, style, presence(renders, index))
+                loss = loss_of(net, x, style, object_targets(renders, index))
             loss.backward()
             run.update()
             bar.update()
             if run.step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     run.use_average()
-    settle(net, renders, seed)
+    measure_norms(net, renders, seed)
     return net.eval()
 
 
 @torch.no_grad()
-def settle(net: nn.Module, renders: Renders, seed: int) -> None:
+def measure_norms(net: nn.Module, renders: Renders, seed: int) -> None:
     """Measure the norms' means and variances anew for the averaged weights, on 4096 augmented renders.
 
     Training never reads them, so that they need no place in its checkpoints.
@@ -134,7 +141,7 @@ def settle(net: nn.Module, renders: Renders, seed: int) -> None:
     net.train()
     generator = torch.Generator().manual_seed(seed)
     for i in range(0, min(len(renders.images), 4096), 128):
-        net(augment(pixels(renders.images[i : i + 128]), generator))
+        net(augment(to_tensor(renders.images[i : i + 128]), generator))
     net.eval()
 
 
@@ -156,27 +163,27 @@ class TrainedJudge:
         """uint8 [N, 64, 64, 3] -> P(style) [N, 25], P(object) [N, 20], artefact distance [N] if it has one."""
         styles, objects, apart = [torch.zeros(0, len(STYLES))], [torch.zeros(0, len(OBJECTS))], [torch.zeros(0)]
         for i in range(0, len(images), batch):
-            x = pixels(images[i : i + batch])
+            x = to_tensor(images[i : i + batch])
             style, present, maps = self.net(x)
             styles.append((style / self.temperatures[0]).softmax(1))
             objects.append((present / self.temperatures[1]).sigmoid())
             if self.artefact:
-                apart.append(self.artefact(features(x, maps)))
+                apart.append(self.artefact(image_features(x, maps)))
         return torch.cat(styles), torch.cat(objects), torch.cat(apart) if self.artefact else None
 
 
 @torch.no_grad()
-def _seen(
+def _logits_and_features(
     net: nn.Module, images: Images, seed: int | None = None, noise: float = 0.03
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Style logits, object logits and features of some renders, augmented if there is a seed."""
     generator = torch.Generator().manual_seed(seed or 0)
     found = []
     for i in range(0, len(images), 100):
-        x = pixels(images[i : i + 100])
+        x = to_tensor(images[i : i + 100])
         x = x if seed is None else augment(x, generator, noise)
         style, present, maps = net(x)
-        found.append((style, present, features(x, maps)))
+        found.append((style, present, image_features(x, maps)))
     style, present, f = (torch.cat(parts) for parts in zip(*found, strict=True))
     return style, present, f
 
@@ -214,8 +221,8 @@ def fit_judge(
     # As the autoencoder shows them, or augmented: clean renders are judged with hardly an error, which leaves a
     # temperature and a threshold nothing to go by.
     shown, seed = (through(held.images[even]), None) if through else (held.images[even], 11)
-    style_logits, object_logits, _ = _seen(net, shown, seed)
-    style, there = torch.from_numpy(held.style[even].astype(np.int64)), presence(held, even)
+    style_logits, object_logits, _ = _logits_and_features(net, shown, seed)
+    style, there = torch.from_numpy(held.style[even].astype(np.int64)), object_targets(held, even)
     t1 = _temperature(lambda t: F.cross_entropy(style_logits / t, style))
     t2 = _temperature(lambda t: F.binary_cross_entropy_with_logits(object_logits / t, there))
     p_style, p_object = (style_logits / t1).softmax(1), (object_logits / t2).sigmoid()
@@ -224,19 +231,23 @@ def fit_judge(
     artefact, threshold = None, None
     if which == "second":
         artefact = _fit_distance(net, train, through, fit)
-        threshold = float(artefact(_seen(net, held.images[even])[2]).quantile(0.99))
+        threshold = float(artefact(_logits_and_features(net, held.images[even])[2]).quantile(0.99))
     draft = TrainedJudge(which, net, (t1, t2), style_threshold, object_thresholds, artefact, threshold, {})
     figures = validate(draft, held, np.arange(1, len(held.images), 2), through)
     return TrainedJudge(**{**vars(draft), "figures": figures})
 
 
 def _fit_distance(net: nn.Module, train: Renders, through: Through | None, fit: int) -> Artefact:
+    """Fit the artefact distance to features of real renders: noisy, clean and, with `through`, autoencoded."""
     empty = train.objects[:, 0] < 0
     index = np.union1d(np.arange(min(fit, len(empty))), np.flatnonzero(empty))
     some, few = index[::2], index[::4]
-    found = [_seen(net, train.images[index], seed=12, noise=0.01)[2], _seen(net, train.images[some])[2]]
+    found = [
+        _logits_and_features(net, train.images[index], seed=12, noise=0.01)[2],
+        _logits_and_features(net, train.images[some])[2],
+    ]
     if through:
-        found.append(_seen(net, through(train.images[few]))[2])
+        found.append(_logits_and_features(net, through(train.images[few]))[2])
     chosen = np.concatenate([index, some, few] if through else [index, some])
     kind = 2 * train.style[chosen].astype(np.int64) + empty[chosen]
     return fit_artefact(torch.cat(found), torch.from_numpy(kind))
@@ -251,18 +262,19 @@ def validate(
     theirs; none, where none is.
     """
     images = np.asarray(renders.images[index])
-    style, there = torch.from_numpy(renders.style[index].astype(np.int64)), presence(renders, index).bool()
+    style, there = torch.from_numpy(renders.style[index].astype(np.int64)), object_targets(renders, index).bool()
     figures: dict[str, Any] = {"renders": len(index)} | _accuracies(judge, images, style, there)
-    made = damaged(images)
+    made = damage_images(images)
     if through:
         made["autoencoded"] = through(images)
         figures["autoencoded"] = _accuracies(judge, made["autoencoded"], style, there)
     if judge.artefact:
-        figures["flagged"] = {name: flagged(judge, x) for name, x in made.items()}
+        figures["flagged"] = {name: artefact_share(judge, x) for name, x in made.items()}
     return figures
 
 
 def _accuracies(judge: TrainedJudge, images: Images, style: Tensor, there: Tensor) -> dict[str, Any]:
+    """Return accuracies on images of known style, [N], and objects, bool [N, 20]."""
     p_style, p_object, _ = judge(images)
     over = p_object > torch.tensor(judge.object_thresholds)
     count, right = there.sum(1), p_style.argmax(1) == style
@@ -283,7 +295,7 @@ def _accuracies(judge: TrainedJudge, images: Images, style: Tensor, there: Tenso
     }
 
 
-def flagged(judge: TrainedJudge, images: Images) -> float:
+def artefact_share(judge: TrainedJudge, images: Images) -> float:
     """The share of `images` farther from all that is real than 99 % of held-out renders; 0 without a distance."""
     apart = judge(images)[2]
     if apart is None or judge.artefact_threshold is None:
@@ -343,7 +355,7 @@ def load_judge(path: Path) -> TrainedJudge:
         raise FileError(f"{path} is not a whole judge ({type(e).__name__}): train it again") from e
 
 
-def autoencoded(vae: Any) -> Through:
+def through_vae(vae: Any) -> Through:
     """Pictures as diffusers' autoencoder `vae` gives them back: uint8 [N, S, S, 3] -> the same."""
 
     @torch.no_grad()
@@ -351,7 +363,7 @@ def autoencoded(vae: Any) -> Through:
         made = []
         for i in range(0, len(images), 50):
             with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
-                y = vae.decode(vae.encode(pixels(images[i : i + 50])).latent_dist.mean).sample
+                y = vae.decode(vae.encode(to_tensor(images[i : i + 50])).latent_dist.mean).sample
             y = ((y.float() + 1) * 127.5 + 0.5).clamp(0, 255)
             made.append(y.permute(0, 2, 3, 1).numpy().astype(np.uint8))
         return np.concatenate(made)
@@ -364,7 +376,7 @@ def train_judges(train: Renders, held: Renders, folder: Path, out: Path = WEIGHT
     `held`, measure on the other, save into `out`. Goes on from checkpoints in `folder`."""
     from neuraleraser.canvas.pipeline import load_pipeline
 
-    through = autoencoded(load_pipeline().vae)
+    through = through_vae(load_pipeline().vae)
     for which in STEPS:
         net = train_judge(which, train, folder / f"judge-{which}.safetensors")
         save_judge(fit_judge(which, net, train, held, through), out / judge_path(which).name)

@@ -15,7 +15,7 @@ from torch import Tensor
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # of the odd polynomial; Jordan et al. 2024
 
 
-def orthogonal(matrices: Tensor, steps: int = 4) -> Tensor:
+def orthogonalise(matrices: Tensor, steps: int = 4) -> Tensor:
     """The nearest half-orthogonal matrices, roughly: [M, R, C] -> [M, R, C] with singular values near 1.
 
     Newton-Schulz iterations in bfloat16; values under a twentieth of the largest stay below 0.7.
@@ -51,15 +51,15 @@ class Muon:
                 g = self.params[i].grad
                 assert g is not None
                 self.momentum[i].lerp_(g, 1 - self.beta)
-                updates.append(_last(g.lerp(self.momentum[i], self.beta)))
+                updates.append(_channels_last(g.lerp(self.momentum[i], self.beta)))
             stack = torch.stack(updates)
-            steps = orthogonal(stack.flatten(2)).view(stack.shape)
+            steps = orthogonalise(stack.flatten(2)).view(stack.shape)
             size = 0.2 * math.sqrt(max(stack.flatten(2).shape[1:]))
             for i, u in zip(same, steps, strict=True):
-                p = _last(self.params[i])
+                p = _channels_last(self.params[i])
                 p.mul_(1 - lr * self.weight_decay).add_(u.to(p.dtype), alpha=-size * lr)
 
 
-def _last(weight: Tensor) -> Tensor:
+def _channels_last(weight: Tensor) -> Tensor:
     """Input channels moved behind the kernel's axes: in memory, that is where convolutions have them here."""
     return weight.permute(0, *range(2, weight.ndim), 1)

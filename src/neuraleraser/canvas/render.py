@@ -50,7 +50,7 @@ def _sprites() -> dict[str, list[Image]]:
     return {name: [cut(i) for i in cells] for name, cells in index["glyphs"].items()}
 
 
-def _ground(size: int, rng: np.random.Generator) -> Image:
+def _draw_ground(size: int, rng: np.random.Generator) -> Image:
     """A soft two-colour ground, light enough for any object to stand out."""
     a, b = (0.55 + 0.43 * rng.random((2, 3))).astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
@@ -59,7 +59,7 @@ def _ground(size: int, rng: np.random.Generator) -> Image:
     return (a * (1 - t) + b * t).astype(np.float32)
 
 
-def _place(name: str, side: float, centre: tuple[float, float], size: int, rng: np.random.Generator) -> Image:
+def _draw_glyph(name: str, side: float, centre: tuple[float, float], size: int, rng: np.random.Generator) -> Image:
     """One glyph as RGBA [size, size, 4]: `side` and `centre` in pixels, turned a little, mirrored half the time."""
     glyphs = _sprites()[name]
     glyph = glyphs[int(rng.integers(len(glyphs)))]
@@ -74,7 +74,7 @@ def _place(name: str, side: float, centre: tuple[float, float], size: int, rng: 
 def compose(content: Content, rng: np.random.Generator, size: int) -> tuple[Image, Image]:
     """The unstyled picture [size, size, 3] and the coverage of its objects [size, size], both in 0..1."""
     big = 2 * size  # drawn at twice the size, then averaged: clean edges
-    ground = _ground(big, rng)
+    ground = _draw_ground(big, rng)
     cover = np.zeros((big, big), np.float32)
     n = len(content.objects)
     for i, name in enumerate(content.objects):
@@ -85,7 +85,7 @@ def compose(content: Content, rng: np.random.Generator, size: int) -> tuple[Imag
         else:
             side = rng.uniform(0.44, 0.52) * big
             centre = ((0.26 + 0.48 * i + rng.uniform(-0.02, 0.02)) * big, (0.5 + rng.uniform(-0.2, 0.2)) * big)
-        layer = _place(name, side, centre, big, rng)
+        layer = _draw_glyph(name, side, centre, big, rng)
         alpha = layer[..., 3]
         ground = ground * (1 - alpha[..., None]) + layer[..., :3]
         cover = np.maximum(cover, alpha)

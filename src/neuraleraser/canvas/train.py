@@ -107,6 +107,7 @@ class TrainState:
         self._saved = time.monotonic()
 
     def _load(self) -> None:
+        """Go on from the checkpoint. Raises FileError where it is of another module."""
         tensors, header = tensor_file.load(self.path, "checkpoint")
         expected = {
             f"{group}/{k}": p.shape
@@ -142,12 +143,12 @@ def _is_inner(name: str, p: Tensor) -> bool:
     return p.ndim >= 2 and not any(word in name for word in ("conv_in", "conv_out", "embeddings.", "quant_conv"))
 
 
-def pixels(images: np.ndarray) -> Tensor:
+def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] in -1..1."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def batches(n: int, size: int, start: int, seed: int) -> Iterator[np.ndarray]:
+def index_batches(n: int, size: int, start: int, seed: int) -> Iterator[np.ndarray]:
     """Index batches [size] from step `start` on: a pure function of (seed, step), each epoch its own permutation.
 
     The last `n % size` of an epoch's order are left out. Raises SettingsError if there is less than one batch.
@@ -163,7 +164,8 @@ def batches(n: int, size: int, start: int, seed: int) -> Iterator[np.ndarray]:
             step += 1
 
 
-def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the differences of neighbours along height and along width."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
 
 
@@ -176,7 +178,7 @@ def vae_loss(vae: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
     posterior = vae.encode(x, return_dict=False)[0]
     z = posterior.mean + posterior.std * noise
     y = vae.decode(z, return_dict=False)[0].float()  # pyright: ignore[reportArgumentType]
-    slopes = sum((a - b).abs().mean() for a, b in zip(_slopes(y), _slopes(x), strict=True))
+    slopes = sum((a - b).abs().mean() for a, b in zip(_differences(y), _differences(x), strict=True))
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
     return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.2 * slopes + 1e-4 * kl
 
@@ -203,13 +205,13 @@ def train_vae(renders: Renders, settings: TrainCanvas) -> AutoencoderKL:
     _init_small_residuals(vae)
     vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     run = TrainState(vae, settings.folder / "vae.safetensors", 1e-3, settings.vae_steps, ema=0.998)
-    stream = batches(len(renders.images), 32, run.step, settings.seed)
+    stream = index_batches(len(renders.images), 32, run.step, settings.seed)
     with tqdm(total=settings.vae_steps, initial=run.step, desc="autoencoder", mininterval=5) as bar:
         while run.step < settings.vae_steps:
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + run.step)
             # Convolutions are local: quarter-size crops teach as much a pixel and let more pictures in.
             top, left = (4 * int(torch.randint(0, 9, (), generator=generator)) for _ in range(2))
-            x = pixels(renders.images[next(stream), top : top + 32, left : left + 32])
+            x = to_tensor(renders.images[next(stream), top : top + 32, left : left + 32])
             x = x.to(memory_format=torch.channels_last)
             noise = torch.randn(len(x), 8, 8, 8, generator=generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
@@ -221,18 +223,18 @@ def train_vae(renders: Renders, settings: TrainCanvas) -> AutoencoderKL:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
     run.use_average()
     vae.eval()
-    spread = encode(vae, renders.images[:2000]).std().item()
+    spread = encode_renders(vae, renders.images[:2000]).std().item()
     vae.register_to_config(scaling_factor=1 / spread)
     return vae
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, size: int = 100) -> Tensor:
+def encode_renders(vae: AutoencoderKL, images: np.ndarray, size: int = 100) -> Tensor:
     """Posterior means of renders, unscaled: uint8 [N, S, S, 3] -> bfloat16 [N, 8, S/4, S/4]."""
     out = []
     for i in tqdm(range(0, len(images), size), desc="latents", mininterval=5, disable=len(images) < 5000):
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
-            x = pixels(images[i : i + size]).to(memory_format=torch.channels_last)
+            x = to_tensor(images[i : i + size]).to(memory_format=torch.channels_last)
             out.append(vae.encode(x, return_dict=False)[0].mean.bfloat16())
     return torch.cat(out)
 
@@ -274,7 +276,7 @@ def draw_captions(renders: Renders, index: np.ndarray, rng: random.Random) -> li
     return ["" if rng.random() < 0.1 else caption(c.objects, c.style, rng) for c in contents]
 
 
-def shown(renders: Renders, twice: Sequence[str]) -> np.ndarray:
+def training_indices(renders: Renders, twice: Sequence[str]) -> np.ndarray:
     """Indices of the renders to draw batches from: all, and once more those that show an object of `twice` (or none at
     all, where "none" is among them)."""
     again = np.isin(renders.objects, [OBJECTS.index(o) for o in twice if o != NONE]).any(1)
@@ -290,7 +292,7 @@ def _latents(renders: Renders, vae: AutoencoderKL, path: Path) -> Tensor:
         if len(latents) != len(renders.images):
             raise DataError(f"{path} holds {len(latents)} latents, expected {len(renders.images)}: delete it")
         return latents
-    latents = encode(vae, renders.images)
+    latents = encode_renders(vae, renders.images)
     tensor_file.save(path, "latents", {"latents": latents}, {})
     return latents
 
@@ -334,8 +336,8 @@ def _denoise(
     loss_of = torch.compile(denoiser_loss) if settings.compile else denoiser_loss
     alphas = build_scheduler().alphas_cumprod.float()
     cumulative = np.cumsum(time_weights().numpy())
-    order = shown(renders, settings.twice)
-    stream = batches(len(order), settings.batch, run.step, settings.seed + 1)
+    order = training_indices(renders, settings.twice)
+    stream = index_batches(len(order), settings.batch, run.step, settings.seed + 1)
     mean, started = None, time.monotonic()
     with tqdm(total=settings.steps, initial=run.step, desc="denoiser", mininterval=5) as bar:
         while run.step < settings.steps:

@@ -51,7 +51,7 @@ def collect(
     """
     from tqdm import tqdm
 
-    from neuraleraser.activations import activation_stream, described, write_shards
+    from neuraleraser.activations import activation_stream, stream_data, write_shards
     from neuraleraser.families.defaults import default_sampling
     from neuraleraser.prompts import default_prompts, label_prompts
     from neuraleraser.sites import Site
@@ -67,7 +67,7 @@ def collect(
     sampling = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size)
     settings = replace(settings, sampling=sampling)
     given = label_prompts(lines) if lines else default_prompts(pipe, num_images)
-    data = described(model, given.texts, settings) | {"sites": [str(s) for s in where], "labels": list(given.names)}
+    data = stream_data(model, given.texts, settings) | {"sites": [str(s) for s in where], "labels": list(given.names)}
     pool = activation_stream(pipe, given.texts, where, settings, given.labels)
     count = -(-num_images // sampling.batch_size)
     with tqdm(total=count, desc="activations", unit="shard") as bar:

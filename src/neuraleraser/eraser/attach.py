@@ -16,7 +16,7 @@ from neuraleraser.eraser.runtime import ErasureRuntime
 from neuraleraser.eraser.trace import Trace
 from neuraleraser.eraser.traces import OneTrace, Traces
 from neuraleraser.errors import DataError, SettingsError, SiteError
-from neuraleraser.sites import HookedEdits, components, denoisers, differs, is_denoiser
+from neuraleraser.sites import HookedEdits, components, denoisers, find_difference, is_denoiser
 
 MAX_STRENGTH = 2.0
 ACTIONS = ("erase", "detect", "refuse")
@@ -85,7 +85,7 @@ def _check_model(pipe: Any, e: Eraser) -> None:
     """SiteError for an eraser of another architecture than the pipeline's, a warning for one of other weights."""
     if e.header.made_for is None:
         return
-    what, how = differs(pipe, e.sites, e.header.made_for)
+    what, how = find_difference(pipe, e.sites, e.header.made_for)
     if what == "architecture":
         raise SiteError(
             f"the eraser of {e.name!r} is for another architecture ({how}): use it with the pipeline it was made for"

@@ -305,7 +305,7 @@ class SiteEdit:
             known = self.mask[1]
             if len(known) == len(opening) and known.device == opening.device:
                 return known
-        mask = torch.tensor(rows.counted(len(opening)), device=opening.device).to(opening).unsqueeze(1)
+        mask = torch.tensor(rows.rows_with_prompt(len(opening)), device=opening.device).to(opening).unsqueeze(1)
         if not torch.compiler.is_compiling():
             self.mask = rows, mask
         return mask

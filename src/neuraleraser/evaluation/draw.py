@@ -50,16 +50,19 @@ def draw(
         _draw_method(artist, m, protocol.cells[m.concept], settings.idle_checks, run)
     places = [(BASE, "", cells), (UNHOOKED, "", cells)]
     places += [(m.name, m.concept, protocol.cells[m.concept]) for m in methods]
-    return concat([_only(run.results(method, concept), part) for method, concept, part in places])
+    return concat([_rows_of_cells(run.results(method, concept), part) for method, concept, part in places])
 
 
-def _only(results: Results, cells: Sequence[Cell]) -> Results:
+def _rows_of_cells(results: Results, cells: Sequence[Cell]) -> Results:
+    """Return the rows whose cells are among these."""
     keys = {c.key for c in cells}
     return results.where(np.array([key[2:] in keys for key in results.keys()], dtype=bool))
 
 
 @dataclass(frozen=True)
 class _Batch:
+    """A batch of cells with their images, and which of them each method acted on."""
+
     cells: Sequence[Cell]
     images: Images
     acted: Sequence[frozenset[int] | None]
@@ -98,6 +101,7 @@ class _Artist:
                     bar.update(len(batch))
 
     def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], image: Images | None) -> _Batch:
+        """Generate the images of some cells inside these contexts."""
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UnseenRouteWarning)  # measured here on purpose
@@ -136,8 +140,9 @@ class _Artist:
 
 
 def _draw_base(artist: _Artist, methods: Sequence[Method], cells: Sequence[Cell], run: RunFolder) -> None:
+    """Generate the base images that are missing, while the methods watch."""
     done = run.done(BASE)
-    names, contexts = [_identity(m) for m in methods], [m.watched for m in methods]
+    names, contexts = [_identity_of(m) for m in methods], [m.watched for m in methods]
     for batch in artist.batches([c for c in cells if c.key not in done], contexts, "base", len(cells)):
         run.put_images(BASE, "", batch.cells, batch.images)
         n = len(batch.cells)
@@ -148,17 +153,19 @@ def _draw_base(artist: _Artist, methods: Sequence[Method], cells: Sequence[Cell]
 
 
 def _draw_unhooked(artist: _Artist, cells: Sequence[Cell], count: int, run: RunFolder) -> None:
-    sample = _sample(cells, count, UNHOOKED)
+    """Generate `count` of the base images once more with nothing attached, and compare."""
+    sample = _sample_cells(cells, count, UNHOOKED)
     done = run.done(UNHOOKED)
     for batch in artist.batches([c for c in sample if c.key not in done], [], "base, unhooked", len(sample)):
         run.put_images(UNHOOKED, "", batch.cells, batch.images)
-        n, same = len(batch.cells), _identical(batch, run)
+        n, same = len(batch.cells), _equal_to_base(batch, run)
         run.append(artist.rows(batch, method=[UNHOOKED] * n, compared=[True] * n, identical=same))
 
 
 def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int, run: RunFolder) -> None:
-    name, base = _identity(m), run.results(BASE)
-    watched, fired = (base.says(column, [name] * len(base)) for column in ("watched", "fired"))
+    """Generate the images in which a method may act, and `checks` of those in which it says that it does not."""
+    name, base = _identity_of(m), run.results(BASE)
+    watched, fired = (base.lists_name(column, [name] * len(base)) for column in ("watched", "fired"))
     idle_keys = {key[2:] for key, here in zip(base.keys(), watched & ~fired, strict=True) if here}
     idle = [c for c in cells if c.key in idle_keys]
     needed = [c for c in cells if c.key not in idle_keys]
@@ -166,7 +173,7 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
     size = artist.sampling.batch_size
     plain = [c for c in idle if c.route != START_IMAGE]
     filled = -(-(sum(c.route != START_IMAGE for c in needed) + checks) // size) * size
-    needed += _sample(plain, filled - sum(c.route != START_IMAGE for c in needed), name)
+    needed += _sample_cells(plain, filled - sum(c.route != START_IMAGE for c in needed), name)
     done = run.done(m.name, m.concept)
     todo = [c for c in needed if c.key not in done]
     for batch in artist.batches(todo, [m.applied], f"{m.name}, {m.concept}", len(needed)):
@@ -177,7 +184,7 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
             "watched": [[] if acted is None else [name]] * n,
             "fired": [[name] if acted and i in acted else [] for i in range(n)],
         }
-        run.append(artist.rows(batch, **own, **noted, compared=[True] * n, identical=_identical(batch, run)))
+        run.append(artist.rows(batch, **own, **noted, compared=[True] * n, identical=_equal_to_base(batch, run)))
     _copy_idle(m, cells, run)
 
 
@@ -187,17 +194,21 @@ def _copy_idle(m: Method, cells: Sequence[Cell], run: RunFolder) -> None:
     missing = {c.key for c in cells} - done
     rows = base.where(np.array([key[2:] in missing for key in base.keys()], dtype=bool))
     own = {"method": m.name, "concept": m.concept, "kind": m.kind, "method_key": m.key}
-    run.append(rows.with_columns(**own, watched=[_identity(m)], fired=[], compared=False, identical=True, seconds=0.0))
+    run.append(
+        rows.with_columns(**own, watched=[_identity_of(m)], fired=[], compared=False, identical=True, seconds=0.0)
+    )
 
 
-def _identical(batch: _Batch, run: RunFolder) -> list[bool]:
+def _equal_to_base(batch: _Batch, run: RunFolder) -> list[bool]:
+    """Tell for each image of the batch whether it has the bits of the base image."""
     return [np.array_equal(x, run.image(BASE, "", c)) for c, x in zip(batch.cells, batch.images, strict=True)]
 
 
-def _identity(m: Method) -> str:
+def _identity_of(m: Method) -> str:
+    """Return what `watched` and `fired` call a method."""
     return identity(m.name, m.concept, m.key)
 
 
-def _sample(cells: Sequence[Cell], count: int, salt: str) -> list[Cell]:
+def _sample_cells(cells: Sequence[Cell], count: int, salt: str) -> list[Cell]:
     """Return `count` of the cells, at random but always the same, whichever others there are."""
     return sorted(cells, key=lambda c: zlib.crc32(repr((salt, c.key)).encode()))[: max(count, 0)]

@@ -123,6 +123,7 @@ def _check_shape(methods: Sequence[Method]) -> None:
 
 
 def _check_methods(methods: Sequence[Method], judge: JudgeSpec) -> None:
+    """Raise SettingsError or ConceptError for methods that cannot be measured together, or by this judge."""
     if not methods:
         raise SettingsError("there are no methods to measure: pass at least one")
     places = [(m.name, m.concept) for m in methods]

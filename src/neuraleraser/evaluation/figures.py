@@ -121,10 +121,10 @@ def grid_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence
     pen = ImageDraw.Draw(sheet)
     for column, head in enumerate(heads):
         x = left + column * (tile + gap)
-        pen.text((x + tile // 2, top // 2), _words(head), fill=MUTED, font=font, anchor="mm")
+        pen.text((x + tile // 2, top // 2), _without_underscores(head), fill=MUTED, font=font, anchor="mm")
     for number, (label, images) in enumerate(rows):
         y = top + number * (tile + gap)
-        pen.text((gap, y + tile // 2), _words(label), fill=INK, font=font, anchor="lm")
+        pen.text((gap, y + tile // 2), _without_underscores(label), fill=INK, font=font, anchor="lm")
         for column, image in enumerate(images):
             sheet.paste(Image.fromarray(image), (left + column * (tile + gap), y))
     return np.asarray(sheet)
@@ -148,7 +148,7 @@ def contact_sheet(
     big, small = (ImageFont.load_default(size=max(9, round(tile * share))) for share in (0.15, 0.105))
     margin, gap, block_gap = tile // 4, max(2, tile // 32), tile // 6
     head, foot = round(tile * 0.32), round(tile * 0.1)
-    label_width = max(int(big.getlength(_words(label))) for label, _ in rows) + block_gap
+    label_width = max(int(big.getlength(_without_underscores(label))) for label, _ in rows) + block_gap
     block = 2 * tile + gap
     columns = max(len(pairs) for _, pairs in rows)
     width = 2 * margin + label_width + columns * (block + block_gap) - block_gap
@@ -161,21 +161,21 @@ def contact_sheet(
             pen.text((x + tile // 2, margin + head // 2), word, fill=MUTED, font=small, anchor="mm")
     for number, (label, pairs) in enumerate(rows):
         top = margin + head + number * (tile + foot)
-        pen.text((margin, top + tile // 2), _words(label), fill=INK, font=big, anchor="lm")
+        pen.text((margin, top + tile // 2), _without_underscores(label), fill=INK, font=big, anchor="lm")
         for column, pair in enumerate(pairs):
             left = margin + label_width + column * (block + block_gap)
-            sheet.paste(_fitted(pair.before, tile), (left, top))
-            sheet.paste(_fitted(pair.after, tile), (left + tile + gap, top))
+            sheet.paste(_fit_to_tile(pair.before, tile), (left, top))
+            sheet.paste(_fit_to_tile(pair.after, tile), (left + tile + gap, top))
     out = io.BytesIO()
     sheet.save(out, format="PNG", optimize=True)
     write_bytes(path, out.getvalue())
 
 
-def _words(name: str) -> str:
+def _without_underscores(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _fitted(image: np.ndarray, tile: int) -> Any:
+def _fit_to_tile(image: np.ndarray, tile: int) -> Any:
     """Return `image` as large as a square of `tile` pixels takes, on a plain ground."""
     from PIL import Image
 

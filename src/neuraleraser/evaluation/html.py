@@ -45,7 +45,11 @@ def page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"said": _said, "words": lambda name: name.replace("_", " "), "percent": _percent}
+    environment.filters |= {
+        "said": _setting_text,
+        "words": lambda name: name.replace("_", " "),
+        "percent": _scale_position,
+    }
     environment.tests["estimate"] = lambda figure: isinstance(figure, Estimate)
     tables = [(table.title, table.filled(report.erasures), table.rows(report.erasures)) for table in TABLES]
     concepts: dict[str, list[Any]] = {}
@@ -58,7 +62,7 @@ def page(report: Report) -> str:
         tables=[(title, columns, rows) for title, columns, rows in tables if columns],
         concepts=concepts,
         tiles=_tiles(report),
-        data=_data,
+        data=_data_url,
         difference=difference,
         value_of=value_of,
         gain=DIFFERENCE_GAIN,
@@ -66,6 +70,7 @@ def page(report: Report) -> str:
 
 
 def _tiles(report: Report) -> list[tuple[str, Number]]:
+    """Return the figures of the base and the judge that stand above the tables, with their labels."""
     judged = report.judge.get("figures", {})
     tiles: list[tuple[str, Number]] = [
         ("Base model, style as asked", report.base.get("style_accuracy")),
@@ -78,17 +83,17 @@ def _tiles(report: Report) -> list[tuple[str, Number]]:
     return [(label, figure) for label, figure in tiles if figure is not None]
 
 
-def _data(image: np.ndarray) -> str:
+def _data_url(image: np.ndarray) -> str:
     """Return an image as the address of a picture that lies in the page."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
 
 
-def _percent(value: float) -> str:
+def _scale_position(value: float) -> str:
     """Return where `value` lies on a drawn scale from 0 to 1, in per cent; what lies outside stands at its end."""
     return f"{100 * min(max(value, 0.0), 1.0):.1f}"
 
 
-def _said(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     """Return a setting as one line of text."""
     if isinstance(value, str):
         return value

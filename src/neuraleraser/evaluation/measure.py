@@ -10,7 +10,7 @@ import numpy as np
 from neuraleraser.errors import DataError
 from neuraleraser.evaluation import metrics
 from neuraleraser.evaluation.intervals import Estimate, proportion
-from neuraleraser.evaluation.metrics import PairedResults, pair_with_base, possible
+from neuraleraser.evaluation.metrics import PairedResults, estimate_or_none, pair_with_base
 from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
 from neuraleraser.evaluation.protocol import FRAGMENTS, GRID, HELD_OUT, HELD_OUT_GRID, IMAGE_TO_IMAGE, MAIN_GROUPS
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results
@@ -57,7 +57,9 @@ def measure(results: Results) -> Figures:
     places = [place for place in dict.fromkeys(names) if place[0] not in (BASE, UNHOOKED)]
     pairs = [pair_with_base(results, method, concept) for method, concept in places]
     return Figures(
-        base_figures(results), [_erasure(t) for t in pairs], [f for t in pairs for f in _faults(t)] + _unhooked(results)
+        base_figures(results),
+        [_erasure_figures(t) for t in pairs],
+        [f for t in pairs for f in _acted_unsaid(t)] + _unhooked_findings(results),
     )
 
 
@@ -84,14 +86,15 @@ def base_figures(results: Results) -> dict[str, Estimate | None]:
     return figures
 
 
-def _erasure(t: PairedResults) -> ErasureFigures:
-    main = _group(t, *MAIN_GROUPS)
-    figures = metrics.erasure(main)
-    figures["idle_identical"] = possible(metrics.idle_identical, t)  # of all groups
+def _erasure_figures(t: PairedResults) -> ErasureFigures:
+    """Return all figures of one erasure: of the main groups, of each other group, and the official ones."""
+    main = _rows_of_groups(t, *MAIN_GROUPS)
+    figures = metrics.erasure_metrics(main)
+    figures["idle_identical"] = estimate_or_none(metrics.idle_identical, t)  # of all groups
     for suffix, (group, wanted) in GROUP_FIGURES.items():
-        part = _group(t, group)
+        part = _rows_of_groups(t, group)
         if len(part):
-            figures |= {f"{name}_{suffix}": possible(metric, part) for name, metric in wanted.items()}
+            figures |= {f"{name}_{suffix}": estimate_or_none(metric, part) for name, metric in wanted.items()}
     for source, official in (("unlearncanvas", unlearncanvas), ("saeuron", saeuron)):
         figures |= {f"{source}_{name}": value for name, value in official(main).items()}
     try:
@@ -101,10 +104,10 @@ def _erasure(t: PairedResults) -> ErasureFigures:
     return ErasureFigures(t.method, t.concept, t.kind, figures, became)
 
 
-def _faults(t: PairedResults) -> list[Finding]:
+def _acted_unsaid(t: PairedResults) -> list[Finding]:
     """Images that differ from base although the method said, before or while it was drawn, that it did not act."""
     names, after = t.after.identities(), t.after
-    denies = after.says("watched", names) & ~after.says("fired", names)
+    denies = after.lists_name("watched", names) & ~after.lists_name("fired", names)
     rows = after.compared & (metrics.idle(t) | denies)
     wrong = rows & ~after.identical
     if not wrong.any():
@@ -118,7 +121,8 @@ def _faults(t: PairedResults) -> list[Finding]:
     return [Finding("error", text)]
 
 
-def _unhooked(results: Results) -> list[Finding]:
+def _unhooked_findings(results: Results) -> list[Finding]:
+    """Return an error where base images differ from those drawn with nothing attached."""
     unhooked = results.where(results.method == UNHOOKED)
     wrong = int((~unhooked.identical).sum())
     if not wrong:
@@ -130,7 +134,8 @@ def _unhooked(results: Results) -> list[Finding]:
     return [Finding("error", text)]
 
 
-def _group(t: PairedResults, *groups: str) -> PairedResults:
+def _rows_of_groups(t: PairedResults, *groups: str) -> PairedResults:
+    """Return the pairs whose cells are of these groups."""
     return t.where(np.isin(t.after.group, groups))
 
 

@@ -94,7 +94,7 @@ def is_target(results: Results, concept: str) -> np.ndarray:
     return asked | (results.cell_style == concept)
 
 
-def shows(results: Results, kind: str, concept: str) -> np.ndarray:
+def shows_concept(results: Results, kind: str, concept: str) -> np.ndarray:
     """Tell whether each image shows `concept`, a class of `kind`: bool [n]."""
     names, values = _domain(results, kind)
     return (values > _thresholds(results, names))[:, names.index(concept)]
@@ -106,15 +106,15 @@ def classes_right(results: Results, kind: str) -> np.ndarray:
     Only for the classes that the prompt asks for does that mean right.
     """
     names, values = _domain(results, kind)
-    count = _asked(results, kind).sum(1)[:, None]
+    count = _asked_classes(results, kind).sum(1)[:, None]
     ahead = [(values >= values[:, [i]]).sum(1) - 1 for i in range(len(names))]
     leads = np.stack(ahead, 1) < count if ahead else np.zeros_like(values, dtype=bool)
     return (values > _thresholds(results, names)) & leads
 
 
-def right(results: Results, kind: str) -> np.ndarray:
+def all_classes_right(results: Results, kind: str) -> np.ndarray:
     """Tell whether every class of the domain that is asked for is right; False if none is: bool [n]."""
-    asked = _asked(results, kind)
+    asked = _asked_classes(results, kind)
     return asked.any(axis=1) & np.all(classes_right(results, kind) | ~asked, axis=1)
 
 
@@ -127,13 +127,15 @@ def ua(t: PairedResults, *, seed: int = 0) -> Estimate:
     All images of `t` count, whether or not their prompt asks for the concept. Raises DataError if no base image shows
     the concept.
     """
-    shown = shows(t.base, t.kind, t.concept)
-    return proportion(~shows(t.after, t.kind, t.concept), shown, f"base images that show {t.concept!r} (ua)", seed)
+    shown = shows_concept(t.base, t.kind, t.concept)
+    return proportion(
+        ~shows_concept(t.after, t.kind, t.concept), shown, f"base images that show {t.concept!r} (ua)", seed
+    )
 
 
 def shown_share(t: PairedResults, *, seed: int = 0) -> Estimate:
     """Share of base images that show the concept. Raises DataError if there are no images."""
-    return proportion(shows(t.base, t.kind, t.concept), np.ones(len(t), dtype=bool), "images (shown)", seed)
+    return proportion(shows_concept(t.base, t.kind, t.concept), np.ones(len(t), dtype=bool), "images (shown)", seed)
 
 
 def ira(t: PairedResults, *, seed: int = 0) -> Estimate:
@@ -146,23 +148,23 @@ def ira(t: PairedResults, *, seed: int = 0) -> Estimate:
 
 def cra(t: PairedResults, *, seed: int = 0) -> Estimate:
     """Accuracy over the other domain, divided by the base's; target cells excluded. Raises DataError as `ira` does."""
-    return _accuracy_ratio(t, _other(t.kind), ~is_target(t.after, t.concept), "cra", seed)
+    return _accuracy_ratio(t, _other_kind(t.kind), ~is_target(t.after, t.concept), "cra", seed)
 
 
 def kept(t: PairedResults, *, seed: int = 0) -> Estimate:
     """Other-domain accuracy on the target cells, divided by the base's: the cat that was drawn in the erased style is
     still a cat. Images that become right offset those that no longer are. Raises DataError as `ira` does.
     """
-    return _accuracy_ratio(t, _other(t.kind), is_target(t.after, t.concept), "kept", seed)
+    return _accuracy_ratio(t, _other_kind(t.kind), is_target(t.after, t.concept), "kept", seed)
 
 
 def kept_still(t: PairedResults, *, seed: int = 0) -> Estimate:
     """Share, of the target cells right in the other domain in the base, of those that still are: no gain offsets a
     loss. Raises DataError if there are none.
     """
-    kind = _other(t.kind)
-    rows = is_target(t.after, t.concept) & _asks(t.base, kind) & right(t.base, kind)
-    return proportion(right(t.after, kind), rows, f"base images with the right {kind} (kept_still)", seed)
+    kind = _other_kind(t.kind)
+    rows = is_target(t.after, t.concept) & _asks_for_known(t.base, kind) & all_classes_right(t.base, kind)
+    return proportion(all_classes_right(t.after, kind), rows, f"base images with the right {kind} (kept_still)", seed)
 
 
 def two_objects(t: PairedResults) -> np.ndarray:
@@ -220,7 +222,7 @@ def unchanged_share(t: PairedResults, *, seed: int = 0) -> Estimate:
     An image is without the concept when its prompt does not ask for it and its base twin does not show it. Those in
     which the method said that it would not act count as identical. Raises DataError if there are no such images.
     """
-    without = _without(t)
+    without = _images_without(t)
     return proportion(t.after.identical, without, f"images without {t.concept!r} (unchanged_share)", seed)
 
 
@@ -228,14 +230,14 @@ def unchanged_compared(t: PairedResults, *, seed: int = 0) -> Estimate:
     """The same over those that were drawn with the method applied and compared. Images in which the method acts are all
     among them and the others a sample, so this is the lower of the two. Raises DataError if there are none.
     """
-    rows = _without(t) & t.after.compared
+    rows = _images_without(t) & t.after.compared
     return proportion(t.after.identical, rows, f"compared images without {t.concept!r} (unchanged_compared)", seed)
 
 
 def idle(t: PairedResults) -> np.ndarray:
     """Tell in which images the method said, of the base image, that it would not act: bool [n]."""
     names = t.after.identities()
-    return t.base.says("watched", names) & ~t.base.says("fired", names)
+    return t.base.lists_name("watched", names) & ~t.base.lists_name("fired", names)
 
 
 def idle_identical(t: PairedResults, *, seed: int = 0) -> Estimate:
@@ -254,15 +256,15 @@ def became(t: PairedResults, *, seed: int = 0) -> list[tuple[str, Estimate]]:
 
     Raises DataError if no base image shows the concept.
     """
-    there = shows(t.base, t.kind, t.concept)
+    there = shows_concept(t.base, t.kind, t.concept)
     after = t.after.where(there)
     names, values = _domain(after, t.kind)
     values = np.where(values > _thresholds(after, names), values, -1.0)
     if t.kind == "object":
-        values = np.where(_asked(after, "object"), -1.0, values)
+        values = np.where(_asked_classes(after, "object"), -1.0, values)
     best = values.argmax(axis=1)
     labels = np.array([*names, NO_CLASS], dtype=object)[np.where(values.max(axis=1) < 0, len(names), best)]
-    labels[shows(after, t.kind, t.concept)] = t.concept
+    labels[shows_concept(after, t.kind, t.concept)] = t.concept
     everything = np.ones(len(after), dtype=bool)
     what = f"base images that show {t.concept!r} (became)"
     seen = sorted(set(labels)) or [NO_CLASS]
@@ -288,14 +290,14 @@ METRICS: Mapping[str, Callable[..., Estimate]] = {
 """The metrics of one erasure by name."""
 
 
-def erasure(t: PairedResults, *, seed: int = 0) -> dict[str, Estimate | None]:
+def erasure_metrics(t: PairedResults, *, seed: int = 0) -> dict[str, Estimate | None]:
     """Return all metrics of one erasure by name; None where there is nothing to compare with: no prompt has the concept
     beside another, the base is right in none of a few cells, the judge measures no artefacts or knows one domain only.
     """
-    return {name: possible(metric, t, seed) for name, metric in METRICS.items()}
+    return {name: estimate_or_none(metric, t, seed) for name, metric in METRICS.items()}
 
 
-def possible(metric: Callable[..., Estimate], t: PairedResults, seed: int = 0) -> Estimate | None:
+def estimate_or_none(metric: Callable[..., Estimate], t: PairedResults, seed: int = 0) -> Estimate | None:
     """Return the metric, or None if there is nothing to compare with: one empty ratio must not cost the others."""
     try:
         return metric(t, seed=seed)
@@ -310,7 +312,12 @@ def accuracy(results: Results, kind: str, *, seed: int = 0) -> Estimate:
     """Share of right images among those that ask for a style (kind "style") or for objects (kind "object") that the
     judge knows. Raises DataError if no image asks for one.
     """
-    return proportion(right(results, kind), _asks(results, kind), f"images that ask for {_WITH_ARTICLE[kind]}", seed)
+    return proportion(
+        all_classes_right(results, kind),
+        _asks_for_known(results, kind),
+        f"images that ask for {_WITH_ARTICLE[kind]}",
+        seed,
+    )
 
 
 def accuracy_by_class(results: Results, kind: str, *, seed: int = 0) -> dict[str, Estimate]:
@@ -318,7 +325,7 @@ def accuracy_by_class(results: Results, kind: str, *, seed: int = 0) -> dict[str
 
     Beside a second object, an object is judged alone here; `accuracy` wants both.
     """
-    good, asked = classes_right(results, kind), _asked(results, kind)
+    good, asked = classes_right(results, kind), _asked_classes(results, kind)
     return {
         name: proportion(good[:, i], asked[:, i], f"images that ask for {name!r}", seed)
         for i, name in enumerate(results.judge.classes(kind))
@@ -332,7 +339,8 @@ def accuracy_by_class(results: Results, kind: str, *, seed: int = 0) -> dict[str
 _WITH_ARTICLE = {"style": "a style", "object": "an object"}
 
 
-def _other(kind: str) -> str:
+def _other_kind(kind: str) -> str:
+    """Return "object" for "style", and "style" for "object"."""
     return "object" if kind == "style" else "style"
 
 
@@ -346,39 +354,40 @@ def _thresholds(results: Results, names: tuple[str, ...]) -> np.ndarray:
     return np.array([results.judge.thresholds[name] for name in names], dtype=np.float32)
 
 
-def _asked(results: Results, kind: str) -> np.ndarray:
+def _asked_classes(results: Results, kind: str) -> np.ndarray:
     """Classes that each prompt asks for: bool [n, classes]."""
     asked = [(style,) for style in results.cell_style] if kind == "style" else results.cell_objects
     names = results.judge.classes(kind)
     return np.array([[name in some for name in names] for some in asked], dtype=bool).reshape(len(results), len(names))
 
 
-def _asks(results: Results, kind: str) -> np.ndarray:
+def _asks_for_known(results: Results, kind: str) -> np.ndarray:
     """Tell whether the prompt asks for something of the domain, all of which the judge knows: bool [n]."""
     asked = [(style,) if style else () for style in results.cell_style] if kind == "style" else results.cell_objects
     names = set(results.judge.classes(kind))
     return np.array([bool(some) and names.issuperset(some) for some in asked], dtype=bool)
 
 
-def _without(t: PairedResults) -> np.ndarray:
-    return ~is_target(t.after, t.concept) & ~shows(t.base, t.kind, t.concept)
+def _images_without(t: PairedResults) -> np.ndarray:
+    """Tell which images neither ask for the concept nor show it in the base: bool [n]."""
+    return ~is_target(t.after, t.concept) & ~shows_concept(t.base, t.kind, t.concept)
 
 
 def _bystanders(t: PairedResults) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """-> images with two objects, one of them erased; whether the other is right after, and in the base: bool [n]."""
 
-    def holds(results: Results) -> np.ndarray:
+    def other_is_right(results: Results) -> np.ndarray:
         names, values = _domain(results, "object")
-        stays = _asked(results, "object") & (np.array(names) != t.concept)
+        stays = _asked_classes(results, "object") & (np.array(names) != t.concept)
         values = np.where(np.array(names) == t.concept, -1, values)
         own = np.where(stays, values, -1).max(axis=1, initial=-1)
         others = np.where(stays, -1, values).max(axis=1, initial=-1)
         return ((values > _thresholds(results, names)) & stays).any(axis=1) & (own > others)
 
-    return two_objects(t), holds(t.after), holds(t.base)
+    return two_objects(t), other_is_right(t.after), other_is_right(t.base)
 
 
 def _accuracy_ratio(t: PairedResults, kind: str, rows: np.ndarray, name: str, seed: int) -> Estimate:
-    rows = rows & _asks(t.after, kind)
-    after, base = (right(results, kind) & rows for results in (t.after, t.base))
+    rows = rows & _asks_for_known(t.after, kind)
+    after, base = (all_classes_right(results, kind) & rows for results in (t.after, t.base))
     return ratio(after, base, rows, f"images that ask for {_WITH_ARTICLE[kind]}, erasing {t.concept!r} ({name})", seed)

@@ -26,7 +26,7 @@ def unlearncanvas(t: PairedResults, *, seed: int = 0) -> dict[str, Estimate | No
     concepts of the target's domain. CRA: accuracy in the other domain, over the whole answer set. Means are
     over images, which equals the mean over concepts in their balanced answer set. None where there are no images.
     """
-    styled = _styled(t.after) & _single(t.after)
+    styled = _has_style(t.after) & _has_one_object(t.after)
     target, other_domain = is_target(t.after, t.concept), "object" if t.kind == "style" else "style"
     return {
         "UA": _share(lambda: ~_top_right(t.after, t.kind), styled & target, "UnlearnCanvas UA", seed),
@@ -41,7 +41,7 @@ def saeuron(t: PairedResults, *, seed: int = 0) -> dict[str, Estimate | None]:
     For a style: UA and IRA as in UnlearnCanvas, but CRA from unstyled images alone. For an object: UA and IRA
     from styled and unstyled images together, CRA from all styled images. None where there are no images.
     """
-    styled, single = _styled(t.after), _single(t.after)
+    styled, single = _has_style(t.after), _has_one_object(t.after)
     target, other_domain = is_target(t.after, t.concept), "object" if t.kind == "style" else "style"
     in_domain, cross = (styled, ~styled) if t.kind == "style" else (np.ones_like(styled), styled)
     return {
@@ -51,11 +51,11 @@ def saeuron(t: PairedResults, *, seed: int = 0) -> dict[str, Estimate | None]:
     }
 
 
-def _styled(results: Results) -> np.ndarray:
+def _has_style(results: Results) -> np.ndarray:
     return ~np.isin(results.cell_style, ["", "Seed_Images"])
 
 
-def _single(results: Results) -> np.ndarray:
+def _has_one_object(results: Results) -> np.ndarray:
     return np.array([len(objects) == 1 for objects in results.cell_objects], dtype=bool)
 
 

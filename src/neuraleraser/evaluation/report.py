@@ -22,7 +22,7 @@ from neuraleraser.errors import DataError
 from neuraleraser.evaluation.figures import FeaturePanel, ImagePair, spaced_sample
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
-from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows
+from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows_concept
 from neuraleraser.evaluation.protocol import GRID, MAIN_GROUPS, EvaluationProtocol
 from neuraleraser.evaluation.results import Results
 from neuraleraser.evaluation.run_folder import RunFolder
@@ -136,10 +136,10 @@ class Report:
         return {
             "findings": [asdict(finding) for finding in self.findings],
             "base": _figures(self.base, "base"),
-            "judge": _plain(self.judge, "judge"),
-            "concepts": [_entry(entry) for entry in self.erasures],
-            "settings": _plain(self.settings, "settings"),
-            "versions": _plain(self.versions, "versions"),
+            "judge": _to_json(self.judge, "judge"),
+            "concepts": [_entry_json(entry) for entry in self.erasures],
+            "settings": _to_json(self.settings, "settings"),
+            "versions": _to_json(self.versions, "versions"),
         }
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
@@ -169,7 +169,7 @@ def report(
     entries = []
     for e in figures.erasures:
         entry = ErasureReport(e.method, e.concept, e.kind, e.figures, e.became)
-        entries.append(entry if e.concept in first else _illustrated(entry, e, results, run, protocol))
+        entries.append(entry if e.concept in first else _add_images(entry, e, results, run, protocol))
         first.add(e.concept)
     spec = run.judge
     return Report(
@@ -184,20 +184,24 @@ def report(
         },
         erasures=entries,
         findings=figures.findings,
-        settings=asdict(settings) | {"images in all": len(results), "images drawn": _drawn(results)},
+        settings=asdict(settings) | {"images in all": len(results), "images drawn": _count_images(results)},
         versions=versions(pipe),
     )
 
 
-def _drawn(results: Results) -> int:
+def _count_images(results: Results) -> int:
+    """Return how many images were generated: rows of images that were left alone have none."""
     return int(((results.method == "base") | results.compared).sum())
 
 
-def _illustrated(
+def _add_images(
     entry: ErasureReport, e: ErasureFigures, results: Results, run: RunFolder, protocol: EvaluationProtocol
 ) -> ErasureReport:
+    """Return the entry with pairs of images that show the concept, and pairs that do not."""
     t = pair_with_base(results, e.method, e.concept)
-    visible = shows(t.base, e.kind, e.concept) & is_target(t.after, e.concept) & np.isin(t.after.group, MAIN_GROUPS)
+    visible = (
+        shows_concept(t.base, e.kind, e.concept) & is_target(t.after, e.concept) & np.isin(t.after.group, MAIN_GROUPS)
+    )
     shown = {key[2:] for key in t.after.where(visible).keys()}
     cells = protocol.cells[e.concept]
     others = [c for c in cells if c.group == GRID and not c.asks_for(e.concept)]
@@ -245,7 +249,8 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _entry(entry: ErasureReport) -> dict[str, Any]:
+def _entry_json(entry: ErasureReport) -> dict[str, Any]:
+    """Return an entry as JSON. Raises DataError for a value that JSON has not."""
     where = f"{entry.method!r} on {entry.concept!r}"
     if entry.kind not in ("style", "object"):
         raise DataError(f"{where} has the kind {entry.kind!r}: expected 'style' or 'object'")
@@ -265,13 +270,13 @@ def _entry(entry: ErasureReport) -> dict[str, Any]:
 
 def _figures(figures: Mapping[str, Number], where: str) -> dict[str, Any]:
     """{name: value, ..., "ci": {name: [low, high]}, "ns": {name: images}}, every number finite."""
-    values = {name: _plain(value_of(figure), f"{where}.{name}") for name, figure in figures.items()}
+    values = {name: _to_json(value_of(figure), f"{where}.{name}") for name, figure in figures.items()}
     estimates = {name: figure for name, figure in figures.items() if isinstance(figure, Estimate)}
-    ci = {name: _plain([m.low, m.high], f"{where}.ci.{name}") for name, m in estimates.items()}
+    ci = {name: _to_json([m.low, m.high], f"{where}.ci.{name}") for name, m in estimates.items()}
     return values | {"ci": ci, "ns": {name: m.n for name, m in estimates.items()}}
 
 
-def _plain(value: Any, where: str) -> Any:
+def _to_json(value: Any, where: str) -> Any:
     """Return `value` as JSON knows it. Raises DataError for NaN and infinity, and for what is no plain data."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -284,8 +289,8 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): _to_json(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, Sequence | set | frozenset):
         items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(items)]
+        return [_to_json(item, f"{where}[{i}]") for i, item in enumerate(items)]
     raise DataError(f"the report's {where} is a {type(value).__name__}: expected numbers, text, lists or mappings")

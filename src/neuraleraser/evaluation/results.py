@@ -119,7 +119,7 @@ class Results:
         pa, _ = _arrow()
         plain = [{f.name: getattr(row, f.name) for f in fields(Row)} for row in rows]
         try:
-            return _checked(cls(judge, pa.Table.from_pylist(plain, schema=_schema(pa))))
+            return _validate(cls(judge, pa.Table.from_pylist(plain, schema=_schema(pa))))
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"rows of results do not hold what their columns take ({error})") from error
 
@@ -164,34 +164,42 @@ class Results:
 
     @cached_property
     def method(self) -> np.ndarray:
+        """Names of the methods: object [n]."""
         return self._objects("method")
 
     @cached_property
     def concept(self) -> np.ndarray:
+        """Concepts that were erased, "" for the base: object [n]."""
         return self._objects("concept")
 
     @cached_property
     def kind(self) -> np.ndarray:
+        """Kinds of these concepts, "" for the base: object [n]."""
         return self._objects("kind")
 
     @cached_property
     def group(self) -> np.ndarray:
+        """Groups of the cells: object [n]."""
         return self._objects("group")
 
     @cached_property
     def prompt(self) -> np.ndarray:
+        """Prompts: object [n]."""
         return self._objects("prompt")
 
     @cached_property
     def seed(self) -> np.ndarray:
+        """Seeds: int64 [n]."""
         return self.table["seed"].to_numpy()
 
     @cached_property
     def cell_style(self) -> np.ndarray:
+        """Styles that the prompts ask for: object [n]."""
         return self._objects("cell_style")
 
     @cached_property
     def cell_objects(self) -> list[tuple[str, ...]]:
+        """Objects that the prompts ask for."""
         return [tuple(names) for names in self.table["cell_objects"].to_pylist()]
 
     @cached_property
@@ -211,13 +219,15 @@ class Results:
 
     @cached_property
     def compared(self) -> np.ndarray:
+        """Tells which images were compared with the base: bool [n]."""
         return self.table["compared"].to_numpy(zero_copy_only=False)
 
     @cached_property
     def identical(self) -> np.ndarray:
+        """Tells which images have the bits of the base: bool [n]."""
         return self.table["identical"].to_numpy(zero_copy_only=False)
 
-    def says(self, column: str, names: Sequence[str]) -> np.ndarray:
+    def lists_name(self, column: str, names: Sequence[str]) -> np.ndarray:
         """Tell for each row whether its list `column` holds its own one of `names` [n]: bool [n]."""
         return np.array([n in some for n, some in zip(names, self.table[column].to_pylist(), strict=True)], dtype=bool)
 
@@ -230,7 +240,9 @@ class Results:
         return np.array(self.table[name].to_pylist(), dtype=object)
 
     def _matrix(self, name: str, width: int) -> np.ndarray:
-        return np.asarray(_compute().list_flatten(self.table[name]).to_numpy(), np.float32).reshape(len(self), width)
+        return np.asarray(_arrow_compute().list_flatten(self.table[name]).to_numpy(), np.float32).reshape(
+            len(self), width
+        )
 
 
 def concat(tables: Sequence[Results]) -> Results:
@@ -247,7 +259,7 @@ def concat(tables: Sequence[Results]) -> Results:
                 f"table {number} was read by a judge with other classes or thresholds than table 0: results of "
                 "different judges do not go in one table"
             )
-    return _checked(replace(tables[0], table=pa.concat_tables([t.table for t in tables])))
+    return _validate(replace(tables[0], table=pa.concat_tables([t.table for t in tables])))
 
 
 def part_folder(folder: Path, method: str, concept: str) -> Path:
@@ -276,13 +288,14 @@ def load_part(path: Path, judge: JudgeSpec, method: str, concept: str) -> Result
         if table.schema != schema:
             found = [f"{field.name}: {field.type}" for field in table.schema]
             raise FileError(f"{path} has the columns {found}: expected those of results of version {VERSION}")
-        return _checked(Results(judge, table))
+        return _validate(Results(judge, table))
     except (pa.ArrowException, OSError, DataError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise FileError(f"{path} is not a whole part of results ({reason}): delete it and evaluate again") from error
 
 
 def _check_head(path: Path, metadata: Mapping[bytes, bytes], judge: JudgeSpec) -> None:
+    """Raise FileError unless a file holds results of this version, read by this judge."""
     try:
         head = json.loads(metadata.get(_META, b"{}"))
         kind, version = (head.get("kind"), head.get("version")) if isinstance(head, dict) else (None, None)
@@ -302,7 +315,7 @@ def _arrow() -> tuple[Any, Any]:
     return import_module("pyarrow"), parquet
 
 
-def _compute() -> Any:
+def _arrow_compute() -> Any:
     import pyarrow.compute
 
     return pyarrow.compute
@@ -316,9 +329,9 @@ def _schema(pa: Any) -> Any:
     return pa.schema([(f.name, types[f.name]) for f in fields(Row)])
 
 
-def _checked(results: Results) -> Results:
+def _validate(results: Results) -> Results:
     """Return `results` itself, once every value is one that a metric can count."""
-    pc, table, judge = _compute(), results.table, results.judge
+    pc, table, judge = _arrow_compute(), results.table, results.judge
 
     def refuse(bad: np.ndarray, column: str, expected: str) -> None:
         if bad.any():

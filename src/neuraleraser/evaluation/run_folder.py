@@ -82,6 +82,7 @@ class RunFolder:
         return sorted(part_folder(self.folder / "results", *place).glob("part-*.parquet"))
 
     def _read_part(self, path: Path, place: Place) -> Results | None:
+        """Read a part; None where it is damaged or lacks images, which are then generated again."""
         try:
             part = load_part(path, self.judge, *place)
         except FileError as error:

@@ -23,6 +23,7 @@ def terminal_tables(report: Report) -> str:
 
 
 def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
+    """Return a table as text: value, interval and n of each figure, one below the other."""
     columns = table.filled(entries)
     if not columns:
         return ""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from neuraleraser.activations import activation_stream, described, write_shards
+from neuraleraser.activations import activation_stream, stream_data, write_shards
 from neuraleraser.concepts import Concept
 from neuraleraser.eraser import Provenance, check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
@@ -156,7 +156,7 @@ def make_reference(
     labels = torch.tensor([[name in of for name in names] for _, of in shown], dtype=torch.uint8)
     texts = [prompt for prompt, _ in shown]
     stream = StreamSettings(together, per_image, num_images, buffer_chunks=16, group_size=together, reuse=1, sampling=s)
-    data = described(model_name(pipe), texts, stream) | {"site": str(site), "labels": names}
+    data = stream_data(model_name(pipe), texts, stream) | {"site": str(site), "labels": names}
     count = -(-num_images // s.batch_size)
     pool = activation_stream(pipe, texts, [site], stream, labels)
     shards = write_shards(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from neuraleraser.activations import Shards, activation_stream, described
+from neuraleraser.activations import Shards, activation_stream, stream_data
 from neuraleraser.errors import DataError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.io.outputs import save_or_keep
@@ -80,7 +80,7 @@ def drawn_data(
     if labelled and prompts.labels is None:
         raise DataError("no prompt says what it shows, and labels are needed: write it after a tab, by commas")
     names = list(prompts.names) if labelled else []
-    description = described(model, prompts.texts, stream) | {"labels": names}
+    description = stream_data(model, prompts.texts, stream) | {"labels": names}
     labels = prompts.labels if labelled else None
     return TrainingData(activation_stream(pipe, prompts.texts, sites, stream, labels), description, names)
 

@@ -5,7 +5,7 @@ are CLIP, which tells a concept from its neighbours by their names; UnlearnCanva
 and NudeNet's detector.
 """
 
-from neuraleraser.judges.clip import CLIP, MIN_ACCURACY, MIN_IMAGES, NO_CONCEPT, Clip, ClipJudge, sentence
+from neuraleraser.judges.clip import CLIP, MIN_ACCURACY, MIN_IMAGES, NO_CONCEPT, Clip, ClipJudge, clip_sentence
 from neuraleraser.judges.judgement import Judge, Judgement, JudgeSpec, check
 from neuraleraser.judges.nudenet import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge
 from neuraleraser.judges.unlearncanvas import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge
@@ -27,5 +27,5 @@ __all__ = [
     "NudeNetJudge",
     "UnlearnCanvasJudge",
     "check",
-    "sentence",
+    "clip_sentence",
 ]

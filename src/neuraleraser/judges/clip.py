@@ -53,7 +53,7 @@ class ClipJudge:
         self.thresholds = dict.fromkeys(own, 0.5)
         self.margin_thresholds = np.array(thresholds, np.float64)
         self.figures: dict[str, Any] = {}
-        self._clip, self._texts = clip, [sentence(name, kind) for name in own]
+        self._clip, self._texts = clip, [clip_sentence(name, kind) for name in own]
 
     @classmethod
     def calibrate(
@@ -103,7 +103,7 @@ class ClipJudge:
         fitted = {name: m[::2] for name, m in margins.items()}
         judge.margin_thresholds = np.array(
             [
-                _cut(fitted[name][:, k], [m[:, k] for n, m in fitted.items() if n != name])
+                _best_threshold(fitted[name][:, k], [m[:, k] for n, m in fitted.items() if n != name])
                 for k, name in enumerate(names)
             ]
         )
@@ -154,7 +154,7 @@ class ClipJudge:
         return logits - np.stack(others, 1)
 
 
-def sentence(name: str, kind: str) -> str:
+def clip_sentence(name: str, kind: str) -> str:
     """Return the sentence that CLIP compares an image with."""
     phrase = " ".join(name.replace("_", " ").split())
     if kind == "style":
@@ -196,7 +196,7 @@ class Clip:
         return np.concatenate(out)
 
 
-def _cut(own: NDArray[np.float64], others: Sequence[NDArray[np.float64]]) -> float:
+def _best_threshold(own: NDArray[np.float64], others: Sequence[NDArray[np.float64]]) -> float:
     """The threshold with the best balanced accuracy against the worst of `others`; of equals the widest gap's."""
     every = np.unique(np.concatenate([own, *others]))
     cuts = (every[1:] + every[:-1]) / 2

@@ -107,7 +107,7 @@ class UnlearnCanvasJudge:
         heads = ((style, cls.styles, "style50.pth"), (object, cls.objects, "style50_cls.pth"))
         return cls(
             *(
-                Vit(_weights(Path(path), len(names), usual, VIT_LARGE), VIT_LARGE, device)
+                Vit(_load_weights(Path(path), len(names), usual, VIT_LARGE), VIT_LARGE, device)
                 for path, names, usual in heads
             )
         )
@@ -157,7 +157,7 @@ class Vit:
         """uint8 [N, H, W, 3] -> probabilities [N, outputs], float32."""
         out = [np.zeros((0, self.outputs), np.float32)]
         for start in range(0, len(images), batch):
-            pixels = prepare(images[start : start + batch], self.side).to(self.device)
+            pixels = prepare_images(images[start : start + batch], self.side).to(self.device)
             out.append(self.model(pixels).logits.softmax(1).cpu().numpy())
         return np.concatenate(out)
 
@@ -196,7 +196,7 @@ def transformers_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def prepare(images: NDArray[np.uint8], side: int) -> Tensor:
+def prepare_images(images: NDArray[np.uint8], side: int) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, side, side] in -1..1.
 
     Resized without keeping the ratio, by Pillow's bilinear filter: what torchvision's Resize does to a Pillow image.
@@ -205,7 +205,7 @@ def prepare(images: NDArray[np.uint8], side: int) -> Tensor:
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5).contiguous()
 
 
-def layout(shape: Shape, outputs: int) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(shape: Shape, outputs: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of such a classifier."""
     d, hidden, positions = shape.width, 4 * shape.width, (shape.side // shape.patch) ** 2 + 1
     sizes: dict[str, tuple[int, ...]] = {
@@ -223,7 +223,7 @@ def layout(shape: Shape, outputs: int) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def _weights(path: Path, outputs: int, usual: str, shape: Shape) -> dict[str, Tensor]:
+def _load_weights(path: Path, outputs: int, usual: str, shape: Shape) -> dict[str, Tensor]:
     """The classifier's tensors in float32, once all of them, and no others, are there in the right shapes."""
     hint = f"pass the benchmark's {usual}, which has {outputs} outputs"
     if path.suffix == ".safetensors":
@@ -234,7 +234,7 @@ def _weights(path: Path, outputs: int, usual: str, shape: Shape) -> dict[str, Te
         state = state.get("model_state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise FileError(f"{path} holds no state dict of a classifier: {hint}")
-    wanted = layout(shape, outputs)
+    wanted = tensor_shapes(shape, outputs)
     lacking, foreign = [name for name in wanted if name not in state], [name for name in state if name not in wanted]
     if lacking or foreign:
         what = f"lacks {lacking[0]!r}" if lacking else f"has {str(foreign[0])[:60]!r}"

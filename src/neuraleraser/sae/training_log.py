@@ -43,6 +43,7 @@ class TrainingLog:
                     self._board.add_scalar(name, value, log.step)
 
     def _begin(self, step: int) -> None:
+        """Open the files, and drop lines of this step and later ones, which come again."""
         self._started = True
         if self.folder is not None:
             from torch.utils.tensorboard import SummaryWriter

@@ -30,12 +30,12 @@ from neuraleraser.sites.discovery import (
 )
 from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record, remove_copied_hooks
-from neuraleraser.sites.fingerprint import Fingerprint, differs, made_for
+from neuraleraser.sites.fingerprint import Fingerprint, find_difference, made_for
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
 from neuraleraser.sites.routes import PROMPT_ROUTES, ROUTES
-from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, drawing, match_rows
-from neuraleraser.sites.schedulers import noised, scheduler_steps
+from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, generating_batch, match_rows
+from neuraleraser.sites.schedulers import input_and_target, scheduler_steps
 
 __all__ = [
     "PROMPT_ROUTES",
@@ -61,14 +61,14 @@ __all__ = [
     "denoiser",
     "denoiser_calls",
     "denoisers",
-    "differs",
-    "drawing",
     "edit",
     "edits_for",
+    "find_difference",
+    "generating_batch",
+    "input_and_target",
     "is_denoiser",
     "made_for",
     "match_rows",
-    "noised",
     "record",
     "remove_copied_hooks",
     "replay",

@@ -48,21 +48,22 @@ def find_caller() -> Caller | None:
                 if frame.f_code.co_name == "__call__":
                     break
         frame = frame.f_back
-    return None if pipeline is None else Caller(pipeline, _facts(pipeline, variables), variables)
+    return None if pipeline is None else Caller(pipeline, _call_facts(pipeline, variables), variables)
 
 
-def _facts(pipeline: DiffusionPipeline, variables: dict[str, Any]) -> CallFacts:
+def _call_facts(pipeline: DiffusionPipeline, variables: dict[str, Any]) -> CallFacts:
+    """Return what the local variables of a pipeline's call say about its batch."""
     images = next((len(variables[n]) for n in _LATENTS if isinstance(variables.get(n), Tensor)), None)
     prompt, negative = variables.get("prompt_embeds"), variables.get("negative_prompt_embeds")
     return CallFacts(
         images=images,
         prompt_text=prompt if isinstance(prompt, Tensor) else None,
         negative_text=negative if isinstance(negative, Tensor) else None,
-        guidance=_guidance(pipeline, variables),
+        guidance=_read_guidance_scale(pipeline, variables),
     )
 
 
-def _guidance(pipeline: DiffusionPipeline, variables: dict[str, Any]) -> float | None:
+def _read_guidance_scale(pipeline: DiffusionPipeline, variables: dict[str, Any]) -> float | None:
     """Return the scale of classifier-free guidance; not the distilled one, where there are both."""
     for name in known_names(lambda family: family.guidance_names):
         if isinstance(variables.get(name), (int, float)):

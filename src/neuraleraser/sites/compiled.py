@@ -38,7 +38,7 @@ class GuardedCall:
         return output
 
 
-def guard(held: nn.Module, hooks: ComponentHooks) -> None:
+def add_boundary(held: nn.Module, hooks: ComponentHooks) -> None:
     """Put a boundary for `hooks` around a component, as its pipeline holds it, where it is compiled."""
     root = unwrap(held)
     if held is not root:  # torch.compile(module)
@@ -47,7 +47,7 @@ def guard(held: nn.Module, hooks: ComponentHooks) -> None:
         _insert(root, "_compiled_call_impl", root, hooks)
 
 
-def unguard(held: nn.Module, hooks: ComponentHooks) -> None:
+def remove_boundary(held: nn.Module, hooks: ComponentHooks) -> None:
     """Take the boundary for `hooks` off again."""
     root = unwrap(held)
     if held is not root:
@@ -56,6 +56,7 @@ def unguard(held: nn.Module, hooks: ComponentHooks) -> None:
 
 
 def _insert(owner: nn.Module, name: str, root: nn.Module, hooks: ComponentHooks) -> None:
+    """Add `hooks` to the guarded call at attribute `name`, which is made if it is not there."""
     call = getattr(owner, name)
     if not isinstance(call, GuardedCall):
         call = GuardedCall(root, call)

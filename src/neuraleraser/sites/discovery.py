@@ -49,7 +49,7 @@ def candidate_sites(pipe: Any) -> list[Site]:
         paths = [
             f"{part}.{path}"
             for part in ("down_blocks", "mid_block", "up_blocks")
-            for path, module in _parts(getattr(root, part, None) or nn.Module())
+            for path, module in _unwrapped_modules(getattr(root, part, None) or nn.Module())
             if type(module).__name__ == "Transformer2DModel"
         ]
     else:
@@ -85,7 +85,7 @@ def cross_attention_sites(pipe: Any) -> list[Site]:
     return [
         Site(f"{block.path}.{path}")
         for block in candidate_sites(pipe)
-        for path, module in _parts(resolve(pipe, block))
+        for path, module in _unwrapped_modules(resolve(pipe, block))
         if getattr(module, "is_cross_attention", False)  # of diffusers' Attention
     ]
 
@@ -127,7 +127,7 @@ def text_encoder_sites(pipe: Any) -> list[Site]:
         Site(f"{name}.{path}.{i}")
         for name, part in components(pipe).items()
         if is_text_encoder(name)
-        for path, layers in _layers(unwrap(part))
+        for path, layers in _layer_lists(unwrap(part))
         for i in range(len(layers))
     ]
 
@@ -140,18 +140,18 @@ def _reads_text_apart(block: nn.Module) -> bool:
     return "encoder_hidden_states" in forward_arguments(block) and not is_one_of(block, together)
 
 
-def _parts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _unwrapped_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield `named_modules` without the wrappers of torch.compile, whose names no site has."""
     for path, module in root.named_modules():
         if unwrap(module) is module:
             yield ".".join(name for name in path.split(".") if name != "_orig_mod"), module
 
 
-def _layers(encoder: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+def _layer_lists(encoder: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """Return CLIP's and Gemma's `layers`, T5's `block`: the first such list, which holds all others."""
     found = [
         (path, module)
-        for path, module in _parts(encoder)
+        for path, module in _unwrapped_modules(encoder)
         if isinstance(module, nn.ModuleList) and path.rpartition(".")[2] in ("layers", "block")
     ]
     return found[:1]

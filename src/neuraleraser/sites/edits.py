@@ -149,7 +149,7 @@ class HookedEdits(Generic[F]):
         for name, hooks in self.components.items():
             hooks.active = False
             if name in held:
-                compiled.unguard(held[name], hooks)
+                compiled.remove_boundary(held[name], hooks)
 
 
 def remove_copied_hooks(pipe: Any) -> None:

@@ -65,11 +65,11 @@ def made_for(pipe: Any, sites: Sequence[Site]) -> Fingerprint:
     component = resolve(pipe, Site(name))
     known = {_key(path): p for path, p in _weights(component)}
     chosen = {key: known[key] for key in sorted(known)[:_TENSORS]}
-    values = {key: tuple(float(f"{v:.4g}") for v in _values(p)) for key, p in chosen.items() if _readable(p)}
+    values = {key: tuple(float(f"{v:.4g}") for v in _sample_values(p)) for key, p in chosen.items() if _is_readable(p)}
     return Fingerprint(name, type(component).__name__, _shapes(pipe, sites), values)
 
 
-def differs(pipe: Any, sites: Sequence[Site], made: Fingerprint) -> tuple[str, str]:
+def find_difference(pipe: Any, sites: Sequence[Site], made: Fingerprint) -> tuple[str, str]:
     """Return how the pipeline differs from the one that `made` is of.
 
     ("architecture", what), ("weights", what) or ("", "").
@@ -85,9 +85,9 @@ def differs(pipe: Any, sites: Sequence[Site], made: Fingerprint) -> tuple[str, s
     if made.shapes not in ("", _shapes(pipe, sites)):
         return "architecture", "the weights at its sites have other shapes"
     pairs = [
-        (made.weights[key], _values(p))
+        (made.weights[key], _sample_values(p))
         for path, p in _weights(component)
-        if (key := _key(path)) in made.weights and _readable(p)
+        if (key := _key(path)) in made.weights and _is_readable(p)
     ]
     if len(pairs) < max(1, min(_MIN_TENSORS, len(made.weights))):
         return "", ""
@@ -114,12 +114,12 @@ def _are_values(known: Any) -> bool:
     return are_numbers(known) and len(known) == _EACH
 
 
-def _readable(p: Tensor) -> bool:
+def _is_readable(p: Tensor) -> bool:
     plain = type(p.data) is torch.Tensor  # a subclass is packed
     return plain and p.is_floating_point() and not p.is_meta and p.numel() >= _EACH
 
 
-def _values(p: Tensor) -> list[float]:
+def _sample_values(p: Tensor) -> list[float]:
     """Values at places spread over the tensor, whatever its strides."""
     flat = np.linspace(0, p.numel() - 1, _EACH + 2).astype(np.int64)[1:-1] if p.numel() > _EACH else np.arange(_EACH)
     at = tuple(torch.from_numpy(axis).to(p.device) for axis in np.unravel_index(flat, p.shape))

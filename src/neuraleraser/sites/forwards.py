@@ -221,6 +221,7 @@ class ComponentHooks:
         return thread.outside
 
     def _image_tokens(self, latents: Any) -> int | None:
+        """Return how many positions the latents have in the blocks; None if that is not known."""
         if self.patch is None or not isinstance(latents, Tensor):
             return None
         if latents.ndim == 3:

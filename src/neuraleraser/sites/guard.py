@@ -136,14 +136,14 @@ class CallGuard(Generic[F, C]):
             return Rows(size)
         schedule = getattr(caller.pipeline if caller else self.pipeline.get(), "scheduler", None)
         rows = self._rows(thread, caller, size, hooks.argument("encoder_hidden_states", args, kwargs))
-        self._follow(thread, caller, getattr(schedule, "timesteps", None), rows)
+        self._begin_if_new(thread, caller, getattr(schedule, "timesteps", None), rows)
         if hooks.name not in thread.checked:
             check_caches(hooks.name, module)
             thread.checked.add(hooks.name)
         self.observer.on_forward_start(thread.state, rows)
         return rows
 
-    def _follow(self, thread: _ThreadCall, caller: Caller | None, schedule: Any, rows: Rows) -> None:
+    def _begin_if_new(self, thread: _ThreadCall, caller: Caller | None, schedule: Any, rows: Rows) -> None:
         """Begin a new call where this forward belongs to none that is known."""
         pipeline, last = caller.pipeline if caller else None, thread.identity
         over = thread.decoded and pipeline is None
@@ -162,6 +162,7 @@ class CallGuard(Generic[F, C]):
         thread.identity = identity
 
     def _rows(self, thread: _ThreadCall, caller: Caller | None, size: int, text: Any) -> Rows:
+        """Return the rows of this forward, decoded once for each text."""
         facts = caller.facts if caller else CallFacts()
         text = text if isinstance(text, Tensor) else None
         tensors = (text, facts.prompt_text, facts.negative_text)
@@ -231,7 +232,7 @@ class CallGuard(Generic[F, C]):
         held = components(pipe)
         for name, hooks in self.components.items():
             module = held.get(name)
-            if module is None or not _carries(unwrap(module), hooks):
+            if module is None or not _has_hooks(unwrap(module), hooks):
                 if hooks.sites or hooks.timestep_index is not None:
                     sites = ", ".join(hooks.sites)
                     raise EraserNotAppliedError(
@@ -239,7 +240,7 @@ class CallGuard(Generic[F, C]):
                         "again."
                     )
                 continue
-            compiled.guard(module, hooks)
+            compiled.add_boundary(module, hooks)
 
     def check(self, pipe: Any) -> None:
         """Raise what could not be raised earlier, at the end of an attachment."""
@@ -256,7 +257,7 @@ class CallGuard(Generic[F, C]):
             self._decode(thread, None)
 
 
-def _carries(module: nn.Module, hooks: ComponentHooks) -> bool:
+def _has_hooks(module: nn.Module, hooks: ComponentHooks) -> bool:
     """Return True if the module has these hooks."""
     return any(getattr(hook, "__self__", None) is hooks for hook in module._forward_pre_hooks.values())
 
@@ -283,7 +284,7 @@ class PipelineGuard:
 
 def join_pipeline(pipe: Any, guard: CallGuard[Any, Any]) -> None:
     """Add a guard to those of the pipeline object."""
-    shadow = _shadow(pipe)
+    shadow = _pipeline_guard(pipe)
     if shadow is None:
         shadow = PipelineGuard(pipe)
         vars(pipe)["progress_bar"] = shadow.progress_bar
@@ -293,7 +294,7 @@ def join_pipeline(pipe: Any, guard: CallGuard[Any, Any]) -> None:
 
 def leave_pipeline(pipe: Any, guard: CallGuard[Any, Any]) -> None:
     """Take a guard off the pipeline object; with the last one, its own method is back."""
-    shadow = _shadow(pipe)
+    shadow = _pipeline_guard(pipe)
     if shadow is not None and guard in shadow.guards:
         shadow.guards.remove(guard)
         if not shadow.guards:
@@ -302,6 +303,7 @@ def leave_pipeline(pipe: Any, guard: CallGuard[Any, Any]) -> None:
                 vars(pipe)["progress_bar"] = shadow.plain
 
 
-def _shadow(pipe: Any) -> PipelineGuard | None:
+def _pipeline_guard(pipe: Any) -> PipelineGuard | None:
+    """Return the guard of this pipeline, None if it has none."""
     owner = getattr(vars(pipe).get("progress_bar"), "__self__", None)
     return owner if isinstance(owner, PipelineGuard) else None

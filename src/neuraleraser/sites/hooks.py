@@ -44,9 +44,11 @@ class SiteHook:
 
         def read_chunks(site: Site, tokens: int) -> list[Tensor]:
             parts = self._outputs_by_chunk(site, module, args, kwargs, tokens)
-            return [self._read(site, forward, args, kwargs, part) for part in parts]
+            return [self._read_tap(site, forward, args, kwargs, part) for part in parts]
 
-        changes = self._run_edits(forward, lambda site: self._read(site, forward, args, kwargs, output), read_chunks)
+        changes = self._run_edits(
+            forward, lambda site: self._read_tap(site, forward, args, kwargs, output), read_chunks
+        )
         if not changes:
             return None
         for stream, change in changes:
@@ -127,9 +129,9 @@ class SiteHook:
             )
             change = edit(x, context)
             if change is None:
-                self._probe(forward, x)
+                self._probe_nonfinite(forward, x)
             elif change.delta is None:
-                self._probe(forward, x if change.nonfinite_probe is None else change.nonfinite_probe)
+                self._probe_nonfinite(forward, x if change.nonfinite_probe is None else change.nonfinite_probe)
             elif change.delta.shape != x.shape:
                 raise EraserNotAppliedError(
                     f"{site}: the edit returned {list(change.delta.shape)}, expected {list(x.shape)}."
@@ -160,15 +162,17 @@ class SiteHook:
         assert change.delta is not None
         new = add_keeping_bits(old, change.delta, change.owned)
         # NaN read or added ends in new
-        self._probe(forward, new if change.nonfinite_probe is None else change.nonfinite_probe)
+        self._probe_nonfinite(forward, new if change.nonfinite_probe is None else change.nonfinite_probe)
         return new
 
-    def _probe(self, forward: Forward, x: Tensor) -> None:
+    def _probe_nonfinite(self, forward: Forward, x: Tensor) -> None:
         # 0 * sum is 0, or NaN once a value is NaN or infinite: one reduction, and no answer is waited for
         found, before = x.detach().sum(dtype=torch.float32) * 0, forward.probes[self.number]
         forward.probes[self.number] = found if before is None else before.to(found.device) + found
 
-    def _read(self, site: Site, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    def _read_tap(
+        self, site: Site, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Tensor:
         """Return the tap's value, [B, positions, d]."""
         after = self._stream(output, site.stream)
         if site.tap == "output":
@@ -193,6 +197,7 @@ class SiteHook:
         return x
 
     def _stream(self, output: Any, stream: str) -> Tensor:
+        """Return the image's or the text's part of a block's output."""
         if self.text_first:
             part = output[0 if stream == "text" else 1]
         elif isinstance(output, dict):

@@ -62,7 +62,7 @@ def resolve(pipe: Any, site: Site) -> nn.Module:
     for depth, name in enumerate(names):
         found = children.get(name)
         if found is None:
-            near = [".".join([*names[:depth], other]) for other in _nearest(name, list(children))]
+            near = [".".join([*names[:depth], other]) for other in _similar_names(name, list(children))]
             raise SiteError(
                 f"{site}: {type(pipe).__name__} has no module {'.'.join(names[: depth + 1])!r}; "
                 + (f"the nearest are {', '.join(near)}." if near else f"{type(owner).__name__} has no parts.")
@@ -107,7 +107,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _nearest(name: str, names: list[str]) -> list[str]:
+def _similar_names(name: str, names: list[str]) -> list[str]:
     numbers = [other for other in names if other.isdigit()]
     if numbers:  # what helps is the range, not the spelling
         return [numbers[0], numbers[-1]] if len(numbers) > 1 else numbers

@@ -49,7 +49,7 @@ class Rows:
         each = self.frames(rows)
         return [image for _ in self.counts for image in range(self.images) for _ in range(each)]
 
-    def counted(self, rows: int) -> list[bool] | None:
+    def rows_with_prompt(self, rows: int) -> list[bool] | None:
         """Return for each of a site's `rows` rows whether its prompt is drawn; None if all are."""
         if all(self.counts):
             return None
@@ -121,7 +121,7 @@ _batch: ContextVar[Batch | None] = ContextVar("batch", default=None)
 
 
 @contextmanager
-def drawing(batch: Batch) -> Iterator[None]:
+def generating_batch(batch: Batch) -> Iterator[None]:
     """Context manager: what this thread draws while it is open is `batch`."""
     token = _batch.set(batch)
     try:
@@ -131,7 +131,7 @@ def drawing(batch: Batch) -> Iterator[None]:
 
 
 def current_batch() -> Batch | None:
-    """Return the batch that this thread draws, or None outside `drawing`."""
+    """Return the batch that this thread draws, or None outside `generating_batch`."""
     return _batch.get()
 
 

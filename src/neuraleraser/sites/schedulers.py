@@ -34,7 +34,7 @@ def scheduler_steps(pipe: Any, on: Callable[[Tensor], None]) -> Iterator[None]:
         del pipe.scheduler.step
 
 
-def noised(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def input_and_target(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """(what the denoiser is given at t, what it should predict), both shaped as x_0, by diffusers' scheduler.
 
     Raises SettingsError for a kind of scheduler that is not known.
@@ -49,11 +49,11 @@ def noised(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tuple[Tensor
         return own.scale_noise(x_0, at, noise), noise - x_0
     kind = own.config.get("prediction_type", "epsilon")
 
-    def given(x: Tensor, n: Tensor) -> Tensor:
+    def mixture(x: Tensor, n: Tensor) -> Tensor:
         """A linear map: alpha x + sigma n."""
         return own.scale_model_input(own.add_noise(x, n, at.expand(len(x))), at[0])
 
-    state = given(x_0, noise)
+    state = mixture(x_0, noise)
     if kind == "epsilon":
         return state, noise
     if kind == "sample":
@@ -61,5 +61,5 @@ def noised(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tuple[Tensor
     if kind == "flow_prediction":
         return state, noise - x_0
     if kind == "v_prediction":  # alpha noise - sigma x_0 (Salimans and Ho 2022)
-        return state, given(noise, -x_0)
+        return state, mixture(noise, -x_0)
     raise SettingsError(f"what {type(scheduler).__name__} predicts as {kind!r} is not known: pass another scheduler")

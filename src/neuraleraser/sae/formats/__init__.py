@@ -143,6 +143,7 @@ def _recognise(path: Path, format: Format | None) -> tuple[str, Path]:
 
 
 def _read(name: str, weights: Path) -> Source:
+    """Read the weights in the format of this name."""
     if name == "saelens":
         return saelens.read(weights)
     if name in ("sparsify", "saeuron"):

@@ -99,6 +99,7 @@ def write_unbox(t: dict[str, Tensor], folder: Path, k: int | None, header: dict[
 
 
 def _source(state: dict[str, Any], path: Path) -> Source:
+    """Return the source of a checked state dict."""
     W = untrusted.get_tensor(state, "encoder.weight", (None, None), path)
     n, d = W.shape
     return Source(
@@ -110,6 +111,7 @@ def _source(state: dict[str, Any], path: Path) -> Source:
 
 
 def _state(t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict of our tensors."""
     return {
         "pre_bias": t["b_dec"],
         "latent_bias": t["b_enc"],
