@@ -224,7 +224,7 @@ def test_compiled_whole_with_the_edit_inside(build: Callable[[], Any]) -> None:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames  # nothing was compiled again
         strength.fill_(1)
         assert torch.equal(pipelines.run(pipe, 0), base)  # the graph with the edit in it is not used any more
-        with pytest.raises(EraserNotAppliedError, match="compiled before"), edit(pipe, edits, dict):
+        with pytest.raises(EraserNotAppliedError, match="compiled and called before"), edit(pipe, edits, dict):
             pipelines.run(pipe, 0)
         assert torch.equal(pipelines.run(pipe, 0), base)
     finally:
