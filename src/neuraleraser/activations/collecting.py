@@ -34,12 +34,12 @@ def collect(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sites: Sequence[Site],
-    on: Callable[[ActivationBatch], None],
+    on_activations: Callable[[ActivationBatch], None],
     sampling: Sampling | None = None,
     image: Images | None = None,
     on_batch_start: Callable[[int, int], None] | None = None,
 ) -> Images:
-    """Generate images and call `on` with the activations at each site.
+    """Generate images and call `on_activations` with the activations at each site.
 
     A row whose text is the negative prompt is of the unconditional branch, whether it comes in one batch with the
     conditional one or in a pass of its own; all others are conditional (a text encoder's pass over the negative prompt,
@@ -50,8 +50,8 @@ def collect(
         prompts: One prompt per image.
         seeds: One seed per image.
         sites: Sites whose activations are wanted.
-        on: Called with the activations of one site in one denoiser call. Their `x` is the model's own tensor: copy what
-            you keep.
+        on_activations: Called with the activations of one site in one denoiser call. Their `x` is the model's own
+            tensor: copy what you keep.
         sampling: How images are generated; None: as `default_sampling` says.
         image: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
         on_batch_start: Called before each batch of images, as in `generate`.
@@ -66,16 +66,18 @@ def collect(
         [(999.0, 0, torch.Size([2, 64, 128])), (999.0, 1, torch.Size([2, 64, 128]))]
     """
 
-    def on_activations(site: Site, x: Tensor, context: EditContext[None]) -> None:
+    def split_branches(site: Site, x: Tensor, context: EditContext[None]) -> None:
         batch, frames = current_batch(), context.rows.frames(x.shape[0])
         assert batch is not None
         images = range(batch.first, batch.first + batch.real)
         t = float(context.timestep[0])
         for negative, part in context.rows.branches(x):
             part = part.unflatten(0, (-1, frames)).flatten(1, 2) if frames > 1 else part
-            on(ActivationBatch(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL))
+            on_activations(
+                ActivationBatch(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL)
+            )
 
-    with record(pipe, sites, on_activations):
+    with record(pipe, sites, split_branches):
         return generate(pipe, prompts, seeds, sampling, image=image, on_batch_start=on_batch_start)
 
 
@@ -138,11 +140,13 @@ def sample(
             )
         # Every map gets a random key, and those of the largest keys stay: a fair draw, however many calls follow.
         key, which = torch.rand((b, whole), generator=generator).topk(min(whole, groups), 1)
-        at = torch.arange(whole)[None, :, None].expand(b, -1, -1)
+        positions = torch.arange(whole)[None, :, None].expand(b, -1, -1)
         if group_size > 1:
-            at = torch.rand((b, p), generator=generator).argsort(1)[:, : whole * group_size].unflatten(1, (whole, -1))
-        at = at.gather(1, which[..., None].expand(-1, -1, group_size)).to(seen.x.device)
-        x = seen.x.detach()[torch.arange(b, device=at.device)[:, None, None], at]
+            positions = (
+                torch.rand((b, p), generator=generator).argsort(1)[:, : whole * group_size].unflatten(1, (whole, -1))
+            )
+        positions = positions.gather(1, which[..., None].expand(-1, -1, group_size)).to(seen.x.device)
+        x = seen.x.detach()[torch.arange(b, device=positions.device)[:, None, None], positions]
         branch = torch.full_like(which, seen.branch)
         home = seen.site, seen.images.start
         if home in kept:

@@ -123,8 +123,8 @@ class Shards:
             )
 
         def chunk(number: int, stopped: Stopped) -> Mapping[str, ActivationRows]:
-            epoch, at = divmod(number, self.count)
-            return self.load(int(torch.randperm(self.count, generator=generator_for(seed, "shards", epoch))[at]))
+            epoch, shard = divmod(number, self.count)
+            return self.load(int(torch.randperm(self.count, generator=generator_for(seed, "shards", epoch))[shard]))
 
         rows = batch // self.group_size
         return MixingBuffer(
@@ -203,17 +203,17 @@ def write_shards(
             raise SettingsError(f"{folder} holds a stream of {'; '.join(other)}: pass those, or another folder")
         files = list(old.files)
     stream: Iterator[dict[str, ActivationRows]] | None = None
-    at = 0
+    next_block = 0
     try:
         for number in range(count):
             path = shard_path(folder, number)
             if number < len(files) and path.is_file() and path.stat().st_size == files[number][0]:
                 continue
-            if stream is None or at != number:
+            if stream is None or next_block != number:
                 if stream is not None:
                     stream.close()  # type: ignore[attr-defined]
-                stream, at = pool.blocks(number), number
-            block, at = next(stream), at + 1
+                stream, next_block = pool.blocks(number), number
+            block, next_block = next(stream), next_block + 1
             tensors = {}
             for source, rows in block.items():
                 tensors |= dict(zip((source, source + _LABELS), rows, strict=False))

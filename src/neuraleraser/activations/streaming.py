@@ -126,5 +126,5 @@ def stream_data(model: str, prompts: Sequence[str], settings: StreamSettings) ->
 
 def _prompt(image: int, prompts: int, seed: int) -> int:
     """Number of the prompt that an image shows: all of them in random order, then all in another."""
-    epoch, at = divmod(image, prompts)
-    return int(torch.randperm(prompts, generator=generator_for(seed, "prompts", epoch))[at])
+    epoch, prompt = divmod(image, prompts)
+    return int(torch.randperm(prompts, generator=generator_for(seed, "prompts", epoch))[prompt])

@@ -37,8 +37,8 @@ class Artefact:
         f = (f - self.centre) / self.scale
         inner, bands = f[:, : len(self.basis)], f[:, len(self.basis) :]
         z = inner @ self.basis
-        off = (inner - z @ self.basis.T).square().mean(1, keepdim=True)
-        return torch.cat([z, torch.log(off + 1e-4), bands], 1)
+        residual = (inner - z @ self.basis.T).square().mean(1, keepdim=True)
+        return torch.cat([z, torch.log(residual + 1e-4), bands], 1)
 
     def __call__(self, f: Tensor) -> Tensor:
         """[N, D] -> distances [N]."""

@@ -57,17 +57,17 @@ def ratio(top: np.ndarray, bottom: np.ndarray, rows: np.ndarray, what: str, seed
     if n == 0:
         raise DataError(f"there are no {what}: add images to the results, or leave this metric out")
     top, bottom = top[rows], bottom[rows]
-    count, of = int(top.sum()), int(bottom.sum())
-    if not of:
+    count, out_of = int(top.sum()), int(bottom.sum())
+    if not out_of:
         raise DataError(
             f"the base is right in none of {n} {what}, so there is nothing to divide by: "
             "use a base that can draw these cells"
         )
-    value, slack = count / of, unanimous_bound(n) * n / of
+    value, slack = count / out_of, unanimous_bound(n) * n / out_of
     if count == 0:
-        return Estimate(0.0, n, 0.0, min(slack, 1.0) if of == n else slack)
+        return Estimate(0.0, n, 0.0, min(slack, 1.0) if out_of == n else slack)
     if (top == bottom).all():
-        return Estimate(1.0, n, max(0.0, 1 - slack), 1.0 if of == n else 1 + slack)
+        return Estimate(1.0, n, max(0.0, 1 - slack), 1.0 if out_of == n else 1 + slack)
     counts = np.bincount(2 * top.astype(int) + bottom.astype(int), minlength=4)
     drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=RESAMPLES)  # [draws, 4]
     tops, bottoms = drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]

@@ -96,8 +96,8 @@ def calibrate(
         values, _, _ = measure_site(pipe, gate.site, evidence, others, [seed + i for i in range(len(others))], s)
         lacks.append(branches_as_rows(values))
     # For each of the gate's bins the pass at the nearest time.
-    at = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
-    shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, at], torch.cat(lacks)[:, at]
+    nearest_step = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
+    shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, nearest_step], torch.cat(lacks)[:, nearest_step]
     low, high = gate_bounds(shows, off)
     separation = (shows > off.amax(0)).float().mean(0)
     opens = float((low < SHUT_BOUND).float().mean())

@@ -118,16 +118,16 @@ def _nonzero(x: Tensor) -> tuple[Tensor, Tensor]:
     first, then within those that are not 0."""
     each = 8 // x.element_size()
     if each == 1 or x.numel() % each:
-        at = x.nonzero().squeeze(1)
-        return at, x[at]
+        places = x.nonzero().squeeze(1)
+        return places, x[places]
     words = x.view(torch.int64)
     some = words.nonzero().squeeze(1)
     values = words.index_select(0, some).view(x.dtype)
     # As integers, which are compared without being converted first: what `threshold` left is +0.0 or not zero.
     within = values.view(_INTEGERS[x.element_size()]).nonzero().squeeze(1)
     shift = each.bit_length() - 1
-    at = (some.index_select(0, within >> shift) << shift) + (within & each - 1)
-    return at, values.index_select(0, within)
+    places = (some.index_select(0, within >> shift) << shift) + (within & each - 1)
+    return places, values.index_select(0, within)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}

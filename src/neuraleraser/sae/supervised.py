@@ -103,10 +103,10 @@ def fisher_features(
     rows = torch.linalg.solve(spread + shrink * spread.diagonal().mean() * eye, gap.T).T
     rows = rows * (gap.norm(dim=1) / (rows * gap).sum(1))[:, None]
     known = (with_c > 0) & (without > 0) & rows.isfinite().all(1, keepdim=True)
-    at = slice(0, labels.shape[1])
-    w_enc = torch.where(known, rows, otherwise.W_enc[at])
-    b_enc = torch.where(known[:, 0], -(rows * (absent - otherwise.b_dec)).sum(1), otherwise.b_enc[at])
-    return w_enc, b_enc, torch.where(known, normalize(gap, dim=1), otherwise.W_dec[at])
+    concepts = slice(0, labels.shape[1])
+    w_enc = torch.where(known, rows, otherwise.W_enc[concepts])
+    b_enc = torch.where(known[:, 0], -(rows * (absent - otherwise.b_dec)).sum(1), otherwise.b_enc[concepts])
+    return w_enc, b_enc, torch.where(known, normalize(gap, dim=1), otherwise.W_dec[concepts])
 
 
 def check_labels(labels: Tensor, vectors: int, n: int, concepts: int | None, batch: int) -> None:

@@ -1,6 +1,6 @@
 """Reading and editing of activations: the only code that knows diffusers' insides.
 
-    with record(pipe, [Site("unet.mid_block.attentions.0")], on=lambda site, x, context: print(site, x.shape)):
+    with record(pipe, [Site("unet.mid_block.attentions.0")], lambda site, x, context: print(site, x.shape)):
         pipe("a cat")
 
     with edit(pipe, {site: lambda x, context: centre - x}):  # moves every activation to the centre

@@ -54,8 +54,8 @@ def _rows(name: str, value: Any, b: int, index: Any) -> Any:
 
 
 @contextmanager
-def denoiser_calls(pipe: Any, on: Callable[[DenoiserCall], None]) -> Iterator[None]:
-    """Context manager: calls `on` after each forward of the denoiser."""
+def denoiser_calls(pipe: Any, on_call: Callable[[DenoiserCall], None]) -> Iterator[None]:
+    """Context manager: calls `on_call` after each forward of the denoiser."""
     module = denoiser(pipe)
     names = list(inspect.signature(type(unwrap(module)).forward).parameters)[1:]
 
@@ -67,7 +67,7 @@ def denoiser_calls(pipe: Any, on: Callable[[DenoiserCall], None]) -> Iterator[No
         text, caller = given.get("encoder_hidden_states"), find_caller()
         text = text if isinstance(text, Tensor) else None
         layout = decode_rows(len(state), text, caller.facts if caller else CallFacts())
-        on(DenoiserCall(state, timestep, given, out, layout))
+        on_call(DenoiserCall(state, timestep, given, out, layout))
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:

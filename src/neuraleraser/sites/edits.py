@@ -39,15 +39,16 @@ def no_state() -> None:
 
 
 def record(
-    pipe: Any, sites: Iterable[Site], on: Callable[[Site, Tensor, EditContext[None]], None]
+    pipe: Any, sites: Iterable[Site], on_activations: Callable[[Site, Tensor, EditContext[None]], None]
 ) -> AbstractContextManager[None]:
     """Context manager that calls a function with the activations at each pass through each site.
 
     Args:
         pipe: The diffusers pipeline.
         sites: The sites.
-        on: Called as `on(site, x, context)` with x [B, positions, d]. x is a view of the model's own tensor where its
-            layout allows, in the model's dtype, with its gradient: copy what you keep, change nothing.
+        on_activations: Called as `on_activations(site, x, context)` with x [B, positions, d]. x is a view of the
+            model's own tensor where its layout allows, in the model's dtype, with its gradient: copy what you keep,
+            change nothing.
 
     Returns:
         The context.
@@ -62,7 +63,7 @@ def record(
         >>> shapes  # two steps, two guidance branches of two images
         [torch.Size([4, 64, 128]), torch.Size([4, 64, 128])]
     """
-    return edit(pipe, {site: _Recorder(site, on) for site in sites})
+    return edit(pipe, {site: _Recorder(site, on_activations) for site in sites})
 
 
 @contextmanager
@@ -192,10 +193,10 @@ class _Recorder:
     """Edit function that only reports. A class, so that a copied or pickled model can carry it."""
 
     site: Site
-    on: Callable[[Site, Tensor, EditContext[None]], None]
+    on_activations: Callable[[Site, Tensor, EditContext[None]], None]
 
     def __call__(self, x: Tensor, context: EditContext[None]) -> None:
-        self.on(self.site, x, context)
+        self.on_activations(self.site, x, context)
 
 
 def _resolve(pipe: Any, edits: Mapping[Site, Edit[F]]) -> dict[tuple[nn.Module, bool], list[tuple[Site, Edit[F]]]]:

@@ -122,8 +122,8 @@ def _is_readable(p: Tensor) -> bool:
 def _sample_values(p: Tensor) -> list[float]:
     """Values at places spread over the tensor, whatever its strides."""
     flat = np.linspace(0, p.numel() - 1, _EACH + 2).astype(np.int64)[1:-1] if p.numel() > _EACH else np.arange(_EACH)
-    at = tuple(torch.from_numpy(axis).to(p.device) for axis in np.unravel_index(flat, p.shape))
-    return p.detach()[at].double().cpu().tolist()
+    places = tuple(torch.from_numpy(axis).to(p.device) for axis in np.unravel_index(flat, p.shape))
+    return p.detach()[places].double().cpu().tolist()
 
 
 def _shapes(pipe: Any, sites: Sequence[Site]) -> str:

@@ -15,8 +15,8 @@ from neuraleraser.errors import SettingsError
 
 
 @contextmanager
-def scheduler_steps(pipe: Any, on: Callable[[Tensor], None]) -> Iterator[None]:
-    """Context manager: tells `on` the latents after each step of the scheduler, the last being the finished ones.
+def scheduler_steps(pipe: Any, on_latents: Callable[[Tensor], None]) -> Iterator[None]:
+    """Context manager: calls `on_latents` with the latents after each step of the scheduler, lastly with the finished.
 
     Not every pipeline has diffusers' `callback_on_step_end`, but each steps its scheduler."""
     plain = pipe.scheduler.step
@@ -24,7 +24,7 @@ def scheduler_steps(pipe: Any, on: Callable[[Tensor], None]) -> Iterator[None]:
     @functools.wraps(plain)  # pipelines read its signature
     def step(*args: Any, **kwargs: Any) -> Any:
         out = plain(*args, **kwargs)
-        on(out[0])
+        on_latents(out[0])
         return out
 
     pipe.scheduler.step = step
@@ -43,15 +43,15 @@ def input_and_target(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tu
     for name in ("_step_index", "_begin_index"):  # where sampling left them; by value from here on
         if hasattr(own, name):
             setattr(own, name, None)
-    at = torch.as_tensor([t], device=x_0.device)
-    at = at.to(scheduler.timesteps.dtype)
+    timestep = torch.as_tensor([t], device=x_0.device)
+    timestep = timestep.to(scheduler.timesteps.dtype)
     if hasattr(own, "scale_noise"):
-        return own.scale_noise(x_0, at, noise), noise - x_0
+        return own.scale_noise(x_0, timestep, noise), noise - x_0
     kind = own.config.get("prediction_type", "epsilon")
 
     def mixture(x: Tensor, n: Tensor) -> Tensor:
         """A linear map: alpha x + sigma n."""
-        return own.scale_model_input(own.add_noise(x, n, at.expand(len(x))), at[0])
+        return own.scale_model_input(own.add_noise(x, n, timestep.expand(len(x))), timestep[0])
 
     state = mixture(x_0, noise)
     if kind == "epsilon":

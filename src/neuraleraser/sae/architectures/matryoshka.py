@@ -55,9 +55,9 @@ def nested_residuals(w: Weights, x: Tensor, fired: Fired, sizes: tuple[int, ...]
     values = encode_at(w, x, fired)
     residual, residuals = x - w.b_dec, []
     for start, stop in pairwise((0, *sizes)):
-        at = ((fired.cols >= start) & (fired.cols < stop)).nonzero().squeeze(1)
+        chosen = ((fired.cols >= start) & (fired.cols < stop)).nonzero().squeeze(1)
         width = stop - start
-        part = fired_pairs(fired.rows[at] * width + fired.cols[at] - start, fired.values[at], len(x), width)
-        residual = residual - decode_at(values[at], w.W_dec[start:stop], part)
+        part = fired_pairs(fired.rows[chosen] * width + fired.cols[chosen] - start, fired.values[chosen], len(x), width)
+        residual = residual - decode_at(values[chosen], w.W_dec[start:stop], part)
         residuals.append(residual)
     return residuals
