@@ -416,8 +416,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/evaluation/intervals.py",
-                "value, slack = count / of, unanimous_bound(n) * n / of",
-                "value, slack = count / of, 0.0",
+                "value, slack = count / out_of, unanimous_bound(n) * n / out_of",
+                "value, slack = count / out_of, 0.0",
             ),
         ),
         ("tests/evaluation/test_intervals.py::test_all_or_none_has_the_exact_binomial_interval",),
