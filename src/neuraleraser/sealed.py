@@ -115,9 +115,9 @@ def _line(report: Report, commit: str) -> str:
 _HEAD = """# Runs on sealed concepts
 
 Styles Bricks, Crayon, Cubism, Ink_Art, Meteor_Shower and Pop_Art, objects Bears, Birds, Butterfly, Frogs, Sandwiches
-and Statues, on seeds of their own, are drawn and read by `neuraleraser evaluate --sealed` alone, when all is frozen.
-Each run adds a line here; whoever changes anything after reading one has chosen on it, and says so. Figures are value
-(95 % interval, n).
+and Statues, on seeds of their own, are generated and read by `neuraleraser evaluate --sealed` alone, when all is
+frozen. Each run adds a line here. A change that is made after reading one was chosen on it, and says so. Figures are
+value (95 % interval, n).
 
 | date | commit | figures |
 |---|---|---|

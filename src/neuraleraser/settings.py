@@ -114,8 +114,8 @@ class StreamSettings:
     num_images: int = 0
     """Images to draw, which are used again and again, in a new order; 0: new ones all along."""
     buffer_chunks: int = 64
-    """How many batches of images are mixed at a time, in memory; training starts with a quarter of them. Of few images
-    an SAE learns what is theirs alone, and forgets it with them (docs/LOG.md)."""
+    """How many batches of images are mixed at a time, in memory; training starts with a quarter of them. With few
+    images in memory an SAE overfits to them (docs/LOG.md)."""
     reuse: int = 16
     """How often a vector is used before it leaves memory: drawing takes longer than training."""
     group_size: int = 1
@@ -125,7 +125,7 @@ class StreamSettings:
     prefetch: int = 1
     """Batches of images that a thread draws during training; 0: drawing and training take turns."""
     sampling: Sampling | None = None
-    """How images are drawn; None: as the pipeline usually is."""
+    """How images are generated; None: as `default_sampling` says."""
 
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "vectors_per_image", "buffer_chunks", "reuse", "group_size"):

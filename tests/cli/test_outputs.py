@@ -187,7 +187,7 @@ NUMBERS = [
     ["collect", "--sites", "unet", "--guidance-scale", "nan"],
     ["collect", "--sites", "unet", "--batch-size", "0"],
     ["train", "unet", "--learning-rate", "nan"],
-    ["train", "unet", "--bind", "nan"],
+    ["train", "unet", "--binding-weight", "nan"],
     ["train", "unet", "--steps", "0"],
     ["train", "unet", "--n-features", "0"],
     ["train", "unet", "--seed", str(2**63)],

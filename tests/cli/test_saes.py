@@ -69,7 +69,7 @@ def test_several_saes_while_the_pipeline_draws(
         "2",
         "--group-size",
         "4",
-        "--bind",
+        "--binding-weight",
         "0.3",
         "--architecture",
         "matryoshka",
@@ -79,7 +79,7 @@ def test_several_saes_while_the_pipeline_draws(
     names = [f"{GATE.path}-{n}" for n in (32, 64)] + [f"unet.mid_block.attentions.0-update-image-{n}" for n in (32, 64)]
     assert paths == sorted(f"{name}.{end}" for name in names for end in ("jsonl", "safetensors"))
     sae = SAE.load(Path("saes") / f"{names[0]}.safetensors")
-    assert sae.n_features == 32 and sae.header["labels"] == ["Cats"] and sae.header["settings"]["bind"] == 0.3
+    assert sae.n_features == 32 and sae.header["labels"] == ["Cats"] and sae.header["settings"]["binding_weight"] == 0.3
     assert len((Path("saes") / f"{names[0]}.jsonl").read_text().splitlines()) == 6
     Path("p.txt").write_text("a cat\na dog\n")
     assert "no prompt says what it shows" in refused([*argv, "--out", "other"], capsys)

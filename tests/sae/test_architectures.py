@@ -128,7 +128,7 @@ def test_bfloat16_learns_as_well(name):
     fvu = []
     for bf16 in (False, True):
         logs: list[StepLog] = []
-        settings = chosen(name, steps=40, log_every=40, bf16=bf16, bind=0.1, contrast=0.01)
+        settings = chosen(name, steps=40, log_every=40, bf16=bf16, binding_weight=0.1, contrast_weight=0.01)
         assert train(stream, settings, on_step=logs.append).W_dec.dtype == torch.float32
         assert logs[0].bind > 0 and logs[0].contrast > 0
         fvu.append(logs[0].fvu)
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_one_from_before_the
     with pytest.raises(SettingsError, match="architecture = 'batchtopk', not 'topk'"):
         train(STREAM, chosen("topk"), checkpoint=path)
     tensors, header = tensor_file.load(path, "sae-training")
-    for name in ("architecture", "bind", "contrast"):
+    for name in ("architecture", "binding_weight", "contrast_weight"):
         del header["settings"][name]
     del header["concepts"]
     tensor_file.save(path, "sae-training", tensors, header)

@@ -151,7 +151,8 @@ def contrast(pre: Tensor, labels: Tensor) -> Tensor:
 
 def check_label_term(name: str, size: int) -> None:
     """Both terms for maps of `size` vectors, by the pre-activations and through the weights."""
-    settings = TrainSettings(n_features=N, k=K, steps=1, bind=float(name == "bind"), contrast=float(name == "contrast"))
+    terms = {"binding_weight": float(name == "bind"), "contrast_weight": float(name == "contrast")}
+    settings = TrainSettings(n_features=N, k=K, steps=1, **terms)
     x, w = normal(len(LABELS) * size, D, seed=9), weights()
     at = (w.W_enc, w.b_enc)
 

@@ -53,7 +53,8 @@ def trained(
     x, labels = concepts()
     logs: list[StepLog] = []
     x, labels = x[:7000].view(-1, positions, D), labels[:7000].view(-1, positions, CONCEPTS).any(1)
-    settings = dataclasses.replace(PLAIN, bind=bind, contrast=contrast, architecture=architecture, log_every=400)
+    weights = {"binding_weight": bind, "contrast_weight": contrast}
+    settings = dataclasses.replace(PLAIN, architecture=architecture, log_every=400, **weights)
     return train(labelled_batches(x, labels, 256 // positions), settings, on_step=logs.append), logs
 
 
@@ -107,7 +108,7 @@ def test_bound_features_start_towards_their_concepts():
 
 def trained_for_one_step() -> SAE:
     x, labels = concepts()
-    return train(labelled_batches(x, labels, 4000), dataclasses.replace(PLAIN, steps=1, bind=0.3))
+    return train(labelled_batches(x, labels, 4000), dataclasses.replace(PLAIN, steps=1, binding_weight=0.3))
 
 
 def test_a_discriminant_is_nothing_without_its_label_and_the_gap_with_it():
@@ -150,7 +151,7 @@ def test_a_discriminant_takes_away_what_else_varies_along_the_gap():
 def test_a_discriminant_is_held_while_the_rest_learns():
     x, labels = concepts()
     stream = labelled_batches(x[:7000], labels[:7000], 256)
-    few, many = (train(stream, dataclasses.replace(PLAIN, steps=n, discriminant=True)) for n in (140, 400))
+    few, many = (train(stream, dataclasses.replace(PLAIN, steps=n, fisher_features=True)) for n in (140, 400))
     assert torch.equal(few.W_enc[:CONCEPTS], many.W_enc[:CONCEPTS])
     assert not torch.equal(few.W_enc[CONCEPTS:], many.W_enc[CONCEPTS:])
     own = tells(many)[:, :CONCEPTS].diag()
@@ -185,7 +186,8 @@ def test_labels_without_a_weight_change_nothing():
 
 def test_killed_and_resumed_it_ends_in_the_same_bits(tmp_path):
     x, labels = concepts()
-    settings = dataclasses.replace(PLAIN, steps=12, checkpoint_every=4, bind=0.1, contrast=0.1, init_vectors=512)
+    weights = {"binding_weight": 0.1, "contrast_weight": 0.1}
+    settings = dataclasses.replace(PLAIN, steps=12, checkpoint_every=4, init_vectors=512, **weights)
     stream, path = labelled_batches(x.view(-1, 2, D), labels[::2], 64, seed=3), tmp_path / "run.safetensors"
     want = train(stream, settings)
 
@@ -225,7 +227,7 @@ def test_labels_that_do_not_fit_are_refused():
     x, y = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(64, 2)
     nan = y.clone()
     nan[3, 1] = float("nan")
-    settings = dataclasses.replace(PLAIN, n_features=16, steps=4, init_vectors=64, bind=0.1)
+    settings = dataclasses.replace(PLAIN, n_features=16, steps=4, init_vectors=64, binding_weight=0.1)
     for items, message in [
         ((x,), "batch 0 has no labels: labelled training takes"),
         (((x, y), x), "batch 1 has no labels"),
@@ -241,6 +243,6 @@ def test_labels_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(DataError, match=message):
             train(lambda step, items=items: iter(items[step:]), settings)
-    for wrong in ({"bind": -1.0}, {"contrast": float("nan")}, {"bind": float("inf")}):
+    for wrong in ({"binding_weight": -1.0}, {"contrast_weight": float("nan")}, {"binding_weight": float("inf")}):
         with pytest.raises(SettingsError, match=next(iter(wrong))):
             dataclasses.replace(PLAIN, **wrong)

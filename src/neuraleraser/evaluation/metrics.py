@@ -14,8 +14,8 @@ Further words
 - *twin*: the base image of the same prompt, group and seed. Every metric of an erasure compares an image with its twin.
 - *target cells*: the images whose prompt asks for the erased concept (as its style, or among its objects).
 
-A cell whose classes the judge does not know says nothing about accuracy and is left out there. Every value is a ratio
-of two sums over images, with an interval: see `intervals`.
+Cells with classes that the judge does not know are left out of accuracies. Every value is a ratio of two sums over
+images, with an interval: see `intervals`.
 """
 
 from __future__ import annotations

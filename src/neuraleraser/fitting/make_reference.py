@@ -167,7 +167,7 @@ def make_reference(
         n_features=n,
         k=min(ACTIVE_FEATURES, n),
         steps=TRAINING_STEPS,
-        discriminant=True,
+        fisher_features=True,
         init_vectors=2**17,
         log_every=10,
     )

@@ -229,7 +229,7 @@ def train_reference(
     prompts, seeds = [prompt for prompt, _ in shown], range(100, 500)
     labels = torch.tensor([[float(name in of) for name in names] for _, of in shown])
     maps, of = labelled_maps(pipe, prompts, seeds, labels, site, sampling)
-    settings = TrainSettings(n_features=n, k=k, steps=1200, discriminant=True, init_vectors=2**17)
+    settings = TrainSettings(n_features=n, k=k, steps=1200, fisher_features=True, init_vectors=2**17)
     sae = train(labelled_batches(maps, of, 64), settings)
     sae.header["labels"] = names
     sae.header["measures"] = measure_sae(sae, maps.flatten(0, 1)[:50_000])

@@ -111,7 +111,7 @@ def train_saes(
         sae = saes[str(path)]
         found[path] = measure_sae(sae, held_out[str(site)])
         header = {"site": str(site), "model": model, "measures": found[path]}
-        if settings.bind or settings.discriminant:  # features that are the labels' own
+        if settings.binding_weight or settings.fisher_features:  # features that are the labels' own
             header["labels"] = list(data.names)
         save_or_keep(path, partial(sae.save, header=header))
         with suppress(FileNotFoundError):

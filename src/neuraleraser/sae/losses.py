@@ -77,11 +77,11 @@ def labelled_losses(
         return (into[:vectors] @ w_enc).to(x.dtype) + w.b_enc[:features]
 
     bind = contrast = x.new_zeros(())
-    if settings.bind:
+    if settings.binding_weight:
         concepts = labels.shape[1]
         bound = threshold[:concepts] if isinstance(threshold, Tensor) and threshold.ndim else threshold
         bind = supervised.binding_loss(pre(len(x), concepts), labels, bound)
-    if settings.contrast:
+    if settings.contrast_weight:
         maps = min(len(labels), supervised.MAPS_AT_ONCE)
         contrast = supervised.contrast_loss(pre(maps * (len(x) // len(labels)), settings.n_features), labels[:maps])
     return bind, contrast

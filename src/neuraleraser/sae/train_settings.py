@@ -45,13 +45,13 @@ class TrainSettings:
     """One of `ARCHITECTURES`. batchtopk: the largest B*k pre-activations in a batch of B fire; topk: the k largest of
     each vector; jumprelu: all that exceed a threshold of their own, which is learnt; matryoshka: like batchtopk, and
     the first features alone have to reconstruct, too."""
-    bind: float = 0.0
+    binding_weight: float = 0.0
     """Weight of the loss that binds feature c to label c, for a stream of (x, labels); a good start is 0.3, with
     matryoshka, whose first features have to carry what they detect."""
-    discriminant: bool = False
+    fisher_features: bool = False
     """Feature c reads label c by Fisher's linear discriminant of the first vectors, and keeps that encoder row; for
     a stream of (x, labels)."""
-    contrast: float = 0.0
+    contrast_weight: float = 0.0
     """Weight of the loss that draws maps of the same labels together, for a stream of (x, labels); start at 0.01."""
     seed: int = 0
     """Decides the initial weights; the stream has its own seed."""
@@ -75,14 +75,14 @@ class TrainSettings:
             check_number("learning_rate", self.learning_rate, 0, 1e30, above=True)
         if self.architecture not in ARCHITECTURES:
             raise SettingsError(f"architecture is {self.architecture!r}: pass one of {', '.join(ARCHITECTURES)}")
-        check_number("bind", self.bind, 0, 1e6)
-        check_number("contrast", self.contrast, 0, 1e6)
+        check_number("binding_weight", self.binding_weight, 0, 1e6)
+        check_number("contrast_weight", self.contrast_weight, 0, 1e6)
         check_seed(self.seed)
 
     @property
     def labelled(self) -> bool:
         """True if the stream has to yield labels."""
-        return self.discriminant or self.bind > 0 or self.contrast > 0
+        return self.fisher_features or self.binding_weight > 0 or self.contrast_weight > 0
 
     def lr_at(self, step: int, d: int) -> float:
         """Return the learning rate of a step: constant, then falling to zero over the last fifth of the steps.

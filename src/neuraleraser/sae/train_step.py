@@ -167,13 +167,13 @@ def plain_step(
     if labels is not None:
         threshold = architecture.threshold(state.extra_parameters, state.threshold)
         bind, contrast = labelled_losses(w, x, labels, threshold, settings, matmul_dtype)
-        loss = loss + settings.bind * bind + settings.contrast * contrast
+        loss = loss + settings.binding_weight * bind + settings.contrast_weight * contrast
     learnt = list(state.parameters().values())
     for p, grad in zip(learnt, torch.autograd.grad(loss, learnt), strict=True):
         p.grad = grad
     with torch.no_grad():
         grads = [p.grad for p in learnt if p.grad is not None]
-        if settings.discriminant:  # set in closed form, and held
+        if settings.fisher_features:  # set in closed form, and held
             for grad in grads[:2]:  # of W_enc and b_enc
                 grad[: state.concepts] = 0
         # By rows that fit into a processor's cache, where these products of whole matrices would not.

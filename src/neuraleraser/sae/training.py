@@ -82,10 +82,10 @@ def train(
     end in the same SAE: JumpReLU has learnt its thresholds, TopK's are set last, so that each feature fires as often on
     the first vectors of the stream, which is read again for it.
 
-    With `settings.discriminant`, `bind` or `contrast` the stream yields (x, labels [M, C]), one row of labels for every
-    B / M consecutive vectors (`supervised.py`). With the first two feature c then belongs to concept c, for the C first
-    features: set by Fisher's discriminant before the first step and held, or drawn there by a loss.
-    `header["concepts"]` is their count, C.
+    With `settings.fisher_features`, `binding_weight` or `contrast_weight` the stream yields (x, labels [M, C]), one row
+    of labels for every B / M consecutive vectors (`supervised.py`). With the first two, feature c belongs to concept c,
+    for the first C features: its encoder row is set by Fisher's discriminant before the first step and held, or drawn
+    there by a loss. `header["concepts"]` is their count, C.
 
     It runs on the device of the batches and draws nothing from global random state.
 
@@ -235,9 +235,9 @@ def _untrained_state(batches: Stream, settings: TrainSettings) -> _State:
     rows = torch.nn.functional.normalize(torch.randn(settings.n_features, d, generator=g), dim=1).to(sample.device)
     w = Weights(rows.clone(), rows.new_zeros(settings.n_features), rows, geometric_median(sample * scale))
     concepts = 0 if labels is None else labels.shape[1]
-    if labels is not None and settings.discriminant:
+    if labels is not None and settings.fisher_features:
         w.W_enc[:concepts], w.b_enc[:concepts], w.W_dec[:concepts] = fisher_features(sample * scale, labels, w)
-    elif labels is not None and settings.bind:
+    elif labels is not None and settings.binding_weight:
         toward = concept_directions(sample, labels, rows[:concepts])
         w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
     own = architecture_named(settings.architecture).start(w, sample * scale, settings)
@@ -275,7 +275,7 @@ def _unscaled_sae(state: _State, settings: TrainSettings, header: Mapping[str, A
 def _header(state: _State, run: Run) -> dict[str, Any]:
     """Return the header of a trained SAE."""
     header = {"settings": asdict(run.settings), "data_scale": state.scale, "steps": state.step}
-    header |= {"concepts": state.concepts} if run.settings.bind or run.settings.discriminant else {}
+    header |= {"concepts": state.concepts} if run.settings.binding_weight or run.settings.fisher_features else {}
     return header | ({"data": dict(run.data)} if run.data else {})
 
 
