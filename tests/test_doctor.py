@@ -131,7 +131,16 @@ def test_on_the_command_line(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFi
     make_eraser().save(tmp_path / "open.safetensors")
     make_eraser(**SHUT).save(tmp_path / "shut.safetensors")
     (tmp_path / "alike.txt").write_text("g\nh\n")
-    argv = ["doctor", str(tmp_path / "model"), "--num-images", "2", "--num-inference-steps", "2", "--erasers"]
+    argv = [
+        "doctor",
+        "--model",
+        str(tmp_path / "model"),
+        "--num-images",
+        "2",
+        "--num-inference-steps",
+        "2",
+        "--erasers",
+    ]
     assert main([*argv, str(tmp_path / "shut.safetensors"), "--lookalikes", str(tmp_path / "alike.txt")]) == 1
     said = capsys.readouterr().out
     assert said.strip().splitlines()[-1].startswith("NOT WELL (1 eraser): Cats: fired in 0 of 2 images of it")
@@ -155,7 +164,7 @@ def test_judges_on_the_command_line(
 
     monkeypatch.setattr("neuraleraser.judges.NudeNetJudge", Always)
     monkeypatch.setattr("neuraleraser.judges.UnlearnCanvasJudge", Always)
-    argv = ["doctor", str(tmp_path / "model"), "--erasers", str(tmp_path / "cats.safetensors")]
+    argv = ["doctor", "--model", str(tmp_path / "model"), "--erasers", str(tmp_path / "cats.safetensors")]
     argv += ["--num-images", "2", "--num-inference-steps", "2"]
     for more in (["--nudenet"], ["--unlearncanvas", "style50.pth", "style50_cls.pth"]):
         assert main([*argv, *more]) == 1
@@ -182,7 +191,7 @@ def test_refused_on_the_command_line_with_a_record(
         str(tmp_path / "image.png"),
     ]
     argv += [
-        "--eraser",
+        "--erasers",
         str(tmp_path / "cats.safetensors"),
         "--action",
         "refuse",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.activations import write_shards as write_shards
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
+    from neuraleraser.concepts import Pair as Pair
     from neuraleraser.concepts import add_context_pairs as add_context_pairs
     from neuraleraser.concepts import canvas_concept as canvas_concept
     from neuraleraser.concepts import default_neighbours as default_neighbours
@@ -112,6 +113,7 @@ _HOME: dict[str, str] = {
     "MissingDependencyError": "errors",
     "NeuralEraserError": "errors",
     "NudeNetJudge": "judges",
+    "Pair": "concepts",
     "Reference": "fitting",
     "Report": "evaluation.report",
     "SAE": "sae",
@@ -193,6 +195,7 @@ __all__ = [
     "MissingDependencyError",
     "NeuralEraserError",
     "NudeNetJudge",
+    "Pair",
     "Reference",
     "Report",
     "Sampling",

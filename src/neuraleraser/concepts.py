@@ -51,10 +51,18 @@ MAX_FILE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt that shows the concept, and the same prompt without it."""
+    """A prompt that shows the concept, and the same prompt without it.
+
+    Examples:
+        >>> red = Concept("red", "style", (Pair("a red car", "a car"), Pair("a red hat", "a hat")))
+        >>> red.pairs[0].negative
+        'a car'
+    """
 
     positive: str
+    """Prompt that shows the concept."""
     negative: str
+    """The same prompt without it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,6 @@ class Concept:
             and a dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
 
     Examples:
-        >>> from neuraleraser.concepts import Pair
         >>> pairs = (Pair("a red car", "a car"), Pair("a red house", "a house"))
         >>> red = Concept("red", "style", pairs)
         >>> fit(pipe, red, few, sampling=quick).name

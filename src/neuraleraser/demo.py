@@ -30,7 +30,7 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
 
     Files go to `settings.folder`: erasers/, run/ (pictures and results), report.html, report.json, contact.png.
     Raises ConceptError for a phrase that names nothing on the canvas, FileError for a folder that cannot be written,
-    before anything is drawn.
+    before anything is generated.
     """
     s = settings or DemoSettings()
     started = time.monotonic()

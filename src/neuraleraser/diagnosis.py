@@ -1,4 +1,4 @@
-"""`diagnose`: whether erasers do on this pipeline what they are for, looked at in a few images.
+"""`diagnose`: a look at a few images for whether erasers work on a pipeline.
 
 A quick look before an eraser goes into service, and after the model or a library under it changed. It is no
 measurement (`evaluate` is one): the prompts are those the concept is known by, and there are few of them.

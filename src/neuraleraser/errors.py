@@ -13,7 +13,7 @@
 
 and the warning UnseenRouteWarning: a call uses a route that no gate of an eraser sees.
 
-Each message is one sentence: what was passed, what was expected, what to do next. Catch
+Each message is short: what was passed, what was expected, what to do next. Catch
 `NeuralEraserError` to catch them all; a bug in this package is never one of these.
 """
 
@@ -145,7 +145,7 @@ class UnseenRouteWarning(UserWarning):
     """A concept may enter a call by a route that an eraser's gate does not see, such as a start image.
 
     Given once for an attachment and route. `warnings.simplefilter("error", UnseenRouteWarning)` makes it an error,
-    raised before anything is drawn.
+    raised before anything is generated.
 
     Examples:
         >>> warnings.simplefilter("error", UnseenRouteWarning)

@@ -16,8 +16,8 @@ TEST_SEEDS = range(10_000, 110_000)
 SEALED_SEEDS = range(300_000, 400_000)
 """Seeds that `evaluate --sealed` alone draws with."""
 STREAM_SEEDS = range(2**31, 2**32)
-"""Seeds that endless streams of images for training are drawn with. Torch's generator on the CPU knows a seed by its
-last 32 bits: from 2^32 on the first seeds, and with them the tests' noise, would come again."""
+"""Seeds that endless streams of images for training are generated with. Torch's generator on the CPU knows a seed by
+its last 32 bits: from 2^32 on the first seeds, and with them the tests' noise, would come again."""
 
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators take on every device."""
@@ -67,9 +67,9 @@ class Sampling:
     num_inference_steps: int = 25
     """Denoising steps."""
     guidance_scale: float = 3.0
-    """Classifier-free guidance scale; 1 draws without guidance."""
+    """Classifier-free guidance scale; 1 generates without guidance."""
     batch_size: int = 20
-    """Images drawn together."""
+    """Images generated together."""
     height: int = 0
     """Height in pixels (0: the pipeline's own)."""
     width: int = 0
@@ -112,18 +112,18 @@ class StreamSettings:
     vectors_per_image: int = 256
     """Vectors kept of an image at each site, over all its steps, positions and guidance branches."""
     num_images: int = 0
-    """Images to draw, which are used again and again, in a new order; 0: new ones all along."""
+    """Images to generate, which are used again and again, in a new order; 0: new ones all along."""
     buffer_chunks: int = 64
     """How many batches of images are mixed at a time, in memory; training starts with a quarter of them. With few
     images in memory an SAE overfits to them (docs/LOG.md)."""
     reuse: int = 16
-    """How often a vector is used before it leaves memory: drawing takes longer than training."""
+    """How often a vector is used before it leaves memory: generating takes longer than training."""
     group_size: int = 1
     """Vectors of one image and step that stay together, for labels of whole images; 1: each goes alone."""
     stream_seed: int = 0
     """Decides the images' noise and all orders."""
     prefetch: int = 1
-    """Batches of images that a thread draws during training; 0: drawing and training take turns."""
+    """Batches of images that a thread generates during training; 0: generating and training take turns."""
     sampling: Sampling | None = None
     """How images are generated; None: as `default_sampling` says."""
 
@@ -190,7 +190,7 @@ class FitSettings:
     learning_rate: float = 4e-3
     """Peak learning rate of the correction; it falls to zero over the last 40 % of the steps."""
     seed: int = 0
-    """First of the selection seeds (0 to 999) that images are drawn with."""
+    """First of the selection seeds (0 to 999) that images are generated with."""
 
     def __post_init__(self) -> None:
         check_whole("num_pairs", self.num_pairs, 1, len(SELECTION_SEEDS))
@@ -202,8 +202,8 @@ class FitSettings:
         check_whole("seed", self.seed, 0, MAX_SEED)
         if self.seed + self.num_pairs + self.num_context_pairs > SELECTION_SEEDS.stop:
             raise SettingsError(
-                f"seed is {self.seed}, and {self.num_pairs} pairs and {self.num_context_pairs} context pairs take "
-                f"one each: pass fewer or a lower seed, as tests are drawn with seeds above {SELECTION_SEEDS.stop - 1}"
+                f"seed is {self.seed}, and {self.num_pairs} pairs and {self.num_context_pairs} context pairs take one "
+                f"each: pass fewer or a lower seed, as tests are generated with seeds above {SELECTION_SEEDS.stop - 1}"
             )
 
 
@@ -224,7 +224,7 @@ class EvaluateSettings:
     """
 
     grid_rounds: int = 3
-    """Rounds of every style with every object, sealed ones left out; drawn once, shared by all methods."""
+    """Rounds of every style with every object, sealed ones left out; generated once, shared by all methods."""
     target_rounds: int = 3
     """More rounds of the erased concept with everything of the other domain."""
     two_object_rounds: int = 3
@@ -238,7 +238,7 @@ class EvaluateSettings:
     held_out_grid_rounds: int = 1
     """Rounds of the whole grid in held-out phrasings, by the base alone."""
     unhooked_checks: int = 40
-    """Base images drawn once more with nothing attached, and compared bit for bit."""
+    """Base images generated once more with nothing attached, and compared bit for bit."""
     idle_checks: int = 40
     """Images per method in which it said that it would not act, generated with it all the same and compared bit for
     bit; what the last batch would be padded with comes on top."""

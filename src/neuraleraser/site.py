@@ -15,8 +15,8 @@ _STREAMS = ("image", "text")
 class Site:
     """A place in a pipeline where activations are read or edited.
 
-    Sites are blocks: a tensor of four dimensions is read as [B, C, H, W], which the parts of an attention need not be.
-    A block with one stream, such as a text encoder's, has the stream "image".
+    Name a whole block or attention, not a layer inside it: a tensor of four dimensions is taken for [B, C, H, W]. A
+    block with one stream, such as a text encoder's, has the stream "image".
 
     Attributes:
         path: The module, dotted from the pipeline.

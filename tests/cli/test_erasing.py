@@ -71,7 +71,7 @@ def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsy
         "a",
         "--model",
         model,
-        "--eraser",
+        "--erasers",
         str(tmp_path / "wide.safetensors"),
         "--num-inference-steps",
         "1",
@@ -125,10 +125,10 @@ def test_generate_with_and_without_erasers(model: str, tmp_path: Path, capsys: p
     other, _ = draw("--seed", "1")
     assert not np.array_equal(plain, other)
     both = [str(tmp_path / "vg.safetensors"), str(tmp_path / "cat.safetensors")]
-    seen, text = draw("--eraser", *both, "--action", "detect")
+    seen, text = draw("--erasers", *both, "--action", "detect")
     assert np.array_equal(seen, plain)
     assert "Van_Gogh: would have acted at 2 of 2 steps" in text and "Cats: would have acted" in text
-    erased, text = draw("--eraser", *both)
+    erased, text = draw("--erasers", *both)
     assert not np.array_equal(erased, plain) and "Van_Gogh: acted at 2 of 2 steps (t = " in text
-    off, _ = draw("--eraser", *(f"{path}:0" for path in both))
+    off, _ = draw("--erasers", *(f"{path}:0" for path in both))
     assert np.array_equal(off, plain)

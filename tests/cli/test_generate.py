@@ -22,17 +22,17 @@ def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureF
     e = open_eraser()
     shut = replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6))
     shut.save("shut.safetensors")
-    (line,) = said(model, capsys, "--eraser", "vg.safetensors")
+    (line,) = said(model, capsys, "--erasers", "vg.safetensors")
     assert line.startswith("Van_Gogh: acted at 2 of 2 steps (t = ")
-    (line,) = said(model, capsys, "--eraser", "vg.safetensors:0")
+    (line,) = said(model, capsys, "--erasers", "vg.safetensors:0")
     assert line.startswith("Van_Gogh: did not act (strength 0)")
-    (line,) = said(model, capsys, "--eraser", "vg.safetensors:0", "--action", "detect")
+    (line,) = said(model, capsys, "--erasers", "vg.safetensors:0", "--action", "detect")
     assert line.startswith("Van_Gogh: would not have acted (strength 0)")
-    (line,) = said(model, capsys, "--eraser", "vg.safetensors:0", "--action", "refuse")
+    (line,) = said(model, capsys, "--erasers", "vg.safetensors:0", "--action", "refuse")
     assert line.startswith("Van_Gogh: did not refuse (strength 0)")
-    (line,) = said(model, capsys, "--eraser", "shut.safetensors", "--action", "refuse")
+    (line,) = said(model, capsys, "--erasers", "shut.safetensors", "--action", "refuse")
     assert line == "Van_Gogh: did not fire, so nothing was refused"
-    (line,) = said(model, capsys, "--eraser", "shut.safetensors")
+    (line,) = said(model, capsys, "--erasers", "shut.safetensors")
     assert line == "Van_Gogh: did not fire"
     assert "Van_Gogh" in refused(
         [
@@ -42,7 +42,7 @@ def test_what_generate_says_is_what_happened(model: str, capsys: pytest.CaptureF
             model,
             "--num-inference-steps",
             "1",
-            "--eraser",
+            "--erasers",
             "vg.safetensors",
             "--action",
             "refuse",
@@ -61,7 +61,7 @@ def test_two_erasers_of_one_concept_are_told_apart(model: str, capsys: pytest.Ca
 
     e = open_eraser()
     replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6)).save("shut.safetensors")
-    lines = said(model, capsys, "--eraser", "vg.safetensors", "shut.safetensors", "vg.safetensors:0")
+    lines = said(model, capsys, "--erasers", "vg.safetensors", "shut.safetensors", "vg.safetensors:0")
     assert lines[0].startswith("Van_Gogh (vg.safetensors) 1: acted at 2 of 2 steps")
     assert lines[1] == "Van_Gogh (shut.safetensors): did not fire"
     assert lines[2].startswith("Van_Gogh (vg.safetensors) 2: did not act (strength 0)")
@@ -82,14 +82,14 @@ def test_an_eraser_may_be_a_folder_or_on_the_hub(
         return str(Path("kept") / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert said(model, capsys, "--eraser", "kept")[0].startswith("Van_Gogh: acted")
-    assert said(model, capsys, "--eraser", "owner/name:0.5")[0].startswith("Van_Gogh: acted")
-    assert said(model, capsys, "--eraser", "owner/name:0")[0].startswith("Van_Gogh: did not act")
+    assert said(model, capsys, "--erasers", "kept")[0].startswith("Van_Gogh: acted")
+    assert said(model, capsys, "--erasers", "owner/name:0.5")[0].startswith("Van_Gogh: acted")
+    assert said(model, capsys, "--erasers", "owner/name:0")[0].startswith("Van_Gogh: did not act")
     Path("odd:0").mkdir()
     open_eraser("Cats").save_pretrained("odd:0")  # a folder of that name is not one with a strength
-    assert said(model, capsys, "--eraser", "odd:0")[0].startswith("Cats: acted")
+    assert said(model, capsys, "--erasers", "odd:0")[0].startswith("Cats: acted")
     assert asked == ["owner/name"] * 2
-    argv = ["doctor", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers"]
+    argv = ["doctor", "--model", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers"]
     for source in ("kept", "owner/name", "vg.safetensors"):
         capsys.readouterr()
         assert main([*argv, source]) in (0, 1) and "Van_Gogh" in capsys.readouterr().out
@@ -112,9 +112,21 @@ def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("neuraleraser.concepts.Concept.from_json", opened)
     open_eraser("secret.json").save("evil.safetensors")
-    main(["doctor", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers", "evil.safetensors"])
     main(
-        ["generate", "a", "--model", model, "--num-inference-steps", "1", "--eraser", "evil.safetensors", "--calibrate"]
+        ["doctor", "--model", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers", "evil.safetensors"]
+    )
+    main(
+        [
+            "generate",
+            "a",
+            "--model",
+            model,
+            "--num-inference-steps",
+            "1",
+            "--erasers",
+            "evil.safetensors",
+            "--calibrate",
+        ]
     )
     with pytest.raises(AssertionError, match="was opened"):  # what the user names is
         main(["erase", "secret.json", "--model", model])

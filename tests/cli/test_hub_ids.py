@@ -33,9 +33,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_erasers(hub: FakeHub, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    assert said(model, capsys, "--eraser", "owner/an-eraser@v1:0.5")[0].startswith("Van_Gogh: acted")
-    assert said(model, capsys, "--eraser", "owner/an-eraser@v1:0")[0].startswith("Van_Gogh: did not act")
-    argv = ["generate", "a cat", "--model", model, "--eraser"]
+    assert said(model, capsys, "--erasers", "owner/an-eraser@v1:0.5")[0].startswith("Van_Gogh: acted")
+    assert said(model, capsys, "--erasers", "owner/an-eraser@v1:0")[0].startswith("Van_Gogh: did not act")
+    argv = ["generate", "a cat", "--model", model, "--erasers"]
     assert "safetensors" in refused([*argv, "owner/an-eraser"], capsys)  # today's is none
     assert "has no revision 'v2'" in refused([*argv, "owner/an-eraser@v2:0.5"], capsys)
     seen = Calibration(2, (1.0, 1.0), 1.0)

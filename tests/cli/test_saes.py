@@ -22,7 +22,7 @@ def test_from_prompts_to_an_sae_and_its_profile(model: str, tmp_path: Path, caps
     assert read_prompts(prompts) == [("a cat", ("Cats", "Fire")), ("a dog", ())]
     kept, sae, out = tmp_path / "kept", tmp_path / "sae.safetensors", tmp_path / "profile.safetensors"
     drawn = ["--model", model, "--prompts", str(prompts)]
-    collect = ["collect", "--sites", GATE.path, *drawn, *SAMPLING, "--num-images", "3", "--vectors-per-image", "20"]
+    collect = ["collect", GATE.path, *drawn, *SAMPLING, "--num-images", "3", "--vectors-per-image", "20"]
     assert main([*collect, "--out", str(kept)]) == 0
     assert "2 shards of 40 vectors at each of 1 sites" in capsys.readouterr().out
     shards = Shards.open(kept)

@@ -123,7 +123,7 @@ def test_a_replaced_denoiser_is_noticed_by_whatever_runs_next(sd: Any) -> None:
             images.append(runs(QUIET))
         pipe.unet = own
     with pytest.raises(EraserNotAppliedError, match="replaced"), attach(sd, eraser):
-        sd.unet = bare  # and nothing is drawn
+        sd.unet = bare  # and nothing is generated
     assert not images
 
 

@@ -1,4 +1,4 @@
-"""Routes are named: a call by which a concept may enter unseen is warned of once, before anything is drawn."""
+"""Routes are named: a call by which a concept may enter unseen is warned of once, before anything is generated."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_a_damaged_part_only_costs_its_drawing(
     path = sorted(tmp_path.glob(f"results/method={method}/*/part-*.parquet"))[0]
     path.write_bytes(damage(path.read_bytes()))
     calls = judge.calls
-    with pytest.warns(UserWarning, match="its images are drawn again"):
+    with pytest.warns(UserWarning, match="its images are generated again"):
         evaluate(pipe, methods[:1], S, tmp_path, judge=judge)
     assert same(before, everything(tmp_path)) and judge.calls == calls + 1
 

@@ -97,10 +97,10 @@ def test_an_output_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     Path("link").symlink_to("a")
     os.link("a", "hard")
     for out, source in (("a", "a"), ("link", "a"), ("a", "link"), ("hard", "a"), ("folder/sae", "folder")):
-        with pytest.raises(SettingsError, match="would replace what --eraser reads"):
-            check_outputs({"--out": out}, {"--eraser": source})
+        with pytest.raises(SettingsError, match="would replace what --erasers reads"):
+            check_outputs({"--out": out}, {"--erasers": source})
     check_outputs(
-        {"--out": "folder/new"}, {"--eraser": "folder", "--model": "canvas", "--x": None, "--y": "owner/name"}
+        {"--out": "folder/new"}, {"--erasers": "folder", "--model": "canvas", "--x": None, "--y": "owner/name"}
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tyro.conf import Positional
+
 from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, check_sampling, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.outputs import check_outputs
@@ -21,7 +23,8 @@ else:
 
 @verb(app, "collect")
 def collect(
-    sites: tuple[str, ...],
+    sites: Positional[tuple[str, ...]],
+    /,
     model: str = "canvas",
     prompts: Path | None = None,
     num_images: int = 300,
@@ -34,19 +37,20 @@ def collect(
     out: Path = Path("activations"),
     machine: Machine = AUTOMATIC,
 ) -> None:
-    """Draw images and record a random sample of their activations, mixed, to train SAEs on. Run again to go on.
+    """Generate images and record a random sample of their activations, mixed, to train SAEs on. Run again to go on.
 
     Args:
         sites: Sites such as unet.mid_block.attentions.0 (`neuraleraser sites` lists them).
         model: The pipeline: canvas, a folder, or a Hub id.
-        prompts: Text file, one prompt per line, after a tab what it shows, by commas; None: captions of the canvas.
-        num_images: How many images to draw; the prompts are repeated if they are fewer.
+        prompts: Text file, a prompt per line, each with an optional tab and comma-separated names of what it shows;
+            None: captions of the canvas.
+        num_images: How many images to generate; the prompts are repeated if they are fewer.
         vectors_per_image: Activation vectors kept of each image and site, over all steps and positions.
         buffer_chunks: How many batches of images are mixed at a time, in memory.
         seed: Decides the images' noise, which vectors are kept, and their order.
         num_inference_steps: Denoising steps; None: the model's usual.
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
-        batch_size: Images drawn together; None: 4, on the canvas 20.
+        batch_size: Images generated together; None: 4, on the canvas 20.
         out: Folder for the shards, one per batch of images.
     """
     from tqdm import tqdm

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
 from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.tables import text_table
@@ -16,9 +14,8 @@ from neuraleraser.settings import check_whole
 
 @verb(app, "doctor")
 def doctor(
-    model: Positional[str],
-    /,
     erasers: tuple[str, ...],
+    model: str = "canvas",
     neighbours: tuple[str, ...] = (),
     lookalikes: Path | None = None,
     clip: str | None = None,
@@ -32,14 +29,14 @@ def doctor(
     """Look whether erasers work on a pipeline, and exit with 1 if one does not.
 
     Args:
-        model: The pipeline: canvas, a folder, or a Hub id.
         erasers: Erasers: files, folders or Hub ids.
+        model: The pipeline: canvas, a folder, or a Hub id.
         neighbours: Phrases of what they could be mistaken for; none named: on the canvas all others of the kind.
         lookalikes: Text file of prompts without the concepts in which they must not fire, one per line.
         clip: A CLIP checkpoint (folder or Hub id) to judge by; needs neighbours. The canvas has its own judge.
         unlearncanvas: UnlearnCanvas's classifiers to judge by: style50.pth and style50_cls.pth.
         nudenet: Judge by NudeNet's detector, whatever the erasers are called (extra nudenet).
-        num_images: Images drawn of each kind.
+        num_images: Images generated of each kind.
         num_inference_steps: Denoising steps; None: as each eraser was fitted.
         calibrate: Fit the gates to this pipeline's weights first (nothing is written).
     """

@@ -47,7 +47,7 @@ def erase(
         num_images: Images that a reference made here learns from; half as many more show how it fires.
         num_inference_steps: Denoising steps; None: the model's usual.
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
-        batch_size: Images drawn together; None: 4, on the canvas 20.
+        batch_size: Images generated together; None: 4, on the canvas 20.
     """
     from tqdm import tqdm
 
@@ -87,4 +87,4 @@ def erase(
     if said := separability_warning(eraser):
         print(said)
     example = concept.pairs[0].positive
-    print(f'Try it: neuraleraser generate "{example}" --model {model} --eraser {path}')
+    print(f'Try it: neuraleraser generate "{example}" --model {model} --erasers {path}')

@@ -40,7 +40,7 @@ def evaluate(
             adds a line to docs/SEALED.md.
         num_inference_steps: Denoising steps; None: the model's usual.
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
-        batch_size: Images drawn together; None: 4, on the canvas 20.
+        batch_size: Images generated together; None: 4, on the canvas 20.
     """
     from neuraleraser.assessment import evaluate_erasers
     from neuraleraser.eraser import Eraser

@@ -23,7 +23,7 @@ def generate(
     /,
     model: str = "canvas",
     seed: int = 0,
-    eraser: tuple[str, ...] = (),
+    erasers: tuple[str, ...] = (),
     out: Path = Path("image.png"),
     action: Literal["erase", "detect", "refuse"] = "erase",
     calibrate: bool = False,
@@ -32,13 +32,13 @@ def generate(
     guidance_scale: float | None = None,
     machine: Machine = AUTOMATIC,
 ) -> None:
-    """Draw one image, with any erasers attached.
+    """Generate one image, with any erasers attached.
 
     Args:
-        prompt: What to draw.
+        prompt: What to generate.
         model: The pipeline: canvas, a folder, or a Hub id.
         seed: Seed of the noise that the image starts from.
-        eraser: Erasers: files, folders or Hub ids, each with its strength after a colon if not 1:
+        erasers: Erasers: files, folders or Hub ids, each with its strength after a colon if not 1:
             van-gogh.safetensors:0.5, owner/name:0.5, owner/name@revision:0.5 (0 to 2).
         out: Where the image goes (PNG).
         action: What erasers do. erase; detect, change nothing and say what would have fired; refuse, end with an error
@@ -46,7 +46,7 @@ def generate(
         calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
         record: Write what fired, at which timesteps and where, to this file, as JSON Lines.
         num_inference_steps: Denoising steps; None: the model's usual (canvas: 25).
-        guidance_scale: Classifier-free guidance scale, 1 draws without guidance; None: the model's usual (canvas: 3).
+        guidance_scale: Classifier-free guidance scale, 1 for none; None: the model's usual (canvas: 3).
     """
     from neuraleraser import sampling
     from neuraleraser.eraser import Eraser, attach
@@ -55,24 +55,24 @@ def generate(
     from neuraleraser.fitting import calibrate as run_calibrate
 
     if not prompt.strip():
-        raise SettingsError("the prompt is empty: say what to draw, such as 'a cat in Van Gogh style'")
+        raise SettingsError("the prompt is empty: say what to generate, such as 'a cat in Van Gogh style'")
     if error := prompt_error(prompt):
         raise SettingsError(f"{error}: pass another prompt")
     check_seed(seed)
     check_sampling(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-    named = [parse_eraser(text) for text in eraser]
-    read = {f"--eraser {source}": source for source, _ in named} | {"--model": model}
+    named = [parse_eraser(text) for text in erasers]
+    read = {f"--erasers {source}": source for source, _ in named} | {"--model": model}
     check_outputs({"--out": out, "--record": record}, read)
     if out.suffix.lower() not in ("", ".png"):
         raise SettingsError(f"--out is {out}, and images are written as PNG: pass a name that ends in .png")
-    erasers = [Eraser.from_pretrained(source) for source, _ in named]
+    loaded = [Eraser.from_pretrained(source) for source, _ in named]
     pipe = machine.open_pipeline(model)
     chosen = default_sampling(pipe, num_inference_steps, guidance_scale, batch_size=1)
     if calibrate:
-        erasers = [run_calibrate(pipe, e) for e in erasers]
+        loaded = [run_calibrate(pipe, e) for e in loaded]
     strengths = [strength for _, strength in named]
-    labels = _labels([e.name for e in erasers], [source for source, _ in named])
-    with attach(pipe, erasers, strengths, action=action, heat=record is not None) as trace:
+    labels = _labels([e.name for e in loaded], [source for source, _ in named])
+    with attach(pipe, loaded, strengths, action=action, heat=record is not None) as trace:
         trace.names = labels  # so that two erasers of one concept are two in what it says
         try:
             images = sampling.generate(pipe, [prompt], [seed], chosen)

@@ -31,7 +31,7 @@ def profile(
         sae: The SAE: a file, a folder or a Hub id.
         site: Where the SAE reads; None: what its file says.
         model: The pipeline: canvas, a folder, or a Hub id.
-        num_images: Images drawn of each concept, and as many without it.
+        num_images: Images generated of each concept, and as many without it.
         top: Features listed for each concept.
         out: The profile's file.
     """

@@ -27,8 +27,8 @@ def reference(
         sae: Folder or weights file of SAeUron, sdxl-unbox, SAELens, sparsify, dictionary_learning or OpenAI.
         site: The site that it reads, such as unet.up_blocks.1.attentions.1 or unet.mid_block.attentions.0:update.
         model: The pipeline: canvas, a folder, or a Hub id.
-        prompts: Text file of prompts of many things, one per line, after a tab what it shows, by commas: thresholds are
-            calibrated on their images. What shows a concept is no background for it.
+        prompts: Text file of prompts of many things, one per line, each with an optional tab and comma-separated names
+            of what it shows: thresholds are calibrated on their images. What shows a concept is no background for it.
         out: The reference's folder.
     """
     from neuraleraser.fitting import import_reference

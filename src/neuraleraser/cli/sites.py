@@ -6,13 +6,13 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from neuraleraser.cli.verbs import app, verb
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
 from neuraleraser.io.tables import text_table
 from neuraleraser.settings import Sampling
 
 
 @verb(app, "sites")
-def sites(model: Positional[str] = "canvas", /) -> None:
+def sites(model: Positional[str] = "canvas", /, machine: Machine = AUTOMATIC) -> None:
     """List where a pipeline's activations can be read and edited: blocks, cross-attentions, text encoders.
 
     Args:
@@ -20,7 +20,6 @@ def sites(model: Positional[str] = "canvas", /) -> None:
     """
     from neuraleraser import sampling
     from neuraleraser.families.defaults import recommended_sites
-    from neuraleraser.families.opening import open_pipeline
     from neuraleraser.sites import (
         Site,
         candidate_sites,
@@ -30,7 +29,7 @@ def sites(model: Positional[str] = "canvas", /) -> None:
         text_streams,
     )
 
-    pipe = open_pipeline(model)
+    pipe = machine.open_pipeline(model)
     blocks = candidate_sites(pipe)
     found = (
         dict.fromkeys(blocks, "block")

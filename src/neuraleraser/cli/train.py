@@ -35,17 +35,18 @@ def train(
     tensorboard: Path | None = None,
     machine: Machine = AUTOMATIC,
 ) -> None:
-    """Train sparse autoencoders while the pipeline draws: of every site named, one of every width. Run again to go on.
+    """Train sparse autoencoders while the pipeline generates: of each site, one of each width. Run again to go on.
 
     Args:
         sites: Sites such as unet.mid_block.attentions.0; all are trained from the same images.
         also_n_features: Further widths: an SAE of each, from the same images.
-        model: The pipeline to draw with: canvas, a folder, or a Hub id.
+        model: The pipeline to generate with: canvas, a folder, or a Hub id.
         num_inference_steps: Denoising steps; None: the model's usual.
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
-        batch_size: Images drawn together; None: 4, on the canvas 20.
+        batch_size: Images generated together; None: 4, on the canvas 20.
         activations: A folder from `collect`, to train on instead of drawing.
-        prompts: Text file, one prompt per line, after a tab what it shows, by commas; None: captions of the canvas.
+        prompts: Text file, a prompt per line, each with an optional tab and comma-separated names of what it shows;
+            None: captions of the canvas.
         out: The SAE's file (.safetensors), with its log (.jsonl) beside it, or a folder for one or several; None:
             sae.safetensors, or the folder saes.
         tensorboard: Folder for TensorBoard's files, if TensorBoard is installed.

@@ -129,7 +129,7 @@ def _runtimes(pipe: Any) -> Iterator[ErasureRuntime]:
     """Yield what runs erasers in the pipeline's modules, once for each module that it hooks."""
     for module in components(pipe).values():
         for hook in module._forward_pre_hooks.values():
-            observer = getattr(getattr(getattr(hook, "__self__", None), "boundary", None), "observer", None)
+            observer = getattr(getattr(getattr(hook, "__self__", None), "guard", None), "observer", None)
             if isinstance(observer, ErasureRuntime):
                 yield observer
 

@@ -21,8 +21,8 @@ _LIMITS = """\
   inverted latent or an embedding that was learned through it brings the concept back.
 - It was made from the prompts that its file lists. Other words, other languages and prompts searched for on purpose may
   get round it; none of that is measured unless a figure above says so.
-- It changes activations while images are drawn and leaves the weights as they are: who holds the weights can take it
-  off.
+- It changes activations while images are generated and leaves the weights as they are: who holds the weights can
+  take it off.
 - Caches that skip blocks are refused. A LoRA may be loaded beside it; one that is fused into the weights changes the
   activations that it reads.
 """

@@ -227,7 +227,7 @@ class SiteEdit:
             return None if probe is None else Change(None, probe)
         if len(parts) > 1 or len(plan.corrections) != 1:
             probe = None
-        # A sum is nobody else's, and so is a delta that no other site repeats.
+        # A sum, or a delta used at this site alone, may be changed in place.
         owned = len(parts) > 1 or not (plan.repeated or any(group.also for group in plan.corrections))
         return Change(sum(parts[1:], parts[0]), probe, owned)
 

@@ -1,9 +1,9 @@
 """Drawing: from cells and methods to pictures and rows on disk, resumable and killable at any moment.
 
-The base set is drawn once, while the methods that can tell where they would act watch. Up to the moment at which such a
-method acts its image is the base's, so only images in which it would act are drawn again. That shortcut is checked, not
-trusted: a fixed sample of base images is drawn with nothing attached, and of every method a sample of images in which
-it would not act is drawn with it applied; all are compared bit for bit with their base twins.
+The base set is generated once, while the methods that can tell where they would act watch. Up to the moment at which
+such a method acts its image is the base's, so only images in which it would act are drawn again. That shortcut is
+checked, not trusted: a fixed sample of base images is generated with nothing attached, and of every method a sample of
+images in which it would not act is generated with it applied; all are compared bit for bit with their base twins.
 
 Each batch is one call of the pipeline in a context of its own, in which images count from 0.
 """

@@ -1,4 +1,4 @@
-"""The contract of anything that erases a concept: our eraser, every rival, and the controls."""
+"""The contract of anything that erases a concept: our eraser, every other method, and the controls."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Cells: what is drawn to measure an erasure, as plain data.
+"""Cells: images to generate to measure an erasure, as plain data.
 
-Every cell has a seed of its own, so that no two pictures share their noise and errors are independent. Sealed concepts
+Every cell has a seed of its own, so that no two images share their noise and errors are independent. Sealed concepts
 are left out, as something to erase and as something to keep, unless they are asked for (`sealed=True`, of
-`evaluate --sealed` alone): who measures another concept must not look at them by the way.
+`evaluate --sealed` alone): measuring one concept must not reveal results on sealed ones.
 """
 
 from __future__ import annotations

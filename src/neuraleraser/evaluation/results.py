@@ -30,7 +30,7 @@ BASE = "base"
 """Method of the images of the pipeline itself: the twins of all others. Methods that can tell where they would act
 watch while they are drawn, and change nothing."""
 UNHOOKED = "base-unhooked"
-"""Method of a sample of base images drawn once more with nothing attached, to compare."""
+"""Method of a sample of base images generated once more with nothing attached, to compare."""
 
 ROW_KINDS = ("style", "object", "")
 """Kind of the concept that a row's method erases; "" in rows of the base."""

@@ -86,7 +86,7 @@ class RunFolder:
         try:
             part = load_part(path, self.judge, *place)
         except FileError as error:
-            warnings.warn(f"{error}; its images are drawn again", stacklevel=2)
+            warnings.warn(f"{error}; its images are generated again", stacklevel=2)
             path.unlink()
             return None
         drawn = part.compared | (part.method == BASE)

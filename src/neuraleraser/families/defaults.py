@@ -70,7 +70,7 @@ def evaluation_sampling(pipe: Any, settings: EvaluateSettings) -> Sampling:
 
 
 def sampling_for_eraser(pipe: Any, fitted: Sampling | None) -> Sampling:
-    """Return how to draw with an eraser that was fitted on images sampled so, in the pipeline's usual batch.
+    """Return how to generate with an eraser that was fitted on images sampled so, in the pipeline's usual batch.
 
     None, where its header does not say: as `pipe` is usually sampled. An eraser of a one-step model is calibrated and
     diagnosed at one step, too.

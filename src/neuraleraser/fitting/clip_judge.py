@@ -50,7 +50,7 @@ def calibrate_clip_judge(
         ('a cat', 'a dog')
     """
     check_nothing_acts(pipe, "calibrating a judge")
-    clip = Clip(model, str(pipe.device))  # before anything is drawn: one that is not there is an error at once
+    clip = Clip(model, str(pipe.device))  # before anything is generated: one that is not there is an error at once
     prompts = {concept.name: [pair.positive for pair in concept.pairs]}
     prompts |= {
         other.name: [pair.positive for pair in other.pairs]

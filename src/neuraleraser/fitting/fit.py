@@ -85,10 +85,10 @@ def fit(
     edit_sites = list(edits or edits_for(pipe, reference.site))
     pairs = _sample_pairs(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
-    report_progress("drawing without the concept", 0.0)
+    report_progress("generating without the concept", 0.0)
     recording = sampling, reference.sae, reference.site
     plain_calls, pooled_plain = record_trajectories(pipe, [p.negative for p in pairs], seeds, *recording)
-    report_progress("drawing with the concept", 0.1)
+    report_progress("generating with the concept", 0.1)
     shown_calls, pooled_shown = record_trajectories(pipe, [p.positive for p in pairs], seeds, *recording)
     report_progress("choosing features", 0.2)
     replayed_calls, pooled_replayed = _replay_with_concept(pipe, plain_calls, shown_calls, reference)
@@ -98,7 +98,7 @@ def fit(
     plain_rows = branches_as_rows(pooled_plain.values)[:, nearest_step]
     lacks = torch.cat([lacks, plain_rows])
     detector = choose_features(shows, lacks)
-    report_progress("drawing what stays", 0.2)
+    report_progress("generating what stays", 0.2)
     context = _context_prompts(concept, s.num_context_pairs)
     context_seeds = range(seeds[-1] + 1, seeds[-1] + 1 + len(context))
     examples = _training_examples(pipe, plain_calls, shown_calls, replayed_calls)

@@ -45,7 +45,7 @@ def erase(
 
     `pipe` is not changed: pass the result to `attach` or `load_eraser`. With a reference at hand some 90 images are
     generated and a correction is trained for 160 steps: for the canvas about a minute on two CPU cores with fast
-    bfloat16, four to eight without. It is silent unless `progress` is given.
+    bfloat16, five to eight without. It is silent unless `progress` is given.
 
     Args:
         pipe: The diffusers pipeline.
@@ -149,8 +149,8 @@ def find_or_make_reference(
         announce(
             f"Making a reference for {model} at {site} from {images + images // 2} of its own images, of "
             f"{concept.name} and {', '.join(n.name for n in neighbours) or 'no neighbours'}.\n"
-            f"About {cost.seconds / 60:.0f} minutes of drawing, and {cost.bytes / 1e6:.0f} MB in {folder} until it is "
-            "made. Ctrl-C stops; the same call goes on."
+            f"About {cost.seconds / 60:.0f} minutes of generating, and {cost.bytes / 1e6:.0f} MB in {folder} until it "
+            "is made. Ctrl-C stops; the same call goes on."
         )
     return make_reference(
         pipe, concept, neighbours, site, folder, num_images=images, sampling=sampling, progress=progress

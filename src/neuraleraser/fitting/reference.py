@@ -1,4 +1,4 @@
-"""References: an SAE at a site, and how its features fire on prompts of everything else. One serves every concept."""
+"""References: an SAE at a site, and how its features fire on prompts of everything else."""
 
 from __future__ import annotations
 

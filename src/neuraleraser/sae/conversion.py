@@ -19,7 +19,7 @@ _CHUNK = 2**24  # activations of features held at a time
 
 @dataclass(frozen=True)
 class Source:
-    """A dictionary as its own library runs it on x [M, d], in float64:
+    """An SAE as its own library runs it on x [M, d], in float64:
 
         u     = x, or standardised for each vector by itself (`scaling`)
         pre   = (u - b_dec) W_enc^T + b_enc       without - b_dec where `subtracts` is False

@@ -52,8 +52,8 @@ class MixingBuffer:
     chunk: the chunks, `size` rows each. buffer_chunks: how many of them the pool holds; start: how many there are in
     the first block (None: as many). reuse: how often a row is used. cycle: after so many chunks the first comes again;
     as many blocks use each row `reuse` times, and the next ones do so in a new order. With a buffer as large, chunks
-    stay in the pool and are drawn once. prefetch: chunks that a thread draws while batches are used; 0 draws between
-    batches. Raises SettingsError for settings out of range, or a batch larger than a block.
+    stay in the pool and are generated once. prefetch: chunks that a thread generates while batches are used; 0:
+    generated between batches. Raises SettingsError for settings out of range, or a batch larger than a block.
     """
 
     def __init__(

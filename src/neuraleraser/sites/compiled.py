@@ -38,7 +38,7 @@ class GuardedCall:
         return output
 
 
-def add_boundary(held: nn.Module, hooks: ComponentHooks) -> None:
+def add_guard(held: nn.Module, hooks: ComponentHooks) -> None:
     """Put a boundary for `hooks` around a component, as its pipeline holds it, where it is compiled."""
     root = unwrap(held)
     if held is not root:  # torch.compile(module)
@@ -47,7 +47,7 @@ def add_boundary(held: nn.Module, hooks: ComponentHooks) -> None:
         _insert(root, "_compiled_call_impl", root, hooks)
 
 
-def remove_boundary(held: nn.Module, hooks: ComponentHooks) -> None:
+def remove_guard(held: nn.Module, hooks: ComponentHooks) -> None:
     """Take the boundary for `hooks` off again."""
     root = unwrap(held)
     if held is not root:

@@ -150,7 +150,7 @@ class HookedEdits(Generic[F]):
         for name, hooks in self.components.items():
             hooks.active = False
             if name in held:
-                compiled.remove_boundary(held[name], hooks)
+                compiled.remove_guard(held[name], hooks)
 
 
 def remove_copied_hooks(pipe: Any) -> None:
@@ -171,7 +171,7 @@ def _guard_of(hook: Any) -> CallGuard[Any, Any] | None:
     """Return the guard of a hook of ours; None of other hooks."""
     owner = getattr(hook, "__self__", hook)
     owner = owner.component if isinstance(owner, SiteHook) else owner
-    owner = owner.boundary if isinstance(owner, ComponentHooks) else owner
+    owner = owner.guard if isinstance(owner, ComponentHooks) else owner
     return owner if isinstance(owner, CallGuard) else None
 
 

@@ -75,9 +75,9 @@ class Boundary(Protocol):
 class ComponentHooks:
     """Hooks of one attachment inside one component (a denoiser, a text encoder)."""
 
-    def __init__(self, name: str, component: nn.Module, boundary: Boundary) -> None:
+    def __init__(self, name: str, component: nn.Module, guard: Boundary) -> None:
         arguments = forward_arguments(component)
-        self.name, self.boundary = name, boundary
+        self.name, self.guard = name, guard
         self.arguments = arguments
         self.timestep_index = arguments.index("timestep") if "timestep" in arguments else None
         self.patch = _patch_size(component) if "transformer" in name else None
@@ -104,7 +104,7 @@ class ComponentHooks:
                 thread.rows = None
             else:
                 thread.forward = None
-                thread.rows = self.boundary.on_forward_start(self, module, args, kwargs)
+                thread.rows = self.guard.on_forward_start(self, module, args, kwargs)
         timestep = None
         if self.timestep_index is not None:
             timestep = argument_of(args, kwargs, "timestep", self.timestep_index)
@@ -118,7 +118,7 @@ class ComponentHooks:
         thread.forward = Forward(
             timestep,
             rows,
-            self.boundary.new_state(),
+            self.guard.new_state(),
             [False] * len(self.sites),
             [None] * len(self.sites),
             self._image_tokens(first),
@@ -138,7 +138,7 @@ class ComponentHooks:
     def open_boundary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a compiled forward, outside its graph."""
         thread = self.thread.get()
-        thread.forward, thread.rows = None, self.boundary.on_forward_start(self, module, args, kwargs)
+        thread.forward, thread.rows = None, self.guard.on_forward_start(self, module, args, kwargs)
         thread.guarded = True
 
     def close_boundary(self, failed: bool) -> None:
@@ -160,7 +160,7 @@ class ComponentHooks:
             if probe is not None:
                 thread.pending[number] = thread.pending[number] + probe if number in thread.pending else probe
         self.check_finite(on="cpu")
-        self.boundary.on_forward_end(self, forward)
+        self.guard.on_forward_end(self, forward)
 
     def raise_missed(self, names: list[str], where: str = "a forward of {name}") -> None:
         """EraserNotAppliedError if there are names of hooks that did not run."""
@@ -217,7 +217,7 @@ class ComponentHooks:
             )
         if thread.outside is None:
             count = len(self.sites)
-            thread.outside = Forward(None, Rows(1), self.boundary.new_state(), [False] * count, [None] * count)
+            thread.outside = Forward(None, Rows(1), self.guard.new_state(), [False] * count, [None] * count)
         return thread.outside
 
     def _image_tokens(self, latents: Any) -> int | None:

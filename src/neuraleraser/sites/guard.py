@@ -1,4 +1,4 @@
-"""The call boundary: where a drawing begins, what its rows are, and where its latents become pictures.
+"""The call guard: where a drawing begins, what its rows are, and where its latents become pictures.
 
 It lies at the modules, which a pipeline shares with others made of them, with copies, with loops of one's own and with
 other threads. All that is known of a call belongs to the thread that runs it.
@@ -240,7 +240,7 @@ class CallGuard(Generic[F, C]):
                         "again."
                     )
                 continue
-            compiled.add_boundary(module, hooks)
+            compiled.add_guard(module, hooks)
 
     def check(self, pipe: Any) -> None:
         """Raise what could not be raised earlier, at the end of an attachment."""

@@ -12,7 +12,7 @@ WEIGHTS = "params.npz"
 
 
 def read(path: Path) -> Source:
-    """The dictionary at `path`."""
+    """Return the SAE at `path`."""
     arrays = untrusted.read_npz(path)
     W = untrusted.get_tensor(arrays, "W_enc", (None, None), path).T
     n, d = W.shape

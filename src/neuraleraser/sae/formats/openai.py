@@ -25,7 +25,7 @@ STATISTICS = {"feature_mean": "mean.pt", "feature_std": "std.pt"}  # by their na
 
 
 def read(path: Path) -> Source:
-    """OpenAI's dictionary at `path`."""
+    """Return OpenAI's SAE at `path`."""
     state = untrusted.read_state(path)
     source = _source(state, path)
     n = len(source.b_enc)
@@ -62,7 +62,7 @@ def write(t: dict[str, Tensor], folder: Path, k: int | None) -> Path:
 
 
 def read_unbox(path: Path) -> Source:
-    """The dictionary of sdxl-unbox whose weights are at `path`, its configuration beside it."""
+    """Return the SAE of sdxl-unbox whose weights are at `path`, its configuration beside it."""
     where = path.with_name(UNBOX_CONFIG)
     config, state = untrusted.read_json(where), untrusted.read_state(path)
     inner = state.get("state_dict", state)

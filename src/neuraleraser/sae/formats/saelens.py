@@ -26,7 +26,7 @@ _KNOWN = ("standard", "jumprelu", "topk", "gated", *_BATCH)
 
 
 def read(path: Path) -> Source:
-    """The dictionary whose weights are at `path`, its configuration beside it."""
+    """Return the SAE whose weights are at `path`, its configuration beside it."""
     where = path.with_name(CONFIG)
     config, tensors = untrusted.read_json(where), tensor_file.load_foreign(path)
     architecture = config.get("architecture", "standard")

@@ -18,7 +18,7 @@ WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
 
 def read(path: Path) -> Source:
-    """The dictionary whose weights are at `path`, its configuration beside it."""
+    """Return the SAE whose weights are at `path`, its configuration beside it."""
     where = path.with_name(CONFIG)
     config, tensors = untrusted.read_json(where), tensor_file.load_foreign(path)
     for name in ("transcode", "skip_connection"):
