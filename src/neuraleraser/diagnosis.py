@@ -37,7 +37,13 @@ FIRST_SEED = 110_000
 
 @dataclass(frozen=True)
 class Check:
-    """One check of an eraser: its name, the check, the result (None: unknown), and what was found, in words."""
+    """One check of an eraser: its name, the check, the result (None: unknown), and what was found, in words.
+
+    Examples:
+        >>> from neuraleraser.diagnosis import Check
+        >>> Check("Cats", "fits", True, "it attaches").well
+        True
+    """
 
     eraser: str
     what: str
@@ -47,7 +53,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All checks, and the verdict."""
+    """All checks, and the verdict.
+
+    Examples:
+        >>> from neuraleraser.diagnosis import Check, Diagnosis
+        >>> checks = Check("Cats", "fits", True, "it attaches"), Check("Cats", "gone", None, "no judge")
+        >>> Diagnosis(checks).verdict
+        'WELL (1 eraser, 1 checks, 1 that no one could read)'
+    """
 
     checks: tuple[Check, ...]
 

@@ -71,7 +71,7 @@ class SplitError(NeuralEraserError):
     Examples:
         >>> evaluate(pipe, [DoNothing("Cubism", "style")], brief, "sealed")
         Traceback (most recent call last):
-        neuraleraser.errors.SplitError: Cubism: sealed until all is frozen, ...
+        neuraleraser.errors.SplitError: Cubism: sealed, that is kept back for ...
     """
 
 

@@ -155,7 +155,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_a_reader_that_has_gone_is_no_traceback():
-    command = [sys.executable, "-m", "neuraleraser.cli", "demo", "--help"]
+    command = [sys.executable, "-m", "neuraleraser", "demo", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()

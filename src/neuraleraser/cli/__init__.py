@@ -83,7 +83,10 @@ def _of_the_machine(error: Exception) -> str:
     """Return the sentence for an error of the machine, whose memory or disk is full; "" for others, which are bugs."""
     text = str(error).lower()
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return f"the memory is not enough ({printable(error)}): draw fewer images at once, or smaller ones"
+        return (
+            f"the memory is not enough ({printable(error)}): pass a smaller --batch-size where the verb has one, "
+            "--dtype bfloat16, or a smaller model"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return f"the disk does not take more ({printable(error)}): free some space, or write elsewhere"
     return ""

@@ -19,7 +19,7 @@ def erase(
     settings: Annotated[FitSettings, Flat],
     model: str = "canvas",
     out: Path | None = None,
-    kind: Literal["style", "object"] | None = None,
+    kind: Literal["style", "object", "other"] | None = None,
     reference: str | None = None,
     neighbours: tuple[str, ...] = (),
     site: str | None = None,

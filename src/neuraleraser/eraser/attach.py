@@ -223,9 +223,9 @@ class attach:
     Args:
         pipe: The diffusers pipeline.
         erasers: One eraser, or several.
-        strength: 0 changes nothing, 1 is as fitted; up to 2 corrects more than was fitted, where some of the concept is
-            left, at the price of more artefacts. One number for all; or one entry per eraser: a number, or one number
-            per image of the batch.
+        strengths: 0 changes nothing, 1 is as fitted; up to 2 corrects more than was fitted, where some of the concept
+            is left, at the price of more artefacts. One number for all; or one entry per eraser: a number, or one
+            number per image of the batch.
         action: What to do where a gate opens, for all erasers or one per eraser. "erase" corrects; "detect" changes
             nothing; "refuse" changes nothing either, and raises `ConceptRefusedError` in the step in which a gate
             opens, so that the call ends without an image. (To keep the other images of a batch, use "detect" and
@@ -253,7 +253,7 @@ class attach:
         self,
         pipe: Any,
         erasers: Eraser | Sequence[Eraser],
-        strength: Strengths = 1.0,
+        strengths: Strengths = 1.0,
         *,
         action: str | Sequence[str] = "erase",
         heat: bool = False,
@@ -261,7 +261,7 @@ class attach:
         self._entered = True  # until all arguments are checked, there is nothing to warn of
         self._pipe, self._erasers = pipe, check_erasers(erasers)
         self._actions = action_list(len(self._erasers), action)
-        self._strengths = strength_table(len(self._erasers), strength)
+        self._strengths = strength_table(len(self._erasers), strengths)
         self._heat = heat
         self._attachment: Attachment | None = None
         self._entered = False

@@ -96,8 +96,8 @@ def default_judge(pipe: Any) -> Judge:
     family = family_of(pipe)
     if family.judge is None:
         raise SettingsError(
-            f"no judge is known for this {type(pipe).__name__}: pass model 'canvas', which has one, or a judge of your "
-            "own"
+            f"no judge is known for this {type(pipe).__name__}, only for the canvas: from Python pass `judge` and "
+            "`protocol` to `evaluate` (docs/how-to/evaluate-own-model.md)"
         )
     return family.judge()
 

@@ -28,7 +28,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the number of images it rests on and the ends of its 95 % interval."""
+    """A value with the number of images it rests on and the ends of its 95 % interval.
+
+    Examples:
+        >>> share = report.of("none", "Van_Gogh").figures["unchanged_share"]
+        >>> share.low < share.value == share.high == 1, share.n
+        (True, 2)
+    """
 
     value: float
     n: int

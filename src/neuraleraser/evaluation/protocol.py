@@ -143,8 +143,8 @@ def check_open(vocabulary: Vocabulary, names: Iterable[str]) -> None:
     closed = sorted(vocabulary.sealed & set(names))
     if closed:
         raise SplitError(
-            f"{', '.join(closed)}: sealed until all is frozen, so nothing may draw or read it but "
-            "`neuraleraser evaluate --sealed`; pass other concepts"
+            f"{', '.join(closed)}: sealed, that is kept back for the project's last measurement, which `neuraleraser "
+            "evaluate --sealed` alone makes. Pass other concepts; `doctor` looks at an eraser of any"
         )
 
 

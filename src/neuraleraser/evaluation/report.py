@@ -37,7 +37,13 @@ TARGET_PAIRS, OTHER_PAIRS = 6, 8
 
 @dataclass(frozen=True, eq=False)
 class ErasureReport:
-    """One method on one concept: its figures and its pictures."""
+    """One method on one concept: its figures and its images.
+
+    Examples:
+        >>> entry = report.of("none", "Van_Gogh")
+        >>> entry.kind, entry.figures["ua"].value
+        ('style', 0.0)
+    """
 
     method: str
     concept: str

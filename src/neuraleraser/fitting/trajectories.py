@@ -130,7 +130,7 @@ def record_calls(
     image: Images | None = None,
 ) -> tuple[list[DenoiserCall], Tensor, Tensor]:
     """Draw the images; keep the conditional half of every denoiser call, all images in a row -> calls, and values
-    and times as `measured` gives them."""
+    and times as `measure_site` gives them."""
     batches: list[list[DenoiserCall]] = []
     real = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 _RULE = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 """A table's lines in rich's terms: one below the head, in ASCII, as output may be read by another program."""
@@ -22,8 +23,7 @@ def text_table(
     """Return aligned columns, without a line's end.
 
     head: names of the columns, with a rule below. left: numbers of the columns that are aligned to the left; the
-    others, of figures, are to the right. width: columns to fit into, by wrapping cells but those of the first column,
-    which names the row; None: the terminal's.
+    others, of figures, are to the right. width: columns to fit into, by wrapping cells; None: the terminal's.
     """
     from rich.box import Box  # here, as most verbs print no table
     from rich.console import Console
@@ -37,7 +37,10 @@ def text_table(
     table = Table(box=Box(_RULE, ascii=True), show_edge=False, pad_edge=False, show_header=head is not None)
     for i in range(count):
         title = Text(head[i]) if head else ""
-        table.add_column(title, justify="left" if i in sides else "right", overflow="fold", no_wrap=i == 0)
+        # The first names the row: it is wrapped last.
+        least = min(max(len(row[0]) for row in rows), width // 4) if i == 0 and rows else None
+        side: Literal["left", "right"] = "left" if i in sides else "right"
+        table.add_column(title, justify=side, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*map(Text, row))  # as text, for which no square bracket is markup
     console = Console(width=width, color_system=None, force_terminal=False)

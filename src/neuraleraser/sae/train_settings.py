@@ -109,7 +109,16 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class StepLog:
-    """Numbers that `on_step` is given: plain numbers of one training step, in units of the scaled data."""
+    """Numbers that `on_step` is given: plain numbers of one training step, in units of the scaled data.
+
+    Examples:
+        >>> from neuraleraser.sae import pool_batches, train
+        >>> x, logs = activation_matrix(pipe, prompts, [0, 1], [site], sampling=quick)[site], []
+        >>> settings = TrainSettings(n_features=64, k=4, steps=5, init_vectors=256, log_every=5)
+        >>> _ = train(pool_batches(x, 64), settings, on_step=logs.append)
+        >>> logs[-1].step
+        5
+    """
 
     step: int
     """Steps done, so the last one is `settings.steps`."""

@@ -1,4 +1,4 @@
-"""python -m neuraleraser.cli"""
+"""`python -m neuraleraser`: the command line."""
 
 from __future__ import annotations
 
