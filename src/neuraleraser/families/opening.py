@@ -72,7 +72,7 @@ def _found(name: str, dtype: torch.dtype | None, revision: str | None) -> Any:
             raise FileError(f"the folder {name!r} holds no pipeline (no model_index.json): {_HELP}")
         pipe = _opened(name, str(folder), dtype, "from that folder", local_files_only=True)
     elif asked := parse_hub_id(name, revision):
-        where = "from the Hub (check the id, the network, and access to it)"
+        where = "from the Hub"
         pipe = _opened(name, asked[0], dtype, where, revision=asked[1])
     else:
         raise FileError(f"there is no pipeline {printable(name)!r}: {_HELP}")
@@ -96,9 +96,12 @@ def _opened(name: str, source: str, dtype: torch.dtype | None, where: str, **set
         return DiffusionPipeline.from_pretrained(
             source, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False, **settings
         )
+    except MemoryError:
+        raise
     except Exception as error:  # diffusers, transformers and the Hub's client each raise kinds of their own
         reason = printable(error, 200) or type(error).__name__
-        raise FileError(f"the pipeline {name!r} could not be opened {where}: {reason}") from error
+        advice = "" if settings.get("local_files_only") else ": check the id, the network, and access to it"
+        raise FileError(f"the pipeline {name!r} could not be opened {where} ({reason}){advice}") from error
 
 
 def image_to_image(pipe: Any) -> Any:
