@@ -259,6 +259,9 @@ def test_the_console_tables_are_aligned_and_fit():
     assert [lines[heads + k][:at].split()[-1] for k in (3, 4, 5)] == ["0.50", "0.40-0.60", "n=60"]
     assert any("48 kB" in line and "x1.01" in line for line in lines)
     assert "Kept" in text and "As others define it" in text
+    every = dict.fromkeys((c.name for table in TABLES for c in table.columns), ratio)
+    names = terminal_tables(report(entry(method="string-filter-seen", figures=every | COSTS)))
+    assert len(re.findall(r"^ string-filter-seen ", names, re.MULTILINE)) == len(TABLES), "a method's name is wrapped"
 
 
 def test_spaced_samples_are_even():

@@ -9,9 +9,9 @@ from neuraleraser.io.tables import text_table
 
 def test_columns_are_aligned_figures_to_the_right() -> None:
     lines = text_table([("a", "1.00"), ("longer", "12.50")], ("name", "value")).splitlines()
-    assert lines[0] == "name     value" and set(lines[1]) == {"-"} and len(lines[1]) == len(lines[0])
-    assert lines[2:] == ["a         1.00", "longer   12.50"]
-    assert text_table([("a", "1"), ("b", "12")], left=(0, 1)) == "a   1\nb   12"
+    assert lines[0] == "name    value" and set(lines[1]) == {"-"} and len(lines[1]) == len(lines[0])
+    assert lines[2:] == ["a        1.00", "longer  12.50"]
+    assert text_table([("a", "1"), ("b", "12")], left=(0, 1)) == "a  1\nb  12"
 
 
 def test_cells_are_no_markup() -> None:

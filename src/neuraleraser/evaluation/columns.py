@@ -140,7 +140,7 @@ TABLES = (
             ),
             Column(
                 "bystander_still",
-                "byst.still",
+                "byst.kept",
                 "Of those of them that are right in the base model, the share still right: gains offset nothing.",
             ),
             Column(

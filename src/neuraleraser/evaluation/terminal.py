@@ -38,7 +38,7 @@ def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
         ]
         if entry.concept != above:
             rows.append([entry.concept, *[""] * len(columns)])
-        names = [f"  {entry.method}", "", ""]
+        names = [f" {entry.method}", "", ""]
         rows += [[name, *line] for name, line in zip(names, [x for x in lines if any(x)], strict=False)]
         above = entry.concept
     for row in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 _RULE = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 """A table's lines in rich's terms: one below the head, in ASCII, as output may be read by another program."""
@@ -34,13 +33,12 @@ def text_table(
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
     count = len(head or rows[0])
     sides = [i % count for i in left]
-    table = Table(box=Box(_RULE, ascii=True), show_edge=False, pad_edge=False, show_header=head is not None)
+    table = Table(
+        box=Box(_RULE, ascii=True), show_edge=False, pad_edge=False, collapse_padding=True, show_header=head is not None
+    )
     for i in range(count):
         title = Text(head[i]) if head else ""
-        # The first names the row: it is wrapped last.
-        least = min(max(len(row[0]) for row in rows), width // 4) if i == 0 and rows else None
-        side: Literal["left", "right"] = "left" if i in sides else "right"
-        table.add_column(title, justify=side, overflow="fold", min_width=least)
+        table.add_column(title, justify="left" if i in sides else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # as text, for which no square bracket is markup
     console = Console(width=width, color_system=None, force_terminal=False)
