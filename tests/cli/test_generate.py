@@ -112,22 +112,9 @@ def test_the_name_in_an_eraser_opens_no_file(model: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("neuraleraser.concepts.Concept.from_json", opened)
     open_eraser("secret.json").save("evil.safetensors")
-    main(
-        ["doctor", "--model", model, "--num-images", "1", "--num-inference-steps", "1", "--erasers", "evil.safetensors"]
-    )
-    main(
-        [
-            "generate",
-            "a",
-            "--model",
-            model,
-            "--num-inference-steps",
-            "1",
-            "--erasers",
-            "evil.safetensors",
-            "--calibrate",
-        ]
-    )
+    evil = ["--model", model, "--num-inference-steps", "1", "--erasers", "evil.safetensors"]
+    main(["doctor", "--num-images", "1", *evil])
+    main(["generate", "a", *evil, "--calibrate"])
     with pytest.raises(AssertionError, match="was opened"):  # what the user names is
         main(["erase", "secret.json", "--model", model])
 
