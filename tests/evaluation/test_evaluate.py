@@ -209,6 +209,20 @@ def test_image_to_image_starts_from_the_render(pipe: Any, tmp_path: Path):
         assert np.array_equal(run.image(BASE, "", cell), stamp(cell.prompt, cell.seed, image))
 
 
+def test_start_images_that_cannot_be_made_are_an_error_before_anything_is_generated(pipe: Any, tmp_path: Path):
+    def failing(cells: Any, size: int) -> Any:
+        raise SettingsError("no renderer")
+
+    cells = [
+        Cell("a cat in Van Gogh style", 10_000 + i, "Van_Gogh", ("Cats",), group)
+        for i, group in enumerate(("grid", IMAGE_TO_IMAGE))
+    ]
+    judge, protocol = StampJudge(), EvaluationProtocol({"Van_Gogh": cells}, start_images=failing)
+    with pytest.raises(SettingsError, match="no renderer"):
+        evaluate(pipe, [DoNothing("Van_Gogh", "style")], S, tmp_path, judge=judge, protocol=protocol)
+    assert judge.calls == 0
+
+
 def test_cells_of_one_s_own(pipe: Any, tmp_path: Path):
     """Any prompts, any judge of one domain: nothing of the canvas is asked for."""
 
