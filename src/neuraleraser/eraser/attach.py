@@ -137,9 +137,9 @@ def _runtimes(pipe: Any) -> Iterator[ErasureRuntime]:
 def check_nothing_acts(pipe: Any, purpose: str) -> None:
     """Raise SettingsError where an eraser changes what `pipe` draws: `purpose` needs the base model's own images."""
     acting = {
-        e.name
+        part.name
         for runtime in _runtimes(pipe)
-        for e, action, rests in zip(runtime.erasers, runtime.actions, runtime.zero_strength, strict=True)
+        for part, action, rests in zip(runtime.parts, runtime.part_actions, runtime.zero_strength, strict=True)
         if action != "detect" and not rests
     }
     if acting:

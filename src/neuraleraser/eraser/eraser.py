@@ -15,7 +15,8 @@ from torch import Tensor
 from neuraleraser.eraser.corrections import CORRECTION_KINDS, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
 from neuraleraser.eraser.gate import Gate
-from neuraleraser.eraser.header import EraserHeader
+from neuraleraser.eraser.guided import Guided
+from neuraleraser.eraser.header import LAYOUT_FIELDS, EraserHeader
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.io import tensor_file
@@ -28,8 +29,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Part of the eraser called `name`: a gate, and what acts while it is open."""
+
+    name: str
+    gate: Gate
+    corrections: tuple[Correction, ...]
+    guided: Guided | None = None
+
+    def to(self, device: torch.device) -> Part:
+        """Return the part with its tensors on another device."""
+        moved = tuple(
+            type(c).from_tensors(c.site, {name: x.to(device) for name, x in c.tensors().items()}, c.also)
+            for c in self.corrections
+        )
+        return Part(self.name, self.gate.to(device), moved, self.guided and self.guided.to(device))
+
+
+@dataclass(frozen=True)
 class Eraser(HubFile):
-    """Gate and corrections of one concept, with all that is needed to apply them; a file of kilobytes.
+    """Gates and corrections of one concept, with all that is needed to apply them; a file of kilobytes.
+
+    `gate` reads the prompt and lets `corrections` act on it. `image_gate` sees the picture, by whatever route the
+    concept got there, and lets `guided` act on the prediction.
 
     Examples:
         >>> eraser.save("van-gogh.safetensors")
@@ -47,6 +69,10 @@ class Eraser(HubFile):
     """What is added while the gate is open."""
     header: EraserHeader
     """What a reader wants to know: concept, base model, how it was made and what was measured."""
+    image_gate: Gate | None = None
+    """Gate that sees the picture; None: the eraser acts on the prompt alone."""
+    guided: Guided | None = None
+    """What is added to the prediction while `image_gate` is open."""
 
     @property
     def name(self) -> str:
@@ -70,27 +96,24 @@ class Eraser(HubFile):
     @property
     def sites(self) -> tuple[Site, ...]:
         """All sites that it reads or changes."""
-        return self.gate.site, *(site for c in self.corrections for site in sites_of(c))
+        gates = [part.gate.site for part in self.parts]
+        return *gates, *(site for c in self.corrections for site in sites_of(c))
 
-    def to(self, device: torch.device) -> Eraser:
-        """Return the eraser with its tensors on another device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            A new eraser.
-        """
-        moved = tuple(
-            type(c).from_tensors(c.site, {name: x.to(device) for name, x in c.tensors().items()}, c.also)
-            for c in self.corrections
-        )
-        return Eraser(self.gate.to(device), moved, self.header)
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The prompt's part and, where there is one, the picture's."""
+        prompt = Part(self.name, self.gate, self.corrections)
+        return (prompt,) if self.image_gate is None else (prompt, Part(self.name, self.image_gate, (), self.guided))
 
     def _layout(self) -> dict[str, Any]:
         """Return what acts beside the tensors, as JSON."""
+        picture = {}
+        if self.image_gate is not None and self.guided is not None:
+            picture["image_gate"] = {"site": str(self.image_gate.site), "share": self.image_gate.share}
+            picture["guided"] = {"weight": self.guided.weight, "prompts": list(self.guided.prompts)}
         return {
             "gate": {"site": str(self.gate.site), "share": self.gate.share, "text_tokens": self.gate.text_tokens},
+            **picture,
             "corrections": [
                 {"kind": c.KIND, "site": str(c.site)} | ({"also": [str(s) for s in c.also]} if c.also else {})
                 for c in self.corrections
@@ -101,6 +124,9 @@ class Eraser(HubFile):
         out = {f"gate/{name}": x for name, x in self.gate.tensors().items()}
         for i, c in enumerate(self.corrections):
             out |= {f"correction{i}/{name}": x for name, x in c.tensors().items()}
+        if self.image_gate is not None and self.guided is not None:
+            out |= {f"image_gate/{name}": x for name, x in self.image_gate.tensors().items()}
+            out |= {f"guided/{name}": x for name, x in self.guided.tensors().items()}
         return out
 
     def save(self, path: str | Path) -> None:
@@ -117,10 +143,7 @@ class Eraser(HubFile):
         problem = self.validation_error()
         if problem:
             raise DataError(f"the eraser of {self.name!r} was not written ({problem}): make it again")
-        tensors = {
-            k: v.half() if k == "gate/rows" or (k.startswith("correction") and not k.endswith("times")) else v
-            for k, v in self._tensors().items()
-        }
+        tensors = {name: x.half() if _is_matrix(name, x) else x for name, x in self._tensors().items()}
         tensor_file.save(path, "eraser", tensors, self.header.as_json() | self._layout())
 
     @classmethod
@@ -142,17 +165,12 @@ class Eraser(HubFile):
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = tensor.float() if tensor.is_floating_point() else tensor
         try:
-            found = parts.pop("gate")
-            if problem := _spec_error(found, Gate.AXES):
-                raise ValueError(f"gate/{problem}")
-            said = header["gate"]
-            tokens = said.get("text_tokens")
-            gate = Gate(
-                Site.parse(said["site"]),
-                share=float(said["share"]),
-                text_tokens=None if tokens is None else int(tokens),
-                **found,
-            )
+            gate = _read_gate("gate", header["gate"], parts)
+            image_gate, guided = None, None
+            if "image_gate" in parts:
+                image_gate = _read_gate("image_gate", header["image_gate"], parts, picture=True)
+                weight, (without, shown) = float(header["guided"]["weight"]), header["guided"]["prompts"]
+                guided = Guided.from_tensors(weight, (str(without), str(shown)), parts.pop("guided"))
             corrections = []
             for i, entry in enumerate(header["corrections"]):
                 kind = CORRECTION_KINDS[entry["kind"]]
@@ -167,12 +185,12 @@ class Eraser(HubFile):
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise FileError(f"{path} is no complete eraser ({printable(what)}): make it again") from error
         try:
-            about = EraserHeader.parse({k: v for k, v in header.items() if k not in ("gate", "corrections")})
+            about = EraserHeader.parse({k: v for k, v in header.items() if k not in LAYOUT_FIELDS})
         except ValueError as error:
             raise FileError(
                 f"{path} is an eraser with a malformed header ({printable(error, 300)}): make it again"
             ) from error
-        eraser = cls(gate, tuple(corrections), about)
+        eraser = cls(gate, tuple(corrections), about, image_gate, guided)
         problem = eraser.validation_error()
         if problem:
             raise FileError(
@@ -190,6 +208,8 @@ class Eraser(HubFile):
             The card.
         """
         rows = [("gate", str(self.gate.site))]
+        if self.image_gate is not None:
+            rows.append(("image gate", str(self.image_gate.site)))
         rows += [("correction", f"{c.KIND} at {', '.join(map(str, sites_of(c)))}") for c in self.corrections]
         return model_card(self.header, repo_id, rows)
 
@@ -203,22 +223,64 @@ class Eraser(HubFile):
         strange = [s for s in sites if s.path.split(".")[0] != g.site.path.split(".")[0]]
         if strange:
             return f"a correction at {strange[0]}, in another component than the gate's {g.site}"
-        if problem := _spec_error(g.tensors(), Gate.AXES) or _value_error(g.tensors()):
+        if problem := gate_error(g):
             return f"gate/{problem}"
-        if not bool((g.threshold >= 0).all()):
-            return "gate/threshold is negative"
+        if (self.image_gate is None) != (self.guided is None):
+            return "an image gate and a guided correction come together"
+        if self.image_gate is not None and self.guided is not None:
+            if problem := gate_error(self.image_gate):
+                return f"image_gate/{problem}"
+            if self.image_gate.site.path.split(".")[0] != g.site.path.split(".")[0]:
+                return f"an image gate at {self.image_gate.site}, in another component than the gate's {g.site}"
+            if problem := self.guided.validation_error():
+                return f"guided: {problem}"
         for i, c in enumerate(self.corrections):
             if problem := _spec_error(c.tensors(), c.AXES) or _value_error(c.tensors()) or c.validation_error():
                 return f"correction{i}/{problem}"
         if any(c.site == g.site and c.width != g.rows.shape[1] for c in self.corrections):
             return f"a gate and a correction of different widths at {g.site}"
-        if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
-            return "the gate's share is outside 0 to 1, or its bounds are not 0 <= low < high"
-        if g.text_tokens is not None and g.text_tokens < 1:
-            return f"a gate for texts of {g.text_tokens} tokens, expected at least 1"
-        if not bool((g.weight > 0).any()):
-            return "no weight is above 0, so it can never act"
         return None
+
+
+def gate_error(g: Gate) -> str | None:
+    """Return what keeps a gate from being used, or None."""
+    if problem := _spec_error(g.tensors(), Gate.AXES) or _value_error(g.tensors()):
+        return problem
+    if not bool((g.threshold >= 0).all()):
+        return "threshold is negative"
+    if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
+        return "its share is outside 0 to 1, or its bounds are not 0 <= low < high"
+    if g.text_tokens is not None and g.text_tokens < 1:
+        return f"it is for texts of {g.text_tokens} tokens, expected at least 1"
+    if not bool((g.weight > 0).any()):
+        return "no weight is above 0, so it can never act"
+    return None
+
+
+def _is_matrix(name: str, x: Tensor) -> bool:
+    """Return True for a tensor that is kept in half precision."""
+    part, _, rest = name.partition("/")
+    if part in ("gate", "image_gate"):
+        return rest == "rows"
+    return rest != "times" and x.is_floating_point()
+
+
+def _read_gate(name: str, said: Mapping[str, Any], parts: dict[str, dict[str, Tensor]], picture: bool = False) -> Gate:
+    """Return a gate from its tensors, which are taken out of `parts`, and from what the header says of it.
+
+    Raises KeyError, TypeError, ValueError or SiteError for what is no gate.
+    """
+    found = parts.pop(name)
+    if problem := _spec_error(found, Gate.AXES):
+        raise ValueError(f"{name}/{problem}")
+    tokens = said.get("text_tokens")
+    return Gate(
+        Site.parse(said["site"]),
+        share=float(said["share"]),
+        text_tokens=None if tokens is None else int(tokens),
+        picture=picture,
+        **found,
+    )
 
 
 def _spec_error(tensors: Mapping[str, Tensor], axes: Mapping[str, str]) -> str | None:

@@ -44,6 +44,9 @@ class Gate:
     features int64 [f]: the features' numbers in their SAE; rows [f, d], bias [f], threshold [f] (>= 0),
     weight [f]; times [T] ascending, low and high [T], 0 <= low < high.
 
+    picture: True for an image gate, which sees the picture however its concept got there: all rows of an image count,
+    those of a negative prompt, too. False for a prompt gate, which reads what the image reads of the text.
+
     text_tokens: length of the prompts that the bounds were set with; a longer text is read in parts of that length, and
     the strongest counts, as each part is then seen as a short prompt is. None: texts of any length are read whole.
     """
@@ -59,6 +62,7 @@ class Gate:
     low: Tensor
     high: Tensor
     text_tokens: int | None = None
+    picture: bool = False
 
     AXES: ClassVar[Mapping[str, str]] = {
         "features": "f", "rows": "fd", "bias": "f", "threshold": "f", "weight": "f",

@@ -16,7 +16,7 @@ from neuraleraser.settings import MAX_COUNT, FitSettings, Sampling
 from neuraleraser.sites import PROMPT_ROUTES, ROUTES, Fingerprint
 
 _MAX_PROMPTS = 100_000
-_LAYOUT_FIELDS = ("gate", "corrections")
+LAYOUT_FIELDS = ("gate", "corrections", "image_gate", "guided")
 """Fields of an eraser's file that the header does not hold."""
 S = TypeVar("S", FitSettings, Sampling)
 
@@ -125,7 +125,7 @@ class EraserHeader:
 
     def validation_error(self) -> str | None:
         """Return which field cannot be what it says, or None."""
-        if taken := set(self.more) & {"concept", *_FIELD_READERS, *_LAYOUT_FIELDS}:
+        if taken := set(self.more) & {"concept", *_FIELD_READERS, *LAYOUT_FIELDS}:
             return f"field more has {min(taken)}, which has a place of its own"
         try:
             self.parse(self.as_json())

@@ -12,7 +12,8 @@ from torch import Tensor
 from neuraleraser.eraser.batched import BatchedGates, gate_features
 from neuraleraser.eraser.corrections import BatchedCorrection, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
-from neuraleraser.eraser.eraser import Eraser
+from neuraleraser.eraser.eraser import Part
+from neuraleraser.eraser.guided import Guided
 from neuraleraser.errors import SiteError
 from neuraleraser.sites import Site
 
@@ -35,14 +36,17 @@ class CorrectionGroup:
 class SitePlan:
     """Work at one site.
 
-    gates: those that look here, with the eraser of each column in `gate_erasers`. gate_tokens: lengths of text that
-    gates were made for, each with its columns, bool [erasers]. same_features: columns whose gates read the
+    Erasers are numbered by their parts (`Eraser.parts`): each has a gate, and what acts while that is open.
+
+    gates: those that look here, with the eraser of each column in `gate_erasers`. pictures: columns of image gates,
+    bool [erasers], None if there are none. gate_tokens: lengths of text that gates were made for, each with its columns, bool [erasers]. same_features: columns whose gates read the
     same features: of their erasers only the one with the largest change acts. corrections: made and added here.
     repeated: made at an earlier site, added here, too. waits_for: erasers that act here. shared_key: see `Edit`.
     """
 
     gates: BatchedGates | None
     gate_erasers: tuple[int, ...]
+    pictures: Tensor | None
     gate_tokens: tuple[tuple[int, Tensor], ...]
     same_features: tuple[tuple[int, ...], ...]
     corrections: tuple[CorrectionGroup, ...]
@@ -55,18 +59,19 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of every site, with tensors on `device`."""
+    """Plan of every site, with tensors on `device`. guided: corrections of the prediction, by part."""
 
     device: torch.device
     sites: Mapping[Site, SitePlan]
+    guided: Mapping[int, Guided]
 
 
-def make_plan(erasers: Sequence[Eraser], actions: Sequence[str], order: Sequence[int], device: torch.device) -> Plan:
-    """Return the plan of `erasers`, taken in `order`; only those whose action is "erase" correct.
+def make_plan(parts: Sequence[Part], actions: Sequence[str], order: Sequence[int], device: torch.device) -> Plan:
+    """Return the plan of parts of erasers, taken in `order`; only those whose action is "erase" correct.
 
     Raises SiteError for erasers that expect different widths at one site.
     """
-    placed = [e.to(device) for e in erasers]
+    placed = [part.to(device) for part in parts]
     looking: dict[Site, list[int]] = {}
     acting: dict[Site, list[tuple[int, Correction]]] = {}
     for i in order:
@@ -90,6 +95,7 @@ def make_plan(erasers: Sequence[Eraser], actions: Sequence[str], order: Sequence
         sites[site] = SitePlan(
             gates=gates,
             gate_erasers=columns,
+            pictures=_pictures([placed[i] for i in columns], device),
             gate_tokens=_tokens([placed[i] for i in columns], device),
             same_features=_same_features([placed[i] for i in columns], [actions[i] for i in columns]),
             corrections=made,
@@ -99,7 +105,8 @@ def make_plan(erasers: Sequence[Eraser], actions: Sequence[str], order: Sequence
             width=widths[site][0],
             width_of=widths[site][1],
         )
-    return Plan(device, sites)
+    guided = {i: placed[i].guided for i in order if actions[i] == "erase"}
+    return Plan(device, sites, {i: found for i, found in guided.items() if found is not None})
 
 
 def _groups(
@@ -117,7 +124,13 @@ def _groups(
     return groups
 
 
-def _tokens(erasers: Sequence[Eraser], device: torch.device) -> tuple[tuple[int, Tensor], ...]:
+def _pictures(parts: Sequence[Part], device: torch.device) -> Tensor | None:
+    """Return which columns are image gates; None if none is."""
+    pictures = [part.gate.picture for part in parts]
+    return torch.tensor(pictures, device=device) if True in pictures else None
+
+
+def _tokens(erasers: Sequence[Part], device: torch.device) -> tuple[tuple[int, Tensor], ...]:
     """Return the lengths of text that gates were made for, each with its columns."""
     lengths = [e.gate.text_tokens for e in erasers]
     return tuple(
@@ -127,7 +140,7 @@ def _tokens(erasers: Sequence[Eraser], device: torch.device) -> tuple[tuple[int,
     )
 
 
-def _same_features(erasers: Sequence[Eraser], actions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+def _same_features(erasers: Sequence[Part], actions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Return groups of columns whose gates read the same features, and which erase (law 11)."""
     groups: dict[frozenset[bytes], list[int]] = {}
     for column, (e, action) in enumerate(zip(erasers, actions, strict=True)):
@@ -136,7 +149,7 @@ def _same_features(erasers: Sequence[Eraser], actions: Sequence[str]) -> tuple[t
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
-def _widths(erasers: Sequence[Eraser], actions: Sequence[str]) -> dict[Site, tuple[int, str]]:
+def _widths(erasers: Sequence[Part], actions: Sequence[str]) -> dict[Site, tuple[int, str]]:
     """Return the width that is expected at each site, and the name of an eraser that expects it."""
     found: dict[Site, dict[int, str]] = {}
     for e, action in zip(erasers, actions, strict=True):

@@ -19,7 +19,7 @@ from neuraleraser.eraser.plan import Plan, SitePlan, make_plan
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
 from neuraleraser.eraser.traces import Traces
 from neuraleraser.errors import ConceptRefusedError, EraserNotAppliedError, SettingsError, SiteError, UnseenRouteWarning
-from neuraleraser.sites import Call, Change, EditContext, Rows, Site, match_rows
+from neuraleraser.sites import Call, Change, DenoiserCall, EditContext, FinishedForward, Rows, Site, match_rows
 
 _STRENGTHS_HINT = "set as many strengths as the call draws images, or one for all"
 
@@ -28,7 +28,9 @@ _STRENGTHS_HINT = "set as many strengths as the call draws images, or one for al
 class ErasureForward:
     """State of one forward: what its gates found.
 
-    scales: eraser -> strength times opening [rows], of those that may act. closed: erasers that are known not to.
+    Parts of erasers (`Eraser.parts`) go by their numbers.
+
+    scales: part -> strength times opening [rows], of those that may act. closed: parts that are known not to.
     deltas: by number of its group, what was made at one site and is added at others, too. openings: for the trace.
     """
 
@@ -40,27 +42,48 @@ class ErasureForward:
 
 @dataclass
 class ErasureCall:
-    """State of one call: its images in the trace, and those that are refused."""
+    """State of one call: its images in the trace, those that are refused, and the last change of the prediction."""
 
     call: Call
     trace: Trace
     images: TracedCall
     refused: dict[int, set[int]] = field(default_factory=dict)
+    guided: GuidedStep | None = None
+
+
+@dataclass(frozen=True)
+class GuidedStep:
+    """Change of the prediction in one step: `delta` [images, ...], None for none, at `state` and `timestep`.
+
+    Where guidance takes two forwards, the second repeats what the first found, so that both move alike.
+    """
+
+    state: Tensor
+    timestep: Tensor
+    delta: Tensor | None
+
+    def is_of(self, call: DenoiserCall) -> bool:
+        """Return True if a forward is of the same step."""
+        return call.state is self.state and torch.equal(call.timestep, self.timestep)
 
 
 class ErasureRuntime:
     """Some erasers, what each does ("erase", "detect" or "refuse"), their strengths, and their traces.
 
-    edits: the edit of each site. strengths: [erasers, images], or [erasers, 1]: the same for all images.
+    edits: the edit of each site. strengths: [parts, images], or [parts, 1]: the same for all images.
     """
 
     def __init__(
         self, erasers: Sequence[Eraser], strengths: Tensor, device: torch.device, traces: Traces, actions: Sequence[str]
     ) -> None:
         self.erasers, self.actions, self.traces = list(erasers), list(actions), traces
-        self.refusing = {i for i, action in enumerate(actions) if action == "refuse"}
+        self.parts = [part for e in erasers for part in e.parts]
+        self.eraser_of = [i for i, e in enumerate(erasers) for _ in e.parts]
+        self.part_actions = [actions[i] for i in self.eraser_of]
+        self.refusing = {k for k, action in enumerate(self.part_actions) if action == "refuse"}
         # An order set by content, so that sums have the same bits in whatever order erasers are given.
-        self.order = sorted(range(len(erasers)), key=lambda i: (erasers[i].content_hash, strengths[i].tolist()))
+        keys = [(e.content_hash, strengths[i].tolist()) for i, e in enumerate(erasers)]
+        self.order = sorted(range(len(self.parts)), key=lambda k: keys[self.eraser_of[k]])
         self.plans: dict[torch.device, Plan] = {}
         self.plan = self.plan_for(device)
         self.edits = {site: SiteEdit(self, site, plan) for site, plan in self.plan.sites.items()}
@@ -70,13 +93,13 @@ class ErasureRuntime:
     def plan_for(self, device: torch.device) -> Plan:
         """Return the plan with tensors on `device`, made once."""
         if device not in self.plans:
-            self.plans[device] = make_plan(self.erasers, self.actions, self.order, device)
+            self.plans[device] = make_plan(self.parts, self.part_actions, self.order, device)
         return self.plans[device]
 
     def set_strengths(self, strengths: Tensor) -> None:
         """Take these strengths from the next call on. Values change in a tensor, so no graph is compiled again."""
-        self.strengths_cpu = strengths.cpu()
-        self.strengths = strengths.to(self.plan.device)
+        self.strengths_cpu = strengths.cpu()[self.eraser_of]  # of each part
+        self.strengths = self.strengths_cpu.to(self.plan.device)
         self.zero_strength = (self.strengths_cpu == 0).all(1).tolist()  # known here, so that no device is asked
 
     def move(self, device: torch.device) -> None:
@@ -118,13 +141,42 @@ class ErasureRuntime:
         if images > 1 and rows.images != images:
             raise SettingsError(f"strengths for {images} images, but this call draws {rows.images}: {_STRENGTHS_HINT}")
 
-    def on_forward_end(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> None:
-        """Note what fired. Raises ConceptRefusedError where a refusing eraser did, as soon as it does, in a pipeline's
-        call."""
+    def on_forward_end(
+        self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward
+    ) -> Tensor | None:
+        """Note what fired, and return the change of the prediction [rows, ...] that open image gates make.
+
+        Raises ConceptRefusedError where a refusing eraser fired, as soon as it does, in a pipeline's call.
+        """
         if state.openings:
             call.trace.add(call.images, rows, state.openings)
             if self.refusing and self._refuse(call, rows, state.openings) and call.call.pipeline is not None:
                 self._raise_refused(call)
+        if not self.plan.guided:
+            return None
+        step = call.guided
+        if step is None or not step.is_of(finished.call):
+            asked = finished.call
+            call.guided = step = GuidedStep(asked.state, asked.timestep, self._guide(rows, state, finished))
+        return None if step.delta is None else torch.cat([step.delta] * len(rows.counts))
+
+    def _guide(self, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
+        """Return the sum of the changes of the prediction [images, ...]; None where no image gate is open."""
+        total: Tensor | None = None
+        for part, guided in self.plan.guided.items():
+            scale = state.scales.get(part)
+            if scale is None:
+                continue
+            scale = match_rows(scale, rows.size).view(-1, rows.images).amax(0)  # an image's rows alike
+            images = scale.nonzero()[:, 0].tolist()
+            if images:
+                first = (len(rows.counts) - 1) * rows.images
+                delta = guided.delta(finished, [first + image for image in images])
+                if total is None:
+                    total = delta.new_zeros(rows.images, *delta.shape[1:])
+                factor = scale[images].to(delta).view(-1, *[1] * (delta.ndim - 1))
+                total = total.index_add(0, torch.tensor(images, device=delta.device), factor * delta)
+        return total
 
     def on_decode(self, call: ErasureCall) -> None:
         """Raise ConceptRefusedError for a loop over the modules, which may go on after a forward that is refused, but
@@ -146,7 +198,7 @@ class ErasureRuntime:
 
     def _raise_refused(self, call: ErasureCall) -> None:
         names = {
-            image: [call.trace.names[i] for i in sorted(found)]
+            image: list(dict.fromkeys(call.trace.names[self.eraser_of[part]] for part in sorted(found)))
             for image, found in sorted(call.refused.items())
             if image < call.images.real
         }
@@ -203,7 +255,7 @@ class SiteEdit:
         for i in plan.waits_for:
             if i not in forward.scales and i not in forward.closed:
                 raise EraserNotAppliedError(
-                    f"{self.site} ran before {runtime.erasers[i].gate.site}, whose gate it waits for: swap the sites"
+                    f"{self.site} ran before {runtime.parts[i].gate.site}, whose gate it waits for: swap the sites"
                 )
         parts: list[Tensor] = []
         for group in plan.corrections:
@@ -260,7 +312,7 @@ class SiteEdit:
                 opening, evidence = self._read_in_parts(plan.gates, tokens, columns, context, opening, evidence)
         mask = self._drawn_rows(context.rows, opening)
         if mask is not None:
-            opening = opening * mask
+            opening = opening * (mask if plan.pictures is None else torch.maximum(mask, plan.pictures.to(mask)))
         compiling = torch.compiler.is_compiling()
         # Which are open at all: asking costs nothing on a CPU, and would stall a GPU.
         asked = not compiling and opening.device.type == "cpu"

@@ -24,8 +24,11 @@ _lock = threading.RLock()  # of all traces: a lock of their own could be neither
 
 @dataclass(frozen=True)
 class Opening:
-    """Gates of `erasers` in one forward: opening [rows, erasers] at timestep [rows] or [1]; and, where it was asked
-    for, their evidence by position [rows, P, erasers] while open."""
+    """Gates of some parts of erasers, by their numbers, in one forward.
+
+    opening [rows, erasers] at timestep [rows] or [1]; and, where it was asked for, their evidence by position
+    [rows, P, erasers] while open.
+    """
 
     erasers: tuple[int, ...]
     timestep: Tensor
@@ -65,7 +68,7 @@ class Trace:
         self.names = unique_names([e.name for e in erasers])
         self.actions = list(actions) or ["erase"] * len(erasers)
         self.heat = heat
-        self._sites = [str(e.gate.site) for e in erasers]
+        self._parts = [(i, str(part.gate.site)) for i, e in enumerate(erasers) for part in e.parts]
         self._pending: list[tuple[TracedCall, Rows, Opening]] = []
         self._images: dict[int, dict[int, _Fired]] = {}
         self._next = 0
@@ -75,11 +78,12 @@ class Trace:
         """Image -> name of the eraser -> the timesteps, descending, at which its gate opened."""
         with _lock:
             self._fold()
-            return {
-                image: {self.names[i]: sorted(f.opened, reverse=True) for i, f in found.items()}
-                for image, found in self._images.items()
-                if found
-            }
+            fired: dict[int, dict[str, list[float]]] = {}
+            for image, found in self._images.items():
+                for part, f in sorted(found.items()):
+                    times = fired.setdefault(image, {}).setdefault(self._name(part), [])
+                    times[:] = sorted({*times, *f.opened}, reverse=True)
+            return fired
 
     def records(self) -> list[dict[str, Any]]:
         """Return one record per image, in the order generated, as plain values for JSON.
@@ -142,18 +146,25 @@ class Trace:
         """Go on with the images of `other`: what erasers of the same names did in them."""
         with _lock:
             other._fold()
-            at = {i: self.names.index(name) for i, name in enumerate(other.names) if name in self.names}
+            mine = {(self.names[i], site): part for part, (i, site) in enumerate(self._parts)}
+            theirs = enumerate((other.names[i], site) for i, site in other._parts)
+            at = {part: mine[known] for part, known in theirs if known in mine}
             self._images = {
                 image: {at[i]: fired for i, fired in found.items() if i in at} for image, found in other._images.items()
             }
             self._next, self.heat = other._next, other.heat
 
-    def _line(self, eraser: int, f: _Fired) -> dict[str, Any]:
+    def _name(self, part: int) -> str:
+        """Return the name of the eraser that a part is of."""
+        return self.names[self._parts[part][0]]
+
+    def _line(self, part: int, f: _Fired) -> dict[str, Any]:
+        eraser, site = self._parts[part]
         times = sorted(f.opened, reverse=True)
         line: dict[str, Any] = {
             "eraser": self.names[eraser],
             "action": self.actions[eraser],
-            "site": self._sites[eraser],
+            "site": site,
             "timesteps": times,
             "openings": [round(f.opened[t], 4) for t in times],
         }

@@ -31,6 +31,7 @@ from neuraleraser.sites.discovery import (
 from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record, remove_copied_hooks
 from neuraleraser.sites.fingerprint import Fingerprint, find_difference, made_for
+from neuraleraser.sites.finished import TEXT_ARGUMENTS, FinishedForward, Text, text_of
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
 from neuraleraser.sites.routes import PROMPT_ROUTES, ROUTES
@@ -40,6 +41,7 @@ from neuraleraser.sites.schedulers import input_and_target, scheduler_steps
 __all__ = [
     "PROMPT_ROUTES",
     "ROUTES",
+    "TEXT_ARGUMENTS",
     "Batch",
     "Call",
     "Change",
@@ -48,11 +50,13 @@ __all__ = [
     "EditContext",
     "EditFunction",
     "Fingerprint",
+    "FinishedForward",
     "HookedEdits",
     "Observer",
     "Rows",
     "Series",
     "Site",
+    "Text",
     "candidate_sites",
     "components",
     "cross_attention_sites",
@@ -74,6 +78,7 @@ __all__ = [
     "replay",
     "scheduler_steps",
     "text_encoder_sites",
+    "text_of",
     "text_streams",
     "unwrap",
 ]

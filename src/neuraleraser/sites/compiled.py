@@ -26,15 +26,16 @@ class GuardedCall:
             output = self.inner(*args, **kwargs)
         except BaseException:
             for hooks in opened:
-                hooks.close_boundary(failed=True)
+                hooks.drop_boundary()
             raise
         while opened:
             try:
-                opened.pop(0).close_boundary(failed=False)
+                changed = opened.pop(0).close_boundary(self.module, args, kwargs, output)
             except BaseException:
                 for hooks in opened:
-                    hooks.close_boundary(failed=True)
+                    hooks.drop_boundary()
                 raise
+            output = output if changed is None else changed
         return output
 
 

@@ -127,7 +127,7 @@ class HookedEdits(Generic[F]):
             self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
             _move_output_capture_hooks_last(module)
         for name, hooks in self.components.items():
-            self.handles.append(parts[name].register_forward_hook(hooks.end))
+            self.handles.append(parts[name].register_forward_hook(hooks.end, with_kwargs=True))
         self.handles += self.guard.hook_decoders(pipe)
         self.guard.watch(self.components)
         join_pipeline(pipe, self.guard)

@@ -8,14 +8,18 @@ traces them without a break.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from neuraleraser.errors import EraserNotAppliedError
+from neuraleraser.sites.denoiser_calls import call_of, predicted
+from neuraleraser.sites.finished import FinishedForward
+from neuraleraser.sites.layout import replace_tensor
 from neuraleraser.sites.modules import forward_arguments
 from neuraleraser.sites.rows import Rows
 from neuraleraser.sites.threads import PerThread
@@ -51,6 +55,7 @@ class ComponentState:
     outside: Forward | None = None  # of hooks that run outside a forward, as in a VAE, of which decode is called
     guarded: bool = False  # a boundary outside the compiled graph is open
     unguarded: bool = False  # a compiled forward ran without one: what it met is not known
+    paused: bool = False  # the component is asked for a prediction of its own: hooks do nothing
     pending: dict[int, Tensor] = field(default_factory=dict)  # probes by hook that nobody has looked at yet
 
 
@@ -67,8 +72,8 @@ class Boundary(Protocol):
         """Return the layout of the rows of a forward that begins."""
         ...
 
-    def on_forward_end(self, hooks: ComponentHooks, forward: Forward) -> None:
-        """Look at a forward that is over; raise before its result is used."""
+    def on_forward_end(self, hooks: ComponentHooks, forward: Forward, finished: FinishedForward) -> Tensor | None:
+        """Look at a forward that is over; raise before its result is used, or return a change of it [rows, ...]."""
         ...
 
 
@@ -125,15 +130,15 @@ class ComponentHooks:
             text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None,
         )
 
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the component: everything in it must have run."""
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the component: everything in it must have run. Returns the output, if that is changed."""
         thread = self.thread.get()
         if not self.active or thread.guarded:
-            return
+            return None
         if torch.compiler.is_compiling():
             thread.unguarded = True
-        else:
-            self.finish()
+            return None
+        return self.finish(module, args, kwargs, output)
 
     def open_boundary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a compiled forward, outside its graph."""
@@ -141,26 +146,40 @@ class ComponentHooks:
         thread.forward, thread.rows = None, self.guard.on_forward_start(self, module, args, kwargs)
         thread.guarded = True
 
-    def close_boundary(self, failed: bool) -> None:
-        """End a compiled forward, outside its graph. Raises as `finish` does, unless it failed by itself."""
+    def close_boundary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """End a compiled forward, outside its graph, as `finish` does."""
         self.thread.get().guarded = False
-        if not failed:
-            self.finish()
+        return self.finish(module, args, kwargs, output)
 
-    def finish(self) -> None:
-        """Check the forward that is over: EraserNotAppliedError for a hook that did not run, or NaN or infinity."""
+    def drop_boundary(self) -> None:
+        """End a compiled forward that failed by itself."""
+        self.thread.get().guarded = False
+
+    def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Check the forward that is over, and return its output, if that is changed, else None.
+
+        Raises EraserNotAppliedError for a hook that did not run, or NaN or infinity.
+        """
         thread = self.thread.get()
         forward, thread.forward, thread.rows = thread.forward, None, None
         ran = forward.ran if forward is not None else [False] * len(self.sites)
         self.ever_ran |= {number for number, did in enumerate(ran) if did}
         self.raise_missed([name for name, did in zip(self.sites, ran, strict=True) if not did])
         if forward is None:
-            return
+            return None
         for number, probe in enumerate(forward.probes):
             if probe is not None:
                 thread.pending[number] = thread.pending[number] + probe if number in thread.pending else probe
         self.check_finite(on="cpu")
-        self.guard.on_forward_end(self, forward)
+        if self.timestep_index is None or not self.sites:
+            return None
+        finished = FinishedForward(call_of(module, args, kwargs, output), partial(_run_without_hooks, module))
+        delta = self.guard.on_forward_end(self, forward, finished)
+        if delta is None:
+            return None
+        old = predicted(output)
+        # As in `add_keeping_bits`: rows whose change is 0 keep their bits.
+        return replace_tensor(output, old, old - (0 - delta.to(old.dtype)))
 
     def raise_missed(self, names: list[str], where: str = "a forward of {name}") -> None:
         """EraserNotAppliedError if there are names of hooks that did not run."""
@@ -229,6 +248,20 @@ class ComponentHooks:
         frames, height, width = self.patch
         tokens = (latents.shape[-2] // height) * (latents.shape[-1] // width)
         return tokens * (latents.shape[2] // frames) if latents.ndim == 5 else tokens
+
+
+def _run_without_hooks(module: nn.Module, state: Tensor, timestep: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+    """Return the denoiser's prediction, in which no attachment reads or edits anything."""
+    found = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    threads = [hooks.thread.get() for hooks in found if isinstance(hooks, ComponentHooks)]
+    given = {forward_arguments(module)[0]: state, "timestep": timestep}
+    for thread in threads:
+        thread.paused = True
+    try:  # of `forward`, so that the module's own hooks are left out, too
+        return module.forward(**given, **conditioning, return_dict=False)[0]
+    finally:
+        for thread in threads:
+            thread.paused = False
 
 
 def argument_of(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, index: int | None) -> Any:

@@ -20,6 +20,7 @@ from neuraleraser.sites import compiled
 from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.caller import Caller, CallIdentity, find_caller
 from neuraleraser.sites.edit import F
+from neuraleraser.sites.finished import FinishedForward
 from neuraleraser.sites.forwards import ComponentHooks, Forward
 from neuraleraser.sites.modules import components, is_text_encoder, unwrap
 from neuraleraser.sites.routes import routes_of
@@ -60,8 +61,8 @@ class Observer(Protocol[F, C]):
         """Look at a denoiser's forward before it runs."""
         ...
 
-    def on_forward_end(self, call: C, rows: Rows, state: F) -> None:
-        """Look at a denoiser's forward once all its edits have run."""
+    def on_forward_end(self, call: C, rows: Rows, state: F, finished: FinishedForward) -> Tensor | None:
+        """Look at a denoiser's forward once all its edits have run; return a change of its prediction [rows, ...]."""
         ...
 
     def on_decode(self, call: C) -> None:
@@ -85,7 +86,7 @@ class Unobserved(Generic[F]):
     def on_forward_start(self, call: None, rows: Rows) -> None:
         """Do nothing."""
 
-    def on_forward_end(self, call: None, rows: Rows, state: F) -> None:
+    def on_forward_end(self, call: None, rows: Rows, state: F, finished: FinishedForward) -> None:
         """Do nothing."""
 
     def on_decode(self, call: None) -> None:
@@ -176,10 +177,9 @@ class CallGuard(Generic[F, C]):
         thread.known = (*known, *(None if tensor is None else weakref.ref(tensor) for tensor in tensors))
         return thread.rows
 
-    def on_forward_end(self, hooks: ComponentHooks, forward: Forward) -> None:
+    def on_forward_end(self, hooks: ComponentHooks, forward: Forward, finished: FinishedForward) -> Tensor | None:
         """Hand a denoiser's forward to the observer."""
-        if hooks.timestep_index is not None and hooks.sites:
-            self.observer.on_forward_end(self.thread.get().state, forward.rows, forward.state)
+        return self.observer.on_forward_end(self.thread.get().state, forward.rows, forward.state, finished)
 
     def hook_decoders(self, pipe: Any) -> list[RemovableHandle]:
         """Watch the decoders of the pipeline's autoencoders."""

@@ -38,7 +38,7 @@ class SiteHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Return the output with the edits' deltas, or None (leave it) where no edit adds one."""
-        if not self.component.active:
+        if not self.component.active or self.component.thread.get().paused:
             return None
         forward = self.component.forward_now(self.name)
 
@@ -58,7 +58,7 @@ class SiteHook:
 
     def edit_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments with the edits' deltas in the text that the module reads, or None (leave them)."""
-        if not self.component.active:
+        if not self.component.active or self.component.thread.get().paused:
             return None
         given = argument_of(args, kwargs, "encoder_hidden_states", self.text_index)
         text = given[0] if isinstance(given, (tuple, list)) and given else given  # beside it an IP-Adapter's images

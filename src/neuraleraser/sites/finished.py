@@ -1,0 +1,82 @@
+"""A denoiser's forward that is over, and may be asked again with another text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.errors import EraserNotAppliedError
+from neuraleraser.sites.denoiser_calls import DenoiserCall
+
+TEXT_ARGUMENTS = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "encoder_hidden_states_mask",
+    "pooled_projections",
+    "txt_ids",
+    "added_cond_kwargs.text_embeds",
+)
+"""Arguments of denoisers that a prompt decides, in all of diffusers' classes; of those in a mapping, both names."""
+_NO_ROWS = ("txt_ids",)
+"""Those that are the same for all rows."""
+
+Text = Mapping[str, Tensor]
+"""One prompt as a denoiser is given it: its text arguments by name, each with one row."""
+
+
+def text_of(conditioning: Mapping[str, Any], row: int) -> dict[str, Tensor]:
+    """Return the text that one row of a call's conditioning was given."""
+    found: dict[str, Tensor] = {}
+    for name in TEXT_ARGUMENTS:
+        first, _, inner = name.partition(".")
+        value = conditioning.get(first)
+        value = value.get(inner) if inner and isinstance(value, Mapping) else value
+        if isinstance(value, Tensor):
+            found[name] = value if name in _NO_ROWS else value[row : row + 1]
+    return found
+
+
+def with_text(conditioning: Mapping[str, Any], texts: Sequence[Text]) -> dict[str, Any]:
+    """Return a conditioning of as many rows as there are texts, each given its own.
+
+    Raises EraserNotAppliedError where the call has other text arguments than the texts.
+    """
+    given = set(text_of(conditioning, 0))
+    if given != set(texts[0]):
+        raise EraserNotAppliedError(
+            f"the denoiser is given {', '.join(sorted(given)) or 'no text'}, and the eraser's prompts are "
+            f"{', '.join(sorted(texts[0]))}: use it with the pipeline it was made for"
+        )
+    new = dict(conditioning)
+    for name in texts[0]:
+        first, _, inner = name.partition(".")
+        held = conditioning[first][inner] if inner else conditioning[first]
+        value = texts[0][name] if name in _NO_ROWS else torch.cat([text[name] for text in texts])
+        value = value.to(held.device, held.dtype)
+        new[first] = {**new[first], inner: value} if inner else value
+    return new
+
+
+@dataclass(frozen=True)
+class FinishedForward:
+    """A denoiser's forward that is over.
+
+    run: runs the denoiser on a state, a timestep and a conditioning, without hooks of ours.
+    """
+
+    call: DenoiserCall
+    run: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+
+    def predict(self, rows: Sequence[int], texts: Sequence[Text]) -> list[Tensor]:
+        """Return the base model's predictions [rows, ...] for some rows with each of `texts`, in one forward.
+
+        Raises EraserNotAppliedError where the texts do not fit the denoiser.
+        """
+        index = torch.tensor(list(rows) * len(texts), device=self.call.state.device)
+        part = self.call.rows(index)
+        each = [text for text in texts for _ in rows]
+        return list(self.run(part.state, part.timestep, with_text(part.conditioning, each)).chunk(len(texts)))
