@@ -39,9 +39,10 @@ class SitePlan:
     Erasers are numbered by their parts (`Eraser.parts`): each has a gate, and what acts while that is open.
 
     gates: those that look here, with the eraser of each column in `gate_erasers`. pictures: columns of image gates,
-    bool [erasers], None if there are none. gate_tokens: lengths of text that gates were made for, each with its columns, bool [erasers]. same_features: columns whose gates read the
-    same features: of their erasers only the one with the largest change acts. corrections: made and added here.
-    repeated: made at an earlier site, added here, too. waits_for: erasers that act here. shared_key: see `Edit`.
+    bool [erasers], None if there are none. gate_tokens: lengths of text that gates were made for, each with its
+    columns, bool [erasers]. same_features: columns whose gates read the same features: of their erasers only the one
+    with the largest change acts. corrections: made and added here. repeated: made at an earlier site, added here, too.
+    waits_for: erasers that act here. shared_key: see `Edit`.
     """
 
     gates: BatchedGates | None
