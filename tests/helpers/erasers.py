@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers import pipelines
 from helpers.scaling import Scaling
-from neuraleraser.eraser import CORRECTION_KINDS, Correction, Eraser, EraserHeader, Gate, LowRank
+from neuraleraser.eraser import CORRECTION_KINDS, Correction, Eraser, EraserHeader, Gate, Guided, LowRank
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import EditContext, Site, record
+from neuraleraser.sites import EditContext, Site, denoiser_calls, record, text_of
 
 # Of each small pipeline: where the gate looks, where the edit acts (it runs later), and how wide both are.
 SITES: dict[str, tuple[Site, Site, int]] = {
@@ -113,6 +114,23 @@ def make_eraser(
     correction = make_correction(on, d, kind, seed=seed, times=[scale * t for t in (100.0, 500.0, 900.0)])
     header = EraserHeader(name, kind="object", seeds=(0, 9))
     return Eraser(make_gate(at, d, seed=seed, times=times, **gate), (correction,), header)
+
+
+def with_picture(eraser: Eraser, pipe: Any, *, weight: float = 0.5, seed: int = 5, **gate: Any) -> Eraser:
+    """The eraser with an image gate where its gate looks, and a guided correction between two random texts."""
+    given: list[dict[str, Tensor]] = []
+    with denoiser_calls(pipe, lambda call: given.append(text_of(call.conditioning, 0))):
+        pipelines.run(pipe, 0, steps=1)
+    without, shown = (
+        {
+            k: random(*x.shape, seed=s).to(x) if x.is_floating_point() and k != "txt_ids" else x
+            for k, x in given[0].items()
+        }
+        for s in (11, 12)
+    )
+    d, times = eraser.gate.rows.shape[1], eraser.gate.times.tolist()
+    looks = make_gate(eraser.gate.site, d, seed=seed, times=times, **gate)
+    return replace(eraser, image_gate=replace(looks, picture=True), guided=Guided(weight, without, shown, ("b", "a")))
 
 
 def open_eraser(

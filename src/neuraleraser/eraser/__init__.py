@@ -20,6 +20,7 @@ from neuraleraser.eraser.attach import ACTIONS, MAX_STRENGTH, attach, check_noth
 from neuraleraser.eraser.corrections import CORRECTION_KINDS, Correction, LowRank
 from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.gate import Gate, time_bin
+from neuraleraser.eraser.guided import Guided
 from neuraleraser.eraser.header import Calibration, EraserHeader
 from neuraleraser.eraser.model_card import model_card
 from neuraleraser.eraser.pipeline_api import (
@@ -45,6 +46,7 @@ __all__ = [
     "Eraser",
     "EraserHeader",
     "Gate",
+    "Guided",
     "LowRank",
     "Provenance",
     "Trace",
