@@ -172,7 +172,7 @@ class FitSettings:
         SettingsError: A value is out of range, or the fit would need more seeds than there are selection seeds.
 
     Examples:
-        >>> small = FitSettings(num_pairs=2, num_context_pairs=0, rank=4, steps=2, train_batch_size=2)
+        >>> small = FitSettings(num_pairs=2, num_context_pairs=0, num_pictures=0, rank=4, steps=2, train_batch_size=2)
         >>> fit(pipe, concept, small, sampling=quick).header.settings.rank
         4
     """
@@ -181,6 +181,11 @@ class FitSettings:
     """Pairs of prompts drawn to learn from."""
     num_context_pairs: int = 36
     """Prompts that pair the object with another one ('a cat and a dog'), used to learn what must be kept."""
+    num_pictures: int = 200
+    """Pictures of the concept that the image gate learns from, beside twice as many of other things; 0: no image gate,
+    an eraser of prompts alone. They are rendered where the family's world is known, else generated."""
+    guided_weight: float = 3.0
+    """Weight of the guided correction, which acts while the image gate is open."""
     rank: int = 32
     """Rank of a correction."""
     steps: int = 160
@@ -195,6 +200,10 @@ class FitSettings:
     def __post_init__(self) -> None:
         check_whole("num_pairs", self.num_pairs, 1, len(SELECTION_SEEDS))
         check_whole("num_context_pairs", self.num_context_pairs, 0, len(SELECTION_SEEDS))
+        check_whole("num_pictures", self.num_pictures, 0, MAX_COUNT)
+        if 0 < self.num_pictures < 4:
+            raise SettingsError(f"num_pictures is {self.num_pictures}: pass 4 or more, or 0 for no image gate")
+        check_number("guided_weight", self.guided_weight, 0, 100, above=True)
         check_whole("rank", self.rank, 1, 256)
         check_whole("steps", self.steps, 1, MAX_COUNT)
         check_whole("train_batch_size", self.train_batch_size, 1, 4096)

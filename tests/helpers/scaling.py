@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neuraleraser.eraser.batched import feature_identities, number_features
 from neuraleraser.eraser.corrections.correction import BatchedCorrection
-from neuraleraser.eraser.gate import thresholded_activations, time_bin
+from neuraleraser.eraser.gate import pre_activations, thresholded_activations, time_bin
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
 
@@ -67,7 +67,7 @@ class Scaling:
 
     def feature_change(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Return what is added to each feature, (factor_ti - 1) z_i: x [B, P, d], timestep [B] -> [B, P, f]."""
-        z = thresholded_activations(x, self.rows, self.bias, self.threshold)
+        z = thresholded_activations(pre_activations(x, self.rows, self.bias, 1, None), self.threshold)
         factor = self.factor.to(z).index_select(0, time_bin(self.times, timestep))
         return z * (factor - 1).unsqueeze(1)
 

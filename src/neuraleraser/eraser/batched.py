@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser.gate import Gate, bin_edges
+from neuraleraser.eraser.gate import Gate, bin_edges, pre_activations
 
 
 def feature_identities(rows: Tensor, *columns: Tensor) -> list[bytes]:
@@ -26,6 +26,12 @@ def gate_features(gate: Gate) -> frozenset[bytes]:
     return frozenset(feature_identities(gate.rows.half(), gate.bias.half(), gate.threshold))
 
 
+def _in_window(gate: Gate, window: int) -> Tensor:
+    """Return a gate's rows for a window that is as wide or wider, 0 around their own."""
+    kernels = gate.rows.view(len(gate.rows), -1, gate.window, gate.window)
+    return torch.nn.functional.pad(kernels, [(window - gate.window) // 2] * 4).flatten(1)
+
+
 class BatchedGates:
     """The gates of several erasers at one site: one encoder product over their distinct features, one product for
     all their evidence. `order`: the gate of each column of what is returned.
@@ -35,14 +41,20 @@ class BatchedGates:
 
     def __init__(self, gates: Sequence[Gate]) -> None:
         known: dict[bytes, int] = {}
-        by_gate = [number_features(known, feature_identities(g.rows, g.bias, g.threshold)) for g in gates]
+        self.window = max(g.window for g in gates)
+        rows_of = [_in_window(g, self.window) for g in gates]
+        by_gate = [
+            number_features(known, feature_identities(rows, g.bias, g.threshold))
+            for g, rows in zip(gates, rows_of, strict=True)
+        ]
         first: dict[int, tuple[int, int]] = {}
         for i, features in enumerate(by_gate):
             for k, feature in enumerate(features):
                 first.setdefault(feature, (i, k))
         where = [first[feature] for feature in range(len(known))]
-        self.rows, self.bias, self.threshold = (
-            torch.stack([getattr(gates[i], name)[k] for i, k in where]) for name in ("rows", "bias", "threshold")
+        self.rows = torch.stack([rows_of[i][k] for i, k in where])
+        self.bias, self.threshold = (
+            torch.stack([getattr(gates[i], name)[k] for i, k in where]) for name in ("bias", "threshold")
         )
         groups: dict[tuple[float, ...], list[int]] = {}
         for i, gate in enumerate(gates):
@@ -72,14 +84,14 @@ class BatchedGates:
             for group in groups.values()
         ]
 
-    def __call__(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, timestep: Tensor, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, P, d], timestep [B] or [1] -> opening [B, E], evidence [B, E], features z [B, P, f].
 
-        Where x has NaN or infinity, evidence has.
+        grid: height and width of the P positions, for windows. Where x has NaN or infinity, evidence has.
         """
-        # In float32 at least: half precision would round neighbouring thresholds and bounds into one.
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        pre = torch.nn.functional.linear(x, self.rows.to(x), self.bias.to(x))
+        pre = pre_activations(x, self.rows, self.bias, self.window, grid)
         z = pre * (pre > self.threshold.to(pre))  # a product, so that NaN is not taken for "does not fire"
         evidence: Tensor | None = None
         for share, index, weight in self.pool_groups:

@@ -109,7 +109,11 @@ class Eraser(HubFile):
         """Return what acts beside the tensors, as JSON."""
         picture = {}
         if self.image_gate is not None and self.guided is not None:
-            picture["image_gate"] = {"site": str(self.image_gate.site), "share": self.image_gate.share}
+            picture["image_gate"] = {
+                "site": str(self.image_gate.site),
+                "share": self.image_gate.share,
+                "window": self.image_gate.window,
+            }
             picture["guided"] = {"weight": self.guided.weight, "prompts": list(self.guided.prompts)}
         return {
             "gate": {"site": str(self.gate.site), "share": self.gate.share, "text_tokens": self.gate.text_tokens},
@@ -237,7 +241,7 @@ class Eraser(HubFile):
         for i, c in enumerate(self.corrections):
             if problem := _spec_error(c.tensors(), c.AXES) or _value_error(c.tensors()) or c.validation_error():
                 return f"correction{i}/{problem}"
-        if any(c.site == g.site and c.width != g.rows.shape[1] for c in self.corrections):
+        if any(c.site == g.site and c.width != g.width for c in self.corrections):
             return f"a gate and a correction of different widths at {g.site}"
         return None
 
@@ -252,6 +256,8 @@ def gate_error(g: Gate) -> str | None:
         return "its share is outside 0 to 1, or its bounds are not 0 <= low < high"
     if g.text_tokens is not None and g.text_tokens < 1:
         return f"it is for texts of {g.text_tokens} tokens, expected at least 1"
+    if g.window < 1 or g.window % 2 == 0 or g.rows.shape[1] % g.window**2:
+        return f"windows of {g.window} x {g.window} do not fit rows of {g.rows.shape[1]}"
     if not bool((g.weight > 0).any()):
         return "no weight is above 0, so it can never act"
     return None
@@ -279,6 +285,7 @@ def _read_gate(name: str, said: Mapping[str, Any], parts: dict[str, dict[str, Te
         share=float(said["share"]),
         text_tokens=None if tokens is None else int(tokens),
         picture=picture,
+        window=int(said.get("window", 1)),
         **found,
     )
 

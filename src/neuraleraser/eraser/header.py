@@ -73,6 +73,8 @@ class EraserHeader:
     """Sampling of the images that it was fitted on."""
     separation: tuple[float, ...] = ()
     """Share of the rows with the concept above all rows without, by time bin, when its features were chosen."""
+    image_separation: tuple[float, ...] = ()
+    """Share of the pictures with the concept at which the image gate opened, by level of noise, the noisiest first."""
     open_share: float | None = None
     """Share of the time bins where the gate can open."""
     loss: tuple[float, ...] = ()
@@ -223,6 +225,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "settings": _settings(FitSettings),
     "sampling": _settings(Sampling),
     "separation": _numbers,
+    "image_separation": _numbers,
     "open_share": _share,
     "loss": _numbers,
     "seconds": _seconds,

@@ -154,7 +154,7 @@ def _widths(erasers: Sequence[Part], actions: Sequence[str]) -> dict[Site, tuple
     """Return the width that is expected at each site, and the name of an eraser that expects it."""
     found: dict[Site, dict[int, str]] = {}
     for e, action in zip(erasers, actions, strict=True):
-        found.setdefault(e.gate.site, {})[e.gate.rows.shape[1]] = e.name
+        found.setdefault(e.gate.site, {})[e.gate.width] = e.name
         for correction in e.corrections if action == "erase" else ():
             for site in sites_of(correction):
                 found.setdefault(site, {})[correction.width] = e.name

@@ -42,13 +42,17 @@ class ErasureForward:
 
 @dataclass
 class ErasureCall:
-    """State of one call: its images in the trace, those that are refused, and the last change of the prediction."""
+    """State of one call: its images in the trace, those that are refused, and the last change of the prediction.
+
+    held: part -> how far its image gate has been open for each image [images], at most, times the strength.
+    """
 
     call: Call
     trace: Trace
     images: TracedCall
     refused: dict[int, set[int]] = field(default_factory=dict)
     guided: GuidedStep | None = None
+    held: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,24 +161,28 @@ class ErasureRuntime:
         step = call.guided
         if step is None or not step.is_of(finished.call):
             asked = finished.call
-            call.guided = step = GuidedStep(asked.state, asked.timestep, self._guide(rows, state, finished))
+            call.guided = step = GuidedStep(asked.state, asked.timestep, self._guide(call, rows, state, finished))
         return None if step.delta is None else torch.cat([step.delta] * len(rows.counts))
 
-    def _guide(self, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
-        """Return the sum of the changes of the prediction [images, ...]; None where no image gate is open."""
+    def _guide(self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
+        """Return the sum of the changes of the prediction [images, ...]; None where no image gate is or was open.
+
+        Once open, an image stays open: what the gate saw in one step it may miss in the next, when less of it is left.
+        """
         total: Tensor | None = None
         for part, guided in self.plan.guided.items():
             scale = state.scales.get(part)
-            if scale is None:
-                continue
-            scale = match_rows(scale, rows.size).view(-1, rows.images).amax(0)  # an image's rows alike
-            images = scale.nonzero()[:, 0].tolist()
+            if scale is not None:
+                scale = match_rows(scale, rows.size).view(-1, rows.images).amax(0)  # an image's rows alike
+                before = call.held.get(part)
+                call.held[part] = scale if before is None else torch.maximum(scale, before)
+            images = call.held[part].nonzero()[:, 0].tolist() if part in call.held else []
             if images:
                 first = (len(rows.counts) - 1) * rows.images
                 delta = guided.delta(finished, [first + image for image in images])
                 if total is None:
                     total = delta.new_zeros(rows.images, *delta.shape[1:])
-                factor = scale[images].to(delta).view(-1, *[1] * (delta.ndim - 1))
+                factor = call.held[part][images].to(delta).view(-1, *[1] * (delta.ndim - 1))
                 total = total.index_add(0, torch.tensor(images, device=delta.device), factor * delta)
         return total
 
@@ -306,7 +314,7 @@ class SiteEdit:
         runtime, forward = self.runtime, context.forward
         assert plan.gates is not None
         erasers, timestep = plan.gate_erasers, _looked_up(context.timestep)
-        opening, evidence, z = plan.gates(x, timestep)
+        opening, evidence, z = plan.gates(x, timestep, context.grid)
         for tokens, columns in plan.gate_tokens:
             if context.text_tokens is not None and context.text_tokens > tokens:
                 opening, evidence = self._read_in_parts(plan.gates, tokens, columns, context, opening, evidence)

@@ -61,6 +61,7 @@ CANVAS = Family(
     name="canvas",
     matches=matches,
     sites=(RecommendedSite(GATE, "any", "styles and objects", "docs/explanation/sites.md"),),
+    image_site=Site("unet.up_blocks.2.attentions.0"),
     sampling=Sampling(),
     vocabulary=words.VOCABULARY,
     judge=second_judge,

@@ -81,6 +81,7 @@ class Family:
         name: Name of the family.
         matches: Tells whether a pipeline is of it.
         sites: Sites found good, in the order they run.
+        image_site: Where an image gate looks; None: no site is known to be good.
         published: SAEs that others have published.
         sampling: How it is usually sampled; None: by the defaults of the pipeline's own call.
         distilled: Steps and guidance of its models that these defaults do not suit, by the last part of their names.
@@ -104,6 +105,7 @@ class Family:
     name: str
     matches: Callable[[Any], bool]
     sites: tuple[RecommendedSite, ...] = ()
+    image_site: Site | None = None
     published: tuple[PublishedSAE, ...] = ()
     sampling: Sampling | None = None
     distilled: Mapping[str, tuple[int, float]] = field(default_factory=dict)

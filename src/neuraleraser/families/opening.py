@@ -117,3 +117,12 @@ def image_to_image(pipe: Any) -> Any:
         raise SettingsError(f"{type(pipe).__name__} has no image-to-image form in diffusers") from error
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
+
+
+def has_image_to_image(pipe: Any) -> bool:
+    """Return True where diffusers has an image-to-image form of this kind of pipeline."""
+    try:
+        image_to_image(pipe)
+    except SettingsError:
+        return False
+    return True

@@ -15,9 +15,11 @@ from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, EraserHeader, check_nothing_acts, time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
+from neuraleraser.families.opening import has_image_to_image
 from neuraleraser.fitting.background import rows_without
 from neuraleraser.fitting.correction_training import TrainingExample, train_corrections
 from neuraleraser.fitting.detector import SHUT_BOUND, Detector, build_gate, choose_features, gate_bounds
+from neuraleraser.fitting.image_gate import fit_image_part
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.fitting.trajectories import (
@@ -29,7 +31,7 @@ from neuraleraser.fitting.trajectories import (
     record_trajectories,
 )
 from neuraleraser.settings import FitSettings, Sampling
-from neuraleraser.sites import PROMPT_ROUTES, DenoiserCall, Site, edits_for, made_for, record, replay
+from neuraleraser.sites import IMAGE_ROUTES, PROMPT_ROUTES, DenoiserCall, Site, edits_for, made_for, record, replay
 
 Progress = Callable[[str, float], None]
 
@@ -52,6 +54,9 @@ def fit(
     3. Fit a low-rank correction of the prompt that later blocks read, so that the prediction for the prompt with the
        concept becomes the model's own for the prompt without, on the states of both; and for prompts in which something
        else stands beside the concept, the model's own for that alone.
+    4. Fit an image gate on pictures, noised as a start image is; while it is open, the prediction moves from the
+       concept's phrase to what stands in its place. Left out where `settings.num_pictures` is 0, or the pipeline has no
+       image-to-image form.
 
     Args:
         pipe: The diffusers pipeline; it is not changed.
@@ -110,7 +115,7 @@ def fit(
 
     def on_step(step: int, loss: float) -> None:
         losses.append(loss)
-        report_progress("fitting the edit", 0.3 + 0.65 * step / s.steps)
+        report_progress("fitting the edit", 0.3 + 0.3 * step / s.steps)
 
     corrections = train_corrections(
         pipe,
@@ -126,11 +131,17 @@ def fit(
     low, high = gate_bounds(_evidence(shows, detector), _evidence(lacks, detector))
     gate = build_gate(reference.sae, reference.site, detector, reference.times, low, high)
     gate = dataclasses.replace(gate, text_tokens=plain_calls[0].text_tokens)
+    picture = None
+    if s.num_pictures and has_image_to_image(pipe):
+        picture = fit_image_part(
+            pipe, concept, s, sampling, lambda share: report_progress("fitting the image gate", 0.6 + 0.4 * share)
+        )
     report_progress("done", 1.0)
     header = EraserHeader(
         concept=concept.name,
         kind=concept.kind,
-        routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
+        # The prompt gate reads a cross-attention: what the image takes out of the prompt.
+        routes=PROMPT_ROUTES if picture is None else (*PROMPT_ROUTES, *IMAGE_ROUTES),
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
         prompts=_used_prompts(pairs, context),
@@ -139,14 +150,24 @@ def fit(
         sampling=sampling,
         separation=tuple(round(float(v), 4) for v in detector.separation),
         open_share=round(float((low < SHUT_BOUND).float().mean()), 3),
+        image_separation=() if picture is None else tuple(round(float(v), 4) for v in picture.seen),
         loss=(round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)) if losses else (),
         seconds=round(time.monotonic() - started, 1),
-        made_for=made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
+        made_for=made_for(
+            pipe,
+            [
+                gate.site,
+                *(() if picture is None else (picture.gate.site,)),
+                *(site for c in corrections for site in (c.site, *c.also)),
+            ],
+        ),
         reference=reference.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
         sae={k: reference.sae.header[k] for k in ("format", "k", "calibration") if k in reference.sae.header},
     )
-    return Eraser(gate, corrections, header)
+    if picture is None:
+        return Eraser(gate, corrections, header)
+    return Eraser(gate, corrections, header, picture.gate, picture.guided)
 
 
 def _check_width(pipe: Any, reference: Reference, sampling: Sampling) -> None:

@@ -24,6 +24,7 @@ from neuraleraser.sites.discovery import (
     candidate_sites,
     cross_attention_sites,
     default_gate_site,
+    default_image_site,
     edits_for,
     text_encoder_sites,
     text_streams,
@@ -34,11 +35,12 @@ from neuraleraser.sites.fingerprint import Fingerprint, find_difference, made_fo
 from neuraleraser.sites.finished import TEXT_ARGUMENTS, FinishedForward, Text, text_of
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
-from neuraleraser.sites.routes import PROMPT_ROUTES, ROUTES
+from neuraleraser.sites.routes import IMAGE_ROUTES, PROMPT_ROUTES, ROUTES
 from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, generating_batch, match_rows
 from neuraleraser.sites.schedulers import input_and_target, scheduler_steps
 
 __all__ = [
+    "IMAGE_ROUTES",
     "PROMPT_ROUTES",
     "ROUTES",
     "TEXT_ARGUMENTS",
@@ -62,6 +64,7 @@ __all__ = [
     "cross_attention_sites",
     "current_batch",
     "default_gate_site",
+    "default_image_site",
     "denoiser",
     "denoiser_calls",
     "denoisers",

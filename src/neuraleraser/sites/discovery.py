@@ -110,6 +110,21 @@ def default_gate_site(pipe: Any, kind: str) -> Site:
     return found[0]
 
 
+def default_image_site(pipe: Any) -> Site:
+    """Return where an image gate looks: the site that the pipeline's family names for it, else the output of a block
+    three quarters through the denoiser, where the picture is best told.
+
+    Raises SettingsError for a pipeline without such a block.
+    """
+    known = family_of(pipe).image_site
+    if known is not None:
+        return known
+    blocks = candidate_sites(pipe)
+    if not blocks:
+        raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here")
+    return Site(blocks[3 * len(blocks) // 4].path)
+
+
 def text_encoder_sites(pipe: Any) -> list[Site]:
     """Return the layers of each text encoder that the pipeline holds. They run once per prompt.
 

@@ -22,6 +22,7 @@ class EditContext(Generic[F]):
     number stands for all rows it is expanded, with stride 0.
     rows: the image and guidance branch of each row.
     forward: state shared by all sites of one attachment in this forward.
+    grid: height and width of x's positions, row by row; None where that is not known.
     text_tokens: tokens of the text that the denoiser was given; None where it has none.
     read_chunks: given a number of tokens, returns x as it would be if the block read that many at a time, one for each
     part of the text. Raises EraserNotAppliedError for a block that does not read the text itself.
@@ -32,6 +33,7 @@ class EditContext(Generic[F]):
     forward: F
     text_tokens: int | None
     read_chunks: Callable[[int], list[Tensor]]
+    grid: tuple[int, int] | None = None
 
 
 @dataclass

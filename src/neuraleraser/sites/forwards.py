@@ -42,6 +42,7 @@ class Forward:
     probes: list[Tensor | None]
     image_tokens: int | None = None
     text_tokens: int | None = None
+    latent_size: tuple[int, int] | None = None  # height and width of what the first block reads
     timestep_per_row: Tensor | None = None
     cached_sum: tuple[Tensor, Hashable, Tensor] | None = None  # a text, the key of what was added to it, the sum
 
@@ -128,6 +129,7 @@ class ComponentHooks:
             [None] * len(self.sites),
             self._image_tokens(first),
             text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None,
+            self._latent_size(first),
         )
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -238,6 +240,13 @@ class ComponentHooks:
             count = len(self.sites)
             thread.outside = Forward(None, Rows(1), self.guard.new_state(), [False] * count, [None] * count)
         return thread.outside
+
+    def _latent_size(self, latents: Any) -> tuple[int, int] | None:
+        """Return height and width of the latents [B, channels, height, width] in patches; None of others."""
+        if not isinstance(latents, Tensor) or latents.ndim != 4:
+            return None
+        _, height, width = self.patch or (1, 1, 1)
+        return latents.shape[-2] // height, latents.shape[-1] // width
 
     def _image_tokens(self, latents: Any) -> int | None:
         """Return how many positions the latents have in the blocks; None if that is not known."""

@@ -126,6 +126,7 @@ class SiteHook:
                 forward.state,
                 forward.text_tokens,
                 partial(read_chunks, site),
+                self._grid(forward, x) if site.stream == "image" else None,
             )
             change = edit(x, context)
             if change is None:
@@ -139,6 +140,15 @@ class SiteHook:
             else:
                 changes.append((site.stream, change))
         return changes
+
+    def _grid(self, forward: Forward, x: Tensor) -> tuple[int, int] | None:
+        """Return height and width of the image's positions [B, positions, d]; None where they are not known."""
+        if forward.latent_size is None:
+            return None
+        height, width = forward.latent_size
+        while height * width > x.shape[1]:  # a UNet's deeper blocks hold half of each side, rounded up
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return (height, width) if height * width == x.shape[1] else None
 
     def _timestep(self, forward: Forward, x: Tensor, site: Site) -> Tensor:
         """Return the forward's timestep as [B], on the device of x [B, positions, d]."""

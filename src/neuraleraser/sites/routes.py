@@ -17,6 +17,8 @@ CONTROL_IMAGE = "control image"
 IP_ADAPTER = "IP-Adapter"
 PROMPT_ROUTES = (NAMED, PARAPHRASED)
 """Routes through the words of a prompt."""
+IMAGE_ROUTES = (START_IMAGE, INPAINTING)
+"""Routes of a picture that comes in, on which image gates are measured."""
 ROUTES = (*PROMPT_ROUTES, START_IMAGE, INPAINTING, CONTROL_IMAGE, IP_ADAPTER)
 
 

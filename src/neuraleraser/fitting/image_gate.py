@@ -1,0 +1,134 @@
+"""The picture's part of an eraser: a gate that sees the concept in the image stream, and the guided correction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.concepts import Concept, Pair
+from neuraleraser.eraser import Gate, Guided
+from neuraleraser.fitting.detector import SHUT_BOUND
+from neuraleraser.fitting.learnt_features import evidence_of, learn_features
+from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
+from neuraleraser.fitting.pictures import pictures_for
+from neuraleraser.fitting.trajectories import record_calls
+from neuraleraser.settings import FitSettings, Sampling
+from neuraleraser.sites import Site, default_image_site, text_of
+
+Progress = Callable[[float], None]
+
+FALSE_OPENINGS = 0.005
+"""Share of the pictures without the concept at which the gate may open at some level of noise."""
+
+
+@dataclass(frozen=True)
+class ImageFit:
+    """The picture's part of an eraser, and the share of the pictures with the concept at which its gate opens, by level
+    of noise [T]."""
+
+    gate: Gate
+    guided: Guided
+    seen: Tensor
+
+
+def fit_image_part(
+    pipe: Any, concept: Concept, settings: FitSettings, sampling: Sampling, progress: Progress
+) -> ImageFit:
+    """Fit the picture's part of an eraser, on `settings.num_pictures` pictures of the concept and twice as many others.
+
+    Raises SettingsError where the pipeline has no image-to-image form, by which pictures come in.
+    """
+    site = default_image_site(pipe)
+    shows, lacks = pictures_for(pipe, concept, settings.num_pictures, sampling, settings.seed)
+    batch = sampling.batch_size
+    on = noised_states(pipe, site, shows, batch_size=batch, progress=_part(progress, 0.1, 0.3))
+    off = noised_states(pipe, site, lacks, batch_size=batch, progress=_part(progress, 0.3, 0.7))
+    gate, seen = fit_image_gate(site, concept.kind, on, off, settings.seed, _part(progress, 0.7, 1.0))
+    return ImageFit(gate, fit_guided(pipe, concept, site, sampling, settings.guided_weight), seen)
+
+
+def _part(progress: Progress, start: float, end: float) -> Progress:
+    return lambda share: progress(start + (end - start) * share)
+
+
+SHARE_OF_KIND = {"style": 1.0}
+"""Share of positions that features are pooled over: a style fills a picture."""
+LOCAL_SHARE = 1 / 64
+"""That of everything else, which stands somewhere in it."""
+
+
+def fit_image_gate(
+    site: Site, kind: str, shows: NoisedStates, lacks: NoisedStates, seed: int = 0, progress: Progress | None = None
+) -> tuple[Gate, Tensor]:
+    """Fit a gate to states of pictures that show a concept of this kind, and of pictures that lack it.
+
+    Features are learnt on all that show it and half of those that lack it; the other half sets the bounds, by image.
+
+    Returns the gate, and the share of the pictures with the concept at which it opens, by level of noise [T].
+    """
+    half = len(lacks.values) // 2
+    share = SHARE_OF_KIND.get(kind, LOCAL_SHARE)
+    found = learn_features(shows, lacks[:half], share, seed=seed, on_step=progress)
+    on, off = (evidence_of(found, states) for states in (shows, lacks[half:]))
+    low, high = image_bounds(on, off)
+    order = shows.times.argsort()
+    gate = Gate(
+        site=site,
+        features=torch.arange(len(found.weight)),
+        rows=found.rows,
+        bias=found.bias,
+        threshold=torch.zeros_like(found.bias),
+        weight=found.weight,
+        share=share,
+        times=shows.times[order].float(),
+        low=low[order],
+        high=high[order],
+        picture=True,
+        window=found.window,
+    )
+    return gate, (on > low).float().mean(0)
+
+
+def image_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return low and high [T], between which the gate opens, from evidence with the concept [N, T] and without [M, T].
+
+    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all T levels of noise together: as
+    many spreads above their median at each level, the spread being that of the median and of the quantile which that
+    share exceeds. high lies 0.15 of the way from low to the median with the concept. Where that median lies below low
+    the gate stays shut: it could not tell.
+    """
+    middle, top = lacks.median(0).values, lacks.quantile(1 - FALSE_OPENINGS, 0)
+    spread = (top - middle).clamp(min=1e-6)
+    most = ((lacks - middle) / spread).amax(1)
+    low = (middle + spread * most.quantile(1 - FALSE_OPENINGS).clamp(min=1)).clamp(min=1e-6)
+    typical = shows.median(0).values
+    high = low + 0.15 * (typical - low).clamp(min=1e-3)
+    shut = typical <= low
+    return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
+
+
+def fit_guided(pipe: Any, concept: Concept, site: Site, sampling: Sampling, weight: float) -> Guided:
+    """Return the correction that moves the prediction from the concept's phrase to what stands in its place.
+
+    The phrases are those in which the concept's first pair of prompts differs. One step is run, for the denoiser's text
+    arguments; `site` is any that runs.
+    """
+    shown, without = differing_words(concept.pairs[0])
+    once = replace(sampling, num_inference_steps=1)
+    calls, _, _ = record_calls(pipe, [without, shown], [0, 0], once, site, lambda x: x.new_zeros(len(x)))
+    texts = [text_of(calls[0].conditioning, row) for row in range(2)]
+    return Guided(weight, texts[0], texts[1], (without, shown))
+
+
+def differing_words(pair: Pair) -> tuple[str, str]:
+    """Return the words of a pair's two prompts between those that both begin with and those that both end with."""
+    shown, without = pair.positive.split(), pair.negative.split()
+    while shown and without and shown[0] == without[0]:
+        shown, without = shown[1:], without[1:]
+    while shown and without and shown[-1] == without[-1]:
+        shown, without = shown[:-1], without[:-1]
+    return " ".join(shown), " ".join(without)

@@ -1,0 +1,113 @@
+"""States of pictures as a start image brings them: noised to some levels, with some text, and measured at a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuraleraser.families.opening import image_to_image
+from neuraleraser.fitting.pictures import Pictures
+from neuraleraser.sites import EditContext, Site, record
+
+NOISE_LEVELS = (0.9, 0.78, 0.66, 0.54, 0.42, 0.3, 0.18, 0.06)
+"""Strengths of image-to-image that pictures are noised to: the share of the way back to noise."""
+_STEPS = 100
+"""Steps of the schedule of which one is made: so many levels can be told apart."""
+
+
+class _FirstForwardDone(Exception):
+    """Raised to leave a pipeline's call in its first forward."""
+
+
+class _EncodedOnce:
+    """Context manager: after `rewind`, an autoencoder gives again what it gave, in the same order.
+
+    Encoding takes half as long as a forward, and is the same at every level.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae, self.encode = vae, vae.encode
+        self.made: list[Any] = []
+        self.position = 0
+
+    def __enter__(self) -> _EncodedOnce:
+        vars(self.vae)["encode"] = self._encoded
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del vars(self.vae)["encode"]
+
+    def rewind(self) -> None:
+        """Begin again with the first encoding."""
+        self.position = 0
+
+    def _encoded(self, *args: Any, **kwargs: Any) -> Any:
+        if self.position == len(self.made):
+            self.made.append(self.encode(*args, **kwargs))
+        self.position += 1
+        return self.made[self.position - 1]
+
+
+@dataclass(frozen=True)
+class NoisedStates:
+    """Activations of pictures at a site: values [N, T, P, d] in half precision, times [T] descending, as the denoiser
+    is given them; grid: height and width of the P positions, None where they are not known."""
+
+    values: Tensor
+    times: Tensor
+    grid: tuple[int, int] | None
+
+    def __getitem__(self, rows: slice) -> NoisedStates:
+        return NoisedStates(self.values[rows], self.times, self.grid)
+
+
+def noised_states(
+    pipe: Any,
+    site: Site,
+    pictures: Pictures,
+    *,
+    levels: Sequence[float] = NOISE_LEVELS,
+    batch_size: int = 20,
+    progress: Callable[[float], None] | None = None,
+) -> NoisedStates:
+    """Start image-to-image from each picture at each of `levels`, and return the activations in the first forward.
+
+    One forward without guidance for each picture and level, of the same noise at every level.
+
+    Raises SettingsError where the pipeline has no image-to-image form.
+    """
+    start = image_to_image(pipe)
+    start.set_progress_bar_config(disable=True)
+    seen: list[tuple[Tensor, float, tuple[int, int] | None]] = []
+
+    def on_activations(at: Site, x: Tensor, context: EditContext[None]) -> None:
+        seen.append((x.half().cpu(), float(context.timestep[0]), context.grid))
+        raise _FirstForwardDone
+
+    batches: list[Tensor] = []
+    for first in range(0, len(pictures.images), batch_size):
+        part = slice(first, first + batch_size)
+        pixels = torch.from_numpy(pictures.images[part]).permute(0, 3, 1, 2).float().div(255)
+        seen.clear()
+        with _EncodedOnce(start.vae) as encodings, record(pipe, [site], on_activations), torch.no_grad():
+            for level in levels:
+                encodings.rewind()
+                with suppress(_FirstForwardDone):
+                    start(
+                        list(pictures.prompts[part]),
+                        image=pixels,
+                        strength=level,
+                        num_inference_steps=_STEPS,
+                        guidance_scale=1.0,
+                        generator=[torch.Generator("cpu").manual_seed(int(s)) for s in pictures.seeds[part]],
+                        output_type="latent",
+                    )
+        batches.append(torch.stack([x for x, _, _ in seen], 1))
+        if progress:
+            progress(min(1.0, (first + batch_size) / len(pictures.images)))
+    return NoisedStates(torch.cat(batches), torch.tensor([t for _, t, _ in seen]), seen[0][2])
