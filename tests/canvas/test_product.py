@@ -180,7 +180,9 @@ class Erased:
 
 def erased(pipe: Any, known: Reference, name: str, own: range) -> Erased:
     """Fit an eraser in a quarter of the usual steps, and draw its own cells and those of neither concept with it."""
-    settings = FitSettings(num_pairs=12, num_context_pairs=12, steps=40, train_batch_size=10, learning_rate=8e-3)
+    settings = FitSettings(
+        num_pictures=0, num_pairs=12, num_context_pairs=12, steps=40, train_batch_size=10, learning_rate=8e-3
+    )
     eraser = fit(pipe, canvas_concept(name), settings, reference=known, sampling=SAMPLING)
     others = range(24, 36)
     cells = [*own, *others]

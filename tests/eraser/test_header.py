@@ -72,6 +72,7 @@ WRONG: list[tuple[str, Any]] = [
     ("sampling", {"more": []}),
     ("separation", 1),
     ("separation", ["most"]),
+    ("image_separation", "most"),
     ("loss", [10**400]),
     ("reference", "none"),
     ("reference", {}),

@@ -72,7 +72,7 @@ def test_a_damaged_reference(known: Reference, tmp_path: Path) -> None:
 def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     base = generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
     told: list[float] = []
-    settings = FitSettings(num_pairs=3, rank=2, steps=3, train_batch_size=2)
+    settings = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=3, train_batch_size=2)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), reference=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
@@ -88,6 +88,25 @@ def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     assert (generate(pipe, ["a x", "b"], [1, 2], SAMPLING) == base).all()
 
 
+def test_a_fit_with_pictures(pipe: Any, known: Reference, tmp_path: Path) -> None:
+    """Its eraser has an image gate, and says so; what it does to prompts is what it would do without."""
+    told: list[float] = []
+    plain = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=3, train_batch_size=2)
+    settings = replace(plain, num_pictures=4, guided_weight=2.0)
+    eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), reference=known, sampling=SAMPLING)
+    assert told == sorted(told) and told[-1] == 1.0
+    assert eraser.image_gate is not None and eraser.guided is not None and eraser.guided.weight == 2.0
+    assert eraser.header.routes == ("named", "paraphrased", "start image", "inpainting")
+    assert len(eraser.header.image_separation) == len(eraser.image_gate.times)
+    without = fit(pipe, CONCEPT, plain, reference=known, sampling=SAMPLING)
+    assert without.image_gate is None and torch.equal(without.gate.low, eraser.gate.low)
+    for name, x in without.corrections[0].tensors().items():
+        assert torch.equal(eraser.corrections[0].tensors()[name], x)
+    eraser.save(tmp_path / "x.safetensors")
+    with attach(pipe, Eraser.load(tmp_path / "x.safetensors")):
+        generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
+
+
 def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> None:
     """With and without the concept: else the edit would learn to change one picture into another."""
     first: list[torch.Tensor] = []
@@ -101,7 +120,7 @@ def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> Non
         fit(
             pipe,
             CONCEPT,
-            FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1),
+            FitSettings(num_pictures=0, num_pairs=3, rank=1, steps=1, train_batch_size=1),
             reference=known,
             sampling=SAMPLING,
         )
@@ -133,7 +152,7 @@ def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: R
     eraser = fit(
         pipe,
         CONCEPT,
-        FitSettings(num_pairs=3, rank=4, steps=60, train_batch_size=6),
+        FitSettings(num_pictures=0, num_pairs=3, rank=4, steps=60, train_batch_size=6),
         reference=known,
         sampling=SAMPLING,
     )
@@ -152,7 +171,7 @@ def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: R
 
 def test_rows_that_show_the_concept_are_no_background(pipe: Any, known: Reference) -> None:
     """By label or by the words of their prompts: with them the reference makes the same gate as without."""
-    settings = FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1)
+    settings = FitSettings(num_pictures=0, num_pairs=3, rank=1, steps=1, train_batch_size=1)
 
     def gate(reference: Reference) -> Any:
         return fit(pipe, CONCEPT, settings, reference=reference, sampling=SAMPLING).gate
@@ -188,7 +207,11 @@ def test_the_gate_is_fitted_to_states_drawn_without_the_concept_too(pipe: Any) -
     known = reference_from_sae(pipe, sae, site, [("b c", frozenset()), ("d e", frozenset())], four)
 
     eraser = fit(
-        pipe, concept, FitSettings(num_pairs=3, rank=1, steps=1, train_batch_size=1), reference=known, sampling=four
+        pipe,
+        concept,
+        FitSettings(num_pictures=0, num_pairs=3, rank=1, steps=1, train_batch_size=1),
+        reference=known,
+        sampling=four,
     )
     gate = eraser.gate
     (plain, off), (shown, on) = (record_trajectories(pipe, p, [0, 1, 2], four, sae, site) for p in prompts)
@@ -224,7 +247,7 @@ def test_no_reference_is_taken_for_another_pipeline_s(pipe: Any, known: Referenc
 
 def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Reference) -> None:
     beside = (Pair("x and y", "y"), Pair("y and x", "y"), Pair("x and z", "z"), Pair("x and w", "w"))
-    settings = FitSettings(num_pairs=3, num_context_pairs=2, rank=2, steps=3, train_batch_size=2)
+    settings = FitSettings(num_pictures=0, num_pairs=3, num_context_pairs=2, rank=2, steps=3, train_batch_size=2)
     alone = fit(pipe, CONCEPT, settings, reference=known, sampling=SAMPLING)
     both = fit(pipe, replace(CONCEPT, context_pairs=beside), settings, reference=known, sampling=SAMPLING)
     assert both.header.seeds == (0, 4)  # two prompts of what stays

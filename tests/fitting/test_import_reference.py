@@ -55,7 +55,11 @@ def test_published_dictionaries_become_erasers(
     assert float(margin_score(stats, "x").max()) > 0
     # ... and become an eraser, whose file says how far the thresholds differ.
     eraser = fit(
-        pipe, CONCEPT, FitSettings(num_pairs=3, steps=3, train_batch_size=2, rank=2), reference=known, sampling=S
+        pipe,
+        CONCEPT,
+        FitSettings(num_pictures=0, num_pairs=3, steps=3, train_batch_size=2, rank=2),
+        reference=known,
+        sampling=S,
     )
     eraser.save(tmp_path / "x.safetensors")
     back = Eraser.load(tmp_path / "x.safetensors")

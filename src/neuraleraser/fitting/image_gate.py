@@ -25,6 +25,10 @@ FALSE_OPENINGS = 0.005
 """Share of the pictures without the concept at which the gate may open at some level of noise."""
 
 
+PLAIN = "as a plain picture"
+"""Words for what stands in a style's place."""
+
+
 @dataclass(frozen=True)
 class ImageFit:
     """The picture's part of an eraser, and the share of the pictures with the concept at which its gate opens, by level
@@ -114,10 +118,12 @@ def image_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
 def fit_guided(pipe: Any, concept: Concept, site: Site, sampling: Sampling, weight: float) -> Guided:
     """Return the correction that moves the prediction from the concept's phrase to what stands in its place.
 
-    The phrases are those in which the concept's first pair of prompts differs. One step is run, for the denoiser's text
+    The phrases are those in which the concept's first pair of prompts differs; where nothing stands in its place, as in
+    place of a style, `PLAIN` does: an empty prompt asks for no other style, and so leaves the one that is there. One step is run, for the denoiser's text
     arguments; `site` is any that runs.
     """
     shown, without = differing_words(concept.pairs[0])
+    without = without or PLAIN
     once = replace(sampling, num_inference_steps=1)
     calls, _, _ = record_calls(pipe, [without, shown], [0, 0], once, site, lambda x: x.new_zeros(len(x)))
     texts = [text_of(calls[0].conditioning, row) for row in range(2)]

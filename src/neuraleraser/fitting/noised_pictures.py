@@ -17,7 +17,7 @@ from neuraleraser.sites import EditContext, Site, record
 NOISE_LEVELS = (0.9, 0.78, 0.66, 0.54, 0.42, 0.3, 0.18, 0.06)
 """Strengths of image-to-image that pictures are noised to: the share of the way back to noise."""
 _STEPS = 100
-"""Steps of the schedule of which one is made: so many levels can be told apart."""
+"""Steps of the schedule, of which one is run: enough that each level has a step of its own."""
 
 
 class _FirstForwardDone(Exception):

@@ -111,8 +111,8 @@ def default_gate_site(pipe: Any, kind: str) -> Site:
 
 
 def default_image_site(pipe: Any) -> Site:
-    """Return where an image gate looks: the site that the pipeline's family names for it, else the output of a block
-    three quarters through the denoiser, where the picture is best told.
+    """Return where an image gate looks: the site that the pipeline's family names for it, else the output of the block
+    three quarters through the denoiser.
 
     Raises SettingsError for a pipeline without such a block.
     """

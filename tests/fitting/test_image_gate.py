@@ -1,0 +1,191 @@
+"""The picture's part of a fit: states of pictures, features learnt on them, bounds by image, and what `fit` returns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import pipelines
+from helpers.erasers import random
+from neuraleraser.concepts import Concept, Pair
+from neuraleraser.errors import DataError
+from neuraleraser.families.opening import image_to_image
+from neuraleraser.fitting.detector import SHUT_BOUND
+from neuraleraser.fitting.image_gate import (
+    FALSE_OPENINGS,
+    differing_words,
+    fit_guided,
+    fit_image_gate,
+    fit_image_part,
+    image_bounds,
+)
+from neuraleraser.fitting.learnt_features import evidence_of, learn_features
+from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
+from neuraleraser.fitting.pictures import Pictures
+from neuraleraser.settings import FitSettings, Sampling
+from neuraleraser.sites import DenoiserCall, Site, denoiser_calls, record
+
+AT = Site("unet.mid_block.attentions.0")
+S = Sampling(num_inference_steps=2, batch_size=3)
+TIMES = torch.tensor([900.0, 500.0, 100.0])
+GRID = (4, 4)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return pipelines.stable_diffusion()
+
+
+def pictures(n: int = 5, seed: int = 0) -> Pictures:
+    images = np.random.default_rng(seed).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
+    return Pictures(images, ["a", "", "b c", "d", ""][:n], range(seed, seed + n))
+
+
+def test_states_are_those_of_a_start_image(pipe: Any) -> None:
+    """At each level: the first forward of image-to-image at that strength, of the same picture, prompt and noise."""
+    shown, levels = pictures(), (0.9, 0.5, 0.1)
+    found = noised_states(pipe, AT, shown, levels=levels, batch_size=2)
+    assert found.values.shape == (5, 3, 16, 32) and found.grid == (4, 4)
+    assert bool((found.times.diff() < 0).all())
+    start = image_to_image(pipe)
+    for row, level in ((0, 0), (3, 1), (4, 2)):
+        seen: list[torch.Tensor] = []
+        with record(pipe, [AT], lambda site, x, context, seen=seen: seen.append(x)), torch.no_grad():
+            start(
+                shown.prompts[row],
+                image=torch.from_numpy(shown.images[row : row + 1]).permute(0, 3, 1, 2) / 255,
+                strength=levels[level],
+                num_inference_steps=100,
+                guidance_scale=1.0,
+                generator=[torch.Generator().manual_seed(shown.seeds[row])],
+                output_type="latent",
+            )
+        torch.testing.assert_close(found.values[row, level].float(), seen[0][0], rtol=1e-2, atol=1e-2)
+
+
+def test_each_picture_and_level_costs_one_forward_and_pictures_are_encoded_once(pipe: Any) -> None:
+    encoded: list[int] = []
+    plain = pipe.vae.encoder.forward
+    pipe.vae.encoder.forward = lambda x: encoded.append(len(x)) or plain(x)
+    calls: list[DenoiserCall] = []
+    try:
+        with denoiser_calls(pipe, calls.append):  # no forward ends
+            noised_states(pipe, AT, pictures(), levels=(0.9, 0.5, 0.1), batch_size=2)
+    finally:
+        del pipe.vae.encoder.forward
+    assert not calls and sum(encoded) == 5
+    assert "encode" not in vars(pipe.vae)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((2, 16, 16, 3), np.float32),
+        np.zeros((16, 16, 3), np.uint8),
+        np.zeros((0, 16, 16, 3), np.uint8),
+        np.zeros((2, 16, 16, 4), np.uint8),
+    ],
+)
+def test_what_is_no_picture_is_refused(wrong: Any) -> None:
+    with pytest.raises(DataError, match="uint8"):
+        Pictures(wrong, [""] * len(wrong), range(len(wrong)))
+
+
+def test_as_many_prompts_as_pictures() -> None:
+    with pytest.raises(DataError, match="2 pictures, 1 prompts"):
+        Pictures(np.zeros((2, 16, 16, 3), np.uint8), [""], range(2))
+
+
+def planted(n: int, shows: bool, seed: int) -> NoisedStates:
+    """Random states; those that show the concept have a pattern of two neighbours somewhere."""
+    x = random(n, 3, 16, 6, seed=seed)
+    if shows:
+        rng = np.random.default_rng(seed)
+        for i in range(n):
+            row, column = rng.integers(4), rng.integers(3)
+            place = 4 * row + column
+            x[i, :, place, 0] += 5
+            x[i, :, place + 1, 1] += 5
+    return NoisedStates(x.half(), TIMES, GRID)
+
+
+def test_features_find_a_pattern_of_neighbours() -> None:
+    shows, lacks = planted(80, True, 1), planted(160, False, 2)
+    found = learn_features(shows, lacks, 1 / 16, epochs=20)
+    on, off = (evidence_of(found, planted(60, s, 3)) for s in (True, False))
+    assert float((on[:, None] > off[None]).float().mean()) > 0.95
+    assert found.window == 3
+    gate, seen = fit_image_gate(AT, "object", shows, lacks)
+    assert gate.picture and gate.share == 1 / 64 and seen.shape == (3,)
+    x, t = planted(4, True, 9).values[:, 1].float(), TIMES[1].expand(4)
+    z = gate.activations(x, GRID)
+    torch.testing.assert_close(gate.evidence(x, GRID), z.amax(1) @ gate.weight)
+    assert gate(x, t, GRID).shape == (4,)
+
+
+def test_a_gate_has_the_evidence_it_was_fitted_with() -> None:
+    shows, lacks = planted(40, True, 1), planted(80, False, 2)
+    gate, seen = fit_image_gate(AT, "style", shows, lacks)
+    flat = shows.values.flatten(0, 1).float()
+    opening = gate(flat, TIMES.repeat(40), GRID).view(40, 3)
+    torch.testing.assert_close((opening > 0).float().mean(0), seen)
+
+
+def test_without_a_grid_each_feature_reads_its_own_position() -> None:
+    shows, lacks = (replace(planted(10, s, 4), grid=None) for s in (True, False))
+    found = learn_features(shows, lacks, 1.0, epochs=1, batch=8)
+    assert found.window == 1 and found.rows.shape == (64, 6)
+
+
+def test_learning_is_deterministic() -> None:
+    shows, lacks = planted(10, True, 1), planted(20, False, 2)
+    one, two = (learn_features(shows, lacks, 1.0, epochs=1, batch=8, seed=3) for _ in range(2))
+    assert torch.equal(one.rows, two.rows) and torch.equal(one.weight, two.weight)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.1, 100))
+def test_bounds_keep_pictures_without_the_concept_shut(seed: int, t: int, scale: float) -> None:
+    lacks = scale * random(300, t, seed=seed)
+    shows = lacks[:50] + 8 * scale
+    low, high = image_bounds(shows, lacks)
+    opened = (lacks > low).any(1).float().mean()
+    assert float(opened) <= FALSE_OPENINGS + 1 / 300
+    assert bool((high > low).all()) and bool((low >= 0).all())
+    assert bool((image_bounds(lacks, lacks)[0] >= SHUT_BOUND).all())  # no telling them apart
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "words"),
+    [
+        ("a cat in Van Gogh style", "a cat", ("in Van Gogh style", "")),
+        ("Van Gogh style, a cat", "a cat", ("Van Gogh style,", "")),
+        ("a cat in a forest", "an empty scene in a forest", ("a cat", "an empty scene")),
+        ("a cat", "a dog", ("cat", "dog")),
+        ("a cat", "", ("a cat", "")),
+    ],
+)
+def test_what_differs_between_two_prompts(positive: str, negative: str, words: tuple[str, str]) -> None:
+    assert differing_words(Pair(positive, negative)) == words
+
+
+def test_the_guided_correction_holds_both_prompts(pipe: Any) -> None:
+    concept = Concept("x", "other", (Pair("a x y", "a b y"),))
+    guided = fit_guided(pipe, concept, AT, S, 2.5)
+    assert guided.weight == 2.5 and guided.prompts == ("b", "x")
+    for text, prompt in ((guided.without, "b"), (guided.shown, "x")):
+        ids = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        torch.testing.assert_close(text["encoder_hidden_states"], pipe.text_encoder(ids)[0])
+
+
+def test_a_picture_part_of_generated_pictures(pipe: Any) -> None:
+    concept = Concept("x", "object", (Pair("a x", "a"), Pair("b x", "b")))
+    told: list[float] = []
+    part = fit_image_part(pipe, concept, FitSettings(num_pictures=4), S, told.append)
+    assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (8,)
+    assert told == sorted(told) and told[-1] == 1.0
