@@ -583,4 +583,28 @@ MUTATIONS: tuple[Mutation, ...] = (
         roll_judge_classes,
         ("tests/judges/test_canvas_judge.py::test_it_names_what_fresh_renders_show",),
     ),
+    Mutation(
+        "prediction-without-sites",
+        "an attachment without sites changes no prediction",
+        (
+            Text(
+                "src/neuraleraser/sites/forwards.py",
+                "        if self.timestep_index is None or rows is None:\n",
+                "        if self.timestep_index is None or rows is None or not self.sites:\n",
+            ),
+        ),
+        ("tests/sites/test_prediction.py::test_the_change_is_added_in_every_family",),
+    ),
+    Mutation(
+        "second-pass",
+        "of two passes with one text both are taken for the conditional one",
+        (
+            Text(
+                "src/neuraleraser/methods/conditional.py",
+                "if not blocks or (self.step is not None and self.step.is_of(call)):",
+                "if not blocks:",
+            ),
+        ),
+        ("tests/methods/test_conditional.py::test_guidance_in_one_batch_and_in_two_passes",),
+    ),
 )

@@ -68,7 +68,9 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.judges import Judgement as Judgement
     from neuraleraser.judges import NudeNetJudge as NudeNetJudge
     from neuraleraser.judges import UnlearnCanvasJudge as UnlearnCanvasJudge
+    from neuraleraser.methods import ConceptRemovalGuidance as ConceptRemovalGuidance
     from neuraleraser.methods import DoNothing as DoNothing
+    from neuraleraser.methods import DynamicNegativeGuidance as DynamicNegativeGuidance
     from neuraleraser.methods import EraserMethod as EraserMethod
     from neuraleraser.methods import StringFilter as StringFilter
     from neuraleraser.methods import string_filters as string_filters
@@ -96,8 +98,10 @@ _HOME: dict[str, str] = {
     "Concept": "concepts",
     "ConceptError": "errors",
     "ConceptRefusedError": "errors",
+    "ConceptRemovalGuidance": "methods",
     "DataError": "errors",
     "DoNothing": "methods",
+    "DynamicNegativeGuidance": "methods",
     "Eraser": "eraser",
     "EraserHeader": "eraser",
     "EraserMethod": "methods",
@@ -178,8 +182,10 @@ __all__ = [
     "Concept",
     "ConceptError",
     "ConceptRefusedError",
+    "ConceptRemovalGuidance",
     "DataError",
     "DoNothing",
+    "DynamicNegativeGuidance",
     "Eraser",
     "EraserHeader",
     "EraserMethod",

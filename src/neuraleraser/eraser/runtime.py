@@ -19,7 +19,7 @@ from neuraleraser.eraser.plan import Plan, SitePlan, make_plan
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
 from neuraleraser.eraser.traces import Traces
 from neuraleraser.errors import ConceptRefusedError, EraserNotAppliedError, SettingsError, SiteError, UnseenRouteWarning
-from neuraleraser.sites import Call, Change, DenoiserCall, EditContext, FinishedForward, Rows, Site, match_rows
+from neuraleraser.sites import Call, Change, EditContext, FinishedForward, Rows, Site, Step, match_rows
 
 _STRENGTHS_HINT = "set as many strengths as the call draws images, or one for all"
 
@@ -42,8 +42,10 @@ class ErasureForward:
 
 @dataclass
 class ErasureCall:
-    """State of one call: its images in the trace, those that are refused, and the last change of the prediction.
+    """State of one call: its images in the trace, those that are refused, and its last step.
 
+    delta: change of the prediction in that step [images, ...], None for none. Where guidance takes two forwards, the
+    second repeats what the first found, so that both move alike.
     held: part -> how far its image gate has been open for each image [images], at most, times the strength.
     """
 
@@ -51,24 +53,9 @@ class ErasureCall:
     trace: Trace
     images: TracedCall
     refused: dict[int, set[int]] = field(default_factory=dict)
-    guided: GuidedStep | None = None
+    step: Step | None = None
+    delta: Tensor | None = None
     held: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class GuidedStep:
-    """Change of the prediction in one step: `delta` [images, ...], None for none, at `state` and `timestep`.
-
-    Where guidance takes two forwards, the second repeats what the first found, so that both move alike.
-    """
-
-    state: Tensor
-    timestep: Tensor
-    delta: Tensor | None
-
-    def is_of(self, call: DenoiserCall) -> bool:
-        """Return True if a forward is of the same step."""
-        return call.state is self.state and torch.equal(call.timestep, self.timestep)
 
 
 class ErasureRuntime:
@@ -158,11 +145,9 @@ class ErasureRuntime:
                 self._raise_refused(call)
         if not self.plan.guided:
             return None
-        step = call.guided
-        if step is None or not step.is_of(finished.call):
-            asked = finished.call
-            call.guided = step = GuidedStep(asked.state, asked.timestep, self._guide(call, rows, state, finished))
-        return None if step.delta is None else torch.cat([step.delta] * len(rows.counts))
+        if call.step is None or not call.step.is_of(finished.call):
+            call.step, call.delta = finished.step, self._guide(call, rows, state, finished)
+        return None if call.delta is None else torch.cat([call.delta] * len(rows.counts))
 
     def _guide(self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
         """Return the sum of the changes of the prediction [images, ...]; None where no image gate is or was open.

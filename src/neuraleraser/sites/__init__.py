@@ -32,12 +32,13 @@ from neuraleraser.sites.discovery import (
 from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record, remove_copied_hooks
 from neuraleraser.sites.fingerprint import Fingerprint, find_difference, made_for
-from neuraleraser.sites.finished import TEXT_ARGUMENTS, FinishedForward, Text, text_of
+from neuraleraser.sites.finished import TEXT_ARGUMENTS, FinishedForward, Step, Text, text_of
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
+from neuraleraser.sites.prediction import OnForward, edit_prediction
 from neuraleraser.sites.routes import IMAGE_ROUTES, PROMPT_ROUTES, ROUTES
 from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, generating_batch, match_rows
-from neuraleraser.sites.schedulers import input_and_target, scheduler_steps
+from neuraleraser.sites.schedulers import NoiseLevel, input_and_target, noise_level, scheduler_steps
 
 __all__ = [
     "IMAGE_ROUTES",
@@ -54,10 +55,13 @@ __all__ = [
     "Fingerprint",
     "FinishedForward",
     "HookedEdits",
+    "NoiseLevel",
     "Observer",
+    "OnForward",
     "Rows",
     "Series",
     "Site",
+    "Step",
     "Text",
     "candidate_sites",
     "components",
@@ -69,6 +73,7 @@ __all__ = [
     "denoiser_calls",
     "denoisers",
     "edit",
+    "edit_prediction",
     "edits_for",
     "find_difference",
     "generating_batch",
@@ -76,6 +81,7 @@ __all__ = [
     "is_denoiser",
     "made_for",
     "match_rows",
+    "noise_level",
     "record",
     "remove_copied_hooks",
     "replay",

@@ -108,9 +108,9 @@ class HookedEdits(Generic[F]):
 
     def __init__(self, pipe: Any, edits: Mapping[Site, Edit[F]], observer: Observer[F, Any]) -> None:
         found = _resolve(pipe, edits)  # nothing is touched before every site is found
+        parts = {name: unwrap(module) for name, module in components(pipe).items()}
         self.pipeline = WeakReference(pipe)
         self.guard = CallGuard(pipe, observer)
-        parts = {name: unwrap(module) for name, module in components(pipe).items()}
         hooked = {site.path.split(".")[0]: None for here in found.values() for site, _ in here}
         named = dict.fromkeys([*hooked, *(name for name in parts if is_denoiser(name) or is_text_encoder(name))])
         for name in hooked:

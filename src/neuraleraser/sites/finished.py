@@ -62,6 +62,21 @@ def with_text(conditioning: Mapping[str, Any], texts: Sequence[Text]) -> dict[st
 
 
 @dataclass(frozen=True)
+class Step:
+    """One step of sampling: the state and the timestep of which the denoiser is asked.
+
+    Guidance in two passes asks twice in one step.
+    """
+
+    state: Tensor
+    timestep: Tensor
+
+    def is_of(self, call: DenoiserCall) -> bool:
+        """Return True if a forward is of this step."""
+        return call.state is self.state and torch.equal(call.timestep, self.timestep)
+
+
+@dataclass(frozen=True)
 class FinishedForward:
     """A denoiser's forward that is over.
 
@@ -70,6 +85,11 @@ class FinishedForward:
 
     call: DenoiserCall
     run: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+
+    @property
+    def step(self) -> Step:
+        """The step that it is of."""
+        return Step(self.call.state, self.call.timestep)
 
     def predict(self, rows: Sequence[int], texts: Sequence[Text]) -> list[Tensor]:
         """Return the base model's predictions [rows, ...] for some rows with each of `texts`, in one forward.

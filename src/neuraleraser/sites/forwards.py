@@ -73,8 +73,9 @@ class Boundary(Protocol):
         """Return the layout of the rows of a forward that begins."""
         ...
 
-    def on_forward_end(self, hooks: ComponentHooks, forward: Forward, finished: FinishedForward) -> Tensor | None:
-        """Look at a forward that is over; raise before its result is used, or return a change of it [rows, ...]."""
+    def on_forward_end(self, rows: Rows, state: Any, finished: FinishedForward) -> Tensor | None:
+        """Look at a denoiser's forward that is over; raise before its result is used, or return a change of it
+        [rows, ...]."""
         ...
 
 
@@ -163,20 +164,21 @@ class ComponentHooks:
         Raises EraserNotAppliedError for a hook that did not run, or NaN or infinity.
         """
         thread = self.thread.get()
-        forward, thread.forward, thread.rows = thread.forward, None, None
+        forward, thread.forward = thread.forward, None
+        rows, thread.rows = thread.rows, None
         ran = forward.ran if forward is not None else [False] * len(self.sites)
         self.ever_ran |= {number for number, did in enumerate(ran) if did}
         self.raise_missed([name for name, did in zip(self.sites, ran, strict=True) if not did])
-        if forward is None:
-            return None
-        for number, probe in enumerate(forward.probes):
+        for number, probe in enumerate(forward.probes if forward is not None else []):
             if probe is not None:
                 thread.pending[number] = thread.pending[number] + probe if number in thread.pending else probe
         self.check_finite(on="cpu")
-        if self.timestep_index is None or not self.sites:
+        if self.timestep_index is None or rows is None:
             return None
+        # Without sites nothing need run inside, so a forward that was compiled before is seen from outside alone.
+        state = forward.state if forward is not None else self.guard.new_state()
         finished = FinishedForward(call_of(module, args, kwargs, output), partial(_run_without_hooks, module))
-        delta = self.guard.on_forward_end(self, forward, finished)
+        delta = self.guard.on_forward_end(rows, state, finished)
         if delta is None:
             return None
         old = predicted(output)

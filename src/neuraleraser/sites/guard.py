@@ -21,7 +21,7 @@ from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.caller import Caller, CallIdentity, find_caller
 from neuraleraser.sites.edit import F
 from neuraleraser.sites.finished import FinishedForward
-from neuraleraser.sites.forwards import ComponentHooks, Forward
+from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.modules import components, is_text_encoder, unwrap
 from neuraleraser.sites.routes import routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
@@ -37,13 +37,14 @@ class Call:
 
     pipeline: the one that runs it; None where modules are called outside any. images: how many it draws, padding
     included. batch: the batch of `generate` that it is, None where it is none. routes: those besides the prompt by
-    which a concept may enter it.
+    which a concept may enter it. guidance: its scale of classifier-free guidance, 1 without.
     """
 
     pipeline: Any
     images: int
     batch: Batch | None
     routes: frozenset[str] = frozenset()
+    guidance: float = 1.0
 
 
 class Observer(Protocol[F, C]):
@@ -159,7 +160,8 @@ class CallGuard(Generic[F, C]):
                 hooks.raise_missed(hooks.sites, "this call of the pipeline")
         identity = CallIdentity(pipeline, schedule)
         routes = routes_of(pipeline, caller.variables) if caller else frozenset()
-        thread.state = self.observer.on_call_start(Call(pipeline, rows.images, identity.batch, routes))
+        guidance = max(caller.facts.guidance or 1.0, 1.0) if caller else 1.0
+        thread.state = self.observer.on_call_start(Call(pipeline, rows.images, identity.batch, routes, guidance))
         thread.identity = identity
 
     def _rows(self, thread: _ThreadCall, caller: Caller | None, size: int, text: Any) -> Rows:
@@ -177,9 +179,9 @@ class CallGuard(Generic[F, C]):
         thread.known = (*known, *(None if tensor is None else weakref.ref(tensor) for tensor in tensors))
         return thread.rows
 
-    def on_forward_end(self, hooks: ComponentHooks, forward: Forward, finished: FinishedForward) -> Tensor | None:
+    def on_forward_end(self, rows: Rows, state: F, finished: FinishedForward) -> Tensor | None:
         """Hand a denoiser's forward to the observer."""
-        return self.observer.on_forward_end(self.thread.get().state, forward.rows, forward.state, finished)
+        return self.observer.on_forward_end(self.thread.get().state, rows, state, finished)
 
     def hook_decoders(self, pipe: Any) -> list[RemovableHandle]:
         """Watch the decoders of the pipeline's autoencoders."""

@@ -63,6 +63,15 @@ class Rows:
                 return list(range(block * self.images, (block + 1) * self.images))
         return None
 
+    def prompt_blocks(self) -> list[int]:
+        """Return the blocks that the prompt is asked of: those that are not negative.
+
+        Where no text tells them apart, as the prompt is the negative prompt, all but the first: diffusers' pipelines
+        put the negative block before the others.
+        """
+        found = [block for block, negative in enumerate(self.negative) if not negative]
+        return found[1:] if len(found) == len(self.negative) > 1 else found
+
     def branches(self, x: Tensor) -> list[tuple[bool, Tensor]]:
         """Return (is negative, rows [images * frames, ...]) for each block of x [rows, ...]."""
         return list(zip(self.negative, x.chunk(len(self.counts)), strict=True))

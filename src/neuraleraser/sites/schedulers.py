@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,3 +64,31 @@ def input_and_target(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tu
     if kind == "v_prediction":  # alpha noise - sigma x_0 (Salimans and Ho 2022)
         return state, mixture(noise, -x_0)
     raise SettingsError(f"what {type(scheduler).__name__} predicts as {kind!r} is not known: pass another scheduler")
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """Noise of a state at one timestep.
+
+    signal_to_noise: squared share of the clean latents, divided by that of the noise. slope: change of the noise that a
+    prediction implies, per change of the prediction: 1 where it is the noise itself.
+    """
+
+    signal_to_noise: float
+    slope: float
+
+
+def noise_level(scheduler: Any, timestep: Tensor) -> NoiseLevel:
+    """Return the noise level of a denoiser's forward, by the timestep it was given [] or [B], the same for all rows.
+
+    Some pipelines give their denoiser the scheduler's timestep divided by 1000. The scheduler holds the timesteps of
+    the call, and the nearest is taken, as half precision rounds.
+    """
+    times, given = scheduler.timesteps.double().cpu(), timestep.flatten()[0].double().cpu()
+    nearest = [times[(times - scale * given).abs().argmin()] for scale in (1, 1000)]
+    t = min(zip(nearest, (1, 1000), strict=True), key=lambda found: float((found[0] - found[1] * given).abs()))[0]
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    # state = a x_0 + s noise, prediction = p x_0 + q noise
+    a, p = (float(x) for x in input_and_target(scheduler, one, zero, float(t)))
+    s, q = (float(x) for x in input_and_target(scheduler, zero, one, float(t)))
+    return NoiseLevel((a / s) ** 2, a / (q * a - p * s))
