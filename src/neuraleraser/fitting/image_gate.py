@@ -118,9 +118,9 @@ def image_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
 def fit_guided(pipe: Any, concept: Concept, site: Site, sampling: Sampling, weight: float) -> Guided:
     """Return the correction that moves the prediction from the concept's phrase to what stands in its place.
 
-    The phrases are those in which the concept's first pair of prompts differs; where nothing stands in its place, as in
-    place of a style, `PLAIN` does: an empty prompt asks for no other style, and so leaves the one that is there. One step is run, for the denoiser's text
-    arguments; `site` is any that runs.
+    The phrases are those in which the concept's first pair of prompts differs. Where nothing stands in its place, as in
+    place of a style, `PLAIN` does: an empty prompt asks for no other style, and so leaves the one that is there. One
+    step is run, for the denoiser's text arguments; `site` is any that runs.
     """
     shown, without = differing_words(concept.pairs[0])
     without = without or PLAIN
