@@ -14,6 +14,7 @@ import pytest
 
 import neuraleraser
 from helpers.published_saes import saeuron
+from helpers.sae_files import image_sae
 from helpers.small_judges import SMALL, ClipByHeart, install_detector, small_classifier
 from neuraleraser.activations import activation_matrix
 from neuraleraser.concepts import Concept
@@ -61,6 +62,7 @@ def files(namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     folder, package = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("package")
     pipe, quick, site = (namespace[name] for name in ("pipe", "quick", "site"))
     saeuron(folder / "saeuron", activation_matrix(pipe, ["a cat", "a dog"], [0, 1], [site], 64, quick)[site])
+    image_sae(folder / "image-sae.safetensors")
     small_classifier(folder / "style50.pth", 51)
     small_classifier(folder / "style50_cls.pth", 20)
     clip = ClipByHeart("object", images_for_clip(pipe, quick))

@@ -566,6 +566,54 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/eraser/test_routes.py::test_each_route_is_named_once",),
     ),
     Mutation(
+        "scaling-sign",
+        "features are scaled with the sign turned round",
+        (
+            Text(
+                "src/neuraleraser/eraser/corrections/scaling.py",
+                "        return z * (factor.to(z) - 1)\n",
+                "        return z * (1 - factor.to(z))\n",
+            ),
+        ),
+        ("tests/fitting/test_fit_saeuron.py::test_blocking_is_the_formula_and_never_the_sae_s_error",),
+    ),
+    Mutation(
+        "published-sign",
+        "SAeUron's published form has its error term put right",
+        (Text("src/neuraleraser/methods/saeuron.py", "(ablated + (recon - x)) - x", "(ablated + (x - recon)) - x"),),
+        ("tests/methods/test_saeuron.py::test_where_nothing_is_blocked_the_error_counts_twice",),
+    ),
+    Mutation(
+        "published-time",
+        "SAeUron's published form reads the timestep instead of counting calls",
+        (
+            Text(
+                "src/neuraleraser/methods/saeuron.py",
+                "            step, calls = descending[calls], calls + 1\n",
+                "            step = int((table.times - float(context.timestep[0])).abs().argmin())\n",
+            ),
+        ),
+        ("tests/methods/test_saeuron.py::test_calls_are_counted_and_timesteps_are_not_read",),
+    ),
+    Mutation(
+        "image-gates",
+        "a gate in the image stream leaves the negative prompt's rows alone",
+        (Text(_RUNTIME, "torch.maximum(mask, plan.pictures.to(mask))", "mask"),),
+        ("tests/fitting/test_fit_saeuron.py::test_an_image_gate_sees_both_guidance_branches",),
+    ),
+    Mutation(
+        "sealed-drawn",
+        "SAeUron's features are scored on prompts that name sealed concepts",
+        (
+            Text(
+                "src/neuraleraser/fitting/fit_saeuron.py",
+                "    if vocabulary is None:\n        return prompts\n",
+                "    if True:\n        return prompts\n",
+            ),
+        ),
+        ("tests/fitting/test_fit_saeuron.py::test_what_is_sealed_is_not_drawn",),
+    ),
+    Mutation(
         "shuffled-denoiser",
         "the shipped denoiser's weights are shuffled within each tensor",
         shuffle_denoiser,

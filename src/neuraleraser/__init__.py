@@ -58,6 +58,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.families.opening import open_pipeline as open_pipeline
     from neuraleraser.fitting import Reference as Reference
     from neuraleraser.fitting import calibrate as calibrate
+    from neuraleraser.fitting import fit_saeuron as fit_saeuron
     from neuraleraser.fitting import import_reference as import_reference
     from neuraleraser.fitting import make_reference as make_reference
     from neuraleraser.fitting.clip_judge import calibrate_clip_judge as calibrate_clip_judge
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.methods import DoNothing as DoNothing
     from neuraleraser.methods import DynamicNegativeGuidance as DynamicNegativeGuidance
     from neuraleraser.methods import EraserMethod as EraserMethod
+    from neuraleraser.methods import SAeUronAsPublished as SAeUronAsPublished
     from neuraleraser.methods import StringFilter as StringFilter
     from neuraleraser.methods import string_filters as string_filters
     from neuraleraser.prompts import read_prompts as read_prompts
@@ -80,6 +82,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.sampling import generate as generate
     from neuraleraser.settings import EvaluateSettings as EvaluateSettings
     from neuraleraser.settings import FitSettings as FitSettings
+    from neuraleraser.settings import SAeUronSettings as SAeUronSettings
     from neuraleraser.settings import Sampling as Sampling
     from neuraleraser.settings import StreamSettings as StreamSettings
     from neuraleraser.site import Site as Site
@@ -121,6 +124,8 @@ _HOME: dict[str, str] = {
     "Reference": "fitting",
     "Report": "evaluation.report",
     "SAE": "sae",
+    "SAeUronAsPublished": "methods",
+    "SAeUronSettings": "settings",
     "Sampling": "settings",
     "SettingsError": "errors",
     "Shards": "activations",
@@ -154,6 +159,7 @@ _HOME: dict[str, str] = {
     "eraser_trace": "eraser",
     "evaluate": "evaluation.evaluate",
     "fit": "fitting.fit",
+    "fit_saeuron": "fitting",
     "generate": "sampling",
     "get_active_erasers": "eraser",
     "get_list_erasers": "eraser",
@@ -204,6 +210,8 @@ __all__ = [
     "Pair",
     "Reference",
     "Report",
+    "SAeUronAsPublished",
+    "SAeUronSettings",
     "Sampling",
     "SettingsError",
     "Shards",
@@ -237,6 +245,7 @@ __all__ = [
     "eraser_trace",
     "evaluate",
     "fit",
+    "fit_saeuron",
     "generate",
     "get_active_erasers",
     "get_list_erasers",

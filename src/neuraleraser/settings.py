@@ -217,6 +217,46 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
+class SAeUronSettings:
+    """Settings of SAeUron (arXiv 2501.18052): the features that it blocks, and how hard.
+
+    None stands for the published values: 1 feature and multiplier -1 for a style; 20 features and multiplier -20 for an
+    object, the middle of a table that has values of its own for each (table 5).
+
+    Raises:
+        SettingsError: A value is out of range, or the fit would need more seeds than there are selection seeds.
+
+    Examples:
+        >>> settings = SAeUronSettings(num_features=3, num_images=2)
+        >>> near, sae = ["mosaic style"], "image-sae.safetensors"
+        >>> eraser = fit_saeuron(pipe, concept, neighbours=near, sae=sae, settings=settings, sampling=quick)
+        >>> eraser.header.settings.multiplier
+        -1.0
+    """
+
+    num_features: int | None = None
+    """Features that are blocked at each timestep (tau in the paper)."""
+    multiplier: float | None = None
+    """Factor (gamma in the paper): a feature that fires becomes multiplier * mean * itself, with its mean over the
+    concept's images at that timestep."""
+    num_images: int = 20
+    """Images of the concept that features are chosen on; of all others together at least as many, of each as many."""
+    sae_images: int = 160
+    """Images that an SAE made here learns from."""
+    seed: int = 0
+    """First of the selection seeds (0 to 999) that images are generated with."""
+
+    def __post_init__(self) -> None:
+        if self.num_features is not None:
+            check_whole("num_features", self.num_features, 1, 2**24)
+        if self.multiplier is not None:
+            check_number("multiplier", self.multiplier, -1e6, 1e6)
+        check_whole("num_images", self.num_images, 1, 200)
+        check_whole("sae_images", self.sae_images, 1, MAX_COUNT)
+        check_whole("seed", self.seed, 0, MAX_SEED)
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """Settings of an evaluation: the images that measure erasures.
 

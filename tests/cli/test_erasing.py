@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.commands import refused, short_erase
+from helpers.commands import SAMPLING, refused, short_erase
 from helpers.erasers import open_eraser
 from neuraleraser.cli import main
 from neuraleraser.cli.generate import parse_eraser
@@ -60,6 +60,33 @@ def test_a_published_reference_out_of_reach_is_said_and_replaced(
     out = capsys.readouterr().out
     assert "is published: bcywinski/SAeUron_coco" in out
     assert "could not be fetched from the Hub: no network." in out and "Making a reference" in out
+
+
+def test_an_eraser_as_saeuron_makes_it(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from neuraleraser import Eraser
+    from neuraleraser.fitting import unlabelled_sae
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(unlabelled_sae, "TRAINING_STEPS", 5)
+    monkeypatch.setattr(unlabelled_sae, "VECTORS_PER_IMAGE", 64)
+    argv = ["erase", "a d", "--model", model, "--neighbours", "a b", "--method", "saeuron", *SAMPLING]
+    few = ["--saeuron.num-images", "2", "--saeuron.sae-images", "4", "--saeuron.multiplier", "-3"]
+    assert main([*argv, *few]) == 0
+    assert "Training an SAE of unet." in capsys.readouterr().out
+    made = Eraser.load(Path("a-d.safetensors"))
+    assert (made.header.method, made.header.settings.multiplier) == ("saeuron", -3)
+    (sae,) = Path("runs/saes").iterdir()
+    assert main([*argv, *few, "--sae", str(sae), "--out", "again.safetensors"]) == 0
+    assert Eraser.load(Path("again.safetensors")).content_hash == made.content_hash
+    out = ["generate", "a d", "--model", model, "--num-inference-steps", "2", "--out", "image.png"]
+    assert main([*out, "--erasers", "a-d.safetensors"]) == 0
+    assert "a d: acted at" in capsys.readouterr().out
+    for wrong in (["--reference", "x"], ["--steps", "3"], ["--num-images", "7"]):
+        assert "saeuron reads no reference" in refused([*argv, *wrong], capsys)
+    for wrong in (["--sae", str(sae)], ["--saeuron.multiplier", "-3"]):
+        assert "are for saeuron alone" in refused([*short_erase("a d", model), *wrong], capsys)
 
 
 def test_an_eraser_of_another_width_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

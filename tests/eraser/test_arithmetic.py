@@ -66,7 +66,7 @@ def naive_delta(c: Correction, x: Tensor, t: Tensor) -> Tensor:
                     out[b, p, j] = v["bias"][k, j] + sum(a * v["up"][k, r, j] for r, a in enumerate(low))
                 continue
             pre = [float(v["bias"][i] + sum(v["rows"][i] * here)) for i in range(len(v["rows"]))]
-            for i, a in enumerate(a if a > float(v["threshold"][i]) else 0.0 for i, a in enumerate(pre)):
+            for i, a in enumerate(a if a > float(v["threshold"][k, i]) else 0.0 for i, a in enumerate(pre)):
                 out[b, p] += a * (v["factor"][k, i] - 1) * v["decoder"][i]
     return out
 

@@ -134,6 +134,7 @@ HEADERS: list[Callable[[Header], Any]] = [
     lambda h: h | {"gate": h["gate"] | {"share": "nan"}},
     lambda h: h | {"gate": h["gate"] | {"share": 10**400}},
     lambda h: h | {"gate": h["gate"] | {"share": None}},
+    lambda h: h | {"gate": h["gate"] | {"picture": "yes"}},
     lambda h: h | {"corrections": []},
     lambda h: h | {"corrections": {}},
     lambda h: h | {"corrections": None},

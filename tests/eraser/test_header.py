@@ -48,6 +48,8 @@ WRONG: list[tuple[str, Any]] = [
     ("seconds", -1),
     ("seconds", 10**400),
     ("open_share", "most"),
+    ("method", 5),
+    ("method", "a\nb"),
     ("open_share", 1.5),
     ("routes", "named"),
     ("routes", ["by post"]),

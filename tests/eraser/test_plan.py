@@ -11,8 +11,8 @@ from torch import Tensor
 
 from helpers import erasers, pipelines
 from helpers.erasers import SHUT, make_eraser, make_gate, random
-from helpers.scaling import Scaling
 from neuraleraser.eraser import Eraser, EraserHeader, attach
+from neuraleraser.eraser.corrections import Scaling
 from neuraleraser.sites import Site, record
 
 
@@ -65,7 +65,7 @@ def sharing(seed: int, factors: list[float], rows: Tensor, decoder: Tensor) -> E
     """An eraser that scales features given by `rows` and `decoder`; each position fires them all."""
     at, on, d = erasers.SITES["stable_diffusion"]
     f = len(rows)
-    bias, threshold = torch.full((f,), 50.0), torch.zeros(f)
+    bias, threshold = torch.full((f,), 50.0), torch.zeros(1, f)
     c = Scaling(on, torch.tensor([500.0]), rows, bias, threshold, decoder, torch.tensor([factors]))
     return Eraser(make_gate(at, d, seed=seed), (c,), EraserHeader(f"c{seed}"))
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from helpers import pipelines
-from helpers.scaling import Scaling
 from neuraleraser.eraser import CORRECTION_KINDS, Correction, Eraser, EraserHeader, Gate, Guided, LowRank
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
@@ -28,7 +27,6 @@ SITES: dict[str, tuple[Site, Site, int]] = {
     "pixart": (Site("transformer.transformer_blocks.0"), Site("transformer.transformer_blocks.1"), 16),
 }
 FAMILIES = sorted(SITES)
-CORRECTION_KINDS[Scaling.KIND] = Scaling  # so that every test of a kind is one of several
 SHUT: dict[str, Any] = {"low": 1e6, "high": 2e6}
 """Bounds that no evidence of a random model reaches."""
 
@@ -87,7 +85,7 @@ def make_correction(
     rows = {
         "rows": random(f, d, seed=seed + 5),
         "bias": 0.1 * random(f, seed=seed + 6),
-        "threshold": random(f, seed=seed + 7).abs(),
+        "threshold": random(t, f, seed=seed + 7).abs(),
     }
     made = {
         "scaling": rows

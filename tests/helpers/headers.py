@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from neuraleraser.concepts import CONCEPT_KINDS
 from neuraleraser.eraser import Calibration, EraserHeader, Provenance
-from neuraleraser.settings import MAX_SEED, FitSettings, Sampling
+from neuraleraser.settings import MAX_SEED, FitSettings, SAeUronSettings, Sampling
 from neuraleraser.sites import ROUTES, Fingerprint
 
 _shares = st.floats(0, 1)
@@ -42,12 +42,15 @@ headers = st.builds(
     time_scale=_lines,
     prompts=_texts,
     seeds=st.none() | _spans,
-    settings=st.none() | st.builds(FitSettings, rank=st.integers(1, 256), learning_rate=st.floats(1e-6, 10)),
+    settings=st.none()
+    | st.builds(FitSettings, rank=st.integers(1, 256), learning_rate=st.floats(1e-6, 10))
+    | st.builds(SAeUronSettings, num_features=st.none() | st.integers(1, 99), multiplier=st.floats(-99, 0)),
     sampling=st.none() | st.builds(Sampling, guidance_scale=st.floats(0, 99), pad_last_batch=st.booleans()),
     separation=_numbers,
     open_share=st.none() | _shares,
     loss=_numbers,
     seconds=st.none() | st.floats(0, 1e9),
+    method=_lines,
     made_for=st.none() | st.builds(Fingerprint, _lines, _lines, _lines, _weights),
     reference=st.none() | provenances,
     sae=_objects,

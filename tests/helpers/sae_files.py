@@ -91,3 +91,10 @@ def check(got: SAE, z: Tensor, x_hat: Tensor, x: Tensor, norm: Tensor | float = 
     torch.testing.assert_close(got.W_dec.norm(dim=1), torch.ones(got.n_features))
     torch.testing.assert_close(got.encode(x), z * norm, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got(x), x_hat, atol=1e-5, rtol=1e-5)
+
+
+def image_sae(path: Path) -> None:
+    """Write an untrained SAE of the canvas's image stream, 64 wide."""
+    rows = torch.nn.functional.normalize(rand(32, 64), dim=1)
+    header = {"site": "unet.up_blocks.2.attentions.0:output:image", "settings": {"k": K}}
+    SAE(rows, torch.zeros(32), rows, torch.zeros(64), torch.zeros(32), header).save(path)

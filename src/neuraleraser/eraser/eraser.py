@@ -115,8 +115,9 @@ class Eraser(HubFile):
                 "window": self.image_gate.window,
             }
             picture["guided"] = {"weight": self.guided.weight, "prompts": list(self.guided.prompts)}
+        gate = {"site": str(self.gate.site), "share": self.gate.share, "text_tokens": self.gate.text_tokens}
         return {
-            "gate": {"site": str(self.gate.site), "share": self.gate.share, "text_tokens": self.gate.text_tokens},
+            "gate": gate | ({"picture": True} if self.gate.picture else {}),
             **picture,
             "corrections": [
                 {"kind": c.KIND, "site": str(c.site)} | ({"also": [str(s) for s in c.also]} if c.also else {})
@@ -254,6 +255,8 @@ def gate_error(g: Gate) -> str | None:
         return "threshold is negative"
     if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
         return "its share is outside 0 to 1, or its bounds are not 0 <= low < high"
+    if not isinstance(g.picture, bool):
+        return f"picture is {printable(g.picture)}, expected true or false"
     if g.text_tokens is not None and g.text_tokens < 1:
         return f"it is for texts of {g.text_tokens} tokens, expected at least 1"
     if g.window < 1 or g.window % 2 == 0 or g.rows.shape[1] % g.window**2:
@@ -284,7 +287,7 @@ def _read_gate(name: str, said: Mapping[str, Any], parts: dict[str, dict[str, Te
         Site.parse(said["site"]),
         share=float(said["share"]),
         text_tokens=None if tokens is None else int(tokens),
-        picture=picture,
+        picture=picture or said.get("picture", False),
         window=int(said.get("window", 1)),
         **found,
     )

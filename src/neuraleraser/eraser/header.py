@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from neuraleraser.concepts import CONCEPT_KINDS
 from neuraleraser.eraser.provenance import Provenance, is_span
 from neuraleraser.errors import SettingsError
 from neuraleraser.io.fields import are_numbers, are_prompts, is_line, is_number, is_whole
 from neuraleraser.io.names import name_error, printable
-from neuraleraser.settings import MAX_COUNT, FitSettings, Sampling
+from neuraleraser.settings import MAX_COUNT, FitSettings, SAeUronSettings, Sampling
 from neuraleraser.sites import PROMPT_ROUTES, ROUTES, Fingerprint
 
 _MAX_PROMPTS = 100_000
 LAYOUT_FIELDS = ("gate", "corrections", "image_gate", "guided")
 """Fields of an eraser's file that the header does not hold."""
-S = TypeVar("S", FitSettings, Sampling)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EraserHeader:
     """Every prompt that it was made with: none may test it."""
     seeds: tuple[int, int] | None = None
     """First and last of the seeds that it was made with: none may test it."""
-    settings: FitSettings | None = None
+    settings: FitSettings | SAeUronSettings | None = None
     """Settings of its fit."""
     sampling: Sampling | None = None
     """Sampling of the images that it was fitted on."""
@@ -81,6 +81,8 @@ class EraserHeader:
     """Loss of the corrections at the start and at the end of the fit."""
     seconds: float | None = None
     """Time that the fit took."""
+    method: str = ""
+    """Method that made it: "saeuron"; "": the package's own."""
     made_for: Fingerprint | None = None
     """Fingerprint of the weights that it fits."""
     reference: Provenance | None = None
@@ -140,7 +142,7 @@ def _plain(value: Any) -> Any:
     """A field's value as JSON."""
     if isinstance(value, Fingerprint | Provenance):
         return value.as_json()
-    if isinstance(value, Calibration | FitSettings | Sampling):
+    if isinstance(value, Calibration | FitSettings | SAeUronSettings | Sampling):
         return {name: _plain(inner) for name, inner in vars(value).items()}
     return list(value) if isinstance(value, tuple) else value
 
@@ -195,15 +197,17 @@ def _object(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _settings(cls: type[S]) -> Callable[[Any], S]:
-    def read(value: Any) -> S:
-        usual = {f.name: f.default for f in dataclasses.fields(cls)}
-        known = isinstance(value, Mapping) and value.keys() <= usual.keys()
-        _expect(known, f"an object of {', '.join(usual)}")
+def _settings(*classes: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Return a reader of settings of the first class that has all the fields."""
+
+    def read(value: Any) -> Any:
+        every = [{name: p.default for name, p in inspect.signature(cls).parameters.items()} for cls in classes]
+        known = [k for k, usual in enumerate(every) if isinstance(value, Mapping) and value.keys() <= usual.keys()]
+        _expect(bool(known), f"an object of {' or of '.join(', '.join(usual) for usual in every)}")
         for name, given in value.items():  # numbers are checked by the class
-            if isinstance(usual[name], bool) != isinstance(given, bool):
+            if isinstance(every[known[0]][name], bool) != isinstance(given, bool):
                 raise ValueError(f"expected another {name} than {given}")
-        return cls(**value)
+        return classes[known[0]](**value)
 
     return read
 
@@ -222,13 +226,14 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "time_scale": _line,
     "prompts": _prompts,
     "seeds": _seeds,
-    "settings": _settings(FitSettings),
+    "settings": _settings(FitSettings, SAeUronSettings),
     "sampling": _settings(Sampling),
     "separation": _numbers,
     "image_separation": _numbers,
     "open_share": _share,
     "loss": _numbers,
     "seconds": _seconds,
+    "method": _line,
     "made_for": Fingerprint.parse,
     "reference": Provenance.parse,
     "sae": _object,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from neuraleraser.fitting.calibrate import calibrate
 from neuraleraser.fitting.fit import fit
+from neuraleraser.fitting.fit_saeuron import fit_saeuron
 from neuraleraser.fitting.import_reference import import_reference
 from neuraleraser.fitting.make_reference import make_reference
 from neuraleraser.fitting.reference import Reference
 
-__all__ = ["Reference", "calibrate", "fit", "import_reference", "make_reference"]
+__all__ = ["Reference", "calibrate", "fit", "fit_saeuron", "import_reference", "make_reference"]

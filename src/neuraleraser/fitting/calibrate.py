@@ -69,6 +69,10 @@ def calibrate(
         raise SettingsError(
             f"the gate of {eraser.name!r} is at {eraser.gate.site}: only those in a denoiser are fitted"
         )
+    if eraser.gate.picture:
+        raise SettingsError(
+            f"the gate of {eraser.name!r} opens wherever a feature fires and has no bounds to set: make a new eraser"
+        )
     usual = sampling_for_eraser(pipe, eraser.header.sampling)
     s = sampling or replace(usual, batch_size=min(8, num_pairs, usual.batch_size))
     # Spread over the concept's own, whose order goes by phrasing and subject.

@@ -26,8 +26,9 @@ class EraserMethod:
 
     @property
     def name(self) -> str:
-        """ "neuraleraser", with the strength if it is not 1."""
-        return "neuraleraser" if self.strength == 1 else f"neuraleraser x{self.strength:g}"
+        """Name of the method that made the eraser, "neuraleraser" or "saeuron"; with the strength if it is not 1."""
+        name = self.eraser.header.method or "neuraleraser"
+        return name if self.strength == 1 else f"{name} x{self.strength:g}"
 
     @property
     def concept(self) -> str:

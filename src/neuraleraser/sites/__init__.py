@@ -23,6 +23,7 @@ from neuraleraser.sites.denoiser_calls import DenoiserCall, denoiser_calls, repl
 from neuraleraser.sites.discovery import (
     candidate_sites,
     cross_attention_sites,
+    default_block_site,
     default_gate_site,
     default_image_site,
     edits_for,
@@ -36,7 +37,7 @@ from neuraleraser.sites.finished import TEXT_ARGUMENTS, FinishedForward, Step, T
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
 from neuraleraser.sites.prediction import OnForward, edit_prediction
-from neuraleraser.sites.routes import IMAGE_ROUTES, PROMPT_ROUTES, ROUTES
+from neuraleraser.sites.routes import IMAGE_ROUTES, PROMPT_ROUTES, ROUTES, START_IMAGE
 from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, generating_batch, match_rows
 from neuraleraser.sites.schedulers import NoiseLevel, input_and_target, noise_level, scheduler_steps
 
@@ -44,6 +45,7 @@ __all__ = [
     "IMAGE_ROUTES",
     "PROMPT_ROUTES",
     "ROUTES",
+    "START_IMAGE",
     "TEXT_ARGUMENTS",
     "Batch",
     "Call",
@@ -67,6 +69,7 @@ __all__ = [
     "components",
     "cross_attention_sites",
     "current_batch",
+    "default_block_site",
     "default_gate_site",
     "default_image_site",
     "denoiser",

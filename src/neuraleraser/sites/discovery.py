@@ -125,6 +125,24 @@ def default_image_site(pipe: Any) -> Site:
     return Site(blocks[3 * len(blocks) // 4].path)
 
 
+def default_block_site(pipe: Any, kind: str) -> Site:
+    """Return where a concept of this kind is best looked for and edited in the image stream itself.
+
+    That is the block that is recommended for its kind in the pipeline's family; else the last text-conditioned block
+    but one: late enough that little brings the concept back, and not the last, which can be a bottleneck.
+
+    Raises SettingsError for a pipeline without a text-conditioned block.
+    """
+    blocks = candidate_sites(pipe)
+    paths = {block.path for block in blocks}
+    for known in recommended_sites(pipe):
+        if known.kind == kind and known.site.path in paths:
+            return known.site
+    if not blocks:
+        raise SettingsError(f"{type(pipe).__name__} has no text-conditioned block that is known here: pass a site")
+    return blocks[-2:][0]
+
+
 def text_encoder_sites(pipe: Any) -> list[Site]:
     """Return the layers of each text encoder that the pipeline holds. They run once per prompt.
 
