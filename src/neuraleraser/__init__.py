@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.eraser import unload_erasers as unload_erasers
     from neuraleraser.errors import ConceptError as ConceptError
     from neuraleraser.errors import ConceptRefusedError as ConceptRefusedError
+    from neuraleraser.errors import ConceptRemainsWarning as ConceptRemainsWarning
     from neuraleraser.errors import DataError as DataError
     from neuraleraser.errors import EraserNotAppliedError as EraserNotAppliedError
     from neuraleraser.errors import FileError as FileError
@@ -101,6 +102,7 @@ _HOME: dict[str, str] = {
     "Concept": "concepts",
     "ConceptError": "errors",
     "ConceptRefusedError": "errors",
+    "ConceptRemainsWarning": "errors",
     "ConceptRemovalGuidance": "methods",
     "DataError": "errors",
     "DoNothing": "methods",
@@ -188,6 +190,7 @@ __all__ = [
     "Concept",
     "ConceptError",
     "ConceptRefusedError",
+    "ConceptRemainsWarning",
     "ConceptRemovalGuidance",
     "DataError",
     "DoNothing",

@@ -155,3 +155,13 @@ class UnseenRouteWarning(UserWarning):
         Traceback (most recent call last):
         neuraleraser.errors.UnseenRouteWarning: ...
     """
+
+
+class ConceptRemainsWarning(UserWarning):
+    """A start image shows a concept, and the call's strength is too low for an eraser to take it out.
+
+    Given once a call and eraser; the action "erase_or_refuse" raises `ConceptRefusedError` in its place.
+
+    Examples:
+        >>> warnings.simplefilter("error", ConceptRemainsWarning)  # an error before there is an image
+    """

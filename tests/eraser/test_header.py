@@ -75,6 +75,7 @@ WRONG: list[tuple[str, Any]] = [
     ("separation", 1),
     ("separation", ["most"]),
     ("image_separation", "most"),
+    ("least_strength", 1.5),
     ("loss", [10**400]),
     ("reference", "none"),
     ("reference", {}),

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from neuraleraser.eraser.batched import gate_features
 from neuraleraser.eraser.eraser import Eraser
-from neuraleraser.eraser.runtime import ErasureRuntime
+from neuraleraser.eraser.runtime import ERASING, ErasureRuntime
 from neuraleraser.eraser.trace import Trace
 from neuraleraser.eraser.traces import OneTrace, Traces
 from neuraleraser.errors import DataError, SettingsError, SiteError
 from neuraleraser.sites import HookedEdits, components, denoisers, find_difference, is_denoiser
 
 MAX_STRENGTH = 2.0
-ACTIONS = ("erase", "detect", "refuse")
-"""Actions of an eraser where its gate opens: correct; do nothing, but note it; or raise `ConceptRefusedError`."""
+ACTIONS = ("erase", "erase_or_refuse", "detect", "refuse")
+"""Actions of an eraser where its gate opens: correct; the same, but raise `ConceptRefusedError` for a start image that
+holds too much of the concept to be corrected; do nothing, but note it; or raise that error at once."""
 
 Strengths = float | Tensor | Sequence[float | Tensor | Sequence[float]]
 """One number for all erasers, or one entry per eraser: a number, or one number per image of the batch."""
@@ -113,10 +114,10 @@ def _check_denoisers(pipe: Any, erasers: Sequence[Eraser]) -> None:
 
 def _check_twins(pipe: Any, erasers: Sequence[Eraser], actions: Sequence[str], replaces: Attachment | None) -> None:
     """SettingsError for an eraser that acts in these modules already."""
-    hashes = {e.content_hash for e, action in zip(erasers, actions, strict=True) if action == "erase"}
+    hashes = {e.content_hash for e, action in zip(erasers, actions, strict=True) if action in ERASING}
     for other in _runtimes(pipe):
         if replaces is None or other is not replaces.runtime:
-            acting = (e for e, action in zip(other.erasers, other.actions, strict=True) if action == "erase")
+            acting = (e for e, action in zip(other.erasers, other.actions, strict=True) if action in ERASING)
             twin = next((e for e in acting if e.content_hash in hashes), None)
             if twin is not None:
                 raise SettingsError(
@@ -152,7 +153,7 @@ def check_nothing_acts(pipe: Any, purpose: str) -> None:
 def _warn_same_concept(erasers: Sequence[Eraser], actions: Sequence[str]) -> None:
     """Warn of two different erasers of one concept: where both gates open, both corrections are added."""
     seen: dict[str, Eraser] = {}
-    for e in (e for e, action in zip(erasers, actions, strict=True) if action == "erase"):
+    for e in (e for e, action in zip(erasers, actions, strict=True) if action in ERASING):
         before = seen.setdefault(e.name, e)
         same_component = before.gate.site.path.split(".")[0] == e.gate.site.path.split(".")[0]
         if before is not e and same_component and gate_features(before.gate) != gate_features(e.gate):
@@ -226,7 +227,9 @@ class attach:
         strengths: 0 changes nothing, 1 is as fitted; up to 2 corrects more than was fitted, where some of the concept
             is left, at the price of more artefacts. One number for all; or one entry per eraser: a number, or one
             number per image of the batch.
-        action: What to do where a gate opens, for all erasers or one per eraser. "erase" corrects; "detect" changes
+        action: What to do where a gate opens, for all erasers or one per eraser. "erase" corrects; "erase_or_refuse"
+            does, too, but refuses a start image in which the image gate sees the concept at a strength below the one
+            from which it can be erased (`EraserHeader.least_strength`), where "erase" warns; "detect" changes
             nothing; "refuse" changes nothing either, and raises `ConceptRefusedError` in the step in which a gate
             opens, so that the call ends without an image. (To keep the other images of a batch, use "detect" and
             withhold those in `trace.fired`.)
@@ -241,6 +244,7 @@ class attach:
 
     Warns:
         UserWarning: It is never entered.
+        ConceptRemainsWarning: A start image holds the concept, and the call's strength is too low to erase it.
 
     Examples:
         >>> with attach(pipe, eraser) as trace:

@@ -75,6 +75,9 @@ class EraserHeader:
     """Share of the rows with the concept above all rows without, by time bin, when its features were chosen."""
     image_separation: tuple[float, ...] = ()
     """Share of the pictures with the concept at which the image gate opened, by level of noise, the noisiest first."""
+    least_strength: float | None = None
+    """Lowest strength of image-to-image at which the image gate no longer saw the concept in what came of its own
+    pictures; None: not measured, or none."""
     open_share: float | None = None
     """Share of the time bins where the gate can open."""
     loss: tuple[float, ...] = ()
@@ -230,6 +233,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "sampling": _settings(Sampling),
     "separation": _numbers,
     "image_separation": _numbers,
+    "least_strength": _share,
     "open_share": _share,
     "loss": _numbers,
     "seconds": _seconds,

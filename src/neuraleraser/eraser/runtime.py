@@ -18,9 +18,18 @@ from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.plan import Plan, SitePlan, make_plan
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
 from neuraleraser.eraser.traces import Traces
-from neuraleraser.errors import ConceptRefusedError, EraserNotAppliedError, SettingsError, SiteError, UnseenRouteWarning
+from neuraleraser.errors import (
+    ConceptRefusedError,
+    ConceptRemainsWarning,
+    EraserNotAppliedError,
+    SettingsError,
+    SiteError,
+    UnseenRouteWarning,
+)
 from neuraleraser.sites import Call, Change, EditContext, FinishedForward, Rows, Site, Step, match_rows
 
+ERASING = ("erase", "erase_or_refuse")
+"""Actions that correct."""
 _STRENGTHS_HINT = "set as many strengths as the call draws images, or one for all"
 
 
@@ -46,7 +55,8 @@ class ErasureCall:
 
     delta: change of the prediction in that step [images, ...], None for none. Where guidance takes two forwards, the
     second repeats what the first found, so that both move alike.
-    held: part -> how far its image gate has been open for each image [images], at most, times the strength.
+    held: part -> how far its image gate has been open for each image [images], at most, times the strength. warned:
+    parts whose concept stays in a start image, of which was warned.
     """
 
     call: Call
@@ -56,10 +66,11 @@ class ErasureCall:
     step: Step | None = None
     delta: Tensor | None = None
     held: dict[int, Tensor] = field(default_factory=dict)
+    warned: set[int] = field(default_factory=set)
 
 
 class ErasureRuntime:
-    """Some erasers, what each does ("erase", "detect" or "refuse"), their strengths, and their traces.
+    """Some erasers, what each does (`attach.ACTIONS`), their strengths, and their traces.
 
     edits: the edit of each site. strengths: [parts, images], or [parts, 1]: the same for all images.
     """
@@ -70,7 +81,7 @@ class ErasureRuntime:
         self.erasers, self.actions, self.traces = list(erasers), list(actions), traces
         self.parts = [part for e in erasers for part in e.parts]
         self.eraser_of = [i for i, e in enumerate(erasers) for _ in e.parts]
-        self.part_actions = [actions[i] for i in self.eraser_of]
+        self.part_actions = ["erase" if actions[i] in ERASING else actions[i] for i in self.eraser_of]
         self.refusing = {k for k, action in enumerate(self.part_actions) if action == "refuse"}
         # An order set by content, so that sums have the same bits in whatever order erasers are given.
         keys = [(e.content_hash, strengths[i].tolist()) for i, e in enumerate(erasers)]
@@ -163,6 +174,7 @@ class ErasureRuntime:
                 call.held[part] = scale if before is None else torch.maximum(scale, before)
             images = call.held[part].nonzero()[:, 0].tolist() if part in call.held else []
             if images:
+                self._check_start(call, part, images)
                 first = (len(rows.counts) - 1) * rows.images
                 delta = guided.delta(finished, [first + image for image in images])
                 if total is None:
@@ -170,6 +182,27 @@ class ErasureRuntime:
                 factor = call.held[part][images].to(delta).view(-1, *[1] * (delta.ndim - 1))
                 total = total.index_add(0, torch.tensor(images, device=delta.device), factor * delta)
         return total
+
+    def _check_start(self, call: ErasureCall, part: int, images: Sequence[int]) -> None:
+        """Warn, or raise ConceptRefusedError, where these images start from too much of the concept to erase it."""
+        eraser = self.eraser_of[part]
+        least, strength = self.erasers[eraser].header.least_strength, call.call.strength
+        shown = [image for image in images if image < call.images.real]
+        if least is None or strength is None or strength >= least or not shown:
+            return
+        if self.actions[eraser] == "erase_or_refuse":
+            for image in shown:
+                call.refused.setdefault(image, set()).add(part)
+            self._raise_refused(call)
+        if part not in call.warned:
+            call.warned.add(part)
+            warnings.warn(
+                f"the start image of {len(shown)} of these images shows {self.parts[part].name}, and at strength "
+                f"{strength:g} some of it stays: from {least:g} on it was erased. Pass that strength, or the action "
+                '"erase_or_refuse"',
+                ConceptRemainsWarning,
+                stacklevel=2,
+            )
 
     def on_decode(self, call: ErasureCall) -> None:
         """Raise ConceptRefusedError for a loop over the modules, which may go on after a forward that is refused, but

@@ -21,6 +21,7 @@ from neuraleraser.fitting.correction_training import TrainingExample, train_corr
 from neuraleraser.fitting.detector import SHUT_BOUND, Detector, build_gate, choose_features, gate_bounds
 from neuraleraser.fitting.image_gate import fit_image_part
 from neuraleraser.fitting.import_reference import shapes_of
+from neuraleraser.fitting.least_strength import least_strength
 from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.fitting.trajectories import (
     SHARES,
@@ -134,9 +135,8 @@ def fit(
     picture = None
     if s.num_pictures and has_image_to_image(pipe):
         picture = fit_image_part(
-            pipe, concept, s, sampling, lambda share: report_progress("fitting the image gate", 0.6 + 0.4 * share)
+            pipe, concept, s, sampling, lambda share: report_progress("fitting the image gate", 0.6 + 0.35 * share)
         )
-    report_progress("done", 1.0)
     header = EraserHeader(
         concept=concept.name,
         kind=concept.kind,
@@ -166,8 +166,14 @@ def fit(
         sae={k: reference.sae.header[k] for k in ("format", "k", "calibration") if k in reference.sae.header},
     )
     if picture is None:
+        report_progress("done", 1.0)
         return Eraser(gate, corrections, header)
-    return Eraser(gate, corrections, header, picture.gate, picture.guided)
+    report_progress("measuring start images", 0.95)
+    eraser = Eraser(gate, corrections, header, picture.gate, picture.guided)
+    least = least_strength(pipe, eraser, picture.shows, sampling)
+    header = dataclasses.replace(header, least_strength=least, seconds=round(time.monotonic() - started, 1))
+    report_progress("done", 1.0)
+    return dataclasses.replace(eraser, header=header)
 
 
 def _check_width(pipe: Any, reference: Reference, sampling: Sampling) -> None:

@@ -14,7 +14,7 @@ from neuraleraser.eraser import Gate, Guided
 from neuraleraser.fitting.detector import SHUT_BOUND
 from neuraleraser.fitting.learnt_features import evidence_of, learn_features
 from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
-from neuraleraser.fitting.pictures import pictures_for
+from neuraleraser.fitting.pictures import Pictures, pictures_for
 from neuraleraser.fitting.trajectories import record_calls
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site, default_image_site, text_of
@@ -31,12 +31,13 @@ PLAIN = "as a plain picture"
 
 @dataclass(frozen=True)
 class ImageFit:
-    """The picture's part of an eraser, and the share of the pictures with the concept at which its gate opens, by level
-    of noise [T]."""
+    """The picture's part of an eraser; the share of the pictures with the concept at which its gate opens, by level of
+    noise [T]; and these pictures."""
 
     gate: Gate
     guided: Guided
     seen: Tensor
+    shows: Pictures
 
 
 def fit_image_part(
@@ -52,7 +53,7 @@ def fit_image_part(
     on = noised_states(pipe, site, shows, batch_size=batch, progress=_part(progress, 0.1, 0.3))
     off = noised_states(pipe, site, lacks, batch_size=batch, progress=_part(progress, 0.3, 0.7))
     gate, seen = fit_image_gate(site, concept.kind, on, off, settings.seed, _part(progress, 0.7, 1.0))
-    return ImageFit(gate, fit_guided(pipe, concept, site, sampling, settings.guided_weight), seen)
+    return ImageFit(gate, fit_guided(pipe, concept, site, sampling, settings.guided_weight), seen, shows)
 
 
 def _part(progress: Progress, start: float, end: float) -> Progress:

@@ -23,7 +23,7 @@ from neuraleraser.sites.edit import F
 from neuraleraser.sites.finished import FinishedForward
 from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.modules import components, is_text_encoder, unwrap
-from neuraleraser.sites.routes import routes_of
+from neuraleraser.sites.routes import INPAINTING, START_IMAGE, routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
 from neuraleraser.sites.threads import PerThread, WeakReference
 
@@ -37,7 +37,8 @@ class Call:
 
     pipeline: the one that runs it; None where modules are called outside any. images: how many it draws, padding
     included. batch: the batch of `generate` that it is, None where it is none. routes: those besides the prompt by
-    which a concept may enter it. guidance: its scale of classifier-free guidance, 1 without.
+    which a concept may enter it. guidance: its scale of classifier-free guidance, 1 without. strength: of its start
+    image, the share of the way back to noise that it is taken; None without one.
     """
 
     pipeline: Any
@@ -45,6 +46,7 @@ class Call:
     batch: Batch | None
     routes: frozenset[str] = frozenset()
     guidance: float = 1.0
+    strength: float | None = None
 
 
 class Observer(Protocol[F, C]):
@@ -161,7 +163,10 @@ class CallGuard(Generic[F, C]):
         identity = CallIdentity(pipeline, schedule)
         routes = routes_of(pipeline, caller.variables) if caller else frozenset()
         guidance = max(caller.facts.guidance or 1.0, 1.0) if caller else 1.0
-        thread.state = self.observer.on_call_start(Call(pipeline, rows.images, identity.batch, routes, guidance))
+        strength = caller.variables.get("strength") if caller and routes & {START_IMAGE, INPAINTING} else None
+        strength = float(strength) if isinstance(strength, (int, float)) else None
+        call = Call(pipeline, rows.images, identity.batch, routes, guidance, strength)
+        thread.state = self.observer.on_call_start(call)
         thread.identity = identity
 
     def _rows(self, thread: _ThreadCall, caller: Caller | None, size: int, text: Any) -> Rows:
