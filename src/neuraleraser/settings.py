@@ -181,7 +181,7 @@ class FitSettings:
     """Pairs of prompts drawn to learn from."""
     num_context_pairs: int = 36
     """Prompts that pair the object with another one ('a cat and a dog'), used to learn what must be kept."""
-    num_pictures: int = 200
+    num_pictures: int = 400
     """Pictures of the concept that the image gate learns from, beside twice as many of other things; 0: no image gate,
     an eraser of prompts alone. They are rendered where the family's world is known, else generated."""
     guided_weight: float = 3.0

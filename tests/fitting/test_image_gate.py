@@ -187,5 +187,5 @@ def test_a_picture_part_of_generated_pictures(pipe: Any) -> None:
     concept = Concept("x", "object", (Pair("a x", "a"), Pair("b x", "b")))
     told: list[float] = []
     part = fit_image_part(pipe, concept, FitSettings(num_pictures=4), S, told.append)
-    assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (8,)
+    assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (5,)
     assert told == sorted(told) and told[-1] == 1.0

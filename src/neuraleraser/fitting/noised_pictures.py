@@ -14,7 +14,7 @@ from neuraleraser.families.opening import image_to_image
 from neuraleraser.fitting.pictures import Pictures
 from neuraleraser.sites import EditContext, Site, record
 
-NOISE_LEVELS = (0.9, 0.78, 0.66, 0.54, 0.42, 0.3, 0.18, 0.06)
+NOISE_LEVELS = (0.8, 0.6, 0.4, 0.22, 0.07)
 """Strengths of image-to-image that pictures are noised to: the share of the way back to noise."""
 _STEPS = 100
 """Steps of the schedule, of which one is run: enough that each level has a step of its own."""

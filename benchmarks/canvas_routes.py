@@ -1,0 +1,228 @@
+"""Does a concept come back when no prompt names it: by a start image, by inpainting?
+
+    python benchmarks/canvas_routes.py --erasers demo/erasers [--concepts Van_Gogh Cats] [--rivals True]
+
+For each concept, `images` renders of it that no fit has seen. Each is a start image at three strengths, with an empty
+prompt, a neutral one (it says what else is to be seen) and one that names the concept; and half of it is painted anew
+with a neutral prompt. Second judge. A row of the results is a method on one of these:
+
+    {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
+     "ci", "unchanged"}
+
+base: share of the n images that show the concept when nothing acts; ceiling: that when the base model is asked for the
+same without the concept ("as a plain picture", "an empty scene"), with guidance; shows: that with the method, ci its
+95 % interval (Wilson); opened: share in which the method acted; refused: share that was refused, for erasers with the
+action "erase_or_refuse"; unchanged: share with the bits of the base image.
+
+Rows with the route "other" are plain prompts of other concepts: opened is the share of false openings. "control" rows
+are start images of other concepts, with an empty prompt at each strength.
+
+Finished rows are kept in the results file, and not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from machine import facts
+
+from neuraleraser.canvas.canvas_judge import CanvasJudge
+from neuraleraser.canvas.render import Content, render
+from neuraleraser.canvas.words import VOCABULARY as V
+from neuraleraser.eraser import Eraser, attach
+from neuraleraser.errors import ConceptRefusedError
+from neuraleraser.evaluation.method import Method
+from neuraleraser.families.defaults import default_sampling
+from neuraleraser.families.opening import image_to_image, open_pipeline
+from neuraleraser.io.atomic import write_bytes
+from neuraleraser.methods import ConceptRemovalGuidance, DynamicNegativeGuidance, EraserMethod, string_filters
+from neuraleraser.sampling import Images, generate
+
+STRENGTHS = (0.3, 0.5, 0.7)
+FIRST_SEED = 70_000
+"""Of the test seeds; the renders have the same."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure routes on the canvas."""
+
+    erasers: Path
+    """Folder of erasers, named after their concepts."""
+    concepts: tuple[str, ...] = ("Van_Gogh", "Superstring", "On_Fire", "Cats")
+    images: int = 20
+    """Images of each row."""
+    prompts: tuple[str, ...] = ("empty", "neutral")
+    """Prompts of start images: empty, neutral, naming."""
+    strengths: tuple[float, ...] = STRENGTHS
+    rivals: bool = False
+    """Measure CRG and DNG, too."""
+    others: int = 40
+    """Plain prompts of other concepts."""
+    out: Path = Path("benchmarks/results/canvas-routes.json")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One row's images: how they are generated from prompts, start images and seeds."""
+
+    route: str
+    prompt: str
+    strength: float | None
+    prompts: Sequence[str]
+    without: Sequence[str]
+    seeds: Sequence[int]
+    image: Images | None
+    asks: bool = True
+
+
+def contents(name: str, count: int, rng: random.Random) -> list[Content]:
+    """Contents of renders that show a concept."""
+    objects, styles = ([n for n in names if n != name] for names in (V.open_objects, V.open_styles))
+    if name in V.styles:
+        return [Content((rng.choice(objects),), name) for _ in range(count)]
+    return [Content((name,), rng.choice(styles)) for _ in range(count)]
+
+
+def neutral(name: str, content: Content) -> str:
+    """A prompt of what else a render shows."""
+    if name in V.styles:
+        return f"a picture of {V.object_phrases[content.objects[0]][0]}"
+    return V.prompt((), content.style)
+
+
+def drawings(s: Settings, name: str) -> list[Drawing]:
+    """Everything that is drawn for a concept."""
+    rng = random.Random(f"routes of {name}")
+    shown, n = contents(name, s.images, rng), s.images
+    seeds = range(FIRST_SEED, FIRST_SEED + n)
+    images = np.stack([render(c, seed) for c, seed in zip(shown, seeds, strict=True)])
+    plain = "as a plain picture" if name in V.styles else "an empty scene"
+    texts = {
+        "empty": [""] * n,
+        "neutral": [neutral(name, c) for c in shown],
+        "naming": [V.fresh_prompt(c.objects, c.style) for c in shown],
+    }
+    found = [
+        Drawing("start image", kind, strength, texts[kind], [plain] * n, seeds, images)
+        for kind in s.prompts
+        for strength in s.strengths
+    ]
+    others = [n for n in V.open_styles if n != name], [n for n in V.open_objects if n != name]
+    different = [Content((rng.choice(others[1]),), rng.choice(others[0])) for _ in range(n)]
+    starts = np.stack([render(c, 10_000 + seed) for c, seed in zip(different, seeds, strict=True)])
+    for strength in s.strengths:
+        found.append(Drawing("control", "empty", strength, [""] * n, [""] * n, seeds, starts, asks=False))
+    prompts = [V.fresh_prompt((rng.choice(others[1]),), rng.choice(others[0])) for _ in range(s.others)]
+    more = range(FIRST_SEED + 1000, FIRST_SEED + 1000 + s.others)
+    found.append(Drawing("other", "other", None, prompts, prompts, more, None, asks=False))
+    return found
+
+
+def methods(s: Settings, pipe: Any, name: str, eraser: Eraser) -> list[Method]:
+    """The methods of the table, ours last."""
+    kind = "style" if name in V.styles else "object"
+    found: list[Method] = [string_filters(V, name)[0]]
+    found.append(EraserMethod(replace(eraser, image_gate=None, guided=None)))
+    if s.rivals:
+        phrase = V.phrases_of(name)[0]
+        found += [ConceptRemovalGuidance(name, kind, phrase), DynamicNegativeGuidance(name, kind, phrase)]
+    return [*found, EraserMethod(eraser)]
+
+
+def main(s: Settings) -> None:
+    """Draw, judge, and write the rows."""
+    pipe, judge = open_pipeline("canvas"), CanvasJudge.load("second")
+    pipe.set_progress_bar_config(disable=True)
+    rows = json.loads(s.out.read_text())["rows"] if s.out.exists() else []
+    done = {_key(row) for row in rows}
+    sampling = default_sampling(pipe)
+
+    def draw(d: Drawing, prompts: Sequence[str], context: Callable[[Any], AbstractContextManager[Any]]) -> Any:
+        using = pipe if d.image is None else image_to_image(pipe)
+        chosen = sampling if d.strength is None else replace(sampling, strength=d.strength)
+        with context(using) as trace:
+            images = generate(using, prompts, d.seeds, chosen, image=d.image)
+        return images, trace
+
+    def shows(name: str, images: Images) -> np.ndarray:
+        seen = judge(images)
+        names, p = (judge.styles, seen.p_style) if name in V.styles else (judge.objects, seen.p_object)
+        return np.asarray(p)[:, list(names).index(name)] > judge.thresholds[name]
+
+    for name in s.concepts:
+        eraser = Eraser.load(s.erasers / f"{name}.safetensors")
+        for d in drawings(s, name):
+            rivals = ["CRG", "DNG"] if s.rivals else []
+            labels = ["none", "string-filter", "prompt-only eraser", *rivals, "neuraleraser"]
+            fixed = {
+                "concept": name,
+                "kind": eraser.header.kind,
+                "route": d.route,
+                "prompt": d.prompt,
+                "strength": d.strength,
+                "n": len(d.seeds),
+            }
+            missing = [label for label in labels if _key({"method": label, **fixed}) not in done]
+            if not missing:
+                continue
+            base, _ = draw(d, d.prompts, lambda using: nullcontext())
+            ceiling = shows(name, draw(d, d.without, lambda using: nullcontext())[0]) if d.asks else None
+            every = dict(zip(labels, [None, *methods(s, pipe, name, eraser)], strict=True))
+            for label in missing:
+                method = every[label]
+                images, trace = (base, None) if method is None else draw(d, d.prompts, method.applied)
+                found = shows(name, images)
+                refused = _refused(draw, d, eraser) if label == "neuraleraser" else 0.0
+                low, high = wilson(int(found.sum()), len(found))
+                rows.append(
+                    {"method": label, **fixed}
+                    | {
+                        "base": round(float(shows(name, base).mean()), 4),
+                        "ceiling": None if ceiling is None else round(float(ceiling.mean()), 4),
+                        "shows": round(float(found.mean()), 4),
+                        "refused": refused,
+                        "opened": None if trace is None else round(len(trace.fired) / len(found), 4),
+                        "unchanged": round(
+                            float(np.mean([np.array_equal(a, b) for a, b in zip(base, images, strict=True)])), 4
+                        ),
+                        "ci": [round(low, 4), round(high, 4)],
+                    }
+                )
+                print(*(f"{value}" for key, value in rows[-1].items() if key not in ("kind", "n", "ci")), flush=True)
+            write_bytes(s.out, json.dumps({"machine": facts(), "rows": rows}, indent=1).encode())
+
+
+def _refused(draw: Callable[..., Any], d: Drawing, eraser: Eraser) -> float:
+    """Share of images that "erase_or_refuse" refuses: those that the gate sees, at a strength that is too low."""
+    least = eraser.header.least_strength
+    if least is None or d.strength is None or d.strength >= least:
+        return 0.0
+    try:
+        draw(d, d.prompts, lambda using: attach(using, eraser, action="erase_or_refuse"))
+    except ConceptRefusedError as error:
+        return round(len(error.images) / len(d.seeds), 4)
+    return 0.0
+
+
+def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share of k in n (Wilson 1927)."""
+    share, size = k / n, 1 + z * z / n
+    middle, half = (share + z * z / (2 * n)) / size, z * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5 / size
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("method", "concept", "route", "prompt", "strength", "n"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
