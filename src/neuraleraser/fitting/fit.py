@@ -144,7 +144,7 @@ def fit(
         routes=PROMPT_ROUTES if picture is None else (*PROMPT_ROUTES, *IMAGE_ROUTES),
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
-        prompts=_used_prompts(pairs, context),
+        prompts=tuple(dict.fromkeys((*_used_prompts(pairs, context), *(() if picture is None else picture.prompts)))),
         seeds=(seeds[0], seeds[-1] + len(context)),
         settings=s,
         sampling=sampling,

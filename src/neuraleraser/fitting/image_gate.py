@@ -32,12 +32,13 @@ PLAIN = "as a plain picture"
 @dataclass(frozen=True)
 class ImageFit:
     """The picture's part of an eraser; the share of the pictures with the concept at which its gate opens, by level of
-    noise [T]; and these pictures."""
+    noise [T]; these pictures; and the prompts that they and the others were generated from."""
 
     gate: Gate
     guided: Guided
     seen: Tensor
     shows: Pictures
+    prompts: tuple[str, ...]
 
 
 def fit_image_part(
@@ -53,7 +54,8 @@ def fit_image_part(
     on = noised_states(pipe, site, shows, batch_size=batch, progress=_part(progress, 0.1, 0.3))
     off = noised_states(pipe, site, lacks, batch_size=batch, progress=_part(progress, 0.3, 0.7))
     gate, seen = fit_image_gate(site, concept.kind, on, off, settings.seed, _part(progress, 0.7, 1.0))
-    return ImageFit(gate, fit_guided(pipe, concept, site, sampling, settings.guided_weight), seen, shows)
+    guided = fit_guided(pipe, concept, site, sampling, settings.guided_weight)
+    return ImageFit(gate, guided, seen, shows, (*shows.generated_from, *lacks.generated_from))
 
 
 def _part(progress: Progress, start: float, end: float) -> Progress:

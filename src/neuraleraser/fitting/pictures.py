@@ -23,11 +23,15 @@ rest are seen with words in disorder, as a learned embedding is: an attacker's p
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures uint8 [N, H, W, 3], each with the prompt and the seed that it is noised with."""
+    """Pictures uint8 [N, H, W, 3], each with the prompt and the seed that it is noised with.
+
+    generated_from: prompts that they were generated from, so that none may test what is made with them.
+    """
 
     images: Images
     prompts: Sequence[str]
     seeds: Sequence[int]
+    generated_from: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         x = self.images
@@ -91,7 +95,7 @@ def _generated(pipe: Any, concept: Concept, count: int, sampling: Sampling, seed
         own = [pair.positive if shows else pair.negative for pair in some]
         others = [rng.choice(pairs).negative for _ in own]
         seeds = range(seed + 10**6 * (2 - shows), seed + 10**6 * (2 - shows) + number)
-        found.append(Pictures(generate(pipe, own, seeds, sampling), _texts(own, others, rng), seeds))
+        found.append(Pictures(generate(pipe, own, seeds, sampling), _texts(own, others, rng), seeds, own))
     return found[0], found[1]
 
 
