@@ -27,8 +27,10 @@ TASKS = {
     "sd3_img2img": "stable_diffusion_3",
     "flux_img2img": "flux",
     "flux_inpaint": "flux",
+    "flux_kontext": "flux",
 }
-STARTED = {name: family for name, family in TASKS.items() if name != "sd1_controlnet"}
+STARTED = [name for name in TASKS if "img2img" in name or "inpaint" in name]  # those with a strength
+BUILDERS = {**pipelines.EVERY, "flux_kontext": pipelines.flux_kontext}
 pytestmark = pytest.mark.filterwarnings("ignore::neuraleraser.errors.UnseenRouteWarning")
 
 
@@ -42,7 +44,7 @@ def seeing(name: str, pipe: Any, least: float | None = None, **gate: Any) -> Era
 @pytest.mark.parametrize("name", TASKS)
 def test_the_correction_acts_in_every_task(name: str) -> None:
     """With a mask, a start image or a ControlNet's residuals, which stay as they are for both prompts."""
-    pipe = pipelines.EVERY[name]()
+    pipe = BUILDERS[name]()
     eraser = seeing(name, pipe)
     assert eraser.guided is not None and eraser.image_gate is not None
     gate, calls = eraser.image_gate, list[DenoiserCall]()
@@ -61,7 +63,7 @@ def test_the_correction_acts_in_every_task(name: str) -> None:
 
 @pytest.mark.parametrize("name", STARTED)
 def test_a_start_image_that_cannot_be_erased_is_refused_or_named(name: str) -> None:
-    pipe = pipelines.EVERY[name]()  # at strength 0.5
+    pipe = BUILDERS[name]()  # at strength 0.5
     low, high, unknown = (seeing(name, pipe, least) for least in (0.4, 0.6, None))
     for eraser in (low, unknown):
         with warnings.catch_warnings(), attach(pipe, eraser, action="erase_or_refuse"):

@@ -20,6 +20,7 @@ from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -190,6 +191,11 @@ def flux(seed: int = 0, guidance: bool = True, **parts: Any) -> FluxPipeline:
     return _quiet(FluxPipeline(**all_parts, scheduler=FlowMatchEulerDiscreteScheduler()))
 
 
+def flux_kontext(seed: int = 0) -> FluxKontextPipeline:
+    parts = flux(seed).components
+    return _quiet(FluxKontextPipeline(**parts))
+
+
 def pixart(seed: int = 0, kind: type = PixArtSigmaPipeline, **parts: Any) -> Any:
     torch.manual_seed(seed)
     model = PixArtTransformer2DModel(
@@ -303,6 +309,9 @@ def pictures(pipe: Any, n: int, height: int, width: int) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if "Img2Img" in task or "Inpaint" in task or "ControlNet" in task:
         made["image"] = torch.rand(n, 3, height, width, generator=generator)
+    if "Kontext" in task:
+        made |= {"image": torch.rand(n, 3, height, width, generator=generator), "_auto_resize": False}
+        made["max_area"] = height * width
     if "Img2Img" in task or "Inpaint" in task:
         made["strength"] = 0.5
     if "Img2Img" in task and "ControlNet" in task:
