@@ -1,10 +1,9 @@
-"""Does a concept come back when no prompt names it: by a start image, by inpainting?
+"""Does a concept come back by a start image, when no prompt names it?
 
     python benchmarks/canvas_routes.py --erasers demo/erasers [--concepts Van_Gogh Cats] [--rivals True]
 
 For each concept, `images` renders of it that no fit has seen. Each is a start image at three strengths, with an empty
-prompt, a neutral one (it says what else is to be seen) and one that names the concept; and half of it is painted anew
-with a neutral prompt. Second judge. A row of the results is a method on one of these:
+prompt, a neutral one (it says what else is to be seen) or one that names the concept. Second judge. A row of the results is a method on one of these:
 
     {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
      "ci", "unchanged"}
@@ -14,6 +13,7 @@ same without the concept ("as a plain picture", "an empty scene"), with guidance
 95 % interval (Wilson); opened: share in which the method acted; refused: share that was refused, for erasers with the
 action "erase_or_refuse"; unchanged: share with the bits of the base image.
 
+Rows with the route "named" are plain prompts that name the concept, without a start image.
 Rows with the route "other" are plain prompts of other concepts: opened is the share of false openings. "control" rows
 are start images of other concepts, with an empty prompt at each strength.
 
@@ -116,6 +116,7 @@ def drawings(s: Settings, name: str) -> list[Drawing]:
         for kind in s.prompts
         for strength in s.strengths
     ]
+    found.append(Drawing("named", "naming", None, texts["naming"], [plain] * n, seeds, None))
     others = [n for n in V.open_styles if n != name], [n for n in V.open_objects if n != name]
     different = [Content((rng.choice(others[1]),), rng.choice(others[0])) for _ in range(n)]
     starts = np.stack([render(c, 10_000 + seed) for c, seed in zip(different, seeds, strict=True)])
