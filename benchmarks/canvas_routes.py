@@ -3,7 +3,8 @@
     python benchmarks/canvas_routes.py --erasers demo/erasers [--concepts Van_Gogh Cats] [--rivals True]
 
 For each concept, `images` renders of it that no fit has seen. Each is a start image at three strengths, with an empty
-prompt, a neutral one (it says what else is to be seen) or one that names the concept. Second judge. A row of the results is a method on one of these:
+prompt, a neutral one (it says what else is to be seen) or one that names the concept. Second judge. A row of the
+results is a method on one of these:
 
     {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
      "ci", "unchanged"}

@@ -105,7 +105,8 @@ def image_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
 
     low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all T levels of noise together: as
     many spreads above their median at each level, the spread being that of the median and of the quantile which that
-    share exceeds. high lies 0.15 of the way from low to the median with the concept. Where that median lies below low
+    share exceeds. high lies just above, a fiftieth of the way from low to the median with the concept: half of the
+    correction would leave half of the concept. Where that median lies below low
     the gate stays shut: it could not tell.
     """
     middle, top = lacks.median(0).values, lacks.quantile(1 - FALSE_OPENINGS, 0)
@@ -113,7 +114,7 @@ def image_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     most = ((lacks - middle) / spread).amax(1)
     low = (middle + spread * most.quantile(1 - FALSE_OPENINGS).clamp(min=1)).clamp(min=1e-6)
     typical = shows.median(0).values
-    high = low + 0.15 * (typical - low).clamp(min=1e-3)
+    high = low + 0.02 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
     return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
 
