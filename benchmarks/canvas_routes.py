@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,17 @@ def methods(s: Settings, pipe: Any, name: str, eraser: Eraser) -> list[Method]:
     return [*found, EraserMethod(eraser)]
 
 
+@contextmanager
+def all_watching(methods: dict[str, Method], using: Any) -> Iterator[dict[str, Any]]:
+    """Context in which all methods watch and none acts; yields their traces, None of those that cannot tell."""
+    with ExitStack() as stack:
+        yield {
+            label: stack.enter_context(method.watched(using))
+            for label, method in methods.items()
+            if label not in ("CRG", "DNG")  # which change every image
+        }
+
+
 def main(s: Settings) -> None:
     """Draw, judge, and write the rows."""
     pipe, judge = open_pipeline("canvas"), CanvasJudge.load("second")
@@ -162,6 +173,7 @@ def main(s: Settings) -> None:
 
     for name in s.concepts:
         eraser = Eraser.load(s.erasers / f"{name}.safetensors")
+        ceilings: dict[Any, np.ndarray] = {}
         for d in drawings(s, name):
             rivals = ["CRG", "DNG"] if s.rivals else []
             labels = ["none", "string-filter", "prompt-only eraser", *rivals, "neuraleraser"]
@@ -176,12 +188,17 @@ def main(s: Settings) -> None:
             missing = [label for label in labels if _key({"method": label, **fixed}) not in done]
             if not missing:
                 continue
-            base, _ = draw(d, d.prompts, lambda using: nullcontext())
-            ceiling = shows(name, draw(d, d.without, lambda using: nullcontext())[0]) if d.asks else None
-            every = dict(zip(labels, [None, *methods(s, pipe, name, eraser)], strict=True))
+            every = dict(zip(labels[1:], methods(s, pipe, name, eraser), strict=True))
+            base, watched = draw(d, d.prompts, lambda using: all_watching(every, using))
+            at = (d.image is None, d.strength)
+            if d.asks and at not in ceilings:  # the same for every prompt
+                ceilings[at] = shows(name, draw(d, d.without, lambda using: nullcontext())[0])
+            ceiling = ceilings[at] if d.asks else None
             for label in missing:
-                method = every[label]
-                images, trace = (base, None) if method is None else draw(d, d.prompts, method.applied)
+                # A method that would act nowhere leaves the base's images, bit for bit.
+                images, trace = base, watched.get(label)
+                if label in every and (trace is None or trace.fired):
+                    images, trace = draw(d, d.prompts, every[label].applied)
                 found = shows(name, images)
                 refused = _refused(draw, d, eraser) if label == "neuraleraser" else 0.0
                 low, high = wilson(int(found.sum()), len(found))
