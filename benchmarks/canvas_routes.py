@@ -28,6 +28,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def methods(s: Settings, pipe: Any, name: str, eraser: Eraser) -> list[Method]:
     """The methods of the table, ours last."""
     kind = "style" if name in V.styles else "object"
     found: list[Method] = [string_filters(V, name)[0]]
-    found.append(EraserMethod(replace(eraser, image_gate=None, guided=None)))
+    alone = replace(eraser.header, made_for=None)  # a fingerprint of all its sites
+    found.append(EraserMethod(replace(eraser, header=alone, image_gate=None, guided=None)))
     if s.rivals:
         phrase = V.phrases_of(name)[0]
         found += [ConceptRemovalGuidance(name, kind, phrase), DynamicNegativeGuidance(name, kind, phrase)]
@@ -189,7 +191,7 @@ def main(s: Settings) -> None:
             if not missing:
                 continue
             every = dict(zip(labels[1:], methods(s, pipe, name, eraser), strict=True))
-            base, watched = draw(d, d.prompts, lambda using: all_watching(every, using))
+            base, watched = draw(d, d.prompts, partial(all_watching, every))
             at = (d.image is None, d.strength)
             if d.asks and at not in ceilings:  # the same for every prompt
                 ceilings[at] = shows(name, draw(d, d.without, lambda using: nullcontext())[0])
