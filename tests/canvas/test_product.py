@@ -15,16 +15,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from neuraleraser import attach, open_pipeline
+from helpers.erasers import make_correction, make_gate
+from neuraleraser import Eraser, EraserHeader, attach, open_pipeline
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge, Judgement
+from neuraleraser.canvas.render import Content, render
 from neuraleraser.concepts import canvas_concept
-from neuraleraser.families.canvas import REFERENCE
+from neuraleraser.families.canvas import GATE, REFERENCE
+from neuraleraser.families.opening import image_to_image
 from neuraleraser.fitting import Reference, fit
+from neuraleraser.fitting.image_gate import fit_image_part
 from neuraleraser.fitting.reference import UNCONDITIONAL_SHARE
 from neuraleraser.fitting.trajectories import conditional_rows, pooled_features
 from neuraleraser.sampling import generate
 from neuraleraser.settings import SELECTION_SEEDS, TEST_SEEDS, FitSettings, Sampling
+from neuraleraser.sites import ROUTES, edits_for
 
 SEEDS = range(5000, 6000)
 SAMPLING = Sampling(num_inference_steps=8, batch_size=12)
@@ -210,3 +215,27 @@ def test_a_fitted_eraser_erases_and_keeps(
     assert (was & stays).sum() / was.sum() >= 0.5  # seen: 0.73 to 0.92
     same = [(done.images[len(own) + n] == base.images[i]).all() for n, i in enumerate(done.others)]
     assert np.mean(same) >= 0.9  # seen: 1; the gate stays shut
+
+
+def test_a_concept_in_a_start_image_is_erased(pipe: Any, second: CanvasJudge) -> None:
+    """With an empty prompt, so that nothing names it; a start image without it keeps every bit."""
+    part = fit_image_part(
+        pipe, canvas_concept(STYLE), FitSettings(num_pictures=60), SAMPLING, progress=lambda share: None
+    )
+    shut = make_gate(GATE, 128, low=1e6, high=2e6)  # on prompts it does nothing
+    correction = make_correction(edits_for(pipe, GATE)[0][0], pipe.unet.config.cross_attention_dim)
+    header = EraserHeader(STYLE, "style", routes=ROUTES)
+    eraser = Eraser(shut, (correction,), header, part.gate, part.guided)
+    contents = [Content((o,), s) for s in (STYLE, OTHER_STYLES[0]) for o in (*OTHER_OBJECTS, OBJECT, OBJECT)[:5]]
+    started = np.stack([render(c, 5000 + i, 64) for i, c in enumerate(contents)])
+    start = image_to_image(pipe)
+    start.set_progress_bar_config(disable=True)
+    s, seeds = Sampling(num_inference_steps=16, batch_size=10, strength=0.7), range(5000, 5010)
+    before = generate(start, [""] * 10, seeds, s, image=started)
+    with attach(start, eraser) as trace:
+        after = generate(start, [""] * 10, seeds, s, image=started)
+    had, still = (shows(second, second(images), STYLE)[:5] for images in (before, after))
+    assert had.sum() >= 4
+    assert (had & ~still).sum() / had.sum() >= 0.75
+    assert set(trace.fired) >= set(np.flatnonzero(had))
+    assert np.mean([np.array_equal(before[i], after[i]) for i in range(5, 10)]) >= 0.8
