@@ -82,7 +82,7 @@ def test_inspect_shows_what_an_eraser_sees(tmp_path: Path, capsys: pytest.Captur
         assert f"eraser {file}" in text and "concept Cats (object)" in text and "windows of 3 x 3 positions" in text
         assert "guided correction from 'a' to 'b', weight 0.5" in text and "two more forwards" in text
         assert f"correction low_rank, at {eraser.corrections[0].site}" in text
-        assert "They do not see what comes in by a start image" in text  # as its header says
+        assert "They are not made to see what comes in by a start image" in text  # as its header says
     for option in (["--model", "canvas"], ["--num-images", "3"], ["--num-inference-steps", "3"]):
         assert "is an eraser, of which only its file is read" in refused(["inspect", str(file), *option], capsys)
 

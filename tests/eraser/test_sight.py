@@ -25,7 +25,7 @@ def eraser() -> Eraser:
 def test_every_route_is_either_seen_or_not(routes: tuple[str, ...]) -> None:
     assert set(ROUTE_WORDS) == set(ROUTES)
     text = routes_text(EraserHeader("Cats", routes=routes))
-    seen, _, unseen = text.partition("They do not see")
+    seen, _, unseen = text.partition("They are not made to see")
     for route in ROUTES:
         assert (ROUTE_WORDS[route] in seen, ROUTE_WORDS[route] in unseen) == (route in routes, route not in routes)
     assert "learned" in text and "inverted" in text  # no route stands for them
@@ -57,5 +57,5 @@ def test_rows_of_both_parts(eraser: Eraser) -> None:
     assert "two more forwards" in rows["guided correction: cost"]
     card = eraser.generate_model_card("someone/cats").text
     assert "windows of 3 x 3 positions" in card and "two more forwards" in card and "86%" in card
-    assert "They do not see what comes in by a control image" in card
+    assert "They are not made to see what comes in by a control image" in card
     assert "image gate" not in dict(sight_rows(make_eraser().parts, make_eraser().header))

@@ -68,7 +68,7 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     assert "| ua |" in str(model_card(kept.header))
     (gate,) = report.erasures[0].gates
     assert gate.title == "Prompt gate" and gate.features and gate.features[0].heatmaps and report.erasures[0].pairs
-    assert "They do not see what comes in by a start image" in report.erasures[0].routes
+    assert "They are not made to see what comes in by a start image" in report.erasures[0].routes
     assert not report.erasures[1].pairs and not report.erasures[1].gates
     results = everything(tmp_path)
     cells = canvas_protocol(["Van_Gogh", "Cats"], S).cells

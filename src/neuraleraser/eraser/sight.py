@@ -28,7 +28,7 @@ def routes_text(header: EraserHeader) -> str:
     unseen = [ROUTE_WORDS[route] for route in ROUTES if route not in header.routes]
     lines = [f"Its gates look for the concept where it comes in by {_listed(seen)}." if seen else "It sees no route."]
     if unseen:
-        lines.append(f"They do not see what comes in by {_listed(unseen)}.")
+        lines.append(f"They are not made to see what comes in by {_listed(unseen)}.")
     lines.append(
         "Embeddings that were learned and latents that were inverted look like any others, and nothing is known of "
         "them. To look for a concept is not to find it every time, nor to take it out."
