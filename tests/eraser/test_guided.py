@@ -139,14 +139,14 @@ def test_the_second_pass_of_a_step_repeats_the_first_s_change() -> None:
     pipe = pipelines.flux()
     eraser, texts = picture_only("flux", pipe), _two_texts(pipe)
     assert eraser.image_gate is not None
-    found: list[float] = []
-    with record(pipe, [eraser.image_gate.site], lambda site, x, c: found.append(float(eraser.image_gate.evidence(x)))):
+    gate, found = eraser.image_gate, list[float]()
+    with record(pipe, [gate.site], lambda site, x, c: found.append(float(gate.evidence(x)))):
         pipelines.run(pipe, 0, true_cfg_scale=3.0, steps=1, **texts)
     first, second = found
     if first > second:  # the prompt that opens it less comes first
         texts = {name: texts[_other_side(name)] for name in texts}
     low, high = sorted(found)
-    half_open = replace(eraser.image_gate, low=torch.full_like(eraser.image_gate.low, low - (high - low) / 2))
+    half_open = replace(gate, low=torch.full_like(gate.low, low - (high - low) / 2))
     half_open = replace(half_open, high=half_open.low + 2 * (high - low))
     with attach(pipe, replace(eraser, image_gate=half_open)):
         _, calls = forwards(pipe, true_cfg_scale=3.0, steps=1, **texts)

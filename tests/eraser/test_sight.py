@@ -44,7 +44,10 @@ def test_where_features_come_from(eraser: Eraser) -> None:
 def test_levels_of_noise_go_from_the_noisiest(eraser: Eraser) -> None:
     gate = eraser.parts[1].gate
     assert seen_by_noise(gate, eraser.header) == [(750.0, 0.0), (250.0, 0.86)]
-    assert seen_text(gate, eraser.header).startswith("t = 750: 0%, t = 250: 86% of the concept's pictures")
+    assert seen_text(gate, eraser.header).endswith("with; shut at t = 750")
+    assert seen_text(gate, eraser.header).startswith("t = 250 in 86% of the concept's pictures")
+    never = replace(eraser.header, image_separation=(0.0, 0.0))
+    assert seen_text(gate, never) == "no level of noise; shut at t = 750, 250"
     for shares in ((), (0.5,)):  # of another gate, or not said
         assert seen_text(gate, replace(eraser.header, image_separation=shares)) == "not said"
 

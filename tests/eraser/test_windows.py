@@ -106,7 +106,10 @@ def test_the_grid_of_a_transformer_is_that_of_its_patches(family: str) -> None:
 
 def deep_unet() -> Any:
     """Stable Diffusion with a UNet of three depths."""
-    kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+    kinds: dict[str, Any] = {
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    }
     return pipelines.stable_diffusion(block_out_channels=(16, 32, 32), **kinds)
 
 

@@ -292,8 +292,7 @@ def test_the_background_shows_everything_in_seen_words_only() -> None:
 def test_labels_of_features_are_kept_for_the_reader() -> None:
     """Of an SAE that was set with labels the first features are those labels' own."""
     sae, _ = _sae()
-    labelled = SAE(
-        *(getattr(sae, n) for n in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")), {"labels": ["x", "y"]}
-    )
+    tensors = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)
+    labelled = SAE(*tensors, header={"labels": ["x", "y"]})
     assert _labels(labelled, torch.tensor([1, 7])) == {"labels": ["y"]}
     assert _labels(labelled, torch.tensor([2])) == {} == _labels(sae, torch.tensor([0]))

@@ -43,7 +43,7 @@ def test_a_panel_for_every_gate(pipe: Any, eraser: Eraser) -> None:
     assert "3 features of an SAE; the header names no labels" in prompt.note and not prompt.heatmaps
     assert "9 features, learnt with labels from pictures" in picture.note
     assert "opens in 5, at 50% of their steps" in picture.note
-    assert "opened at t = 750: 90%, t = 250: 25% of the concept's pictures" in picture.note
+    assert "opened at t = 750 in 90%, t = 250 in 25% of the concept's pictures" in picture.note
     assert len(prompt.features) == 3 and len(picture.features) == panels.MAX_FEATURES
     for feature in (*prompt.features, *picture.features):
         assert len(feature.heatmaps) == IMAGES_PER_FEATURE + 3

@@ -61,12 +61,14 @@ def seen_by_noise(gate: Gate, header: EraserHeader) -> list[tuple[float, float]]
 
 
 def seen_text(gate: Gate, header: EraserHeader) -> str:
-    """Return at which levels of noise an image gate sees."""
+    """Return at which levels of noise an image gate sees, the noisiest first."""
     found = seen_by_noise(gate, header)
     if not found:
         return "not said"
-    levels = ", ".join(f"t = {t:g}: {share:.0%}" for t, share in found)
-    return f"{levels} of the concept's pictures that it was made with, the noisiest first"
+    opens = ", ".join(f"t = {t:g} in {share:.0%}" for t, share in found if share > 0)
+    shut = ", ".join(f"{t:g}" for t, share in found if share <= 0)
+    seen = f"{opens} of the concept's pictures that it was made with" if opens else "no level of noise"
+    return f"{seen}; shut at t = {shut}" if shut else seen
 
 
 def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, str]]:
