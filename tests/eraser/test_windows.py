@@ -106,11 +106,8 @@ def test_the_grid_of_a_transformer_is_that_of_its_patches(family: str) -> None:
 
 def deep_unet() -> Any:
     """Stable Diffusion with a UNet of three depths."""
-    kinds: dict[str, Any] = {
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-    }
-    return pipelines.stable_diffusion(block_out_channels=(16, 32, 32), **kinds)
+    down, up = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+    return pipelines.stable_diffusion(block_out_channels=(16, 32, 32), down_block_types=down, up_block_types=up)
 
 
 @pytest.fixture(scope="module")

@@ -68,12 +68,15 @@ def silent(pipe: Any, eraser: Eraser) -> None:
 
 def test_an_image_gate_is_left_out_and_the_header_says_so(pipe: Any, eraser: Eraser) -> None:
     """Nothing fits it to other weights: a start image must be warned of again."""
-    header = replace(eraser.header, routes=(*PROMPT_ROUTES, *IMAGE_ROUTES), image_separation=(0.5, 0.5))
+    header = replace(
+        eraser.header, routes=(*PROMPT_ROUTES, *IMAGE_ROUTES), image_separation=(0.5, 0.5), least_strength=0.5
+    )
     fitted = calibrate(
         pipe, with_picture(replace(eraser, header=header), pipe), CONCEPT, [NEAR], num_pairs=4, sampling=S
     )
     assert fitted.image_gate is None and fitted.guided is None
     assert fitted.routes == PROMPT_ROUTES and fitted.header.image_separation == ()
+    assert fitted.header.least_strength is None
 
 
 def test_a_gate_is_fitted_to_the_model_it_is_on(pipe: Any, eraser: Eraser) -> None:

@@ -71,6 +71,14 @@ def seen_text(gate: Gate, header: EraserHeader) -> str:
     return f"{seen}; shut at t = {shut}" if shut else seen
 
 
+def least_strength_text(header: EraserHeader) -> str:
+    """Return from which strength of image-to-image on an eraser takes its concept out of start images."""
+    least = header.least_strength
+    if least is None:
+        return "no strength is known at which they lose the concept"
+    return f"its own pictures lost the concept, in the gate's eyes, from strength {least:g} on; below it some stays"
+
+
 def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, str]]:
     """Return (fact, value) of each gate of an eraser and of its guided correction, for a table."""
     rows: list[tuple[str, str]] = []
@@ -80,6 +88,7 @@ def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, s
         rows.append((name, f"{part.gate.site}, {reads}"))
         rows.append((f"{name}: features", features_text(part, header)))
         if part.guided is not None:
+            rows.append(("start images", least_strength_text(header)))
             without, shown = part.guided.prompts
             rows.append((f"{name}: opens at", seen_text(part.gate, header)))
             rows.append(("guided correction", f"from {shown!r} to {without!r}, weight {part.guided.weight:g}"))

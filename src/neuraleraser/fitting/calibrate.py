@@ -126,6 +126,7 @@ def calibrate(
         # An image gate would need pictures to be fitted to: it is left out, and what it saw with it.
         routes=tuple(route for route in eraser.routes if eraser.image_gate is None or route in PROMPT_ROUTES),
         image_separation=(),
+        least_strength=None,
     )
     fitted = replace(eraser.gate, low=low, high=high, text_tokens=plain[0].text_tokens)
     return Eraser(fitted, eraser.corrections, header)

@@ -13,7 +13,7 @@ from torch import Tensor
 from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.eraser import Eraser, time_bin
 from neuraleraser.eraser.part import Part
-from neuraleraser.eraser.sight import features_text, gate_name, seen_text
+from neuraleraser.eraser.sight import features_text, gate_name, least_strength_text, seen_text
 from neuraleraser.evaluation.figures import FeaturePanel, GatePanel, overlay, spaced_sample
 from neuraleraser.evaluation.protocol import Cell
 from neuraleraser.settings import Sampling
@@ -79,6 +79,7 @@ def _gate_panel(eraser: Eraser, part: Part, seen: _Seen) -> GatePanel:
     note += f"{int(opened.any(0).sum())}, at {float(opened.float().mean()):.0%} of their steps."
     if part.guided is not None:
         note += f" When it was made it opened at {seen_text(gate, eraser.header)}."
+        note += f" Start images: {least_strength_text(eraser.header)}."
     worth = (pooled.mean((0, 1)) * weight).clamp(min=0)
     share = worth / worth.sum().clamp(min=1e-9)
     features = []
