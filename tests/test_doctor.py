@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import pipelines
-from helpers.erasers import SHUT, make_eraser
+from helpers.erasers import SHUT, make_eraser, with_picture
 from neuraleraser import diagnose
 from neuraleraser.cli import main
 from neuraleraser.concepts import Concept, Pair
@@ -21,7 +21,7 @@ from neuraleraser.errors import SettingsError
 from neuraleraser.judges import Judgement
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import made_for
+from neuraleraser.sites import Site, made_for
 
 S = Sampling(num_inference_steps=2, batch_size=2)
 CATS = Concept("Cats", "object", (Pair("a b", "c"), Pair("d e", "f")))
@@ -77,6 +77,22 @@ def test_one_that_does_not_take_the_concept_out(pipe: Any) -> None:
 def test_without_a_judge_it_is_not_known_whether_the_concept_is_gone(pipe: Any) -> None:
     d = look(pipe, make_eraser())
     assert found(d)["gone"] is None and found(d)["fires"] is True
+
+
+def test_start_images_are_not_looked_at(pipe: Any) -> None:
+    """Of an eraser that claims to see them it is said; what more it costs while it acts is not held against it."""
+    for gate, opened in (({}, 2), (SHUT, 0)):
+        made = with_picture(make_eraser(), pipe, **gate)
+        assert made.image_gate is not None
+        elsewhere = Site("unet.up_blocks.0.attentions.1")
+        d = look(pipe, replace(made, image_gate=replace(made.image_gate, site=elsewhere)), Judge(pipe))
+        said = {c.what: c for c in d.checks}
+        assert said["start images"].well is None
+        assert said["start images"].found.startswith(f"none was drawn; the image gate opened in {opened} of 2")
+        assert said["cost"].well is None and "two more forwards" in said["cost"].found and d.well
+    assert "start images" not in found(look(pipe, make_eraser()))
+    costs = look(pipe, with_picture(make_eraser(), pipe, **SHUT), Judge(pipe), ("g", "h")).checks[-1]
+    assert costs.what == "cost" and costs.well is not None
 
 
 @pytest.mark.parametrize(("thresholds", "seen"), [((0.9, 0.2), True), ((0.2, 0.9), False)])

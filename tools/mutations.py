@@ -614,6 +614,148 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/fitting/test_fit_saeuron.py::test_what_is_sealed_is_not_drawn",),
     ),
     Mutation(
+        "turned-windows",
+        "windows are read from right to left",
+        (
+            Text(
+                "src/neuraleraser/eraser/gate.py",
+                "rows.to(x).view(len(rows), -1, window, window)",
+                "rows.to(x).view(len(rows), -1, window, window).flip(3)",
+            ),
+        ),
+        ("tests/eraser/test_windows.py::test_a_window_is_the_sum_over_neighbours",),
+    ),
+    Mutation(
+        "window-in-a-corner",
+        "beside a wider gate a narrow window lies in its corner",
+        (Text(_BATCHED, "[(window - gate.window) // 2] * 4", "[0, window - gate.window] * 2"),),
+        ("tests/eraser/test_windows.py::test_gates_of_several_windows_together",),
+    ),
+    Mutation(
+        "any-grid",
+        "a window takes any grid",
+        (
+            Text(
+                "src/neuraleraser/eraser/gate.py",
+                "if grid is None or grid[0] * grid[1] != x.shape[1]:",
+                "if grid is None:",
+            ),
+        ),
+        ("tests/eraser/test_windows.py::test_a_window_without_its_grid_is_an_error",),
+    ),
+    Mutation(
+        "grid-rounded-down",
+        "deeper blocks hold half of each side, rounded down",
+        (
+            Text(
+                "src/neuraleraser/sites/hooks.py",
+                "height, width = (height + 1) // 2, (width + 1) // 2",
+                "height, width = height // 2, width // 2",
+            ),
+        ),
+        ("tests/eraser/test_windows.py::test_the_grid_at_every_depth_of_a_unet",),
+    ),
+    Mutation(
+        "turned-grid",
+        "latents are taken to be as wide as they are high",
+        (
+            Text(
+                "src/neuraleraser/sites/forwards.py",
+                "return latents.shape[-2] // height, latents.shape[-1] // width",
+                "return latents.shape[-1] // height, latents.shape[-2] // width",
+            ),
+        ),
+        ("tests/eraser/test_windows.py::test_the_grid_of_a_transformer_is_that_of_its_patches",),
+    ),
+    Mutation(
+        "window-forgotten",
+        "an eraser's file says that its image gate reads one position",
+        (Text("src/neuraleraser/eraser/eraser.py", '"window": self.image_gate.window,', '"window": 1,'),),
+        ("tests/eraser/test_windows.py::test_window_and_picture_survive_the_file",),
+    ),
+    Mutation(
+        "any-window",
+        "a file's window may be anything that looks like a number",
+        (Text("src/neuraleraser/eraser/eraser.py", "    if not is_whole(window):\n", "    if False:\n"),),
+        ("tests/eraser/test_windows.py::test_windows_that_cannot_be",),
+    ),
+    Mutation(
+        "not-held",
+        "an image that was open is left alone where the gate is shut again",
+        (Text(_RUNTIME, "if part in call.held else []", "if part in call.held and scale is not None else []"),),
+        ("tests/eraser/test_guided.py::test_once_open_an_image_stays_open_for_the_rest_of_its_call",),
+    ),
+    Mutation(
+        "held-for-ever",
+        "an image that was open stays open in the next call",
+        (
+            Text(
+                _RUNTIME,
+                "    held: dict[int, Tensor] = field(default_factory=dict)\n",
+                "    held: dict[int, Tensor] = field(default_factory=lambda kept={}: kept)\n",
+            ),
+        ),
+        ("tests/eraser/test_guided.py::test_once_open_an_image_stays_open_for_the_rest_of_its_call",),
+    ),
+    Mutation(
+        "each-pass",
+        "the second pass of a step is moved by what the gate sees in it",
+        (Text(_RUNTIME, "if call.step is None or not call.step.is_of(finished.call):", "if True:"),),
+        ("tests/eraser/test_guided.py::test_the_second_pass_of_a_step_repeats_the_first_s_change",),
+    ),
+    Mutation(
+        "prompt-gate-alone",
+        "a report shows the prompt gate alone",
+        (
+            Text(
+                "src/neuraleraser/methods/gate_panels.py", "for part in eraser.parts]", "for part in eraser.parts[:1]]"
+            ),
+        ),
+        ("tests/methods/test_gate_panels.py::test_a_panel_for_every_gate",),
+    ),
+    Mutation(
+        "weakest-images",
+        "a feature is shown where it fires least",
+        (
+            Text(
+                "src/neuraleraser/methods/gate_panels.py",
+                "best = strength.argsort(descending=True)",
+                "best = strength.argsort(descending=False)",
+            ),
+        ),
+        ("tests/methods/test_gate_panels.py::test_a_feature_is_shown_where_it_fires_most",),
+    ),
+    Mutation(
+        "unsaid-routes",
+        "routes that an eraser does not see are not said",
+        (Text("src/neuraleraser/eraser/sight.py", "    if unseen:\n", "    if False:\n"),),
+        ("tests/eraser/test_sight.py::test_every_route_is_either_seen_or_not",),
+    ),
+    Mutation(
+        "levels-turned",
+        "levels of noise are named the wrong way round",
+        (Text("src/neuraleraser/eraser/sight.py", "gate.times.flip(0).tolist()", "gate.times.tolist()"),),
+        ("tests/eraser/test_sight.py::test_levels_of_noise_go_from_the_noisiest",),
+    ),
+    Mutation(
+        "calibrated-routes",
+        "calibrated without its image gate an eraser claims to see start images",
+        (
+            Text(
+                "src/neuraleraser/fitting/calibrate.py",
+                "if eraser.image_gate is None or route in PROMPT_ROUTES",
+                "if True",
+            ),
+        ),
+        ("tests/fitting/test_calibrate.py::test_an_image_gate_is_left_out_and_the_header_says_so",),
+    ),
+    Mutation(
+        "start-images-unsaid",
+        "the doctor does not say that it draws no start image",
+        (Text("src/neuraleraser/diagnosis.py", "    if eraser.image_gate is not None:\n", "    if False:\n"),),
+        ("tests/test_doctor.py::test_start_images_are_not_looked_at",),
+    ),
+    Mutation(
         "shuffled-denoiser",
         "the shipped denoiser's weights are shuffled within each tensor",
         shuffle_denoiser,

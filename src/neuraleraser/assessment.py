@@ -1,4 +1,4 @@
-"""`neuraleraser evaluate`: erasers beside the controls that every table needs, with costs and features."""
+"""`neuraleraser evaluate`: erasers beside the controls that every table needs, with costs and what gates see."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuraleraser.eraser import Eraser
+from neuraleraser.eraser.sight import routes_text
 from neuraleraser.evaluation.evaluate import default_protocol, evaluate
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.method import Method
@@ -19,7 +20,7 @@ from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.io.names import file_name
 from neuraleraser.judges import Judge
 from neuraleraser.methods import DoNothing, EraserMethod, string_filters
-from neuraleraser.methods.feature_panels import feature_panels
+from neuraleraser.methods.gate_panels import gate_panels
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.vocabulary import Vocabulary
 
@@ -33,7 +34,7 @@ def evaluate_erasers(
     judge: Judge | None = None,
     sealed: bool = False,
 ) -> Report:
-    """Measure `erasers` on `pipe`, each beside its controls; add what they cost and the features they read.
+    """Measure `erasers` on `pipe`, each beside its controls; add what they cost and what their gates see.
 
     `folder`/erasers then holds them with their figures in the header, where a model card finds them. Called again with
     the same settings it goes on where it was stopped; costs are timed anew. Raises as `evaluate` does.
@@ -52,8 +53,8 @@ def evaluate_erasers(
         if (seconds := m.eraser.header.seconds) is not None:
             costs["make_seconds"] = float(seconds)
         target = [c for c in own if c.group in MAIN_GROUPS and c.asks_for(m.concept)]
-        panels = feature_panels(pipe, m.eraser, target, evaluation_sampling(pipe, s))
-        report = report.with_details(m.name, m.concept, costs, panels)
+        panels = gate_panels(pipe, m.eraser, target, evaluation_sampling(pipe, s))
+        report = report.with_details(m.name, m.concept, costs, panels, routes_text(m.eraser.header))
         with_measurement(m.eraser, report.of(m.name, m.concept)).save(path)
     return report
 

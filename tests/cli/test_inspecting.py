@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import pipelines
 from helpers.commands import refused
-from helpers.erasers import GATE
+from helpers.erasers import GATE, make_eraser, with_picture
 from helpers.sae_files import WRITTEN, batch, sae
 from neuraleraser.canvas import pipeline as canvas
 from neuraleraser.cli import main
@@ -69,6 +70,21 @@ def test_inspect_shows_what_the_shipped_file_says(capsys: pytest.CaptureFixture[
     assert f"{figures['explained_variance']:.2%}" in text and "Measured when it was made" in text
     bars = dict(re.findall(r"^ *(never|[\d.]+ to [\d.]+) +([\d,]+)", text, re.M))
     assert sum(int(count.replace(",", "")) for count in bars.values()) == sae.n_features
+
+
+def test_inspect_shows_what_an_eraser_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    eraser = with_picture(make_eraser(), pipelines.stable_diffusion(), window=3)
+    eraser.save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "eraser.safetensors"
+    for source in (file, tmp_path / "folder"):
+        assert main(["inspect", str(source)]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"eraser {file}" in text and "concept Cats (object)" in text and "windows of 3 x 3 positions" in text
+        assert "guided correction from 'a' to 'b', weight 0.5" in text and "two more forwards" in text
+        assert f"correction low_rank, at {eraser.corrections[0].site}" in text
+        assert "They are not made to see what comes in by a start image" in text  # as its header says
+    for option in (["--model", "canvas"], ["--num-images", "3"], ["--num-inference-steps", "3"]):
+        assert "is an eraser, of which only its file is read" in refused(["inspect", str(file), *option], capsys)
 
 
 @pytest.mark.parametrize("to", WRITTEN)

@@ -134,6 +134,65 @@ def _two_texts(pipe: Any) -> dict[str, Any]:
     return made | {f"negative_{name}": x.flip(1) for name, x in made.items() if name.startswith(("prompt", "pooled"))}
 
 
+def test_the_second_pass_of_a_step_repeats_the_first_s_change() -> None:
+    """What the gate sees in the second pass alone changes nothing: else the two would not move alike."""
+    pipe = pipelines.flux()
+    eraser, texts = picture_only("flux", pipe), _two_texts(pipe)
+    assert eraser.image_gate is not None
+    gate, found = eraser.image_gate, list[float]()
+    with record(pipe, [gate.site], lambda site, x, c: found.append(float(gate.evidence(x)))):
+        pipelines.run(pipe, 0, true_cfg_scale=3.0, steps=1, **texts)
+    first, second = found
+    if first > second:  # the prompt that opens it less comes first
+        texts = {name: texts[_other_side(name)] for name in texts}
+    low, high = sorted(found)
+    half_open = replace(gate, low=torch.full_like(gate.low, low - (high - low) / 2))
+    half_open = replace(half_open, high=half_open.low + 2 * (high - low))
+    with attach(pipe, replace(eraser, image_gate=half_open)):
+        _, calls = forwards(pipe, true_cfg_scale=3.0, steps=1, **texts)
+    with torch.no_grad():
+        deltas = [c.prediction - replay(pipe, c.state, c.timestep, c.conditioning) for c in calls]
+    assert len(deltas) == 2 and float(deltas[0].abs().max()) > 1e-3
+    torch.testing.assert_close(deltas[0], deltas[1], rtol=1e-3, atol=1e-5)
+
+
+def _other_side(name: str) -> str:
+    return name.removeprefix("negative_") if name.startswith("negative_") else f"negative_{name}"
+
+
+def test_once_open_an_image_stays_open_for_the_rest_of_its_call(sd: Any) -> None:
+    """The gate is shut at the second step's timestep: the loud image moves there, too, but not what the next call
+    draws."""
+    eraser = picture_only("stable_diffusion", sd)
+    assert eraser.image_gate is not None and eraser.guided is not None
+    gate, steps = eraser.image_gate, []
+    for seed in (0, 1):
+        with record(sd, [gate.site], lambda site, x, c: steps.append(float(gate.evidence(x).max()))):
+            pipelines.run(sd, seed)
+    found = steps[::2]  # at the first of two steps
+    loud, quiet = (0, 1) if found[0] > found[1] else (1, 0)
+    low = torch.tensor([1e6, sum(found) / 2])  # of t = 1 and of t = 501
+    one = replace(eraser, image_gate=replace(gate, low=low, high=torch.tensor([2e6, sum(found) / 2 + 1e-3])))
+    plain = pipelines.run(sd, quiet)
+    calls: list[DenoiserCall] = []
+    with attach(sd, one) as trace:
+        with denoiser_calls(sd, calls.append):
+            pipelines.run(sd, loud)
+        assert torch.equal(pipelines.run(sd, quiet), plain)
+    assert trace.fired == {0: {"Cats": [501.0]}} and len(calls) == 2
+    with torch.no_grad():
+        for call in calls:
+            base = replay(sd, call.state, call.timestep, call.conditioning)
+            without, shown = (
+                replay(sd, call.state, call.timestep, given_text(call, text))
+                for text in (eraser.guided.without, eraser.guided.shown)
+            )
+            torch.testing.assert_close(
+                call.prediction, base + eraser.guided.weight * (without - shown), rtol=1e-3, atol=1e-4
+            )
+            assert not torch.allclose(call.prediction, base, atol=1e-3)
+
+
 def test_a_negative_prompt_opens_an_image_gate(sd: Any) -> None:
     """Of an image gate all rows count: what it sees is the picture, not what was asked for."""
     eraser = picture_only("stable_diffusion", sd)

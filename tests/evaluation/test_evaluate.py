@@ -66,8 +66,10 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     kept = Eraser.load(tmp_path / "erasers" / "Van_Gogh.safetensors")
     assert kept.header.measured["ua"]["value"] == pytest.approx(style["ua"], abs=1e-4)
     assert "| ua |" in str(model_card(kept.header))
-    assert report.erasures[0].features and report.erasures[0].features[0].heatmaps and report.erasures[0].pairs
-    assert not report.erasures[1].pairs
+    (gate,) = report.erasures[0].gates
+    assert gate.title == "Prompt gate" and gate.features and gate.features[0].heatmaps and report.erasures[0].pairs
+    assert "They are not made to see what comes in by a start image" in report.erasures[0].routes
+    assert not report.erasures[1].pairs and not report.erasures[1].gates
     results = everything(tmp_path)
     cells = canvas_protocol(["Van_Gogh", "Cats"], S).cells
     for e in erasers:

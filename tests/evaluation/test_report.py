@@ -14,7 +14,15 @@ from PIL import Image
 
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.evaluation.columns import TABLES
-from neuraleraser.evaluation.figures import FeaturePanel, ImagePair, contact_sheet, difference, overlay, spaced_sample
+from neuraleraser.evaluation.figures import (
+    FeaturePanel,
+    GatePanel,
+    ImagePair,
+    contact_sheet,
+    difference,
+    overlay,
+    spaced_sample,
+)
 from neuraleraser.evaluation.html import page, save_html
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import Finding
@@ -53,8 +61,9 @@ def report(*entries: ErasureReport, **change) -> Report:
 
 def full() -> Report:
     panels = [FeaturePanel("feature 7", "fires on swirls", [("step 3", RED)]), FeaturePanel(EVIL)]
+    gates = [GatePanel("Image gate", "sees", [(EVIL, BLUE)], panels), GatePanel(EVIL, EVIL)]
     whole = entry(
-        pairs=[PAIR, SAME], others=[SAME, PAIR], features=panels, became=[("Seed_Images", HALF), (EVIL, HALF)]
+        pairs=[PAIR, SAME], others=[SAME, PAIR], gates=gates, routes=EVIL, became=[("Seed_Images", HALF), (EVIL, HALF)]
     )
     control = entry(method="string filter")
     other = entry(concept=EVIL, kind="object", method=EVIL, pairs=[ImagePair(EVIL, 1, RED, BLUE)])
@@ -120,8 +129,8 @@ def test_a_report_that_is_wrong_is_not_written(tmp_path: Path, broken: Report, s
 
 def test_details_are_added_to_one_entry():
     before = report(entry(figures={"bytes": None}), entry(method="none"))
-    after = before.with_details("neuraleraser", "Van_Gogh", {"bytes": 7.0}, [FeaturePanel("f")])
-    assert after.of("neuraleraser", "Van_Gogh").figures["bytes"] == 7 and len(after.erasures[0].features) == 1
+    after = before.with_details("neuraleraser", "Van_Gogh", {"bytes": 7.0}, [GatePanel("g")], "by a prompt")
+    assert after.of("neuraleraser", "Van_Gogh").figures["bytes"] == 7 and len(after.erasures[0].gates) == 1
     assert after.erasures[1] is before.erasures[1] and before.erasures[0].figures["bytes"] is None
     with pytest.raises(DataError, match="no method 'oracle'"):
         after.of("oracle", "Van_Gogh")
@@ -177,7 +186,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else():
     style = re.search("<style>(.*)</style>", text, re.DOTALL)
     assert style and not re.search(r"url\(|@import|@font-face|https?:", style[1])
     pictures = [attrs for name, attrs in tags if name == "img"]
-    assert len(pictures) == 2 * 3 + 2 * 2 + 1 + 3, "of the first method of each concept"
+    assert len(pictures) == 2 * 3 + 2 * 2 + 2 + 3, "of the first method of each concept"
     assert all(attrs["alt"] and attrs["width"] == "16" for attrs in pictures)
 
 
@@ -186,8 +195,13 @@ def test_the_page_says_what_the_report_says():
     assert "0.50 0.40\u20130.60 n = 60" in words
     assert "Van Gogh" in words and "48 kB" in words and "42 s" in words and "x1.01" in words
     assert "1 of 2 shown here are the base model's image, bit for bit" in words and "difference \u00d74" in words
-    assert words.count(EVIL) >= 8, "text from prompts stands there as text, and no template runs in it"
-    assert "fires on swirls" in words and "Seed Images" in words and "base images differ" in words
+    assert words.count(EVIL) >= 12, "text from prompts stands there as text, and no template runs in it"
+    assert (
+        "fires on swirls" in words
+        and "Image gate sees" in words
+        and "Seed Images" in words
+        and "base images differ" in words
+    )
 
 
 def test_files_are_written_aside_and_then_renamed(tmp_path: Path, monkeypatch):
@@ -222,6 +236,8 @@ def test_pictures_are_checked():
         ImagePair("a cat", 3, RED, RED[:8])
     with pytest.raises(DataError, match="heatmap 'step 3' of feature 'f'"):
         FeaturePanel("f", heatmaps=[("step 3", RED / 255)])
+    with pytest.raises(DataError, match="heatmap 'step 3' of the gate 'Image gate'"):
+        GatePanel("Image gate", heatmaps=[("step 3", RED / 255)])
 
 
 def test_difference_is_four_times_the_gap_either_way():

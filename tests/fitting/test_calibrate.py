@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers import pipelines
-from helpers.erasers import SHUT, make_correction, make_eraser, make_gate
+from helpers.erasers import SHUT, make_correction, make_eraser, make_gate, with_picture
 from neuraleraser import attach, calibrate, load_eraser
 from neuraleraser.activations import collect
 from neuraleraser.concepts import Concept, Pair
@@ -20,7 +20,7 @@ from neuraleraser.eraser import Eraser, EraserHeader, model_card
 from neuraleraser.errors import ConceptError, DataError, SettingsError, SiteError
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Fingerprint, Site, denoiser, made_for
+from neuraleraser.sites import IMAGE_ROUTES, PROMPT_ROUTES, Fingerprint, Site, denoiser, made_for
 
 AT = Site("unet.mid_block.attentions.0.transformer_blocks.0.attn2")  # reads the prompt and little else
 ON = Site("unet.up_blocks.0.attentions.1")
@@ -64,6 +64,19 @@ def silent(pipe: Any, eraser: Eraser) -> None:
         warnings.simplefilter("error")
         with attach(pipe, eraser):
             pass
+
+
+def test_an_image_gate_is_left_out_and_the_header_says_so(pipe: Any, eraser: Eraser) -> None:
+    """Nothing fits it to other weights: a start image must be warned of again."""
+    header = replace(
+        eraser.header, routes=(*PROMPT_ROUTES, *IMAGE_ROUTES), image_separation=(0.5, 0.5), least_strength=0.5
+    )
+    fitted = calibrate(
+        pipe, with_picture(replace(eraser, header=header), pipe), CONCEPT, [NEAR], num_pairs=4, sampling=S
+    )
+    assert fitted.image_gate is None and fitted.guided is None
+    assert fitted.routes == PROMPT_ROUTES and fitted.header.image_separation == ()
+    assert fitted.header.least_strength is None
 
 
 def test_a_gate_is_fitted_to_the_model_it_is_on(pipe: Any, eraser: Eraser) -> None:

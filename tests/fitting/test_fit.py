@@ -19,7 +19,13 @@ from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
 from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
-from neuraleraser.fitting.fit import _context_examples, _replay_with_concept, _sample_pairs, _training_examples
+from neuraleraser.fitting.fit import (
+    _context_examples,
+    _labels,
+    _replay_with_concept,
+    _sample_pairs,
+    _training_examples,
+)
 from neuraleraser.fitting.reference import reference_from_sae
 from neuraleraser.fitting.trajectories import SHARES, branches_as_rows, conditional_rows, record_trajectories
 from neuraleraser.sae import SAE
@@ -281,3 +287,12 @@ def test_the_background_shows_everything_in_seen_words_only() -> None:
     assert all(len(shown & set(words.STYLES)) == 1 and len(shown) <= 3 for _, shown in made)
     held_out = [p for n in (*words.OBJECTS, *words.STYLES) for p in words.VOCABULARY.phrases_of(n)[HELD_OUT_PHRASINGS]]
     assert not [prompt for prompt, _ in made if any(h in prompt for h in held_out)]
+
+
+def test_labels_of_features_are_kept_for_the_reader() -> None:
+    """Of an SAE that was set with labels the first features are those labels' own."""
+    sae, _ = _sae()
+    tensors = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold)
+    labelled = SAE(*tensors, header={"labels": ["x", "y"]})
+    assert _labels(labelled, torch.tensor([1, 7])) == {"labels": ["y"]}
+    assert _labels(labelled, torch.tensor([2])) == {} == _labels(sae, torch.tensor([0]))

@@ -51,13 +51,14 @@ def make_gate(
     threshold: float = 0.0,
     share: float = 1.0,
     times: Sequence[float] = (250.0, 750.0),
+    window: int = 1,
 ) -> Gate:
     """By default it opens wide at the least evidence."""
     t = torch.tensor(times)
     return Gate(
         site=site,
         features=torch.arange(f),
-        rows=random(f, d, seed=seed + 1),
+        rows=random(f, d * window**2, seed=seed + 1),
         bias=0.1 * random(f, seed=seed + 2),
         threshold=torch.full((f,), threshold),
         weight=random(f, seed=seed + 3).abs(),
@@ -65,6 +66,7 @@ def make_gate(
         times=t,
         low=torch.full_like(t, low),
         high=torch.full_like(t, high),
+        window=window,
     )
 
 

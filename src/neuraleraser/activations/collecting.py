@@ -20,13 +20,17 @@ CONDITIONAL, UNCONDITIONAL = 1, 0
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Activations of one site in one denoiser call, one guidance branch: x [B, P, d] of `images`, at `timestep`."""
+    """Activations of one site in one denoiser call, one guidance branch: x [B, P, d] of `images`, at `timestep`.
+
+    grid: height and width of the P positions, None where they are not known.
+    """
 
     site: Site
     x: Tensor
     timestep: float
     images: range
     branch: int
+    grid: tuple[int, int] | None = None
 
 
 def collect(
@@ -73,9 +77,8 @@ def collect(
         t = float(context.timestep[0])
         for negative, part in context.rows.branches(x):
             part = part.unflatten(0, (-1, frames)).flatten(1, 2) if frames > 1 else part
-            on_activations(
-                ActivationBatch(site, part[: batch.real], t, images, UNCONDITIONAL if negative else CONDITIONAL)
-            )
+            branch, grid = UNCONDITIONAL if negative else CONDITIONAL, context.grid if frames == 1 else None
+            on_activations(ActivationBatch(site, part[: batch.real], t, images, branch, grid))
 
     with record(pipe, sites, split_branches):
         return generate(pipe, prompts, seeds, sampling, image=image, on_batch_start=on_batch_start)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from neuraleraser.cli.verbs import AUTOMATIC, Flat, Machine, MachineOptions, app, bars, verb
-from neuraleraser.errors import DataError
+from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.io.names import printable
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.io.tables import text_table
@@ -19,7 +20,7 @@ from neuraleraser.settings import InspectSettings
 
 @verb(app, "inspect")
 def inspect(
-    sae: Positional[str | None] = None,
+    source: Positional[str | None] = None,
     /,
     settings: Annotated[InspectSettings, Flat] = InspectSettings(),  # noqa: B008  (frozen)
     model: str | None = None,
@@ -28,10 +29,14 @@ def inspect(
     guidance_scale: float | None = None,
     machine: Machine = AUTOMATIC,
 ) -> None:
-    """Say how good an SAE is: on its own activations, and what the pipeline loses with its reconstructions.
+    """Say how good an SAE is, or what an eraser's gates see.
+
+    An SAE is measured on its own activations, and by what the pipeline loses with its reconstructions. Of an eraser's
+    file, or folder, is shown what it says of itself: routes, gates, corrections, cost.
 
     Args:
-        sae: The SAE: a file, a folder or a Hub id; None: the one that ships for the canvas.
+        source: The SAE: a file, a folder or a Hub id; None: the one that ships for the canvas. Or an eraser's file or
+            folder.
         model: The pipeline to measure it in: canvas, a folder, or a Hub id; None: the canvas where it is the canvas's,
             else only what the file says is shown.
         site: Where the SAE reads; None: what its file says.
@@ -41,13 +46,19 @@ def inspect(
     from neuraleraser.families.canvas import REFERENCE
     from neuraleraser.sae import SAE
 
-    source = sae or str(REFERENCE)
+    file = _eraser_file(source) if source else None
+    if file is not None:
+        if settings != InspectSettings() or (model, site, num_inference_steps, guidance_scale) != (None,) * 4:
+            raise SettingsError(f"{source} is an eraser, of which only its file is read: leave all options out")
+        _show_eraser(file)
+        return
+    said_source, source = source, source or str(REFERENCE)
     check_outputs(
         {"--comparison-png": settings.comparison_png},
         {"the SAE": source, "--prompts": settings.prompts, "--model": model},
     )
     loaded = SAE.from_pretrained(source)
-    said = str(loaded.header.get("model") or ("canvas" if sae is None else ""))
+    said = str(loaded.header.get("model") or ("canvas" if said_source is None else ""))
     named = model or ("canvas" if said == "canvas" else None)  # no file decides what is downloaded
     where = site or loaded.header.get("site")
     made = loaded.header.get("settings")
@@ -65,6 +76,30 @@ def inspect(
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         print("The file holds no measures, or none that can be read.")
     print("\nPass --model, and --site where the file does not say it, to measure it in its pipeline.")
+
+
+def _eraser_file(source: str) -> Path | None:
+    """Return the eraser's file that a path leads to; None where it leads to none."""
+    from neuraleraser.eraser import Eraser
+    from neuraleraser.io.tensor_file import kind_of
+
+    path = Path(source) / Eraser.FILES[0] if Path(source).is_dir() else Path(source)
+    return path if path.is_file() and kind_of(path) == "eraser" else None
+
+
+def _show_eraser(file: Path) -> None:
+    """Print what an eraser sees and does."""
+    from neuraleraser.eraser import Eraser
+    from neuraleraser.eraser.corrections.correction import sites_of
+    from neuraleraser.eraser.sight import routes_text, sight_rows
+
+    eraser = Eraser.load(file)
+    kind = f" ({eraser.header.kind})" if eraser.header.kind else ""
+    rows = [("eraser", str(file)), ("concept", eraser.name + kind), ("made for", eraser.header.base or "not said")]
+    rows += sight_rows(eraser.parts, eraser.header)
+    rows += [("correction", f"{c.KIND}, at {', '.join(map(str, sites_of(c)))}") for c in eraser.corrections]
+    print(text_table([(name, printable(value, 600)) for name, value in rows], left=(0, 1)))
+    print(f"\n{routes_text(eraser.header)}")
 
 
 def _measured(

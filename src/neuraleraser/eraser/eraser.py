@@ -18,32 +18,17 @@ from neuraleraser.eraser.gate import Gate
 from neuraleraser.eraser.guided import Guided
 from neuraleraser.eraser.header import LAYOUT_FIELDS, EraserHeader
 from neuraleraser.eraser.model_card import model_card
+from neuraleraser.eraser.part import Part
+from neuraleraser.eraser.sight import sight_rows
 from neuraleraser.errors import DataError, FileError, SiteError
 from neuraleraser.io import tensor_file
+from neuraleraser.io.fields import is_whole
 from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import printable
 from neuraleraser.sites import Site
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
-
-
-@dataclass(frozen=True)
-class Part:
-    """Part of the eraser called `name`: a gate, and what acts while it is open."""
-
-    name: str
-    gate: Gate
-    corrections: tuple[Correction, ...]
-    guided: Guided | None = None
-
-    def to(self, device: torch.device) -> Part:
-        """Return the part with its tensors on another device."""
-        moved = tuple(
-            type(c).from_tensors(c.site, {name: x.to(device) for name, x in c.tensors().items()}, c.also)
-            for c in self.corrections
-        )
-        return Part(self.name, self.gate.to(device), moved, self.guided and self.guided.to(device))
 
 
 @dataclass(frozen=True)
@@ -212,9 +197,7 @@ class Eraser(HubFile):
         Returns:
             The card.
         """
-        rows = [("gate", str(self.gate.site))]
-        if self.image_gate is not None:
-            rows.append(("image gate", str(self.image_gate.site)))
+        rows = sight_rows(self.parts, self.header)
         rows += [("correction", f"{c.KIND} at {', '.join(map(str, sites_of(c)))}") for c in self.corrections]
         return model_card(self.header, repo_id, rows)
 
@@ -282,13 +265,15 @@ def _read_gate(name: str, said: Mapping[str, Any], parts: dict[str, dict[str, Te
     found = parts.pop(name)
     if problem := _spec_error(found, Gate.AXES):
         raise ValueError(f"{name}/{problem}")
-    tokens = said.get("text_tokens")
+    tokens, window = said.get("text_tokens"), said.get("window", 1)
+    if not is_whole(window):
+        raise ValueError(f"{name}: window is {window!r}, expected a whole number")
     return Gate(
         Site.parse(said["site"]),
         share=float(said["share"]),
         text_tokens=None if tokens is None else int(tokens),
         picture=picture or said.get("picture", False),
-        window=int(said.get("window", 1)),
+        window=window,
         **found,
     )
 

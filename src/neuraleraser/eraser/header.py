@@ -91,7 +91,8 @@ class EraserHeader:
     reference: Provenance | None = None
     """Data that its reference was made with: none may test it."""
     sae: Mapping[str, Any] = field(default_factory=dict)
-    """Facts of an SAE of another library: its format, its k, and how far calibrated thresholds differ from TopK."""
+    """Facts of the prompt gate's SAE: the labels that its features were set with, if any; of another library's its
+    format, its k, and how far calibrated thresholds differ from TopK."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """Figures by metric, each a number or {"value", "low", "high", "n"}."""
     calibrated: Calibration | None = None

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from neuraleraser.eraser.header import EraserHeader
+from neuraleraser.eraser.sight import routes_text
 from neuraleraser.io.cards import eval_results, header_rows, make_card, plain, table
-from neuraleraser.sites import START_IMAGE
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -18,7 +18,7 @@ _LIMITS = """\
   width; on other weights of the same shape it runs, and nobody has measured what it does there.
 - It acts where its features fire. An image of the concept in which they do not fire keeps the concept, and an image
   without the concept in which they do fire is changed.
-{routes}
+- {routes}
 - It was made from the prompts that its file lists. Other words, other languages and prompts searched for on purpose may
   get round it; none of that is measured unless a figure above says so.
 - It changes activations while images are generated and leaves the weights as they are: who holds the weights can
@@ -26,12 +26,6 @@ _LIMITS = """\
 - Caches that skip blocks are refused. A LoRA may be loaded beside it; one that is fused into the weights changes the
   activations that it reads.
 """
-_PROMPT_ROUTES = """\
-- Its gate reads what the image takes out of the prompt, and its corrections change the prompt. A start image, an
-  inverted latent or an embedding that was learned through it brings the concept back."""
-_IMAGE_ROUTES = """\
-- Its gate reads the image while it is made, so it sees a concept that a start image brings, too; to see it is not to
-  erase it. An embedding that was learned through it, or prompts searched for on purpose, may get round it."""
 
 
 def model_card(
@@ -74,7 +68,7 @@ def model_card(
         "## Settings",
         table(("setting", "value"), [*made, *settings, *header_rows(header.as_json(), _SHOWN_FIELDS)]),
         "## Limits",
-        _LIMITS.format(routes=_IMAGE_ROUTES if START_IMAGE in header.routes else _PROMPT_ROUTES),
+        _LIMITS.format(routes=routes_text(header)),
     ]
     return make_card(
         parts,

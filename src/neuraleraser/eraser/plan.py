@@ -12,8 +12,8 @@ from torch import Tensor
 from neuraleraser.eraser.batched import BatchedGates, gate_features
 from neuraleraser.eraser.corrections import BatchedCorrection, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
-from neuraleraser.eraser.eraser import Part
 from neuraleraser.eraser.guided import Guided
+from neuraleraser.eraser.part import Part
 from neuraleraser.errors import SiteError
 from neuraleraser.sites import Site
 

@@ -62,6 +62,21 @@ class FeaturePanel:
             check_image(image, f"the heatmap {caption!r} of feature {self.label!r}")
 
 
+@dataclass(frozen=True, eq=False)
+class GatePanel:
+    """One gate of an eraser: its name, what it reads and when it opens, its evidence in pictures, and its features."""
+
+    title: str
+    note: str = ""
+    heatmaps: Sequence[tuple[str, np.ndarray]] = ()
+    """(caption, [height, width, 3] uint8): where its evidence lies"""
+    features: Sequence[FeaturePanel] = ()
+
+    def __post_init__(self) -> None:
+        for caption, image in self.heatmaps:
+            check_image(image, f"the heatmap {caption!r} of the gate {self.title!r}")
+
+
 def check_image(image: Any, what: str) -> None:
     """Raise DataError unless `image` is [height, width, 3] uint8."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

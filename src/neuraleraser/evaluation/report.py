@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.errors import DataError
-from neuraleraser.evaluation.figures import FeaturePanel, ImagePair, spaced_sample
+from neuraleraser.evaluation.figures import GatePanel, ImagePair, spaced_sample
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
 from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows_concept
@@ -58,7 +58,10 @@ class ErasureReport:
     """Images of the concept."""
     others: Sequence[ImagePair] = ()
     """Images of other concepts, which should not change."""
-    features: Sequence[FeaturePanel] = ()
+    gates: Sequence[GatePanel] = ()
+    """Gates of an eraser, with what they read."""
+    routes: str = ""
+    """Routes that an eraser sees and does not see, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +108,16 @@ class Report:
         raise DataError(f"the report has no method {method!r} on {concept!r}")
 
     def with_details(
-        self, method: str, concept: str, costs: Mapping[str, float], features: Sequence[FeaturePanel] = ()
+        self, method: str, concept: str, costs: Mapping[str, float], gates: Sequence[GatePanel] = (), routes: str = ""
     ) -> Report:
-        """Return the report with costs and feature panels added to one entry.
+        """Return the report with costs, gates and routes added to one entry.
 
         Args:
             method: Name of the method.
             concept: Name of the concept.
             costs: Costs by name.
-            features: Feature panels.
+            gates: Panels of its gates.
+            routes: Routes that it sees and does not see, in words.
 
         Returns:
             A new report.
@@ -122,7 +126,7 @@ class Report:
             DataError: There is no entry of the method and concept.
         """
         found = self.of(method, concept)
-        changed = replace(found, figures={**found.figures, **costs}, features=features)
+        changed = replace(found, figures={**found.figures, **costs}, gates=gates, routes=routes)
         return replace(self, erasures=[changed if entry is found else entry for entry in self.erasures])
 
     def to_dict(self) -> dict[str, Any]:

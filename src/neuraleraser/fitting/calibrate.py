@@ -16,7 +16,7 @@ from neuraleraser.families.defaults import model_name, sampling_for_eraser
 from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
 from neuraleraser.fitting.trajectories import branches_as_rows, measure_site, record_calls
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import EditContext, Site, is_denoiser, made_for, record, replay
+from neuraleraser.sites import PROMPT_ROUTES, EditContext, Site, is_denoiser, made_for, record, replay
 
 
 def calibrate(
@@ -31,7 +31,8 @@ def calibrate(
 ) -> Eraser:
     """Refit the gate's bounds to other weights of the same architecture; return a new eraser.
 
-    Features, weights and corrections stay as they are. The bounds are set from the evidence of its features on the
+    Features, weights and corrections of the prompt stay as they are; an image gate and its guided correction are left
+    out, and the header's routes say so. The bounds are set from the evidence of its features on the
     images generated here, as they were when it was made. The findings go into the header, as `calibrated`.
 
     Args:
@@ -122,6 +123,10 @@ def calibrate(
         open_share=round(opens, 3),
         calibrated=Calibration(len(used), tuple(round(float(v), 4) for v in separation), round(opens, 3)),
         measured={},  # it was on other weights
+        # An image gate would need pictures to be fitted to: it is left out, and what it saw with it.
+        routes=tuple(route for route in eraser.routes if eraser.image_gate is None or route in PROMPT_ROUTES),
+        image_separation=(),
+        least_strength=None,
     )
     fitted = replace(eraser.gate, low=low, high=high, text_tokens=plain[0].text_tokens)
     return Eraser(fitted, eraser.corrections, header)

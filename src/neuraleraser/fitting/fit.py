@@ -31,6 +31,7 @@ from neuraleraser.fitting.trajectories import (
     record_calls,
     record_trajectories,
 )
+from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import IMAGE_ROUTES, PROMPT_ROUTES, DenoiserCall, Site, edits_for, made_for, record, replay
 
@@ -163,7 +164,8 @@ def fit(
         ),
         reference=reference.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
-        sae={k: reference.sae.header[k] for k in ("format", "k", "calibration") if k in reference.sae.header},
+        sae={k: reference.sae.header[k] for k in ("format", "k", "calibration") if k in reference.sae.header}
+        | _labels(reference.sae, gate.features),
     )
     if picture is None:
         report_progress("done", 1.0)
@@ -174,6 +176,13 @@ def fit(
     header = dataclasses.replace(header, least_strength=least, seconds=round(time.monotonic() - started, 1))
     report_progress("done", 1.0)
     return dataclasses.replace(eraser, header=header)
+
+
+def _labels(sae: SAE, features: Tensor) -> dict[str, list[str]]:
+    """Return the labels of those features that were set with one, for the header: they stand first in their SAE."""
+    names = sae.header.get("labels", ())
+    found = [names[k] for k in features.tolist() if k < len(names)]
+    return {"labels": found} if found else {}
 
 
 def _check_width(pipe: Any, reference: Reference, sampling: Sampling) -> None:

@@ -114,6 +114,15 @@ def _most(kind: str) -> int:
     return MAX_BYTES.get(kind, MAX_OTHER_BYTES)
 
 
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind that a file says it is of; None for what is no file of ours."""
+    try:
+        with _opened(path, MAX_OTHER_BYTES) as f:
+            return (f.metadata() or {}).get("kind")
+    except FileError:
+        return None
+
+
 def load_foreign(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors (on the CPU, as saved) of a safetensors file that another library wrote, checked as `load` checks
     those of an SAE. Raises FileError."""

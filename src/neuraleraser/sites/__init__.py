@@ -37,12 +37,27 @@ from neuraleraser.sites.finished import TEXT_ARGUMENTS, FinishedForward, Step, T
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
 from neuraleraser.sites.prediction import OnForward, edit_prediction
-from neuraleraser.sites.routes import IMAGE_ROUTES, PROMPT_ROUTES, ROUTES, START_IMAGE
+from neuraleraser.sites.routes import (
+    CONTROL_IMAGE,
+    IMAGE_ROUTES,
+    INPAINTING,
+    IP_ADAPTER,
+    NAMED,
+    PARAPHRASED,
+    PROMPT_ROUTES,
+    ROUTES,
+    START_IMAGE,
+)
 from neuraleraser.sites.rows import Batch, Rows, Series, current_batch, generating_batch, match_rows
 from neuraleraser.sites.schedulers import NoiseLevel, input_and_target, noise_level, scheduler_steps
 
 __all__ = [
+    "CONTROL_IMAGE",
     "IMAGE_ROUTES",
+    "INPAINTING",
+    "IP_ADAPTER",
+    "NAMED",
+    "PARAPHRASED",
     "PROMPT_ROUTES",
     "ROUTES",
     "START_IMAGE",
