@@ -89,6 +89,7 @@ def roll_judge_classes(tree: Path) -> None:
 _FITTING = "src/neuraleraser/fitting/fit.py"
 _GATE = "src/neuraleraser/fitting/detector.py"
 _RUNTIME = "src/neuraleraser/eraser/runtime.py"
+_SITE_EDIT = "src/neuraleraser/eraser/site_edit.py"
 _BATCHED = "src/neuraleraser/eraser/batched.py"
 _LAYOUT = "src/neuraleraser/sites/layout.py"
 _SAMPLING = "src/neuraleraser/sampling.py"
@@ -346,7 +347,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "an edit that ran before its gate is no error",
         (
             Text(
-                _RUNTIME,
+                _SITE_EDIT,
                 "            if i not in forward.scales and i not in forward.closed:\n",
                 "            if False:\n",
             ),
@@ -492,7 +493,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "prompts longer than the text encoder reads are read at once",
         (
             Text(
-                _RUNTIME,
+                _SITE_EDIT,
                 "context.text_tokens is not None and context.text_tokens > tokens",
                 "context.text_tokens is not None and context.text_tokens < 0",
             ),
@@ -598,7 +599,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "image-gates",
         "a gate in the image stream leaves the negative prompt's rows alone",
-        (Text(_RUNTIME, "torch.maximum(mask, plan.pictures.to(mask))", "mask"),),
+        (Text(_SITE_EDIT, "torch.maximum(mask, plan.pictures.to(mask))", "mask"),),
         ("tests/fitting/test_fit_saeuron.py::test_an_image_gate_sees_both_guidance_branches",),
     ),
     Mutation(

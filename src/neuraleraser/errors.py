@@ -164,4 +164,6 @@ class ConceptRemainsWarning(UserWarning):
 
     Examples:
         >>> warnings.simplefilter("error", ConceptRemainsWarning)  # an error before there is an image
+        >>> issubclass(ConceptRemainsWarning, UserWarning)
+        True
     """

@@ -67,7 +67,10 @@ def test_one_refuses_while_another_erases(sd: Any) -> None:
     with pytest.raises(ConceptRefusedError, match="Dogs"), attach(sd, [cats, dogs], action=["erase", "refuse"]):
         pipelines.run(sd, 0)
     for wrong in ("delete", ["erase"], ["erase", "hide"]):
-        with pytest.raises(SettingsError, match="erase, detect, refuse"), attach(sd, [cats, dogs], action=wrong):
+        with (
+            pytest.raises(SettingsError, match="erase_or_refuse, detect, refuse"),
+            attach(sd, [cats, dogs], action=wrong),
+        ):
             pass
 
 
@@ -75,7 +78,7 @@ def test_loaded_to_refuse_and_to_detect(sd: Any) -> None:
     base = pipelines.run(sd, 0)
     load_eraser(sd, make_eraser(), "cats", action="detect")
     assert torch.equal(pipelines.run(sd, 0), base)
-    with pytest.raises(SettingsError, match="erase, detect, refuse"):
+    with pytest.raises(SettingsError, match="erase_or_refuse, detect, refuse"):
         load_eraser(sd, make_eraser(seed=9), "other", action="hide")
     load_eraser(sd, make_eraser(seed=40), "dogs", action="refuse")
     with pytest.raises(ConceptRefusedError, match="dogs"):

@@ -16,7 +16,7 @@ from neuraleraser.eraser import Eraser, EraserHeader, attach
 from neuraleraser.eraser.batched import BatchedGates
 from neuraleraser.eraser.corrections import BatchedLowRank, LowRank
 from neuraleraser.eraser.corrections.correction import sites_of
-from neuraleraser.eraser.runtime import SiteEdit
+from neuraleraser.eraser.site_edit import SiteEdit
 from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import Site
 

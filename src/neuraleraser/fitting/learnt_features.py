@@ -78,6 +78,7 @@ def learn_features(
         scaled = hidden / spread[:, None]
         return scaled.flatten(1), offset - (scaled * mean[:, None]).sum((1, 2))
 
+    batch = min(batch, len(x))
     steps = epochs * (len(x) // batch)
     with torch.enable_grad():
         for step in range(steps):

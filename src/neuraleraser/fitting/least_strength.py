@@ -45,7 +45,8 @@ def least_strength(pipe: Any, eraser: Eraser, shows: Pictures, sampling: Samplin
     images = first.images[known.numpy()]
     if not len(images):
         return None
-    start, seeds = image_to_image(pipe), list(first.seeds)[: len(images)]
+    start = image_to_image(pipe)
+    seeds = [seed for seed, is_known in zip(first.seeds, known.tolist(), strict=True) if is_known]
     start.set_progress_bar_config(disable=True)
     for strength in STRENGTHS:
         with attach(start, eraser):
