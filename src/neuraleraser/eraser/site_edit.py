@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from neuraleraser.eraser.batched import BatchedGates
-from neuraleraser.eraser.plan import SitePlan
+from neuraleraser.eraser.part import Part
+from neuraleraser.eraser.plan import Plan, SitePlan
 from neuraleraser.eraser.trace import Opening
+from neuraleraser.eraser.traces import Traces
 from neuraleraser.errors import EraserNotAppliedError, SiteError
 from neuraleraser.sites import Change, EditContext, Rows, Site, match_rows
-
-if TYPE_CHECKING:
-    from neuraleraser.eraser.runtime import ErasureRuntime
 
 
 @dataclass
@@ -35,10 +34,27 @@ class ErasureForward:
     openings: list[Opening] = field(default_factory=list)
 
 
+class EditOwner(Protocol):
+    """Owner of the edits of all sites: `ErasureRuntime`."""
+
+    plan: Plan
+    parts: list[Part]
+    traces: Traces
+    zero_strength: list[bool]
+
+    def move(self, device: torch.device) -> None:
+        """Follow the pipeline to another device."""
+        ...
+
+    def scaled_openings(self, erasers: Sequence[int], opening: Tensor, rows: Rows) -> Tensor:
+        """Return strength times opening [rows, erasers]."""
+        ...
+
+
 class SiteEdit:
     """The edit of one site: gates that look here, then corrections that act here."""
 
-    def __init__(self, runtime: ErasureRuntime, site: Site, plan: SitePlan) -> None:
+    def __init__(self, runtime: EditOwner, site: Site, plan: SitePlan) -> None:
         self.runtime, self.site, self.plan = runtime, site, plan
         self.width_checked = False
         self.mask: tuple[Rows, Tensor] | None = None
