@@ -54,7 +54,7 @@ def main(s: Settings) -> None:
     erasers = {name: fit(pipe, canvas_concept(name), sampling=Sampling(num_inference_steps=50)) for name in s.concepts}
     rows: list[dict[str, Any]] = []
     only_target = EvaluateSettings(
-        target_rounds=3, two_object_rounds=0, held_out_rounds=0, image_to_image_rounds=0, fragment_prompts=0
+        target_rounds=3, two_object_rounds=0, held_out_rounds=0, start_image_rounds=0, fragment_prompts=0
     )
     for name, eraser in erasers.items():
         cells, whole = VocabularyCells.of(VOCABULARY, only_target).target(name), 0.0

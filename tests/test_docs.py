@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import neuraleraser
-from neuraleraser.evaluation.columns import TABLES
+from neuraleraser.evaluation.columns import ROUTES, TABLES
 from neuraleraser.evaluation.measure import GROUP_FIGURES
 from neuraleraser.evaluation.metrics import METRICS
 from neuraleraser.families import FAMILIES
@@ -153,7 +153,7 @@ def test_every_public_name_is_listed_with_its_file() -> None:
 def test_every_figure_is_explained() -> None:
     page = (DOCS / "reference/measuring.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)
-    assert listed == [(c.name, c.head, c.meaning) for table in TABLES for c in table.columns]
+    assert listed == [(c.name, c.head, c.meaning) for table in (*TABLES, ROUTES) for c in table.columns]
     grouped = [f"{name}_{suffix}" for suffix, (_, figures) in GROUP_FIGURES.items() for name in figures]
     assert [figure for figure in (*METRICS, *grouped) if f"| `{figure}` |" not in page] == []
 

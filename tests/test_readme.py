@@ -88,7 +88,7 @@ def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # Whole, `evaluate` draws some 2,000 pictures, which is most of an hour.
-    rounds = ("two-object-rounds", "held-out-rounds", "image-to-image-rounds", "fragment-prompts", "idle-checks")
+    rounds = ("two-object-rounds", "held-out-rounds", "start-image-rounds", "fragment-prompts", "idle-checks")
     few = [word for name in (*rounds, "held-out-grid-rounds", "unhooked-checks") for word in (f"--{name}", "0")]
     few += "--grid-rounds 1 --target-rounds 1 --timings 1 --styles Van_Gogh Cartoon --objects Cats Dogs".split()
     for words in commands():

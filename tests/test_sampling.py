@@ -12,13 +12,14 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 
 from helpers import pipelines
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.families.opening import image_to_image
+from neuraleraser.families.opening import image_to_image, inpainting
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 
 # numpy 2 says so of torch tensors, from inside diffusers' Euler schedulers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
+START = np.zeros((2, 16, 16, 3), np.uint8)
 PROMPTS, SEEDS = ["a", "b c", "d", "e", "f g h"], [3, 1, 4, 1, 5]
 
 
@@ -65,6 +66,26 @@ def test_across_batch_shapes_images_agree_closely(drawn: Any) -> None:
         Sampling(num_inference_steps=3, batch_size=64, pad_last_batch=False),
     ):
         assert np.abs(drawn(PROMPTS, SEEDS, s).astype(int) - one).max() <= 1
+
+
+def test_inpainting_draws_what_the_mask_shows_and_keeps_the_rest(pipe: Any) -> None:
+    """The final latents of another prompt and seed differ within the mask alone."""
+    latents: list[torch.Tensor] = []
+
+    def keep(_: Any, step: int, time: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        latents.append(state["latents"])
+        return {}
+
+    start = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    mask = np.zeros((2, 16, 16), dtype=bool)
+    mask[0, :, :8] = mask[1, :, 8:] = True
+    s = Sampling(num_inference_steps=2, batch_size=2, strength=1.0)
+    for prompts, seeds in ((["a", "b c"], [1, 2]), (["f", "g h"], [1, 2])):
+        generate(inpainting(pipe), prompts, seeds, s, image=start, mask_image=mask, callback_on_step_end=keep)
+    same = (latents[1] == latents[3]).all(1)  # [2, height, width]
+    middle = same.shape[-1] // 2
+    assert not same[0, :, :middle].any() and same[0, :, middle:].all()
+    assert same[1, :, :middle].all() and not same[1, :, middle:].any()
 
 
 def test_global_random_state_is_left_alone(pipe: Any) -> None:
@@ -134,6 +155,9 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
     [
         ({"seeds": [1]}, "2 prompts, 1 seeds"),
         ({"image": np.zeros((3, 16, 16, 3), np.uint8)}, "3 start images"),
+        ({"mask_image": np.zeros((2, 16, 16), bool)}, "masks and no start images"),
+        ({"image": START, "mask_image": np.zeros((1, 16, 16), bool)}, "2 start images, 1 masks"),
+        ({"image": START, "sampling": Sampling(strength=0.3, num_inference_steps=3)}, "less than one step"),
         ({"seeds": [1, -1]}, "seed is -1"),
         ({"seeds": [1, 2**63]}, "seed is 9223372036854775808"),
         ({"seeds": [1, 1.5]}, "seed is 1.5"),

@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.evaluation.method import Method as Method
     from neuraleraser.evaluation.protocol import Cell as Cell
     from neuraleraser.evaluation.protocol import EvaluationProtocol as EvaluationProtocol
+    from neuraleraser.evaluation.protocol import StartImage as StartImage
     from neuraleraser.evaluation.report import Report as Report
     from neuraleraser.evaluation.report_files import write_report as write_report
     from neuraleraser.families import Family as Family
@@ -134,6 +135,7 @@ _HOME: dict[str, str] = {
     "Site": "site",
     "SiteError": "errors",
     "SplitError": "errors",
+    "StartImage": "evaluation.protocol",
     "StreamSettings": "settings",
     "StringFilter": "methods",
     "Trace": "eraser",
@@ -221,6 +223,7 @@ __all__ = [
     "Site",
     "SiteError",
     "SplitError",
+    "StartImage",
     "StreamSettings",
     "StringFilter",
     "Trace",

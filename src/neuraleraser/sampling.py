@@ -32,6 +32,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     image: Images | None = None,
+    mask_image: NDArray[np.bool_] | None = None,
     on_batch_start: Callable[[int, int], None] | None = None,
     on_batch_end: Callable[[range, Images], None] | None = None,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
@@ -43,7 +44,8 @@ def generate(
         prompts: One prompt per image.
         seeds: One seed per image.
         sampling: Steps, guidance, size and batch size; None: as `default_sampling` says.
-        image: Start images of an image-to-image pipeline, uint8 [N, H, W, 3].
+        image: Start images of an image-to-image or inpainting pipeline, uint8 [N, H, W, 3].
+        mask_image: For inpainting: True where the start image is drawn anew, bool [N, H, W].
         on_batch_start: Called as `on_batch_start(first, real)` before each batch, with the index of its first image
             and the number of its images that are not padding.
         on_batch_end: Called as `on_batch_end(indices, images)` with each finished batch.
@@ -53,8 +55,8 @@ def generate(
         The images, uint8 [N, H, W, 3].
 
     Raises:
-        SettingsError: The lengths differ, a seed is out of range, a prompt is no text, or the pipeline itself refuses
-            (more steps than its schedule has, a size that it cannot generate).
+        SettingsError: The lengths differ, a seed is out of range, a prompt is no text, the strength leaves no step to
+            go, or the pipeline itself refuses (more steps than its schedule has, a size that it cannot generate).
         DataError: An image has NaN or infinity.
 
     Examples:
@@ -62,12 +64,14 @@ def generate(
         (2, 64, 64, 3)
     """
     s = sampling or default_sampling(pipe)
-    if len(prompts) != len(seeds) or (image is not None and len(image) != len(prompts)):
-        raise SettingsError(
-            f"{len(prompts)} prompts, {len(seeds)} seeds"
-            + (f", {len(image)} start images" if image is not None else "")
-            + ": pass as many of each"
-        )
+    counts = {"prompts": prompts, "seeds": seeds, "start images": image, "masks": mask_image}
+    given = {name: len(some) for name, some in counts.items() if some is not None}
+    if len(set(given.values())) > 1:
+        raise SettingsError(f"{', '.join(f'{n} {name}' for name, n in given.items())}: pass as many of each")
+    if mask_image is not None and image is None:
+        raise SettingsError("there are masks and no start images: pass `image`, too")
+    if image is not None:
+        check_strength(s)
     for seed in seeds:
         check_seed(seed)
     for prompt in prompts:
@@ -93,6 +97,8 @@ def generate(
             on_batch_start(start, real)
         if image is not None:
             extra["image"] = torch.from_numpy(image[index]).permute(0, 3, 1, 2).float().div(255)
+        if mask_image is not None:
+            extra["mask_image"] = torch.from_numpy(mask_image[index])[:, None].float()
         try:
             with torch.no_grad(), generating_batch(Batch(series, start, real, size)):
                 result = pipe(
@@ -117,6 +123,15 @@ def generate(
         if on_batch_end:
             on_batch_end(range(start, start + real), images)
     return np.concatenate(out) if out else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+def check_strength(sampling: Sampling) -> None:
+    """Raise SettingsError where the strength leaves no step to go from a start image."""
+    s = sampling
+    if s.num_inference_steps * s.strength < 1:
+        raise SettingsError(
+            f"strength {s.strength:g} of {s.num_inference_steps} steps is less than one step: pass more of either"
+        )
 
 
 _ARGUMENT_CHECKS = {"check_inputs", "set_timesteps", "retrieve_timesteps", "prepare_latents"}

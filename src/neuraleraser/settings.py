@@ -11,9 +11,9 @@ from neuraleraser.errors import SettingsError
 
 SELECTION_SEEDS = range(0, 1000)
 """Seeds that erasers are made and defaults are chosen with."""
-TEST_SEEDS = range(10_000, 110_000)
+TEST_SEEDS = range(10_000, 200_000)
 """Seeds that erasers are tested with, and never made (docs/explanation/laws.md, law 12)."""
-SEALED_SEEDS = range(300_000, 400_000)
+SEALED_SEEDS = range(300_000, 490_000)
 """Seeds that `evaluate --sealed` alone draws with."""
 STREAM_SEEDS = range(2**31, 2**32)
 """Seeds that endless streams of images for training are generated with. Torch's generator on the CPU knows a seed by
@@ -280,8 +280,9 @@ class EvaluateSettings:
     """Rounds of prompts that name an erased object beside each other one."""
     held_out_rounds: int = 3
     """Rounds of the erased concept in phrasings that no eraser is made with."""
-    image_to_image_rounds: int = 2
-    """Rounds that start from a render of what the prompt says."""
+    start_image_rounds: int = 3
+    """Rounds that start from a render of the concept, at one of three strengths by turns: with a prompt that names it,
+    one that does not, and none, and every third with half of the picture drawn anew. Three bring every strength."""
     fragment_prompts: int = 80
     """Prompts of one or two words of the concept's phrasings, never a whole one; at most as many as there are."""
     held_out_grid_rounds: int = 1
@@ -305,7 +306,7 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         for name in ("grid_rounds", "timings", "timed_images"):
             check_whole(name, getattr(self, name), 1, 1000)
-        rounds = ("target_rounds", "two_object_rounds", "held_out_rounds", "image_to_image_rounds")
+        rounds = ("target_rounds", "two_object_rounds", "held_out_rounds", "start_image_rounds")
         for name in (*rounds, "fragment_prompts", "held_out_grid_rounds", "unhooked_checks", "idle_checks"):
             check_whole(name, getattr(self, name), 0, 10_000)
         if self.sampling is not None and not self.sampling.pad_last_batch:
@@ -337,7 +338,7 @@ class DemoSettings:
             target_rounds=2,
             two_object_rounds=2,
             held_out_rounds=1,
-            image_to_image_rounds=0,
+            start_image_rounds=0,
             fragment_prompts=20,
             held_out_grid_rounds=0,
             idle_checks=0,

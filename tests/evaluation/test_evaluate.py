@@ -197,7 +197,7 @@ def test_a_watcher_that_changes_the_base_is_found_out(pipe: Any, tmp_path: Path)
 
 
 def test_image_to_image_starts_from_the_render(pipe: Any, tmp_path: Path):
-    s = replace(S, image_to_image_rounds=1, fragment_prompts=0, held_out_grid_rounds=0)
+    s = replace(S, start_image_rounds=1, fragment_prompts=0, held_out_grid_rounds=0)
     report = evaluate(pipe, [Painter()], s, tmp_path, judge=StampJudge())
     assert report.erasures[0].figures["ua_image_to_image"].value == 1  # type: ignore[union-attr]
     cells = [c for c in canvas_protocol(["Van_Gogh"], s).cells["Van_Gogh"] if c.group == IMAGE_TO_IMAGE]

@@ -8,18 +8,26 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.canvas_cells import base_cells, canvas_protocol, fragment_cells, notes_on, target_cells
+from helpers.canvas_cells import base_cells, canvas_cells, canvas_protocol, fragment_cells, notes_on, target_cells
 from helpers.erasers import open_eraser
 from neuraleraser.canvas import words
 from neuraleraser.concepts import canvas_concept
+from neuraleraser.diagnosis import FIRST_SEED
 from neuraleraser.eraser import Provenance
 from neuraleraser.errors import ConceptError, SplitError
 from neuraleraser.evaluation.protocol import (
+    CEILING,
+    EMPTY,
     FRAGMENTS,
     GRID,
+    HALF,
+    HALF_CEILING,
     HELD_OUT,
     HELD_OUT_GRID,
     IMAGE_TO_IMAGE,
+    MAIN_GROUPS,
+    NEUTRAL,
+    STRENGTHS,
     TARGET,
     TWO_OBJECTS,
 )
@@ -95,13 +103,83 @@ def test_no_prompt_that_tests_an_eraser_makes_one(name: str):
 
 
 def test_a_style_s_own_cells():
-    s = replace(FULL, target_rounds=2, held_out_rounds=1, image_to_image_rounds=1, fragment_prompts=7)
+    s = replace(FULL, target_rounds=2, held_out_rounds=1, start_image_rounds=1, fragment_prompts=7)
     cells = target_cells("Van_Gogh", s)
-    assert Counter(c.group for c in cells) == {TARGET: 28, HELD_OUT: 14, IMAGE_TO_IMAGE: 14, FRAGMENTS: 7}
-    assert all(c.style == "Van_Gogh" for c in cells if c.group != FRAGMENTS)
-    assert {c.group: c.route for c in cells} == {
-        TARGET: "named", HELD_OUT: "paraphrased", IMAGE_TO_IMAGE: "start image", FRAGMENTS: "fragments",
+    assert Counter(c.group for c in cells) == {
+        TARGET: 28, HELD_OUT: 14, IMAGE_TO_IMAGE: 14, NEUTRAL: 14, EMPTY: 14, HALF: 5, FRAGMENTS: 7,
     }  # fmt: skip
+    named = (TARGET, HELD_OUT, IMAGE_TO_IMAGE)
+    assert all((c.style == "Van_Gogh") == (c.group in named) for c in cells)
+    assert {c.group: c.route for c in cells} == {
+        TARGET: "named", HELD_OUT: "paraphrased", IMAGE_TO_IMAGE: "start image", NEUTRAL: "start image",
+        EMPTY: "start image", HALF: "inpainting", FRAGMENTS: "fragments",
+    }  # fmt: skip
+
+
+CEILINGS = (CEILING, HALF_CEILING)
+
+
+def started_cells(name: str) -> list:
+    """Cells that start from pictures, and their ceilings."""
+    s = replace(FULL, start_image_rounds=3)
+    return [c for c in (*target_cells(name, s), *canvas_cells(s).ceilings(name)) if c.start]
+
+
+@pytest.mark.parametrize(("name", "count"), [("Van_Gogh", 14), ("Cats", 19)])
+def test_every_group_starts_from_the_same_pictures_of_the_concept(name: str, count: int):
+    cells = started_cells(name)
+    starts = {group: [c.start for c in cells if c.group == group] for group in {c.group for c in cells}}
+    assert set(starts) == {IMAGE_TO_IMAGE, NEUTRAL, EMPTY, HALF, *CEILINGS} and not set(starts) & set(MAIN_GROUPS)
+    assert starts[IMAGE_TO_IMAGE] == starts[NEUTRAL] == starts[EMPTY] == starts[CEILING]
+    assert starts[HALF] == starts[HALF_CEILING]
+    assert Counter(s.strength for s in starts[NEUTRAL]) == dict.fromkeys(STRENGTHS, count)
+    pictures = {(s.shows, s.strength) for s in starts[NEUTRAL]}
+    assert len(pictures) == 3 * count and all(name in shown for shown, _ in pictures)
+    assert {s.strength for s in starts[HALF]} == {1.0} and len(starts[HALF]) == count
+    assert abs(sum(1 if s.half == "left" else -1 for s in starts[HALF])) <= 4
+    assert {s.seed for s in starts[HALF]} <= {s.seed for s in starts[NEUTRAL]}
+
+
+@pytest.mark.parametrize("name", ["Van_Gogh", "Cats"])
+def test_only_one_prompt_over_a_start_image_names_the_concept(name: str):
+    filters = string_filters(words.VOCABULARY, name)
+    for c in started_cells(name):
+        asks = c.group == IMAGE_TO_IMAGE
+        assert c.asks_for(name) == asks == any(f(c.prompt) != c.prompt for f in filters), c
+        assert (c.prompt == "") == (c.group == EMPTY) == (not c.style and not c.objects)
+
+
+def test_prompts_over_start_images():
+    def prompts(name: str, group: str) -> set[str]:
+        return {c.prompt for c in started_cells(name) if c.group == group}
+
+    assert "a picture of a cat" in prompts("Van_Gogh", NEUTRAL) and prompts("Van_Gogh", HALF) <= prompts(
+        "Van_Gogh", NEUTRAL
+    )
+    assert "a cat as a plain picture" in prompts("Van_Gogh", CEILING) and len(prompts("Van_Gogh", CEILING)) == 14
+    assert {"an empty scene as a mosaic", "a picture of an empty scene"} <= prompts("Cats", NEUTRAL)
+    assert {"an empty scene in mosaic style", "an empty scene"} <= prompts("Cats", CEILING)
+
+
+def test_ceilings_are_of_the_base_alone():
+    protocol = canvas_protocol(["Van_Gogh", "Cats"], FULL)
+    assert not any(c.group in CEILINGS for cells in protocol.cells.values() for c in cells)
+    assert sum(c.group == CEILING for c in protocol.base_only) == 3 * (14 + 19)
+
+
+def test_by_default_start_images_add_about_a_fifth():
+    for name in ("Van_Gogh", "Cats"):
+        with_pictures, without = (
+            len(canvas_protocol([name], EvaluateSettings(start_image_rounds=n)).all_cells()) for n in (3, 0)
+        )
+        assert EvaluateSettings().start_image_rounds == 3 and with_pictures < 1.21 * without
+
+
+def test_doctor_draws_with_seeds_of_no_cell():
+    rounds = {name: 15 for name in ("start_image_rounds", "held_out_rounds", "target_rounds")}
+    cells = canvas_protocol(CONCEPTS, replace(FULL, **rounds)).all_cells()
+    assert not {c.seed for c in cells} & {*range(FIRST_SEED, FIRST_SEED + 1000)}
+    assert len({c.seed for c in cells}) == len(cells)
 
 
 def test_an_object_s_own_cells_have_it_beside_every_other_in_both_orders():

@@ -23,7 +23,7 @@ from neuraleraser.errors import FileError, SettingsError, SiteError
 from neuraleraser.families import FAMILIES, opening
 from neuraleraser.families.canvas import CANVAS
 from neuraleraser.families.defaults import default_sampling, model_name, recommended_sites, sampling_for_eraser
-from neuraleraser.families.opening import image_to_image, open_pipeline
+from neuraleraser.families.opening import image_to_image, inpainting, open_pipeline
 from neuraleraser.families.sdxl import SDXL
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
@@ -113,9 +113,17 @@ def test_image_to_image_shares_the_modules():
     assert images.shape == (1, 16, 16, 3)
 
 
-def test_no_image_to_image_form():
-    with pytest.raises(SettingsError, match="no image-to-image form"):
-        image_to_image(SimpleNamespace(config={}))
+def test_inpainting_shares_the_modules():
+    pipe = stable_diffusion()
+    other = inpainting(pipe)
+    assert type(other).__name__ == "StableDiffusionInpaintPipeline"
+    assert other.unet is pipe.unet and other.vae is pipe.vae
+
+
+@pytest.mark.parametrize(("form", "name"), [(image_to_image, "image-to-image"), (inpainting, "inpainting")])
+def test_no_such_form(form: Any, name: str):
+    with pytest.raises(SettingsError, match=f"no {name} form"):
+        form(SimpleNamespace(config={}))
 
 
 def test_presets_name_only_sites_that_exist():

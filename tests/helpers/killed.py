@@ -86,8 +86,8 @@ class Judge:
 def evaluate(folder: Path, tick: Callable[[], None]) -> None:
     """Two methods, some sixty batches."""
     s = EvaluateSettings(
-        grid_rounds=4, target_rounds=4, image_to_image_rounds=1, held_out_grid_rounds=0, fragment_prompts=4,
-        unhooked_checks=4, idle_checks=3, sampling=Sampling(num_inference_steps=2, batch_size=1), styles=Judge.styles,
+        grid_rounds=4, target_rounds=4, start_image_rounds=1, held_out_grid_rounds=0, fragment_prompts=4,
+        unhooked_checks=4, idle_checks=3, sampling=Sampling(num_inference_steps=4, batch_size=1), styles=Judge.styles,
         objects=Judge.objects,
     )  # fmt: skip
     methods = [StringFilter("Van_Gogh", "style", {"as a Van Gogh painting": ""}), DoNothing("Van_Gogh", "style")]

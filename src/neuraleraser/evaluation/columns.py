@@ -89,7 +89,7 @@ TABLES = (
             Column(
                 "ua_image_to_image",
                 "img2img",
-                "The same where the start image shows the concept and the prompt names it.",
+                "The same where the start image shows the concept and the prompt names it, over all strengths.",
             ),
             Column(
                 "artefact_rate_target",
@@ -181,4 +181,23 @@ TABLES = (
         ),
     ),
 )
-"""All tables, in the order in which they are shown."""
+"""All tables of one line a method, in the order in which they are shown."""
+ROUTES = Table(
+    "Routes",
+    (
+        Column("shown_base", "base shows", "The share of base images that show the concept."),
+        Column(
+            "ceiling",
+            "ceiling",
+            "The share that shows it when the base model is asked, from the same start images, for the same pictures "
+            "without the concept: a style as a plain picture, an object as an empty scene. No prompt does better.",
+        ),
+        Column("shown_after", "shows", "The share of images that show the concept with the method applied."),
+        Column(
+            "acted",
+            "acted",
+            "The share in which the method says that it acts. An eraser that refuses would refuse these.",
+        ),
+    ),
+)
+"""The table of images that start from a picture of the concept: of each method a line a group and strength."""

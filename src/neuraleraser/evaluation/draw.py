@@ -15,22 +15,24 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from neuraleraser.errors import SettingsError, UnseenRouteWarning
 from neuraleraser.evaluation.method import ActionTrace, Method
-from neuraleraser.evaluation.protocol import START_IMAGE, Cell, EvaluationProtocol
+from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol, StartImage
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.families.defaults import evaluation_sampling
-from neuraleraser.families.opening import image_to_image
+from neuraleraser.families.opening import image_to_image, inpainting
 from neuraleraser.judges import Judge
-from neuraleraser.sampling import Images, generate
+from neuraleraser.sampling import Images, check_strength, generate
 from neuraleraser.settings import EvaluateSettings, Sampling
+from neuraleraser.sites.routes import INPAINTING
 
 
 def draw(
@@ -71,9 +73,13 @@ class _Batch:
     """of an image"""
 
 
+_Call = tuple[str, float] | None
+"""How a cell is drawn: the route and strength of its start image; None: from noise."""
+
+
 @dataclass(frozen=True)
 class _Artist:
-    """Draws cells in batches, those with a start image by the image-to-image pipeline of the same modules."""
+    """Draws cells in batches, those with a start image by another pipeline of the same modules."""
 
     pipe: Any
     protocol: EvaluationProtocol
@@ -88,35 +94,58 @@ class _Artist:
         total: int,
     ) -> Iterator[_Batch]:
         """Draw `cells` batch by batch, each inside all of `contexts`."""
-        plain = [c for c in cells if c.route != START_IMAGE]
-        started = [c for c in cells if c.route == START_IMAGE]
-        if started:
-            self._start(started[:1])  # an error now, if they cannot be made, and not after all the others are drawn
+        parts: dict[_Call, list[Cell]] = {}
+        for cell in sorted(cells, key=lambda c: c.start is not None):
+            parts.setdefault(self._call(cell), []).append(cell)
+        # An error now, if one cannot be made, and not after all the others are drawn.
+        pipes = {call: self._pipe(call, part[0]) for call, part in parts.items()}
         with tqdm(total=total, initial=total - len(cells), desc=label, unit="img") as bar:
-            for part, with_start in ((plain, False), (started, True)):
-                using = image_to_image(self.pipe) if with_start and part else self.pipe
+            for call, part in parts.items():
                 for first in range(0, len(part), self.sampling.batch_size):
                     batch = part[first : first + self.sampling.batch_size]
-                    yield self._draw(using, batch, contexts, self._start(batch) if with_start else None)
+                    yield self._draw(pipes[call], call, batch, contexts)
                     bar.update(len(batch))
 
-    def _draw(self, using: Any, cells: Sequence[Cell], contexts: Sequence[Any], image: Images | None) -> _Batch:
-        """Generate the images of some cells inside these contexts."""
+    def _call(self, cell: Cell) -> _Call:
+        """Return how the cell is drawn."""
+        if cell.start is None:
+            return None
+        given = cell.start.strength
+        return cell.route, self.sampling.strength if given is None else given
+
+    def _pipe(self, call: _Call, cell: Cell) -> Any:
+        """Return the pipeline that draws the cells of a call, of which this is one."""
+        if call is None:
+            return self.pipe
+        check_strength(replace(self.sampling, strength=call[1]))
+        self._pictures([cell])
+        return inpainting(self.pipe) if call[0] == INPAINTING else image_to_image(self.pipe)
+
+    def _draw(self, using: Any, call: _Call, cells: Sequence[Cell], contexts: Sequence[Any]) -> _Batch:
+        """Generate the images of some cells, all of one call, inside these contexts."""
+        sampling, more = self.sampling, {}
+        if call is not None:
+            sampling, more["image"] = replace(sampling, strength=call[1]), self._pictures(cells)
+            if call[0] == INPAINTING:
+                more["mask_image"] = _masks(_starts(cells), more["image"].shape[1])
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UnseenRouteWarning)  # measured here on purpose
             traces: list[ActionTrace | None] = [stack.enter_context(context(using)) for context in contexts]
             clock = time.monotonic()
-            images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], self.sampling, image=image)
+            images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], sampling, **more)
             seconds = (time.monotonic() - clock) / len(cells)
             acted = [None if trace is None else frozenset(trace.fired) for trace in traces]
         return _Batch(cells, images, acted, seconds)
 
-    def _start(self, cells: Sequence[Cell]) -> Images:
+    def _pictures(self, cells: Sequence[Cell]) -> Images:
+        """Return the pictures that these cells start from."""
         if self.protocol.start_images is None:
-            raise SettingsError("cells of the route 'start image' need start_images: give the protocol that function")
+            raise SettingsError(
+                f"cells of the route {cells[0].route!r} need start_images: give the protocol that function"
+            )
         size = int(self.pipe.unet.config["sample_size"]) * int(self.pipe.vae_scale_factor)
-        return self.protocol.start_images(cells, size)
+        return self.protocol.start_images(_starts(cells), size)
 
     def rows(self, batch: _Batch, **columns: Sequence[Any]) -> list[Row]:
         """Judge a batch; `columns` hold one value an image."""
@@ -132,6 +161,8 @@ class _Artist:
                 p_style=np.asarray(seen.p_style[i], np.float32),
                 p_object=np.asarray(seen.p_object[i], np.float32),
                 artefact=None if seen.artefact is None else float(seen.artefact[i]),
+                start=() if c.start is None else c.start.shows,
+                strength=0.0 if (call := self._call(c)) is None else call[1],
                 seconds=batch.seconds,
                 **{name: values[i] for name, values in columns.items()},
             )
@@ -171,9 +202,10 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
     needed = [c for c in cells if c.key not in idle_keys]
     # The last batch would be padded anyway: it is filled up with images that the method says it leaves alone.
     size = artist.sampling.batch_size
-    plain = [c for c in idle if c.route != START_IMAGE]
-    filled = -(-(sum(c.route != START_IMAGE for c in needed) + checks) // size) * size
-    needed += _sample_cells(plain, filled - sum(c.route != START_IMAGE for c in needed), name)
+    plain = [c for c in idle if c.start is None]
+    there = sum(c.start is None for c in needed)
+    filled = -(-(there + checks) // size) * size
+    needed += _sample_cells(plain, filled - there, name)
     done = run.done(m.name, m.concept)
     todo = [c for c in needed if c.key not in done]
     for batch in artist.batches(todo, [m.applied], f"{m.name}, {m.concept}", len(needed)):
@@ -202,6 +234,16 @@ def _copy_idle(m: Method, cells: Sequence[Cell], run: RunFolder) -> None:
 def _equal_to_base(batch: _Batch, run: RunFolder) -> list[bool]:
     """Tell for each image of the batch whether it has the bits of the base image."""
     return [np.array_equal(x, run.image(BASE, "", c)) for c, x in zip(batch.cells, batch.images, strict=True)]
+
+
+def _starts(cells: Sequence[Cell]) -> list[StartImage]:
+    return [c.start for c in cells if c.start is not None]
+
+
+def _masks(starts: Sequence[StartImage], size: int) -> NDArray[np.bool_]:
+    """Return masks of the halves that are drawn anew: bool [N, size, size]."""
+    left = np.broadcast_to(np.arange(size) < size // 2, (size, size))
+    return np.stack([left if start.half == "left" else ~left for start in starts])
 
 
 def _identity_of(m: Method) -> str:

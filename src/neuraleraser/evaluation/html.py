@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from neuraleraser.evaluation.columns import TABLES
+from neuraleraser.evaluation.columns import ROUTES, TABLES
 from neuraleraser.evaluation.figures import DIFFERENCE_GAIN, difference, png
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import Number, Report, value_of
@@ -60,6 +60,7 @@ def page(report: Report) -> str:
         intro=report.intro or INTRO,
         style=read("page.css"),
         tables=[(title, columns, rows) for title, columns, rows in tables if columns],
+        routes=ROUTES if any(entry.route_figures for entry in report.erasures) else None,
         concepts=concepts,
         tiles=_tiles(report),
         data=_data_url,

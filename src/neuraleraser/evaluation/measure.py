@@ -14,6 +14,7 @@ from neuraleraser.evaluation.metrics import PairedResults, estimate_or_none, pai
 from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
 from neuraleraser.evaluation.protocol import FRAGMENTS, GRID, HELD_OUT, HELD_OUT_GRID, IMAGE_TO_IMAGE, MAIN_GROUPS
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results
+from neuraleraser.evaluation.route_metrics import RouteFigures, route_figures
 
 GROUP_FIGURES: Mapping[str, tuple[str, Mapping[str, Callable[..., Estimate]]]] = {
     "held_out": (HELD_OUT, {"ua": metrics.ua, "kept_still": metrics.kept_still}),
@@ -40,6 +41,7 @@ class ErasureFigures:
     kind: str
     figures: Mapping[str, Estimate | None]
     became: Sequence[tuple[str, Estimate]]
+    route_figures: Sequence[RouteFigures] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def measure(results: Results) -> Figures:
     pairs = [pair_with_base(results, method, concept) for method, concept in places]
     return Figures(
         base_figures(results),
-        [_erasure_figures(t) for t in pairs],
+        [_erasure_figures(t, results) for t in pairs],
         [f for t in pairs for f in _acted_unsaid(t)] + _unhooked_findings(results),
     )
 
@@ -86,8 +88,8 @@ def base_figures(results: Results) -> dict[str, Estimate | None]:
     return figures
 
 
-def _erasure_figures(t: PairedResults) -> ErasureFigures:
-    """Return all figures of one erasure: of the main groups, of each other group, and the official ones."""
+def _erasure_figures(t: PairedResults, results: Results) -> ErasureFigures:
+    """Return all figures of one erasure: of the main groups, of each other group, the official ones, and of routes."""
     main = _rows_of_groups(t, *MAIN_GROUPS)
     figures = metrics.erasure_metrics(main)
     figures["idle_identical"] = estimate_or_none(metrics.idle_identical, t)  # of all groups
@@ -101,7 +103,7 @@ def _erasure_figures(t: PairedResults) -> ErasureFigures:
         became = metrics.became(main)
     except DataError:  # the base shows the concept nowhere
         became = []
-    return ErasureFigures(t.method, t.concept, t.kind, figures, became)
+    return ErasureFigures(t.method, t.concept, t.kind, figures, became, route_figures(results, t))
 
 
 def _acted_unsaid(t: PairedResults) -> list[Finding]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from neuraleraser.errors import ConceptError, SettingsError, SplitError
 from neuraleraser.families import Render
 from neuraleraser.settings import SEALED_SEEDS, TEST_SEEDS, EvaluateSettings
-from neuraleraser.sites.routes import NAMED, PARAPHRASED, START_IMAGE
+from neuraleraser.sites.routes import IMAGE_ROUTES, INPAINTING, NAMED, PARAPHRASED, START_IMAGE
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
 
@@ -29,18 +30,68 @@ HELD_OUT = "held-out phrasing"
 IMAGE_TO_IMAGE = "image-to-image"
 HELD_OUT_GRID = "held-out grid"
 FRAGMENTS = "fragments"
+NEUTRAL = "image-to-image, neutral"
+EMPTY = "image-to-image, empty"
+HALF = "inpainting, neutral"
+CEILING = "image-to-image, ceiling"
+HALF_CEILING = "inpainting, ceiling"
 
-GROUPS = (GRID, TARGET, TWO_OBJECTS, HELD_OUT, IMAGE_TO_IMAGE, HELD_OUT_GRID, FRAGMENTS)
-"""Groups of cells, each with a block of seeds of its own; an image-to-image cell starts from a render of its own style
-and objects."""
+GROUPS = (
+    *(GRID, TARGET, TWO_OBJECTS, HELD_OUT, IMAGE_TO_IMAGE, HELD_OUT_GRID, FRAGMENTS),
+    *(NEUTRAL, EMPTY, HALF, CEILING, HALF_CEILING),
+)
+"""Groups of cells, each with a block of seeds of its own.
+
+Four start from a picture of the concept: with a prompt that names it (`IMAGE_TO_IMAGE`), with one that does not, with
+none, and with half of the picture drawn anew. Their ceilings are of the base alone, which is asked for the same picture
+without the concept.
+"""
 MAIN_GROUPS = (GRID, TARGET, TWO_OBJECTS)
 """The groups that the metrics of a concept are computed on; the others have figures of their own."""
 
-ROUTE_OF_GROUP = {HELD_OUT: PARAPHRASED, HELD_OUT_GRID: PARAPHRASED, IMAGE_TO_IMAGE: START_IMAGE, FRAGMENTS: FRAGMENTS}
+ROUTE_OF_GROUP = {
+    **dict.fromkeys((HELD_OUT, HELD_OUT_GRID), PARAPHRASED),
+    **dict.fromkeys((IMAGE_TO_IMAGE, NEUTRAL, EMPTY, CEILING), START_IMAGE),
+    **dict.fromkeys((HALF, HALF_CEILING), INPAINTING),
+    FRAGMENTS: FRAGMENTS,
+}
 """Route by which the concept enters, of the groups in which it is not simply named."""
+CEILING_OF = {IMAGE_TO_IMAGE: CEILING, NEUTRAL: CEILING, EMPTY: CEILING, HALF: HALF_CEILING}
+"""Groups that start from a picture, each with the group of its ceiling."""
+STRENGTHS = (0.3, 0.5, 0.7)
+"""Strengths of image-to-image, which cells take by turns."""
 
-_BLOCK = 15_000  # seeds of a group; the last, of fragments, has 10,000
+_BLOCK = 15_000  # seeds of a group; fragments take fewer than 10,000, and doctor looks at the first of the others
 _FRAGMENT_ROUNDS, _FRAGMENTS = 2, 100  # companies of each fragment, and seeds of a concept in a round
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """The picture that an image starts from, and what is kept of it.
+
+    Attributes:
+        style: The style that it shows; "" if none.
+        objects: The objects that it shows.
+        seed: The seed that it is rendered with.
+        strength: How much of the way back to noise it is taken; None: as `Sampling` says.
+        half: The half of the picture that inpainting draws anew.
+
+    Examples:
+        >>> start = StartImage("Van_Gogh", ("Cats",), 10_000, strength=0.5)
+        >>> Cell("a picture of a cat", 10_000, "", ("Cats",), "image-to-image", start).asks_for("Van_Gogh")
+        False
+    """
+
+    style: str
+    objects: tuple[str, ...]
+    seed: int
+    strength: float | None = None
+    half: Literal["left", "right"] = "left"
+
+    @property
+    def shows(self) -> tuple[str, ...]:
+        """The names that it shows."""
+        return tuple(name for name in (self.style, *self.objects) if name)
 
 
 @dataclass(frozen=True)
@@ -60,6 +111,8 @@ class Cell:
     style: str
     objects: tuple[str, ...]
     group: str
+    start_image: StartImage | None = None
+    """What it starts from, on a route of pictures; None: a picture of what the prompt says."""
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -70,6 +123,13 @@ class Cell:
     def route(self) -> str:
         """Route by which the concept enters."""
         return ROUTE_OF_GROUP.get(self.group, NAMED)
+
+    @property
+    def start(self) -> StartImage | None:
+        """The picture that the image starts from; None where it starts from noise."""
+        if self.route not in IMAGE_ROUTES:
+            return None
+        return self.start_image or StartImage(self.style, self.objects, self.seed)
 
     def asks_for(self, concept: str) -> bool:
         """Tell whether the prompt asks for a style or an object.
@@ -91,8 +151,8 @@ class EvaluationProtocol:
         cells: Cells that each erased concept is measured on, by its name.
         base_only: Further cells, generated by the base model alone.
         vocabulary: Vocabulary that the prompts are made of, if it is known.
-        start_images: Called as `start_images(cells, size)`; returns the images, uint8 [N, size, size, 3], from which
-            cells of the route "start image" start.
+        start_images: Called as `start_images(starts, size)`; returns the pictures, uint8 [N, size, size, 3], from which
+            cells of the routes "start image" and "inpainting" start.
 
     Examples:
         >>> prompt = "a cat as a Van Gogh painting"
@@ -106,7 +166,7 @@ class EvaluationProtocol:
     cells: Mapping[str, Sequence[Cell]]
     base_only: Sequence[Cell] = ()
     vocabulary: Vocabulary | None = field(default=None, compare=False)
-    start_images: Callable[[Sequence[Cell], int], NDArray[np.uint8]] | None = field(default=None, compare=False)
+    start_images: Callable[[Sequence[StartImage], int], NDArray[np.uint8]] | None = field(default=None, compare=False)
 
     def all_cells(self) -> list[Cell]:
         """Return every cell once, in a fixed order."""
@@ -131,11 +191,12 @@ def vocabulary_protocol(
     start_images = None if render is None else partial(_renders, render)
     grid = cells.grid(settings.grid_rounds)
     by_concept = {name: [*grid, *cells.target(name)] for name in concepts}
-    return EvaluationProtocol(by_concept, cells.held_out_grid(), vocabulary, start_images)
+    base_only = cells.held_out_grid() + [cell for name in concepts for cell in cells.ceilings(name)]
+    return EvaluationProtocol(by_concept, base_only, vocabulary, start_images)
 
 
-def _renders(render: Render, cells: Sequence[Cell], size: int) -> NDArray[np.uint8]:
-    return np.stack([render(c.objects, c.style, c.seed, size) for c in cells])
+def _renders(render: Render, starts: Sequence[StartImage], size: int) -> NDArray[np.uint8]:
+    return np.stack([render(start.objects, start.style, start.seed, size) for start in starts])
 
 
 def check_open(vocabulary: Vocabulary, names: Iterable[str]) -> None:
@@ -190,22 +251,12 @@ class VocabularyCells:
 
     def target(self, name: str) -> list[Cell]:
         """Return the cells that only the erasure of `name` needs, beside the grid: target, two objects, held-out
-        phrasings, image-to-image, and fragments.
+        phrasings, from start images, and fragments.
 
         Raises ConceptError for a name that the vocabulary does not have, SplitError for a sealed one unless `sealed`.
         """
         v, s = self.vocabulary, self.settings
-        if not self.sealed:
-            check_open(v, [name])
-        if name in v.objects:
-            pairs = [(style, name) for style in self.styles]
-        elif name in v.styles:
-            pairs = [(name, obj) for obj in self.objects]
-        else:
-            raise ConceptError(
-                f"the {v.name} has no concept {name!r}, so there are no cells to measure its erasure on: "
-                "pass a protocol of your own"
-            )
+        pairs = self._pairs(name)
         cells = [self._cell(TARGET, k, s, o, 0) for k in range(self.settings.target_rounds) for s, o in pairs]
         if name in v.objects:
             cells += self._two_objects(name)
@@ -214,8 +265,12 @@ class VocabularyCells:
             # Neighbouring cells take turns, and every cell changes its phrasing from round to round.
             turns = [(pair, held_out[(sum(self._indices(*pair)) + k) % len(held_out)]) for pair in pairs]
             cells += [self._cell(HELD_OUT, k, *pair, phrasing) for pair, phrasing in turns]
-        cells += [self._cell(IMAGE_TO_IMAGE, k, *pair, 0) for k in range(s.image_to_image_rounds) for pair in pairs]
-        return cells + self.fragments(name)
+        return cells + self._started(name, (IMAGE_TO_IMAGE, NEUTRAL, EMPTY, HALF)) + self.fragments(name)
+
+    def ceilings(self, name: str) -> list[Cell]:
+        """Return the cells, of the base alone, that ask for the pictures of `name` to be drawn without it. Raises as
+        `target` does."""
+        return self._started(name, (CEILING, HALF_CEILING))
 
     def fragments(self, name: str) -> list[Cell]:
         """Return cells whose prompts hold one or two words of the concept's phrasings and never a whole one: of a style
@@ -238,6 +293,60 @@ class VocabularyCells:
                 cells.append(Cell(prompt, seed, "", objects, FRAGMENTS))
         count = min(self.settings.fragment_prompts, len(cells))
         return [cells[i] for i in sorted(random.Random(0).sample(range(len(cells)), count))]
+
+    def _pairs(self, name: str) -> list[tuple[str, str]]:
+        """Return every (style, object) that `name` is one of. Raises as `target` does."""
+        v = self.vocabulary
+        if not self.sealed:
+            check_open(v, [name])
+        if name in v.objects:
+            return [(style, name) for style in self.styles]
+        if name in v.styles:
+            return [(name, obj) for obj in self.objects]
+        raise ConceptError(
+            f"the {v.name} has no concept {name!r}, so there are no cells to measure its erasure on: "
+            "pass a protocol of your own"
+        )
+
+    def _started(self, name: str, groups: Sequence[str]) -> list[Cell]:
+        """Return the cells of these groups, all of which start from the same pictures of `name`.
+
+        Strengths take turns; where the first is due, half of the picture is drawn anew as well, the left and the right
+        by turns.
+        """
+        cells, inpainted = [], (HALF, HALF_CEILING)
+        for k in range(self.settings.start_image_rounds):
+            for style, obj in self._pairs(name):
+                turn = sum(self._indices(style, obj)) + k
+                named = self._cell(IMAGE_TO_IMAGE, k, style, obj, 0)
+                start = StartImage(style, (obj,), named.seed, STRENGTHS[turn % len(STRENGTHS)])
+                half = replace(start, strength=1.0, half="left" if (turn // len(STRENGTHS)) % 2 else "right")
+                for group in groups:
+                    if group == IMAGE_TO_IMAGE:
+                        cells.append(replace(named, start_image=start))
+                    elif group not in inpainted:
+                        cells.append(self._without(name, group, k, start))
+                    elif start.strength == STRENGTHS[0]:
+                        cells.append(self._without(name, group, k, half))
+        return cells
+
+    def _without(self, name: str, group: str, round: int, start: StartImage) -> Cell:
+        """Return a cell whose prompt does not ask for `name`, which its start image shows: of the other domain alone,
+        or of nothing."""
+        v, (obj,) = self.vocabulary, start.objects
+        i, j = self._indices(start.style, obj)
+        # Cells of a style and of an object start from the same picture, with other prompts and so with other seeds.
+        seed = self._seed(group, 2 * round + (name in v.objects), i * len(v.objects) + j)
+        if group == EMPTY:
+            return Cell("", seed, "", (), group, start)
+        style, objects = (start.style, ()) if name in v.objects else (v.plain, start.objects)
+        if group in (NEUTRAL, HALF):
+            prompt = v.fresh_prompt(objects, style)
+        elif style == v.plain and objects:
+            prompt = f"{v.prompt(objects, style)} {v.style_phrases[style][0]}"  # asked for in so many words
+        else:
+            prompt = v.prompt(objects, style)
+        return Cell(prompt, seed, style, objects, group, start)
 
     def _two_objects(self, name: str) -> list[Cell]:
         """Return `name` beside each other object, first and second by turns, in varied styles."""

@@ -25,6 +25,7 @@ from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
 from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows_concept
 from neuraleraser.evaluation.protocol import GRID, MAIN_GROUPS, EvaluationProtocol
 from neuraleraser.evaluation.results import Results
+from neuraleraser.evaluation.route_metrics import RouteFigures
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.judges import Judge
@@ -62,6 +63,8 @@ class ErasureReport:
     """Gates of an eraser, with what they read."""
     routes: str = ""
     """Routes that an eraser sees and does not see, in words."""
+    route_figures: Sequence[RouteFigures] = ()
+    """Figures of images that start from a picture of the concept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +181,7 @@ def report(
     first: set[str] = set()
     entries = []
     for e in figures.erasures:
-        entry = ErasureReport(e.method, e.concept, e.kind, e.figures, e.became)
+        entry = ErasureReport(e.method, e.concept, e.kind, e.figures, e.became, route_figures=e.route_figures)
         entries.append(entry if e.concept in first else _add_images(entry, e, results, run, protocol))
         first.add(e.concept)
     spec = run.judge
@@ -267,6 +270,10 @@ def _entry_json(entry: ErasureReport) -> dict[str, Any]:
     shares = [
         {"label": label, **_figures({"share": share}, f"{where}, became {label!r}")} for label, share in entry.became
     ]
+    routes = [
+        {"group": r.group, "strength": r.strength, **_figures(r.figures, f"{where}, {r.group!r} at {r.strength:g}")}
+        for r in entry.route_figures
+    ]
     count = entry.figures.get("ua")
     return {
         "method": entry.method,
@@ -275,6 +282,7 @@ def _entry_json(entry: ErasureReport) -> dict[str, Any]:
         "n": count.n if isinstance(count, Estimate) else None,
         **_figures(entry.figures, where),
         "became": shares,
+        "route_figures": routes,
     }
 
 

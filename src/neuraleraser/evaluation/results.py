@@ -34,12 +34,12 @@ UNHOOKED = "base-unhooked"
 
 ROW_KINDS = ("style", "object", "")
 """Kind of the concept that a row's method erases; "" in rows of the base."""
-VERSION = 1
+VERSION = 2
 MAX_ROWS = 10_000_000
 _META = b"neuraleraser"
 _PARTITION = ("method", "concept")
 _TEXT = ("method", "method_key", "concept", "kind", "group", "route", "prompt", "cell_style")
-_LISTS = ("cell_objects", "watched", "fired")
+_LISTS = ("cell_objects", "watched", "fired", "start")
 
 
 class Key(NamedTuple):
@@ -69,7 +69,7 @@ class Row:
     group: str = ""
     """Group of cells that the image belongs to: see `protocol`."""
     route: str = ""
-    """Route by which the concept enters: "named", "paraphrased", "fragments", "start image"."""
+    """Route by which the concept enters: "named", "paraphrased", "fragments", "start image", "inpainting"."""
     cell_style: str = ""
     """The style that the prompt asks for; "" if none."""
     cell_objects: Sequence[str] = ()
@@ -89,6 +89,10 @@ class Row:
     the base's, because the method said that it would not act."""
     identical: bool = False
     """True if the image has the bits of its base twin."""
+    start: Sequence[str] = ()
+    """Names that the start image shows; none where there is no start image."""
+    strength: float = 0.0
+    """How much of the way back to noise the start image was taken; 0 where there is none."""
     seconds: float = 0.0
     """Sampling time of this image (its share of a batch); 0 where nothing was drawn."""
 
@@ -201,6 +205,16 @@ class Results:
     def cell_objects(self) -> list[tuple[str, ...]]:
         """Objects that the prompts ask for."""
         return [tuple(names) for names in self.table["cell_objects"].to_pylist()]
+
+    @cached_property
+    def start(self) -> list[tuple[str, ...]]:
+        """Names that the start images show."""
+        return [tuple(names) for names in self.table["start"].to_pylist()]
+
+    @cached_property
+    def strength(self) -> np.ndarray:
+        """Strengths at which start images were taken, 0 without one: float64 [n]."""
+        return self.table["strength"].to_numpy()
 
     @cached_property
     def p_style(self) -> np.ndarray:
@@ -324,7 +338,7 @@ def _arrow_compute() -> Any:
 def _schema(pa: Any) -> Any:
     types = dict.fromkeys(_TEXT, pa.string()) | dict.fromkeys(_LISTS, pa.list_(pa.string()))
     types |= dict.fromkeys(("p_style", "p_object"), pa.list_(pa.float32()))
-    types |= {"seed": pa.int64(), "artefact": pa.float32(), "seconds": pa.float32()}
+    types |= {"seed": pa.int64(), "strength": pa.float64(), "artefact": pa.float32(), "seconds": pa.float32()}
     types |= {"compared": pa.bool_(), "identical": pa.bool_()}
     return pa.schema([(f.name, types[f.name]) for f in fields(Row)])
 
@@ -363,6 +377,7 @@ def _validate(results: Results) -> Results:
         refuse(~lacking, "artefact", "None from a judge that measures no artefacts")
     else:
         refuse(~np.isfinite(results.artefact), "artefact", "a finite distance")
+    refuse(~((results.strength >= 0) & (results.strength <= 1)), "strength", "a number in 0..1")
     seconds = table["seconds"].to_numpy()
     refuse(~(np.isfinite(seconds) & (seconds >= 0)), "seconds", "a time that is not negative")
     seen: set[Key] = set()

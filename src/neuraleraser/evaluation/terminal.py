@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neuraleraser.evaluation.columns import TABLES, Table
+from neuraleraser.evaluation.columns import ROUTES, TABLES, Table
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.io.tables import text_table
 
-_LABEL = 26
+_LABEL, _ROUTE_LABEL = 26, 30
 
 
 def terminal_tables(report: Report) -> str:
-    """Return findings, then each table: of every method a line of values, one of 95 % intervals, and one of n.
+    """Return findings, then each table: of every method a line of values, one of 95 % intervals, and one of n; and that
+    of routes, with a line a group of cells and strength.
 
     A concept's own method stands first under its name, its controls below.
     """
     parts = [f"{finding.level.upper()}: {finding.text}" for finding in report.findings]
     parts += [text for table in TABLES if (text := _table(table, report.erasures))]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in (*parts, _routes(report.erasures)) if part)
 
 
 def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
@@ -44,6 +45,23 @@ def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
     for row in rows:
         row[0] = _shorten(row[0], _LABEL)
     return text_table(rows, [_shorten(table.title, _LABEL), *(c.head for c in columns)], width=120)
+
+
+def _routes(entries: Sequence[ErasureReport]) -> str:
+    """Return the table of routes as text; "" if no image starts from a picture."""
+    rows: list[list[str]] = []
+    above = ""
+    for entry in entries:
+        if entry.route_figures and entry.concept != above:
+            rows.append([_shorten(entry.concept, _ROUTE_LABEL), *[""] * len(ROUTES.columns)])
+            above = entry.concept
+        for i, r in enumerate(entry.route_figures):
+            if i == 0:
+                rows.append([_shorten(f" {entry.method}", _ROUTE_LABEL), *[""] * len(ROUTES.columns)])
+            figures = [r.figures.get(c.name) for c in ROUTES.columns]
+            values = [f"{f.value:.2f} {f.low:.2f}-{f.high:.2f} n={f.n}" if f else "-" for f in figures]
+            rows.append([f"  {_shorten(r.group, _ROUTE_LABEL - 6)} {r.strength:.1f}", *values])
+    return text_table(rows, [ROUTES.title, *(c.head for c in ROUTES.columns)], width=120) if rows else ""
 
 
 def _shorten(text: str, width: int) -> str:

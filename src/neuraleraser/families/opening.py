@@ -111,10 +111,25 @@ def image_to_image(pipe: Any) -> Any:
     """
     from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image
 
+    return _form(pipe, AutoPipelineForImage2Image, "image-to-image")
+
+
+def inpainting(pipe: Any) -> Any:
+    """The inpainting pipeline of the same modules as `pipe`; nothing is copied.
+
+    Raises SettingsError where diffusers has none for this kind of pipeline.
+    """
+    from diffusers.pipelines.auto_pipeline import AutoPipelineForInpainting
+
+    return _form(pipe, AutoPipelineForInpainting, "inpainting")
+
+
+def _form(pipe: Any, task: Any, name: str) -> Any:
+    """Return the pipeline of the same modules for a task of diffusers."""
     try:
-        made = AutoPipelineForImage2Image.from_pipe(pipe)
+        made = task.from_pipe(pipe)
     except ValueError as error:
-        raise SettingsError(f"{type(pipe).__name__} has no image-to-image form in diffusers") from error
+        raise SettingsError(f"{type(pipe).__name__} has no {name} form in diffusers") from error
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
 
