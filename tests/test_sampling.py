@@ -11,6 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
 from helpers import pipelines
+from helpers.canvas_models import tiny_vae
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.opening import image_to_image, inpainting
 from neuraleraser.sampling import Images, generate
@@ -86,6 +87,17 @@ def test_inpainting_draws_what_the_mask_shows_and_keeps_the_rest(pipe: Any) -> N
     middle = same.shape[-1] // 2
     assert not same[0, :, :middle].any() and same[0, :, middle:].all()
     assert same[1, :, :middle].all() and not same[1, :, middle:].any()
+
+
+def test_latents_of_any_width_can_be_inpainted() -> None:
+    """As the canvas's, of 8 channels, which diffusers refuses; afterwards the UNet says what it is."""
+    pipe = pipelines.stable_diffusion(in_channels=8, out_channels=8)
+    pipe.register_modules(vae=tiny_vae().eval())
+    mask = np.zeros((1, 16, 16), dtype=bool)
+    mask[:, :, :8] = True
+    s = Sampling(num_inference_steps=1, batch_size=1, strength=1.0)
+    assert generate(inpainting(pipe), ["a"], [1], s, image=START[:1], mask_image=mask).shape[0] == 1
+    assert pipe.unet.config["in_channels"] == 8
 
 
 def test_global_random_state_is_left_alone(pipe: Any) -> None:

@@ -7,7 +7,8 @@ equal batch shape an image's bits depend on its own prompt and seed alone (docs/
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def generate(
         if mask_image is not None:
             extra["mask_image"] = torch.from_numpy(mask_image[index])[:, None].float()
         try:
-            with torch.no_grad(), generating_batch(Batch(series, start, real, size)):
+            with torch.no_grad(), generating_batch(Batch(series, start, real, size)), _inpaintable(pipe, mask_image):
                 result = pipe(
                     [prompts[i] for i in index],
                     num_inference_steps=s.num_inference_steps,
@@ -123,6 +124,23 @@ def generate(
         if on_batch_end:
             on_batch_end(range(start, start + real), images)
     return np.concatenate(out) if out else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+@contextmanager
+def _inpaintable(pipe: Any, mask_image: NDArray[np.bool_] | None) -> Iterator[None]:
+    """Say, while a UNet that takes latents alone inpaints, that they have 4 channels: diffusers takes no other number
+    for such a UNet, and the canvas's have 8. The number is only looked at there, never used.
+    """
+    unet = getattr(pipe, "unet", None)
+    if mask_image is None or unet is None or unet.config["in_channels"] != pipe.vae.config["latent_channels"]:
+        yield
+        return
+    channels = unet.config["in_channels"]
+    unet.register_to_config(in_channels=4)
+    try:
+        yield
+    finally:
+        unet.register_to_config(in_channels=channels)
 
 
 def check_strength(sampling: Sampling) -> None:

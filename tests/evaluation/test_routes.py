@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.canvas_cells import canvas_protocol
+from helpers.erasers import open_eraser, with_picture
 from helpers.measured import S, everything, of, same
 from helpers.result_tables import row, style_story, table
 from helpers.stamp_judge import StampJudge
@@ -20,7 +21,16 @@ from neuraleraser.evaluation.evaluate import evaluate
 from neuraleraser.evaluation.html import page
 from neuraleraser.evaluation.measure import measure
 from neuraleraser.evaluation.metrics import pair_with_base
-from neuraleraser.evaluation.protocol import CEILING, EMPTY, HALF, IMAGE_TO_IMAGE, NEUTRAL, Cell, EvaluationProtocol
+from neuraleraser.evaluation.protocol import (
+    CEILING,
+    EMPTY,
+    HALF,
+    HALF_CEILING,
+    IMAGE_TO_IMAGE,
+    NEUTRAL,
+    Cell,
+    EvaluationProtocol,
+)
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.evaluation.results import BASE, Results, Row, concat
 from neuraleraser.evaluation.route_metrics import route_figures
@@ -29,7 +39,7 @@ from neuraleraser.evaluation.terminal import terminal_tables
 from neuraleraser.families.canvas import render
 from neuraleraser.families.opening import image_to_image, inpainting
 from neuraleraser.judges import Judgement, JudgeSpec
-from neuraleraser.methods import DoNothing, StringFilter
+from neuraleraser.methods import DoNothing, EraserMethod, StringFilter
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 
@@ -56,7 +66,7 @@ def drawn_by_hand(pipe: Any, cell: Cell) -> np.ndarray:
     assert start is not None and start.strength is not None
     picture = render(start.objects, start.style, start.seed, 16)[None]
     s = replace(FEW.sampling or Sampling(), strength=start.strength)
-    if cell.group not in (HALF, "inpainting, ceiling"):
+    if cell.group not in (HALF, HALF_CEILING):
         return generate(image_to_image(pipe), [cell.prompt], [cell.seed], s, image=picture)[0]
     left = np.zeros((1, 16, 16), dtype=bool)
     left[:, :, :8] = True
@@ -64,11 +74,21 @@ def drawn_by_hand(pipe: Any, cell: Cell) -> np.ndarray:
     return generate(inpainting(pipe), [cell.prompt], [cell.seed], s, image=picture, mask_image=mask)[0]
 
 
+def other_half(cell: Cell) -> str:
+    assert cell.start is not None
+    return "right" if cell.start.half == "left" else "left"
+
+
 def test_cells_are_drawn_from_their_pictures_at_their_strengths(pipe: Any, tmp_path: Path):
-    evaluate(pipe, [FILTER, DoNothing("Van_Gogh", "style")], FEW, tmp_path, judge=Random())
-    run, protocol = RunFolder(tmp_path, JudgeSpec.of(StampJudge())), canvas_protocol(["Van_Gogh"], FEW)
+    protocol = canvas_protocol(["Van_Gogh"], FEW)
+    halves = [c for c in (*protocol.cells["Van_Gogh"], *protocol.base_only) if c.group in (HALF, HALF_CEILING)]
+    others = [replace(c, seed=c.seed + 1, start_image=replace(c.start, half=other_half(c))) for c in halves]
+    protocol = replace(protocol, base_only=[*protocol.base_only, *others])
+    methods = [FILTER, DoNothing("Van_Gogh", "style")]
+    evaluate(pipe, methods, FEW, tmp_path, judge=Random(), protocol=protocol)
+    run = RunFolder(tmp_path, JudgeSpec.of(StampJudge()))
     cells = {(c.group, c.start.strength, c.start.half): c for c in protocol.all_cells() if c.start}
-    assert len(cells) >= 4 * 3 + 2
+    assert len(cells) == 4 * 3 + 2 * 2
     for cell in cells.values():
         assert np.array_equal(run.image(BASE, "", cell), drawn_by_hand(pipe, cell)), cell
     base = of(everything(tmp_path), BASE)
@@ -118,6 +138,21 @@ def test_cells_of_one_s_own_start_as_the_sampling_says(pipe: Any, tmp_path: Path
     (route,) = report.erasures[0].routes
     assert (route.group, route.strength, route.figures["ceiling"]) == (IMAGE_TO_IMAGE, 0.8, None)
     assert {(s.shows, s.seed, s.strength) for s in asked} == {(("Van_Gogh", "Cats"), 10_000, None)}
+
+
+def test_an_image_gate_acts_where_a_filter_of_words_has_nothing_to_find(pipe: Any, tmp_path: Path):
+    """An eraser whose prompt gate is shut and whose image gate opens for everything, beside the filter."""
+    e = open_eraser()
+    shut = replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6))
+    report = evaluate(pipe, [EraserMethod(with_picture(shut, pipe)), FILTER], FEW, tmp_path, judge=Random())
+    ours, filtered = ({(r.group, r.strength): r.figures["acted"] for r in e.routes} for e in report.erasures)
+    assert len(ours) == 3 * 3 + 1 and all(f is not None and f.value == 1 for f in ours.values())
+    assert all(f is not None and f.value == (group == IMAGE_TO_IMAGE) for (group, _), f in filtered.items())
+    changed = of(everything(tmp_path), "neuraleraser", "Van_Gogh")
+    assert not changed.identical[changed.strength > 0].any()
+    for entry, other in zip(*(e.routes for e in report.erasures), strict=True):
+        assert entry.figures["ceiling"] == other.figures["ceiling"] is not None
+        assert other.group == IMAGE_TO_IMAGE or other.figures["shown_after"] == other.figures["shown_base"]
 
 
 # --- figures by hand
