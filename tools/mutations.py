@@ -405,8 +405,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _PROTOCOL,
-                "np.stack([render(c.objects, c.style, c.seed, size) for c in cells])",
-                "np.stack([0 * render(c.objects, c.style, c.seed, size) + 127 for c in cells])",
+                "np.stack([render(start.objects, start.style, start.seed, size) for start in starts])",
+                "np.stack([0 * render(start.objects, start.style, start.seed, size) + 127 for start in starts])",
             ),
         ),
         ("tests/evaluation/test_evaluate.py::test_image_to_image_starts_from_the_render",),

@@ -190,7 +190,7 @@ ROUTES = Table(
             "ceiling",
             "ceiling",
             "The share that shows it when the base model is asked, from the same start images, for the same pictures "
-            "without the concept: a style as a plain picture, an object as an empty scene. No prompt does better.",
+            "without the concept: a style as a plain picture, an object as an empty scene.",
         ),
         Column("shown_after", "shows", "The share of images that show the concept with the method applied."),
         Column(
