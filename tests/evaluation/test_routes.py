@@ -111,7 +111,7 @@ def test_an_evaluation_of_start_images_goes_on_where_it_stopped(pipe: Any, tmp_p
 
 def test_without_cells_that_start_from_pictures_there_are_no_routes(pipe: Any, tmp_path: Path):
     report = evaluate(pipe, [FILTER], replace(FEW, start_image_rounds=0), tmp_path, judge=Random())
-    assert report.erasures[0].routes == [] and report.to_dict()["concepts"][0]["routes"] == []
+    assert report.erasures[0].route_figures == [] and report.to_dict()["concepts"][0]["route_figures"] == []
     for text in (page(report), terminal_tables(report)):
         assert "Routes" not in text and "ceiling" not in text
 
@@ -135,7 +135,7 @@ def test_cells_of_one_s_own_start_as_the_sampling_says(pipe: Any, tmp_path: Path
 
     protocol = EvaluationProtocol({"Van_Gogh": cells}, start_images=start_images)
     report = evaluate(pipe, [FILTER], FEW, tmp_path, judge=Random(), protocol=protocol)
-    (route,) = report.erasures[0].routes
+    (route,) = report.erasures[0].route_figures
     assert (route.group, route.strength, route.figures["ceiling"]) == (IMAGE_TO_IMAGE, 0.8, None)
     assert {(s.shows, s.seed, s.strength) for s in asked} == {(("Van_Gogh", "Cats"), 10_000, None)}
 
@@ -145,12 +145,12 @@ def test_an_image_gate_acts_where_a_filter_of_words_has_nothing_to_find(pipe: An
     e = open_eraser()
     shut = replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6))
     report = evaluate(pipe, [EraserMethod(with_picture(shut, pipe)), FILTER], FEW, tmp_path, judge=Random())
-    ours, filtered = ({(r.group, r.strength): r.figures["acted"] for r in e.routes} for e in report.erasures)
+    ours, filtered = ({(r.group, r.strength): r.figures["acted"] for r in e.route_figures} for e in report.erasures)
     assert len(ours) == 3 * 3 + 1 and all(f is not None and f.value == 1 for f in ours.values())
     assert all(f is not None and f.value == (group == IMAGE_TO_IMAGE) for (group, _), f in filtered.items())
     changed = of(everything(tmp_path), "neuraleraser", "Van_Gogh")
     assert not changed.identical[changed.strength > 0].any()
-    for entry, other in zip(*(e.routes for e in report.erasures), strict=True):
+    for entry, other in zip(*(e.route_figures for e in report.erasures), strict=True):
         assert entry.figures["ceiling"] == other.figures["ceiling"] is not None
         assert other.group == IMAGE_TO_IMAGE or other.figures["shown_after"] == other.figures["shown_base"]
 
@@ -223,10 +223,12 @@ def test_no_other_figure_counts_images_of_routes():
 
 def test_routes_are_in_every_form_of_the_report(tmp_path: Path):
     e = measure(routes()).erasures[0]
-    entries = [ErasureReport(m, "Van_Gogh", "style", e.figures, routes=e.routes) for m in ("eraser", "filter")]
+    entries = [
+        ErasureReport(m, "Van_Gogh", "style", e.figures, route_figures=e.route_figures) for m in ("eraser", "filter")
+    ]
     report = Report(base={}, judge={}, erasures=entries)
     report.save_json(tmp_path / "report.json")
-    listed = json.loads((tmp_path / "report.json").read_text())["concepts"][1]["routes"]
+    listed = json.loads((tmp_path / "report.json").read_text())["concepts"][1]["route_figures"]
     assert [(r["group"], r["strength"], r["shown_base"], r["ns"]["ceiling"]) for r in listed] == [
         (NEUTRAL, 0.3, 0.75, 3), (NEUTRAL, 0.7, 1, 1), (EMPTY, 0.3, 1, 3),
     ]  # fmt: skip
