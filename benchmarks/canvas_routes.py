@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import tyro
-from machine import facts
 
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.render import Content, render
@@ -126,7 +125,7 @@ def drawings(s: Settings, name: str) -> list[Drawing]:
         found.append(Drawing("control", "empty", strength, [""] * n, [""] * n, seeds, starts, asks=False))
     prompts = [V.fresh_prompt((rng.choice(others[1]),), rng.choice(others[0])) for _ in range(s.others)]
     more = range(FIRST_SEED + 1000, FIRST_SEED + 1000 + s.others)
-    found.append(Drawing("other", "other", None, prompts, prompts, more, None, asks=False))
+    found.append(Drawing("other", "neutral", None, prompts, prompts, more, None, asks=False))
     return found
 
 
@@ -157,7 +156,7 @@ def main(s: Settings) -> None:
     """Draw, judge, and write the rows."""
     pipe, judge = open_pipeline("canvas"), CanvasJudge.load("second")
     pipe.set_progress_bar_config(disable=True)
-    rows = json.loads(s.out.read_text())["rows"] if s.out.exists() else []
+    rows = json.loads(s.out.read_text()) if s.out.exists() else []
     done = {_key(row) for row in rows}
     sampling = default_sampling(pipe)
 
@@ -219,7 +218,7 @@ def main(s: Settings) -> None:
                     }
                 )
                 print(*(f"{value}" for key, value in rows[-1].items() if key not in ("kind", "n", "ci")), flush=True)
-            write_bytes(s.out, json.dumps({"machine": facts(), "rows": rows}, indent=1).encode())
+            write_bytes(s.out, json.dumps(rows, indent=1).encode())
 
 
 def _refused(draw: Callable[..., Any], d: Drawing, eraser: Eraser) -> float:
