@@ -176,7 +176,7 @@ def test_what_differs_between_two_prompts(positive: str, negative: str, words: t
 
 def test_the_guided_correction_holds_both_prompts(pipe: Any) -> None:
     concept = Concept("x", "other", (Pair("a x y", "a b y"),))
-    guided = fit_guided(pipe, concept, AT, S, 2.5)
+    guided = fit_guided(pipe, concept, S, 2.5)
     assert guided.weight == 2.5 and guided.prompts == ("b", "x")
     for text, prompt in ((guided.without, "b"), (guided.shown, "x")):
         ids = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids

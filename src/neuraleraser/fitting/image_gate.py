@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from neuraleraser.fitting.detector import SHUT_BOUND
 from neuraleraser.fitting.learnt_features import evidence_of, learn_features
 from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
 from neuraleraser.fitting.pictures import Pictures, pictures_for
-from neuraleraser.fitting.trajectories import record_calls
+from neuraleraser.fitting.prompt_texts import prompt_texts
 from neuraleraser.settings import FitSettings, Sampling
-from neuraleraser.sites import Site, default_image_site, text_of
+from neuraleraser.sites import Site, default_image_site
 
 Progress = Callable[[float], None]
 
@@ -54,7 +54,7 @@ def fit_image_part(
     on = noised_states(pipe, site, shows, batch_size=batch, progress=_part(progress, 0.1, 0.3))
     off = noised_states(pipe, site, lacks, batch_size=batch, progress=_part(progress, 0.3, 0.7))
     gate, seen = fit_image_gate(site, concept.kind, on, off, settings.seed, _part(progress, 0.7, 1.0))
-    guided = fit_guided(pipe, concept, site, sampling, settings.guided_weight)
+    guided = fit_guided(pipe, concept, sampling, settings.guided_weight)
     return ImageFit(gate, guided, seen, shows, (*shows.generated_from, *lacks.generated_from))
 
 
@@ -119,19 +119,15 @@ def image_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
 
 
-def fit_guided(pipe: Any, concept: Concept, site: Site, sampling: Sampling, weight: float) -> Guided:
+def fit_guided(pipe: Any, concept: Concept, sampling: Sampling, weight: float) -> Guided:
     """Return the correction that moves the prediction from the concept's phrase to what stands in its place.
 
     The phrases are those in which the concept's first pair of prompts differs. Where nothing stands in its place, as in
-    place of a style, `PLAIN` does: an empty prompt asks for no other style, and so leaves the one that is there. One
-    step is run, for the denoiser's text arguments; `site` is any that runs.
+    place of a style, `PLAIN` does: an empty prompt asks for no other style, and so leaves the one that is there.
     """
     shown, without = differing_words(concept.pairs[0])
     without = without or PLAIN
-    once = replace(sampling, num_inference_steps=1)
-    calls, _, _ = record_calls(pipe, [without, shown], [0, 0], once, site, lambda x: x.new_zeros(len(x)))
-    texts = [text_of(calls[0].conditioning, row) for row in range(2)]
-    return Guided(weight, texts[0], texts[1], (without, shown))
+    return Guided(weight, *prompt_texts(pipe, [without, shown], sampling), (without, shown))
 
 
 def differing_words(pair: Pair) -> tuple[str, str]:
