@@ -127,7 +127,8 @@ def fit_guided(pipe: Any, concept: Concept, sampling: Sampling, weight: float) -
     """
     shown, without = differing_words(concept.pairs[0])
     without = without or PLAIN
-    return Guided(weight, *prompt_texts(pipe, [without, shown], sampling), (without, shown))
+    texts = prompt_texts(pipe, [without, shown], sampling)
+    return Guided(weight, texts[0], texts[1], (without, shown))
 
 
 def differing_words(pair: Pair) -> tuple[str, str]:
