@@ -181,9 +181,9 @@ class FitSettings:
     """Pairs of prompts drawn to learn from."""
     num_context_pairs: int = 36
     """Prompts that pair the object with another one ('a cat and a dog'), used to learn what must be kept."""
-    num_pictures: int = 400
-    """Pictures of the concept that the image gate learns from, beside twice as many of other things; 0: no image gate,
-    an eraser of prompts alone. They are rendered where the family's world is known, else generated."""
+    num_pictures: int = 800
+    """Pictures of the concept that the image gate learns from, beside half as many again of other things; 0: no image
+    gate, an eraser of prompts alone. They are rendered where the family's world is known, else generated."""
     guided_weight: float = 3.0
     """Weight of the guided correction, which acts while the image gate is open."""
     rank: int = 32
@@ -201,8 +201,8 @@ class FitSettings:
         check_whole("num_pairs", self.num_pairs, 1, len(SELECTION_SEEDS))
         check_whole("num_context_pairs", self.num_context_pairs, 0, len(SELECTION_SEEDS))
         check_whole("num_pictures", self.num_pictures, 0, MAX_COUNT)
-        if 0 < self.num_pictures < 4:
-            raise SettingsError(f"num_pictures is {self.num_pictures}: pass 4 or more, or 0 for no image gate")
+        if 0 < self.num_pictures < 8:
+            raise SettingsError(f"num_pictures is {self.num_pictures}: pass 8 or more, or 0 for no image gate")
         check_number("guided_weight", self.guided_weight, 0, 100, above=True)
         check_whole("rank", self.rank, 1, 256)
         check_whole("steps", self.steps, 1, MAX_COUNT)

@@ -83,6 +83,18 @@ def test_each_picture_and_level_costs_one_forward_and_pictures_are_encoded_once(
     assert "encode" not in vars(pipe.vae)
 
 
+def test_pictures_take_some_levels_by_turns(pipe: Any) -> None:
+    """What is seen of a picture at its levels is what is seen of it at all of them."""
+    shown, levels = pictures(), (0.9, 0.5, 0.1)
+    every = noised_states(pipe, AT, shown, levels=levels, batch_size=2)
+    some = noised_states(pipe, AT, shown, levels=levels, each=2, batch_size=2)
+    assert some.values.shape == (5, 2, 16, 32) and torch.equal(some.times, every.times)
+    assert some.levels.tolist() == [[0, 1], [1, 2], [0, 2], [0, 1], [1, 2]]
+    wanted = every.values.gather(1, some.levels[..., None, None].expand(-1, -1, 16, 32))
+    torch.testing.assert_close(some.values, wanted, rtol=1e-2, atol=1e-2)
+    assert some.of_level(some.levels, 2).tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -112,7 +124,7 @@ def planted(n: int, shows: bool, seed: int) -> NoisedStates:
             place = 4 * row + column
             x[i, :, place, 0] += 5
             x[i, :, place + 1, 1] += 5
-    return NoisedStates(x.half(), TIMES, GRID)
+    return NoisedStates(x.half(), torch.arange(3).expand(n, 3), TIMES, GRID)
 
 
 def test_features_find_a_pattern_of_neighbours() -> None:
@@ -121,7 +133,7 @@ def test_features_find_a_pattern_of_neighbours() -> None:
     on, off = (evidence_of(found, planted(60, s, 3)) for s in (True, False))
     assert float((on[:, None] > off[None]).float().mean()) > 0.95
     assert found.window == 3
-    gate, seen = fit_image_gate(AT, "object", shows, lacks)
+    gate, seen = fit_image_gate(AT, "object", shows, lacks, planted(80, False, 4))
     assert gate.picture and gate.share == 1 / 64 and seen.shape == (3,)
     x, t = planted(4, True, 9).values[:, 1].float(), TIMES[1].expand(4)
     z = gate.activations(x, GRID)
@@ -131,7 +143,7 @@ def test_features_find_a_pattern_of_neighbours() -> None:
 
 def test_a_gate_has_the_evidence_it_was_fitted_with() -> None:
     shows, lacks = planted(40, True, 1), planted(80, False, 2)
-    gate, seen = fit_image_gate(AT, "style", shows, lacks)
+    gate, seen = fit_image_gate(AT, "style", shows, lacks, planted(80, False, 4))
     flat = shows.values.flatten(0, 1).float()
     opening = gate(flat, TIMES.repeat(40), GRID).view(40, 3)
     torch.testing.assert_close((opening > 0).float().mean(0), seen)
@@ -152,12 +164,22 @@ def test_learning_is_deterministic() -> None:
 @given(st.integers(0, 10_000), st.integers(1, 6), st.floats(0.1, 100))
 def test_bounds_keep_pictures_without_the_concept_shut(seed: int, t: int, scale: float) -> None:
     lacks = scale * random(300, t, seed=seed)
-    shows = lacks[:50] + 8 * scale
+    shows = list((lacks[:50] + 8 * scale).T)
     low, high = image_bounds(shows, lacks)
     opened = (lacks > low).any(1).float().mean()
     assert float(opened) <= FALSE_OPENINGS + 1 / 300
     assert bool((high > low).all()) and bool((low >= 0).all())
-    assert bool((image_bounds(lacks, lacks)[0] >= SHUT_BOUND).all())  # no telling them apart
+    assert bool((image_bounds(list(lacks.T), lacks)[0] >= SHUT_BOUND).all())  # no telling them apart
+
+
+def test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others() -> None:
+    """Its outliers do not raise the bounds of the levels that can."""
+    lacks = random(400, 2, seed=1)
+    lacks[:, 0] *= 1 + 20 * (random(400, seed=2) > 2)  # heavy tails
+    on = [lacks[:50, 0], lacks[:50, 1] + 6]
+    low, _ = image_bounds(on, lacks)
+    alone, _ = image_bounds(on[1:], lacks[:, 1:])
+    assert float(low[0]) >= SHUT_BOUND and float(low[1]) == float(alone[0]) < 6
 
 
 @pytest.mark.parametrize(
@@ -186,6 +208,6 @@ def test_the_guided_correction_holds_both_prompts(pipe: Any) -> None:
 def test_a_picture_part_of_generated_pictures(pipe: Any) -> None:
     concept = Concept("x", "object", (Pair("a x", "a"), Pair("b x", "b")))
     told: list[float] = []
-    part = fit_image_part(pipe, concept, FitSettings(num_pictures=4), S, told.append)
+    part = fit_image_part(pipe, concept, FitSettings(num_pictures=8), S, told.append)
     assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (5,)
     assert told == sorted(told) and told[-1] == 1.0

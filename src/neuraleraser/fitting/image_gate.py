@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from neuraleraser.sites import Site, default_image_site
 
 Progress = Callable[[float], None]
 
+LEVELS_EACH = 2
+"""Levels of noise at which a picture is learnt from: more pictures teach more than more levels of each."""
 FALSE_OPENINGS = 0.005
 """Share of the pictures without the concept at which the gate may open at some level of noise."""
 
@@ -44,16 +46,22 @@ class ImageFit:
 def fit_image_part(
     pipe: Any, concept: Concept, settings: FitSettings, sampling: Sampling, progress: Progress
 ) -> ImageFit:
-    """Fit the picture's part of an eraser, on `settings.num_pictures` pictures of the concept and twice as many others.
+    """Fit the picture's part of an eraser, on `settings.num_pictures` pictures of the concept and half as many again of
+    others.
 
     Raises SettingsError where the pipeline has no image-to-image form, by which pictures come in.
     """
     site = default_image_site(pipe)
     shows, lacks = pictures_for(pipe, concept, settings.num_pictures, sampling, settings.seed)
-    batch = sampling.batch_size
-    on = noised_states(pipe, site, shows, batch_size=batch, progress=_part(progress, 0.1, 0.3))
-    off = noised_states(pipe, site, lacks, batch_size=batch, progress=_part(progress, 0.3, 0.7))
-    gate, seen = fit_image_gate(site, concept.kind, on, off, settings.seed, _part(progress, 0.7, 1.0))
+    learnt, bound = lacks[: len(shows.images)], lacks[len(shows.images) :]
+
+    def states(pictures: Pictures, each: int | None, start: float, end: float) -> NoisedStates:
+        part = _part(progress, start, end)
+        return noised_states(pipe, site, pictures, each=each, batch_size=sampling.batch_size, progress=part)
+
+    on, off = states(shows, LEVELS_EACH, 0.1, 0.3), states(learnt, LEVELS_EACH, 0.3, 0.5)
+    bounding = states(bound, None, 0.5, 0.8)
+    gate, seen = fit_image_gate(site, concept.kind, on, off, bounding, settings.seed, _part(progress, 0.8, 1.0))
     guided = fit_guided(pipe, concept, sampling, settings.guided_weight)
     return ImageFit(gate, guided, seen, shows, (*shows.generated_from, *lacks.generated_from))
 
@@ -69,19 +77,26 @@ LOCAL_SHARE = 1 / 64
 
 
 def fit_image_gate(
-    site: Site, kind: str, shows: NoisedStates, lacks: NoisedStates, seed: int = 0, progress: Progress | None = None
+    site: Site,
+    kind: str,
+    shows: NoisedStates,
+    lacks: NoisedStates,
+    bounding: NoisedStates,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[Gate, Tensor]:
     """Fit a gate to states of pictures that show a concept of this kind, and of pictures that lack it.
 
-    Features are learnt on all that show it and half of those that lack it; the other half sets the bounds, by image.
+    Features are learnt on `shows` and `lacks`; `bounding`, other pictures that lack it, each at all levels of noise,
+    set the bounds, by image.
 
     Returns the gate, and the share of the pictures with the concept at which it opens, by level of noise [T].
     """
-    half = len(lacks.values) // 2
     share = SHARE_OF_KIND.get(kind, LOCAL_SHARE)
-    found = learn_features(shows, lacks[:half], share, seed=seed, on_step=progress)
-    on, off = (evidence_of(found, states) for states in (shows, lacks[half:]))
-    low, high = image_bounds(on, off)
+    found = learn_features(shows, lacks, share, seed=seed, on_step=progress)
+    on, off = (evidence_of(found, states) for states in (shows, bounding))
+    on_by_level = [shows.of_level(on, level) for level in range(len(shows.times))]
+    low, high = image_bounds(on_by_level, off)
     order = shows.times.argsort()
     gate = Gate(
         site=site,
@@ -97,25 +112,30 @@ def fit_image_gate(
         picture=True,
         window=found.window,
     )
-    return gate, (on > low).float().mean(0)
+    return gate, torch.stack([(x > bound).float().mean() for x, bound in zip(on_by_level, low, strict=True)])
 
 
-def image_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return low and high [T], between which the gate opens, from evidence with the concept [N, T] and without [M, T].
+def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return low and high [T], between which the gate opens, from evidence with the concept, [n] of each of T levels of
+    noise, and without [M, T].
 
-    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all T levels of noise together: as
-    many spreads above their median at each level, the spread being that of the median and of the quantile which that
-    share exceeds. high lies just above, a fiftieth of the way from low to the median with the concept: half of the
-    correction would leave half of the concept. Where that median lies below low
-    the gate stays shut: it could not tell.
+    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: as many spreads
+    above their median at each level, the spread being that of the median and of the quantile which that share exceeds.
+    high lies just above, a fiftieth of the way from low to the median with the concept: half of the correction would
+    leave half of the concept. A level at which that median lies below low cannot tell: there the gate stays shut, and
+    the others need not allow for it.
     """
     middle, top = lacks.median(0).values, lacks.quantile(1 - FALSE_OPENINGS, 0)
     spread = (top - middle).clamp(min=1e-6)
-    most = ((lacks - middle) / spread).amax(1)
-    low = (middle + spread * most.quantile(1 - FALSE_OPENINGS).clamp(min=1)).clamp(min=1e-6)
-    typical = shows.median(0).values
+    typical = torch.stack([x.median() for x in shows])
+    low, shut = top, typical <= top
+    while not bool(shut.all()):
+        most = ((lacks - middle) / spread)[:, ~shut].amax(1)
+        low = (middle + spread * most.quantile(1 - FALSE_OPENINGS).clamp(min=1)).clamp(min=1e-6)
+        if not bool((typical <= low)[~shut].any()):
+            break
+        shut = shut | (typical <= low)
     high = low + 0.02 * (typical - low).clamp(min=1e-3)
-    shut = typical <= low
     return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
 
 

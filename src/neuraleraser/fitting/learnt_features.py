@@ -31,7 +31,7 @@ class LearntFeatures:
 
 @torch.no_grad()
 def evidence_of(features: LearntFeatures, states: NoisedStates) -> Tensor:
-    """Return the evidence [N, T] in each state, as a gate of these features has it."""
+    """Return the evidence [N, K] in each state, as a gate of these features has it."""
     found = []
     for x in states.values.flatten(0, 1).split(100):
         pre = pre_activations(x, features.rows, features.bias, features.window, states.grid)
@@ -51,7 +51,7 @@ def learn_features(
     seed: int = 0,
     on_step: Callable[[float], None] | None = None,
 ) -> LearntFeatures:
-    """Learn features from states that show the concept and states that lack it, at the same T levels of noise.
+    """Learn features from states that show the concept and states that lack it, noised to some of the same T levels.
 
     One hidden layer: evidence = weight . pooled relu(rows . x's window + bias), with an intercept for each of the T
     levels of noise; cross-entropy, both classes weighing the same. share: of positions that a feature is pooled over,
@@ -59,17 +59,16 @@ def learn_features(
     """
     window = 1 if shows.grid is None else WINDOW
     generator = torch.Generator().manual_seed(seed)
-    n, t = shows.values.shape[:2]
-    x = torch.cat([shows.values, lacks.values]).flatten(0, 1)
-    y = (torch.arange(len(x)) < n * t).float()
-    level = torch.arange(t).repeat(len(x) // t)
+    x = torch.cat([states.values.flatten(0, 1) for states in (shows, lacks)])
+    y = (torch.arange(len(x)) < shows.levels.numel()).float()
+    level = torch.cat([states.levels.flatten() for states in (shows, lacks)])
     sample = x[torch.randperm(len(x), generator=generator)[:200]].float()
     mean, spread = sample.mean((0, 1)), sample.std((0, 1)) + 1e-4
     d = x.shape[2]
     kernels = torch.randn(count, d, window**2, generator=generator) / (d * window**2) ** 0.5
     hidden, offset = kernels.requires_grad_(), torch.zeros(count, requires_grad=True)
     weight = torch.zeros(count, requires_grad=True)
-    intercept = torch.zeros(t, requires_grad=True)
+    intercept = torch.zeros(len(shows.times), requires_grad=True)
     adam = torch.optim.AdamW([hidden, offset, weight, intercept], lr=lr, weight_decay=3e-2)
     balance = torch.where(y > 0, (y == 0).sum() / (y > 0).sum(), 1.0)
 

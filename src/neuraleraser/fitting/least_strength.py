@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from neuraleraser.settings import Sampling
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Strengths that are tried, the lowest first."""
-PICTURES = 8
+PICTURES = 12
 """Pictures that each is tried on."""
 REMAINS = 0.1
 """Share of the pictures in which the concept may stay."""
@@ -25,13 +26,15 @@ REMAINS = 0.1
 def least_strength(pipe: Any, eraser: Eraser, shows: Pictures, sampling: Sampling) -> float | None:
     """Return the lowest strength at which the image gate no longer sees the concept in what comes of pictures of it.
 
-    The images start from pictures with the concept, have an empty prompt, and are made with the eraser. The gate looks
-    at them at the lowest level of noise, as it does at start images. Only pictures in which it sees the concept count.
+    Both must lack it: the images that start from these pictures with an empty prompt, made with the eraser, and those
+    that the base model makes when it is asked for what stands in the concept's place. The eraser moves predictions in
+    the direction that its gate looks in, so that its own images alone would flatter it (docs/LOG.md). The gate looks
+    at the lowest level of noise, as it does at start images. Only pictures in which it sees the concept count.
 
     Returns None where it sees none, or where the concept stays at each strength.
     """
-    gate = eraser.image_gate
-    if gate is None:
+    gate, guided = eraser.image_gate, eraser.guided
+    if gate is None or guided is None:
         return None
 
     def seen(pictures: Pictures) -> torch.Tensor:
@@ -40,17 +43,24 @@ def least_strength(pipe: Any, eraser: Eraser, shows: Pictures, sampling: Samplin
         x = states.values[:, 0].float()
         return gate(x, states.times.expand(len(x)), states.grid) > 0
 
-    first = Pictures(shows.images[:PICTURES], [""] * len(shows.images[:PICTURES]), list(shows.seeds[:PICTURES]))
-    known = seen(first)
+    first = shows[:PICTURES]
+    known = seen(replace(first, prompts=[""] * len(first.images)))
     images = first.images[known.numpy()]
     if not len(images):
         return None
     start = image_to_image(pipe)
     seeds = [seed for seed, is_known in zip(first.seeds, known.tolist(), strict=True) if is_known]
     start.set_progress_bar_config(disable=True)
+    sampling = replace(sampling, pad_last_batch=False)
+
+    def remains(prompt: str, strength: float, using: AbstractContextManager[object]) -> bool:
+        """Return True if too many of the images made with a prompt show the concept."""
+        prompts = [prompt] * len(images)
+        with using:
+            made = generate(start, prompts, seeds, replace(sampling, strength=strength), image=images)
+        return float(seen(Pictures(made, [""] * len(made), seeds)).float().mean()) > REMAINS
+
     for strength in STRENGTHS:
-        with attach(start, eraser):
-            made = generate(start, [""] * len(images), seeds, replace(sampling, strength=strength), image=images)
-        if float(seen(Pictures(made, [""] * len(made), seeds)).float().mean()) <= REMAINS:
+        if not remains(guided.prompts[0], strength, nullcontext()) and not remains("", strength, attach(start, eraser)):
             return strength
     return None

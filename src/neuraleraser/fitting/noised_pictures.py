@@ -55,15 +55,21 @@ class _EncodedOnce:
 
 @dataclass(frozen=True)
 class NoisedStates:
-    """Activations of pictures at a site: values [N, T, P, d] in half precision, times [T] descending, as the denoiser
-    is given them; grid: height and width of the P positions, None where they are not known."""
+    """Activations of pictures at a site, each noised to some of T levels.
+
+    values: [N, K, P, d], in half precision. levels: the K levels of each picture, int64 [N, K], ascending. times: the
+    timesteps of all levels [T], descending, as the denoiser is given them. grid: height and width of the P positions,
+    None where they are not known.
+    """
 
     values: Tensor
+    levels: Tensor
     times: Tensor
     grid: tuple[int, int] | None
 
-    def __getitem__(self, rows: slice) -> NoisedStates:
-        return NoisedStates(self.values[rows], self.times, self.grid)
+    def of_level(self, values: Tensor, level: int) -> Tensor:
+        """Return those of some values [N, K] that belong to a level."""
+        return values[self.levels == level]
 
 
 def noised_states(
@@ -72,42 +78,59 @@ def noised_states(
     pictures: Pictures,
     *,
     levels: Sequence[float] = NOISE_LEVELS,
+    each: int | None = None,
     batch_size: int = 20,
     progress: Callable[[float], None] | None = None,
 ) -> NoisedStates:
     """Start image-to-image from each picture at each of `levels`, and return the activations in the first forward.
 
-    One forward without guidance for each picture and level, of the same noise at every level.
+    One forward without guidance for each picture and level, of the same noise at every level. each: number of levels
+    of a picture, which pictures take by turns; None: all.
 
     Raises SettingsError where the pipeline has no image-to-image form.
     """
     start = image_to_image(pipe)
     start.set_progress_bar_config(disable=True)
     seen: list[tuple[Tensor, float, tuple[int, int] | None]] = []
+    times: dict[int, float] = {}
+    k = each or len(levels)
 
     def on_activations(at: Site, x: Tensor, context: EditContext[None]) -> None:
         seen.append((x.half().cpu(), float(context.timestep[0]), context.grid))
         raise _FirstForwardDone
 
+    turns = 1 if k == len(levels) else len(levels)
+    order = [i for turn in range(turns) for i in range(turn, len(pictures.images), turns)]
     batches: list[Tensor] = []
-    for first in range(0, len(pictures.images), batch_size):
-        part = slice(first, first + batch_size)
-        pixels = torch.from_numpy(pictures.images[part]).permute(0, 3, 1, 2).float().div(255)
+    taken: list[Tensor] = []
+    for part in (b for turn in range(turns) for b in _batches(range(turn, len(pictures.images), turns), batch_size)):
+        here = sorted((part[0] + i * (len(levels) // k)) % len(levels) for i in range(k))
+        pixels = torch.from_numpy(pictures.images[list(part)]).permute(0, 3, 1, 2).float().div(255)
         seen.clear()
         with _EncodedOnce(start.vae) as encodings, record(pipe, [site], on_activations), torch.no_grad():
-            for level in levels:
+            for level in here:
                 encodings.rewind()
                 with suppress(_FirstForwardDone):
                     start(
-                        list(pictures.prompts[part]),
+                        [pictures.prompts[i] for i in part],
                         image=pixels,
-                        strength=level,
+                        strength=levels[level],
                         num_inference_steps=_STEPS,
                         guidance_scale=1.0,
-                        generator=[torch.Generator("cpu").manual_seed(int(s)) for s in pictures.seeds[part]],
+                        generator=[
+                            torch.Generator("cpu").manual_seed(int(s)) for s in (pictures.seeds[i] for i in part)
+                        ],
                         output_type="latent",
                     )
         batches.append(torch.stack([x for x, _, _ in seen], 1))
+        taken.append(torch.tensor(here).expand(len(pixels), k))
+        times |= {level: time for level, (_, time, _) in zip(here, seen, strict=True)}
         if progress:
-            progress(min(1.0, (first + batch_size) / len(pictures.images)))
-    return NoisedStates(torch.cat(batches), torch.tensor([t for _, t, _ in seen]), seen[0][2])
+            progress(sum(map(len, taken)) / len(order))
+    back = torch.tensor(order).argsort()
+    known = torch.tensor([times[j] for j in sorted(times)])
+    return NoisedStates(torch.cat(batches)[back], torch.cat(taken)[back], known, seen[0][2])
+
+
+def _batches(indices: range, size: int) -> list[range]:
+    return [indices[first : first + size] for first in range(0, len(indices), size)]

@@ -16,9 +16,13 @@ from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
 from neuraleraser.vocabulary import Vocabulary
 
-EMPTY_SHARE, OWN_SHARE, OTHER_SHARE = 0.5, 0.15, 0.15
+EMPTY_SHARE, OWN_SHARE, OTHER_SHARE = 0.7, 0.1, 0.1
 """Shares of pictures that are seen with an empty prompt, with what they show, and with another picture's prompt; the
 rest are seen with words in disorder, as a learned embedding is: an attacker's prompt need not make sense."""
+
+
+ALONE_SHARE = 0.6
+"""Share of renders that show one object; the others show two."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Pictures:
         if not len(x) == len(self.prompts) == len(self.seeds):
             raise DataError(f"{len(x)} pictures, {len(self.prompts)} prompts, {len(self.seeds)} seeds: pass one each")
 
+    def __getitem__(self, rows: slice) -> Pictures:
+        return Pictures(self.images[rows], self.prompts[rows], self.seeds[rows], self.generated_from)
+
 
 def pictures_for(
     pipe: Any,
@@ -48,7 +55,7 @@ def pictures_for(
     sampling: Sampling,
     seed: int = 0,
 ) -> tuple[Pictures, Pictures]:
-    """Return `count` pictures that show a concept, and twice as many that do not.
+    """Return `count` pictures that show a concept, and half as many again that do not.
 
     Rendered where the family's world is known and has the concept; else the pipeline's own, of the concept's prompts
     and of their matches.
@@ -70,7 +77,7 @@ def _rendered(
     def draw(shows: bool, number: int, first: int) -> Pictures:
         images, own = [], []
         for i in range(number):
-            shown = rng.sample(objects, 1 if rng.random() < 0.75 else 2)
+            shown = rng.sample(objects, 1 if rng.random() < ALONE_SHARE else 2)
             style = rng.choice(styles)
             if shows and name in vocabulary.styles:
                 style = name
@@ -82,7 +89,7 @@ def _rendered(
         return Pictures(np.stack(images), _texts(own, others, rng), range(first, first + number))
 
     first = 10**6 * (1 + seed)
-    return draw(True, count, first), draw(False, 2 * count, first + count)
+    return draw(True, count, first), draw(False, _others(count), first + count)
 
 
 def _generated(pipe: Any, concept: Concept, count: int, sampling: Sampling, seed: int) -> tuple[Pictures, Pictures]:
@@ -90,13 +97,18 @@ def _generated(pipe: Any, concept: Concept, count: int, sampling: Sampling, seed
     rng = random.Random(seed)
     pairs = [*concept.pairs, *concept.context_pairs]
     found = []
-    for shows, number in ((True, count), (False, 2 * count)):
+    for shows, number in ((True, count), (False, _others(count))):
         some = [pairs[i % len(pairs)] for i in rng.sample(range(max(number, len(pairs))), number)]
         own = [pair.positive if shows else pair.negative for pair in some]
         others = [rng.choice(pairs).negative for _ in own]
         seeds = range(seed + 10**6 * (2 - shows), seed + 10**6 * (2 - shows) + number)
         found.append(Pictures(generate(pipe, own, seeds, sampling), _texts(own, others, rng), seeds, own))
     return found[0], found[1]
+
+
+def _others(count: int) -> int:
+    """Return the number of pictures without a concept beside `count` with it."""
+    return count + count // 2
 
 
 def _texts(own: Sequence[str], others: Sequence[str], rng: random.Random) -> list[str]:
