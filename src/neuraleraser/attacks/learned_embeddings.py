@@ -1,0 +1,184 @@
+"""Textual inversion as an attack: embeddings, learned on pictures of a concept, that stand in for its words.
+
+Concept inversion (Pham et al., "Circumventing Concept Erasure Methods", ICLR 2024) learns one embedding through the
+erased model. Here they may be several, and an attacker who has the eraser's file may blind its gates as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuraleraser.eraser import Gate
+from neuraleraser.eraser.gate import time_bin
+from neuraleraser.errors import SettingsError
+from neuraleraser.sampling import Images
+from neuraleraser.sites import EditContext, Site, denoiser, record
+
+WORD = "<learned>"
+"""The word that prompts hold where the embeddings stand."""
+_LEARNING_RATE = 0.1
+"""Of Adam, in units of the vocabulary's spread."""
+_MARGIN = 0.1
+"""How far below its bound a blinded gate's evidence is pushed, as a share of the bound."""
+
+Context = Callable[[Any], AbstractContextManager[Any]]
+
+
+def learn_embeddings(
+    pipe: Any,
+    images: Images,
+    prompts: Sequence[str],
+    *,
+    applied: Context = nullcontext,
+    gates: Sequence[Gate] = (),
+    blinding: float = 0.0,
+    count: int = 3,
+    steps: int = 300,
+    batch_size: int = 12,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Tensor:
+    """Learn embeddings with which the denoiser predicts pictures of a concept.
+
+    The loss is the denoiser's own: the squared error of its prediction, at noise levels drawn evenly. Gradients go
+    through everything that `applied` attaches.
+
+    Args:
+        pipe: A pipeline with one text encoder, as Stable Diffusion 1 and 2 are.
+        images: Pictures of the concept, uint8 [N, H, W, 3].
+        prompts: A prompt for each, which holds `WORD`.
+        applied: Context in which the method acts, as `Method.applied`; none: the base model.
+        gates: Gates that the attacker knows.
+        blinding: Weight of the loss for their evidence above their bounds.
+        count: Embeddings, which stand one behind the other.
+        steps: Steps of Adam.
+        batch_size: Pictures in a step.
+        seed: Of the words that it starts from, the noise and the order.
+        on_step: Called as `on_step(step, loss)`.
+
+    Returns:
+        The embeddings [count, d], in the form that `pipe.load_textual_inversion` takes.
+
+    Raises:
+        SettingsError: The pipeline has several text encoders or none, or a prompt lacks the word.
+    """
+    _check(pipe, prompts)
+    generator = torch.Generator().manual_seed(seed)
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    start = table[torch.randint(len(table), (count,), generator=generator)].float()
+    spread = float(table.float().std())
+    vectors = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([vectors], lr=_LEARNING_RATE * spread)
+    latents = _encode(pipe, images, generator)
+    scheduler, unet, device = pipe.scheduler, denoiser(pipe), pipe.device
+    last = int(scheduler.config["num_train_timesteps"])
+    evidence: list[Tensor] = []
+
+    def on_activations(site: Site, x: Tensor, context: EditContext[None]) -> None:
+        evidence.extend(_above_bound(gate, x, context) for gate in gates if gate.site == site)
+
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(pipe))
+        stack.enter_context(learned_word(pipe, vectors))
+        stack.enter_context(applied(pipe))
+        if blinding and gates:
+            stack.enter_context(record(pipe, {gate.site for gate in gates}, on_activations))
+        for step in range(steps):
+            some = torch.randint(len(latents), (batch_size,), generator=generator)
+            times = torch.randint(last, (batch_size,), generator=generator)
+            noise = torch.randn(latents[some].shape, generator=generator)
+            x, e, t = (v.to(device) for v in (latents[some], noise, times))
+            noisy = scheduler.add_noise(x, e, t)
+            target = scheduler.get_velocity(x, e, t) if scheduler.config["prediction_type"] == "v_prediction" else e
+            scheduler.set_timesteps(last)  # a new schedule: a new drawing, for all that is attached
+            evidence.clear()
+            with torch.enable_grad():
+                text, _ = pipe.encode_prompt([prompts[i] for i in some], device, 1, False)
+                prediction = unet(noisy.to(unet.dtype), t, encoder_hidden_states=text, return_dict=False)[0]
+                loss = F.mse_loss(prediction.float(), target.float())
+                if evidence:
+                    loss = loss + blinding * torch.stack(evidence).mean()
+                adam.zero_grad(set_to_none=True)
+                loss.backward()
+            for group in adam.param_groups:
+                group["lr"] = _LEARNING_RATE * spread * min(1.0, 1.2 * (1 - step / steps))
+            adam.step()
+            if on_step:
+                on_step(step, float(loss.detach()))
+    return vectors.detach().cpu()
+
+
+@contextmanager
+def learned_word(pipe: Any, vectors: Tensor) -> Iterator[None]:
+    """Context manager: prompts may hold `WORD`, in whose place these embeddings [count, d] stand.
+
+    As with a textual inversion of diffusers, of several embeddings each is a token; but none is added to the model.
+    """
+    known, table = pipe.tokenizer, pipe.text_encoder.get_input_embeddings()
+    pipe.tokenizer = copy.deepcopy(known)
+    tokens = [WORD, *(f"{WORD}_{k}" for k in range(1, len(vectors)))]
+    pipe.tokenizer.add_tokens(tokens)  # diffusers reads the first as all of them
+    first = pipe.tokenizer.convert_tokens_to_ids(WORD)
+
+    def embed(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given.append(args[0])
+        return (args[0].clamp(max=first - 1),)
+
+    def put(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        ids = given.pop()
+        for k, vector in enumerate(vectors):
+            output = torch.where((ids == first + k)[..., None], vector.to(output), output)
+        return output
+
+    given: list[Tensor] = []
+    handles = table.register_forward_pre_hook(embed), table.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        pipe.tokenizer = known
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(pipe: Any) -> Iterator[None]:
+    """Context manager: no gradients are made for the model's own weights."""
+    parts = [p for module in (denoiser(pipe), pipe.text_encoder) for p in module.parameters() if p.requires_grad]
+    for parameter in parts:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parts:
+            parameter.requires_grad_(True)
+
+
+def _above_bound(gate: Gate, x: Tensor, context: EditContext[None]) -> Tensor:
+    """Return the mean share by which the evidence exceeds a little less than its bound."""
+    low = gate.low[time_bin(gate.times, context.timestep)].to(x.device)
+    evidence = gate.evidence(x, context.grid)
+    usual = gate.low[gate.low < 1e6].median()
+    return torch.where(low < 1e6, (evidence / low - 1 + _MARGIN).relu() * (low / usual).clamp(max=1), 0).mean()
+
+
+@torch.no_grad()
+def _encode(pipe: Any, images: Images, generator: torch.Generator) -> Tensor:
+    """Return the pictures' latents [N, c, h, w], as the denoiser takes them."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(pipe.device, pipe.vae.dtype)
+    parts = [pipe.vae.encode(part).latent_dist.mode() for part in pixels.split(20)]
+    return torch.cat(parts).float().cpu() * pipe.vae.config["scaling_factor"]
+
+
+def _check(pipe: Any, prompts: Sequence[str]) -> None:
+    if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
+        raise SettingsError(f"{type(pipe).__name__} has several text encoders or none: pass one of Stable Diffusion 1")
+    for prompt in prompts:
+        if WORD not in prompt:
+            raise SettingsError(f"the prompt {prompt!r} does not hold {WORD}: put it where the concept stands")
