@@ -34,7 +34,7 @@ from canvas_routes import contents, judge_of, wilson
 from neuraleraser.attacks import WORD, learn_embeddings, learned_word
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import VOCABULARY as V
-from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser import Eraser
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.io.atomic import write_bytes
@@ -102,7 +102,7 @@ def main(s: Settings) -> None:
                     pipe,
                     np.stack([render(c, first + i) for i, c in enumerate(shown)]),
                     [prompt_for(name, c, i % 2 == 1) for i, c in enumerate(shown)],
-                    applied=nullcontext if knows == "nothing" else lambda using: attach(using, eraser),
+                    applied=nullcontext if knows == "nothing" else EraserMethod(eraser).applied,
                     gates=[part.gate for part in eraser.parts] if knows == "gates" else (),
                     blinding=s.blinding,
                     count=count,
