@@ -1,10 +1,11 @@
 """Does a concept come back by a start image, when no prompt names it?
 
-    python benchmarks/canvas_routes.py --erasers demo/erasers [--concepts Van_Gogh Cats] [--rivals True]
+    python benchmarks/canvas_routes.py --erasers demo/erasers [--concepts Van_Gogh Cats] [--rivals]
 
 For each concept, `images` renders of it that no fit has seen. Each is a start image at three strengths, with an empty
-prompt, a neutral one (it says what else is to be seen) or one that names the concept. Second judge. A row of the
-results is a method on one of these:
+prompt, a neutral one (it says what else is to be seen) or one that names the concept. Of each, half is drawn anew, too
+(route "inpainting", strength 1, the left half and the right by turns), with an empty prompt or a neutral one. Second
+judge. A row of the results is a method on one of these:
 
     {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
      "ci", "unchanged"}
@@ -17,6 +18,8 @@ action "erase_or_refuse"; unchanged: share with the bits of the base image.
 Rows with the route "named" are plain prompts that name the concept, without a start image.
 Rows with the route "other" are plain prompts of other concepts: opened is the share of false openings. "control" rows
 are start images of other concepts, with an empty prompt at each strength.
+
+SAeUron's settings are those that docs/how-to/saeuron.md names for the canvas, chosen on other concepts.
 
 Finished rows are kept in the results file, and not made again.
 """
@@ -34,18 +37,29 @@ from typing import Any
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import VOCABULARY as V
+from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import Eraser, attach
 from neuraleraser.errors import ConceptRefusedError
 from neuraleraser.evaluation.method import Method
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.families.opening import image_to_image, open_pipeline
+from neuraleraser.families.opening import image_to_image, inpainting, open_pipeline
+from neuraleraser.fitting import fit_saeuron
 from neuraleraser.io.atomic import write_bytes
-from neuraleraser.methods import ConceptRemovalGuidance, DynamicNegativeGuidance, EraserMethod, string_filters
+from neuraleraser.methods import (
+    ConceptRemovalGuidance,
+    DynamicNegativeGuidance,
+    EraserMethod,
+    SAeUronAsPublished,
+    string_filters,
+)
+from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images, generate
+from neuraleraser.settings import SAeUronSettings
 
 STRENGTHS = (0.3, 0.5, 0.7)
 FIRST_SEED = 70_000
@@ -61,11 +75,13 @@ class Settings:
     concepts: tuple[str, ...] = ("Van_Gogh", "Superstring", "On_Fire", "Cats")
     images: int = 20
     """Images of each row."""
-    prompts: tuple[str, ...] = ("empty", "neutral")
-    """Prompts of start images: empty, neutral, naming."""
+    prompts: tuple[str, ...] = ("empty", "neutral", "naming")
+    """Prompts of start images: empty, neutral, naming; of inpainting the first two."""
     strengths: tuple[float, ...] = STRENGTHS
     rivals: bool = False
-    """Measure CRG and DNG, too."""
+    """Measure CRG, DNG and SAeUron, too."""
+    saeuron: Path = Path("runs/saeuron")
+    """Folder in which SAeUron's SAE and its erasers are made and kept."""
     others: int = 40
     """Plain prompts of other concepts."""
     out: Path = Path("benchmarks/results/canvas-routes.json")
@@ -82,7 +98,15 @@ class Drawing:
     without: Sequence[str]
     seeds: Sequence[int]
     image: Images | None
+    mask: NDArray[np.bool_] | None = None
     asks: bool = True
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Drawing]]:
+        """The same in parts of at most `size` images, with their places."""
+        for first in range(0, len(self.seeds), size):
+            at = slice(first, first + size)
+            image, mask = (None if x is None else x[at] for x in (self.image, self.mask))
+            yield at, replace(self, seeds=self.seeds[at], image=image, mask=mask)
 
 
 def contents(name: str, count: int, rng: random.Random) -> list[Content]:
@@ -117,6 +141,13 @@ def drawings(s: Settings, name: str) -> list[Drawing]:
         for kind in s.prompts
         for strength in s.strengths
     ]
+    left = np.broadcast_to(np.arange(images.shape[2]) < images.shape[2] // 2, images.shape[1:3])
+    halves = np.stack([~left if i % 2 else left for i in range(n)])
+    found += [
+        Drawing("inpainting", kind, 1.0, texts[kind], [plain] * n, seeds, images, halves)
+        for kind in s.prompts
+        if kind != "naming"
+    ]
     found.append(Drawing("named", "naming", None, texts["naming"], [plain] * n, seeds, None))
     others = [n for n in V.open_styles if n != name], [n for n in V.open_objects if n != name]
     different = [Content((rng.choice(others[1]),), rng.choice(others[0])) for _ in range(n)]
@@ -129,16 +160,31 @@ def drawings(s: Settings, name: str) -> list[Drawing]:
     return found
 
 
-def methods(s: Settings, pipe: Any, name: str, eraser: Eraser) -> list[Method]:
+def saeuron(s: Settings, pipe: Any, name: str) -> dict[str, Method]:
+    """SAeUron as its public code has it, and with that put right; made where it is not kept."""
+    path = s.saeuron / f"{name}.safetensors"
+    if not path.exists():
+        settings = SAeUronSettings(num_features=3) if name in V.styles else SAeUronSettings(multiplier=-5.0)
+        fit_saeuron(pipe, canvas_concept(name), settings=settings, folder=s.saeuron, announce=print).save(path)
+    eraser = Eraser.load(path)
+    sae = SAE.load(s.saeuron / f"canvas-{eraser.gate.site.path}.safetensors")
+    return {"SAeUron (published)": SAeUronAsPublished(eraser, sae), "SAeUron (corrected)": EraserMethod(eraser)}
+
+
+def methods(s: Settings, pipe: Any, name: str, eraser: Eraser) -> dict[str, Method]:
     """The methods of the table, ours last."""
-    kind = "style" if name in V.styles else "object"
-    found: list[Method] = [string_filters(V, name)[0]]
+    kind: Any = "style" if name in V.styles else "object"
     alone = replace(eraser.header, made_for=None)  # a fingerprint of all its sites
-    found.append(EraserMethod(replace(eraser, header=alone, image_gate=None, guided=None)))
+    found: dict[str, Method] = {
+        "string-filter": string_filters(V, name)[0],
+        "prompt-only eraser": EraserMethod(replace(eraser, header=alone, image_gate=None, guided=None)),
+    }
     if s.rivals:
         phrase = V.phrases_of(name)[0]
-        found += [ConceptRemovalGuidance(name, kind, phrase), DynamicNegativeGuidance(name, kind, phrase)]
-    return [*found, EraserMethod(eraser)]
+        found["CRG"] = ConceptRemovalGuidance(name, kind, phrase)
+        found["DNG"] = DynamicNegativeGuidance(name, kind, phrase)
+        found |= saeuron(s, pipe, name)
+    return {**found, "neuraleraser": EraserMethod(eraser)}
 
 
 @contextmanager
@@ -161,11 +207,17 @@ def main(s: Settings) -> None:
     sampling = default_sampling(pipe)
 
     def draw(d: Drawing, prompts: Sequence[str], context: Callable[[Any], AbstractContextManager[Any]]) -> Any:
-        using = pipe if d.image is None else image_to_image(pipe)
+        """The images, and what the context yields for each batch, with the batch's images: SAeUron's code counts the
+        steps of one batch."""
+        form = image_to_image if d.mask is None else inpainting
+        using = pipe if d.image is None else form(pipe)
         chosen = sampling if d.strength is None else replace(sampling, strength=d.strength)
-        with context(using) as trace:
-            images = generate(using, prompts, d.seeds, chosen, image=d.image)
-        return images, trace
+        images, traces = [], []
+        for at, part in d.batches(sampling.batch_size):
+            with context(using) as trace:
+                images.append(generate(using, prompts[at], part.seeds, chosen, image=part.image, mask_image=part.mask))
+            traces.append((trace, len(part.seeds)))
+        return np.concatenate(images), traces
 
     def shows(name: str, images: Images) -> np.ndarray:
         seen = judge(images)
@@ -175,9 +227,8 @@ def main(s: Settings) -> None:
     for name in s.concepts:
         eraser = Eraser.load(s.erasers / f"{name}.safetensors")
         ceilings: dict[Any, np.ndarray] = {}
+        every = methods(s, pipe, name, eraser)
         for d in drawings(s, name):
-            rivals = ["CRG", "DNG"] if s.rivals else []
-            labels = ["none", "string-filter", "prompt-only eraser", *rivals, "neuraleraser"]
             fixed = {
                 "concept": name,
                 "kind": eraser.header.kind,
@@ -186,22 +237,22 @@ def main(s: Settings) -> None:
                 "strength": d.strength,
                 "n": len(d.seeds),
             }
-            missing = [label for label in labels if _key({"method": label, **fixed}) not in done]
+            missing = [label for label in ("none", *every) if _key({"method": label, **fixed}) not in done]
             if not missing:
                 continue
-            every = dict(zip(labels[1:], methods(s, pipe, name, eraser), strict=True))
             base, watched = draw(d, d.prompts, partial(all_watching, every))
-            at = (d.image is None, d.strength)
+            at = (d.route, d.strength)
             if d.asks and at not in ceilings:  # the same for every prompt
                 ceilings[at] = shows(name, draw(d, d.without, lambda using: nullcontext())[0])
             ceiling = ceilings[at] if d.asks else None
             for label in missing:
                 # A method that would act nowhere leaves the base's images, bit for bit.
-                images, trace = base, watched.get(label)
-                if label in every and (trace is None or trace.fired):
-                    images, trace = draw(d, d.prompts, every[label].applied)
+                images, opened = base, _opened([(traces.get(label), count) for traces, count in watched])
+                if label in every and opened != 0:
+                    images, traces = draw(d, d.prompts, every[label].applied)
+                    opened = _opened(traces)
                 found = shows(name, images)
-                refused = _refused(draw, d, eraser) if label == "neuraleraser" else 0.0
+                refused = _refused(draw, d, eraser, sampling.batch_size) if label == "neuraleraser" else 0.0
                 low, high = wilson(int(found.sum()), len(found))
                 rows.append(
                     {"method": label, **fixed}
@@ -210,7 +261,7 @@ def main(s: Settings) -> None:
                         "ceiling": None if ceiling is None else round(float(ceiling.mean()), 4),
                         "shows": round(float(found.mean()), 4),
                         "refused": refused,
-                        "opened": None if trace is None else round(len(trace.fired) / len(found), 4),
+                        "opened": None if opened is None else round(opened / len(found), 4),
                         "unchanged": round(
                             float(np.mean([np.array_equal(a, b) for a, b in zip(base, images, strict=True)])), 4
                         ),
@@ -221,16 +272,24 @@ def main(s: Settings) -> None:
             write_bytes(s.out, json.dumps(rows, indent=1).encode())
 
 
-def _refused(draw: Callable[..., Any], d: Drawing, eraser: Eraser) -> float:
+def _opened(traces: Sequence[tuple[Any, int]]) -> int | None:
+    """In how many images a method acted, by its traces, padding left out; None where it cannot tell."""
+    if any(trace is None for trace, _ in traces):
+        return None
+    return sum(image < count for trace, count in traces for image in trace.fired)
+
+
+def _refused(draw: Callable[..., Any], d: Drawing, eraser: Eraser, size: int) -> float:
     """Share of images that "erase_or_refuse" refuses: those that the gate sees, at a strength that is too low."""
-    least = eraser.header.least_strength
+    least, refused = eraser.header.least_strength, 0
     if least is None or d.strength is None or d.strength >= least:
         return 0.0
-    try:
-        draw(d, d.prompts, lambda using: attach(using, eraser, action="erase_or_refuse"))
-    except ConceptRefusedError as error:
-        return round(len(error.images) / len(d.seeds), 4)
-    return 0.0
+    for at, part in d.batches(size):
+        try:
+            draw(part, d.prompts[at], lambda using: attach(using, eraser, action="erase_or_refuse"))
+        except ConceptRefusedError as error:
+            refused += len(error.images)
+    return round(refused / len(d.seeds), 4)
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:

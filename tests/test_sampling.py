@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from PIL import Image
 
 from helpers import pipelines
 from helpers.canvas_models import tiny_vae
@@ -166,10 +167,6 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
     ("given", "word"),
     [
         ({"seeds": [1]}, "2 prompts, 1 seeds"),
-        ({"image": np.zeros((3, 16, 16, 3), np.uint8)}, "3 start images"),
-        ({"mask_image": np.zeros((2, 16, 16), bool)}, "masks and no start images"),
-        ({"image": START, "mask_image": np.zeros((1, 16, 16), bool)}, "2 start images, 1 masks"),
-        ({"image": START, "sampling": Sampling(strength=0.3, num_inference_steps=3)}, "less than one step"),
         ({"seeds": [1, -1]}, "seed is -1"),
         ({"seeds": [1, 2**63]}, "seed is 9223372036854775808"),
         ({"seeds": [1, 1.5]}, "seed is 1.5"),
@@ -184,6 +181,104 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
 def test_settings_that_do_not_fit(pipe: Any, given: dict[str, Any], word: str) -> None:
     with pytest.raises(SettingsError, match=word):
         generate(**{"pipe": pipe, "prompts": ["a", "b"], "seeds": [1, 2], **given})
+
+
+MASK = np.ones((2, 16, 16), dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("form", "given", "word"),
+    [
+        (image_to_image, {"image": np.zeros((3, 16, 16, 3), np.uint8)}, "3 start images"),
+        (image_to_image, {"image": START, "sampling": Sampling(strength=0.3, num_inference_steps=3)}, "less than one"),
+        (image_to_image, {}, r"Img2ImgPipeline needs `image`, and it is None"),
+        (
+            image_to_image,
+            {"image": START, "mask_image": MASK},
+            r"no `mask_image`: pass AutoPipelineForInpainting",
+        ),
+        (inpainting, {"image": START}, r"InpaintPipeline needs `mask_image`"),
+        (inpainting, {"mask_image": MASK}, r"needs `image`"),
+        (inpainting, {"image": START, "mask_image": MASK[:1]}, "2 start images, 1 masks"),
+        (lambda pipe: pipe, {"image": START}, r"takes no `image`: pass AutoPipelineForImage2Image\.from_pipe"),
+    ],
+)
+def test_start_images_that_do_not_fit(pipe: Any, form: Any, given: dict[str, Any], word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
+        generate(form(pipe), **{"prompts": ["a", "b"], "seeds": [1, 2], **given})
+
+
+NOTHING = MASK & False
+BETWEEN = NOTHING.copy()
+BETWEEN[:, 1, 1] = True  # latents are made of pixels with even numbers
+BAD_PICTURES: dict[str, tuple[Any, str]] = {
+    "floats": (START / 255, r"are float64 \[2, 16, 16, 3\]: pass one array, uint8 \[N, height, width, 3\]"),
+    "NaN": (np.full(START.shape, np.nan, np.float32), "are float32"),
+    "grey": (START[..., 0], r"are uint8 \[2, 16, 16\]"),
+    "with alpha": (np.zeros((2, 16, 16, 4), np.uint8), r"are uint8 \[2, 16, 16, 4\]"),
+    "channels first": (np.zeros((2, 3, 16, 16), np.uint8), r"are uint8 \[2, 3, 16, 16\]"),
+    "PIL": ([Image.new("RGB", (16, 16))] * 2, r"are of type list: .*np\.stack\("),
+    "a tensor": (torch.from_numpy(START), "are of type Tensor"),
+    "a number": (3, "are of type int"),
+    "no pixels": (START[:, :0], "are 0 x 16 px"),
+    "odd sides": (START[:, :15], "are 15 x 16 px: pass sides that are multiples of 2"),
+}
+BAD_MASKS: dict[str, tuple[Any, str]] = {
+    "bytes": (MASK.astype(np.uint8), r"are uint8 \[2, 16, 16\]: pass one array, bool \[N, 16, 16\]"),
+    "NaN": (np.full(MASK.shape, np.nan), "are float64"),
+    "another size": (MASK[:, :8], r"are bool \[2, 8, 16\]"),
+    "with channels": (MASK[:, None], r"are bool \[2, 1, 16, 16\]"),
+    "a list": (list(MASK), "are of type list"),
+    "a number": (3, "are of type int"),
+    "nothing": (np.stack([MASK[0], NOTHING[0]]), r"masks of images \[1\] are empty"),
+    "no latent": (BETWEEN, r"masks of images \[0, 1\] are empty, or too small for latents of 2 x 2 px"),
+}
+
+
+@pytest.mark.parametrize(("image", "word"), BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_what_is_no_start_image(pipe: Any, image: Any, word: str) -> None:
+    began: list[int] = []
+    with pytest.raises(DataError, match=f"the start images {word}"):
+        generate(image_to_image(pipe), ["a", "b"], [1, 2], image=image, on_batch_start=lambda *at: began.extend(at))
+    assert not began
+
+
+@pytest.mark.parametrize(("mask", "word"), BAD_MASKS.values(), ids=BAD_MASKS)
+def test_what_is_no_mask(pipe: Any, mask: Any, word: str) -> None:
+    with pytest.raises(DataError, match=f"the .*{word}"):
+        generate(inpainting(pipe), ["a", "b"], [1, 2], image=START, mask_image=mask)
+
+
+def test_a_mask_of_everything_draws_everything_anew_in_the_size_of_the_start_image(pipe: Any) -> None:
+    s = Sampling(num_inference_steps=2, batch_size=2, strength=1.0)
+    start = np.random.default_rng(0).integers(0, 256, (2, 8, 24, 3), np.uint8)
+    pair = [
+        generate(inpainting(pipe), ["a", "b"], [1, 2], s, image=image, mask_image=np.ones((2, 8, 24), bool))
+        for image in (start, 255 - start)
+    ]
+    assert pair[0].shape == start.shape and np.array_equal(pair[0], pair[1])  # nothing of the start image is left
+
+
+def test_an_error_leaves_nothing_behind() -> None:
+    """The next call has the bits of before, and the UNet says what it is, whichever batch fails."""
+    pipe = pipelines.stable_diffusion(in_channels=8, out_channels=8)
+    pipe.register_modules(vae=tiny_vae().eval())
+    painter, s = inpainting(pipe), Sampling(num_inference_steps=2, batch_size=1)
+    start = np.random.default_rng(0).integers(0, 256, START.shape, np.uint8)
+
+    def draw(**more: Any) -> Images:
+        return generate(painter, ["a", "b"], [1, 2], s, image=start, mask_image=MASK, **more)
+
+    def fail(*_: Any) -> dict[str, torch.Tensor]:
+        raise KeyboardInterrupt
+
+    before = draw()
+    with pytest.raises(DataError):
+        generate(painter, ["a", "b"], [1, 2], s, image=start, mask_image=NOTHING)
+    with pytest.raises(KeyboardInterrupt):
+        draw(callback_on_step_end=fail)
+    assert pipe.unet.config["in_channels"] == 8
+    assert np.array_equal(draw(), before)
 
 
 def test_an_image_of_nan_is_no_image() -> None:

@@ -525,6 +525,24 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/eraser/test_boundary.py::test_a_refused_picture_is_never_seen",),
     ),
     Mutation(
+        "decoded-nan",
+        "latents of NaN become pictures, where the last forward had none",
+        (
+            Text(
+                "src/neuraleraser/sites/guard.py",
+                "        if any(isinstance(x, Tensor) and not bool(x.isfinite().all()) for x in args):",
+                "        if False:",
+            ),
+        ),
+        ("tests/eraser/test_start_images.py::test_nan_in_a_picture_or_a_mask_is_no_image",),
+    ),
+    Mutation(
+        "any-start",
+        "start images and masks of any kind are drawn from",
+        (Text(_SAMPLING, "    _check_start(pipe, image, mask_image)\n", ""),),
+        ("tests/test_sampling.py::test_what_is_no_start_image",),
+    ),
+    Mutation(
         "replaced-module",
         "a denoiser that was replaced is not noticed",
         (

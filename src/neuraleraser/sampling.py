@@ -6,6 +6,7 @@ equal batch shape an image's bits depend on its own prompt and seed alone (docs/
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ def generate(
         prompts: One prompt per image.
         seeds: One seed per image.
         sampling: Steps, guidance, size and batch size; None: as `default_sampling` says.
-        image: Start images of an image-to-image or inpainting pipeline, uint8 [N, H, W, 3].
+        image: Start images of an image-to-image or inpainting pipeline, uint8 [N, H, W, 3]. What is drawn has their
+            size, whatever `sampling` says.
         mask_image: For inpainting: True where the start image is drawn anew, bool [N, H, W].
         on_batch_start: Called as `on_batch_start(first, real)` before each batch, with the index of its first image
             and the number of its images that are not padding.
@@ -57,20 +59,21 @@ def generate(
 
     Raises:
         SettingsError: The lengths differ, a seed is out of range, a prompt is no text, the strength leaves no step to
-            go, or the pipeline itself refuses (more steps than its schedule has, a size that it cannot generate).
-        DataError: An image has NaN or infinity.
+            go, the pipeline takes no start images or masks or needs them, or it refuses itself (more steps than its
+            schedule has, a size that it cannot generate).
+        DataError: The start images or masks have another type or shape, or a mask is empty; or an image has NaN or
+            infinity.
 
     Examples:
         >>> generate(pipe, ["a cat", "a dog"], [3, 4], quick).shape
         (2, 64, 64, 3)
     """
     s = sampling or default_sampling(pipe)
+    _check_start(pipe, image, mask_image)
     counts = {"prompts": prompts, "seeds": seeds, "start images": image, "masks": mask_image}
     given = {name: len(some) for name, some in counts.items() if some is not None}
     if len(set(given.values())) > 1:
         raise SettingsError(f"{', '.join(f'{n} {name}' for name, n in given.items())}: pass as many of each")
-    if mask_image is not None and image is None:
-        raise SettingsError("there are masks and no start images: pass `image`, too")
     if image is not None:
         check_strength(s)
     for seed in seeds:
@@ -84,6 +87,8 @@ def generate(
         extra["width"] = s.width
     if image is not None:
         extra = {"strength": s.strength}
+    if mask_image is not None:  # diffusers would draw in the pipeline's own size
+        extra["height"], extra["width"] = mask_image.shape[1:]
     if callback_on_step_end:
         extra["callback_on_step_end"] = callback_on_step_end
     out: list[Images] = []
@@ -129,7 +134,8 @@ def generate(
 @contextmanager
 def _inpaintable(pipe: Any, mask_image: NDArray[np.bool_] | None) -> Iterator[None]:
     """Say, while a UNet that takes latents alone inpaints, that they have 4 channels: diffusers takes no other number
-    for such a UNet, and the canvas's have 8. The number is only looked at there, never used.
+    for such a UNet, and the canvas's have 8. The number is only looked at there, never used; but whoever uses the UNet
+    in another thread meanwhile reads it, too.
     """
     unet = getattr(pipe, "unet", None)
     if mask_image is None or unet is None or unet.config["in_channels"] != pipe.vae.config["latent_channels"]:
@@ -141,6 +147,49 @@ def _inpaintable(pipe: Any, mask_image: NDArray[np.bool_] | None) -> Iterator[No
         yield
     finally:
         unet.register_to_config(in_channels=channels)
+
+
+def check_pictures(name: str, x: Any) -> None:
+    """Raise DataError unless x is uint8 [N, height, width, 3]."""
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3:
+        raise DataError(
+            f"the {name} are {_described(x)}: pass one array, uint8 [N, height, width, 3]; of PIL images, "
+            'np.stack([np.asarray(i.convert("RGB")) for i in images])'
+        )
+
+
+def _check_start(pipe: Any, image: Any, mask_image: Any) -> None:
+    """Raise DataError for start images and masks that are none, SettingsError for those that the pipeline does not
+    take, or takes and is not given."""
+    taken, kind = inspect.signature(type(pipe).__call__).parameters, type(pipe).__name__
+    for name, given, sign, form in (
+        ("image", image, "strength", "AutoPipelineForImage2Image"),
+        ("mask_image", mask_image, "mask_image", "AutoPipelineForInpainting"),
+    ):
+        if given is None and sign in taken:
+            raise SettingsError(f"{kind} needs `{name}`, and it is None: pass one for each prompt")
+        if given is not None and sign not in taken:
+            raise SettingsError(f"{kind} takes no `{name}`: pass {form}.from_pipe(pipe), of diffusers, in its place")
+    if image is None:
+        return
+    check_pictures("start images", image)
+    (height, width), cell = image.shape[1:3], getattr(pipe, "vae_scale_factor", 1)  # pixels to a latent's side
+    if not height or not width or height % cell or width % cell:
+        raise DataError(f"the start images are {height} x {width} px: pass sides that are multiples of {cell}")
+    if mask_image is None:
+        return
+    if not isinstance(mask_image, np.ndarray) or mask_image.dtype != bool or mask_image.shape[1:] != (height, width):
+        raise DataError(f"the masks are {_described(mask_image)}: pass one array, bool [N, {height}, {width}]")
+    # As diffusers brings a mask to the latents' size.
+    if empty := np.flatnonzero(~mask_image[:, ::cell, ::cell].any((1, 2))).tolist():
+        raise DataError(
+            f"the masks of images {empty[:8]} are empty, or too small for latents of {cell} x {cell} px, so nothing "
+            "would be drawn: pass True where an image is to be drawn anew, or leave it out"
+        )
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"of type {type(x).__name__}"
 
 
 def check_strength(sampling: Sampling) -> None:

@@ -20,7 +20,7 @@ from neuraleraser.assessment import evaluate_erasers
 from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.eraser import Eraser, Provenance, attach, model_card
-from neuraleraser.errors import ConceptError, SettingsError, SplitError
+from neuraleraser.errors import ConceptError, DataError, SettingsError, SplitError
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.evaluation import timing
 from neuraleraser.evaluation.evaluate import default_judge, evaluate
@@ -211,16 +211,24 @@ def test_image_to_image_starts_from_the_render(pipe: Any, tmp_path: Path):
         assert np.array_equal(run.image(BASE, "", cell), stamp(cell.prompt, cell.seed, image))
 
 
-def test_start_images_that_cannot_be_made_are_an_error_before_anything_is_generated(pipe: Any, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("made", "error", "word"),
+    [(None, SettingsError, "no renderer"), ([0], DataError, "start images of the protocol are of type list")],
+)
+def test_start_images_that_cannot_be_made_are_an_error_before_anything_is_generated(
+    pipe: Any, tmp_path: Path, made: Any, error: type[Exception], word: str
+):
     def failing(cells: Any, size: int) -> Any:
-        raise SettingsError("no renderer")
+        if made is None:
+            raise SettingsError("no renderer")
+        return made
 
     cells = [
         Cell("a cat in Van Gogh style", 10_000 + i, "Van_Gogh", ("Cats",), group)
         for i, group in enumerate(("grid", IMAGE_TO_IMAGE))
     ]
     judge, protocol = StampJudge(), EvaluationProtocol({"Van_Gogh": cells}, start_images=failing)
-    with pytest.raises(SettingsError, match="no renderer"):
+    with pytest.raises(error, match=word):
         evaluate(pipe, [DoNothing("Van_Gogh", "style")], S, tmp_path, judge=judge, protocol=protocol)
     assert judge.calls == 0
 

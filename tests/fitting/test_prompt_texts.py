@@ -22,7 +22,11 @@ def build(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_diffusion", "stable_diffusion_xl", "flux", "stable_diffusion Img2Img", "stable_diffusion_3"]
+    "name",
+    [
+        *("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"),
+        *("stable_diffusion Img2Img", "stable_diffusion Inpaint"),
+    ],
 )
 def test_texts_are_those_of_the_pipelines_own_call(name: str):
     pipe, calls = build(name), []

@@ -30,7 +30,7 @@ from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.families.opening import image_to_image, inpainting
 from neuraleraser.judges import Judge
-from neuraleraser.sampling import Images, check_strength, generate
+from neuraleraser.sampling import Images, check_pictures, check_strength, generate
 from neuraleraser.settings import EvaluateSettings, Sampling
 from neuraleraser.sites.routes import INPAINTING
 
@@ -145,7 +145,9 @@ class _Artist:
                 f"cells of the route {cells[0].route!r} need start_images: give the protocol that function"
             )
         size = int(self.pipe.unet.config["sample_size"]) * int(self.pipe.vae_scale_factor)
-        return self.protocol.start_images(_starts(cells), size)
+        pictures = self.protocol.start_images(_starts(cells), size)
+        check_pictures("start images of the protocol", pictures)
+        return pictures
 
     def rows(self, batch: _Batch, **columns: Sequence[Any]) -> list[Row]:
         """Judge a batch; `columns` hold one value an image."""

@@ -12,7 +12,7 @@ import numpy as np
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import DataError
 from neuraleraser.families import Render, family_of
-from neuraleraser.sampling import Images, generate
+from neuraleraser.sampling import Images, check_pictures, generate
 from neuraleraser.settings import Sampling
 from neuraleraser.vocabulary import Vocabulary
 
@@ -38,11 +38,12 @@ class Pictures:
     generated_from: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        x = self.images
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
-            raise DataError(f"the pictures are {x.dtype} {list(x.shape)}: pass uint8 [N, height, width, 3], N above 0")
-        if not len(x) == len(self.prompts) == len(self.seeds):
-            raise DataError(f"{len(x)} pictures, {len(self.prompts)} prompts, {len(self.seeds)} seeds: pass one each")
+        check_pictures("pictures", self.images)
+        n = len(self.images)
+        if not 0 < n == len(self.prompts) == len(self.seeds):
+            raise DataError(
+                f"{n} pictures, {len(self.prompts)} prompts, {len(self.seeds)} seeds: pass one each, and some"
+            )
 
     def __getitem__(self, rows: slice) -> Pictures:
         return Pictures(self.images[rows], self.prompts[rows], self.seeds[rows], self.generated_from)

@@ -209,6 +209,11 @@ class CallGuard(Generic[F, C]):
         for hooks in self.components.values():
             hooks.check_guarded()
             hooks.check_finite()
+        if any(isinstance(x, Tensor) and not bool(x.isfinite().all()) for x in args):  # after the last forward, too
+            raise EraserNotAppliedError(
+                "NaN or infinity in the latents that are to be decoded; look at the start image, the mask, the model's "
+                "dtype (fp16 overflows) and the edit's strength."
+            )
         self._decode(thread, caller)
 
     def on_decoded(self, module: nn.Module, args: Any, output: Any) -> None:
