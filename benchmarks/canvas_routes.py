@@ -164,7 +164,9 @@ def saeuron(s: Settings, pipe: Any, name: str) -> dict[str, Method]:
     """SAeUron as its public code has it, and with that put right; made where it is not kept."""
     path = s.saeuron / f"{name}.safetensors"
     if not path.exists():
-        settings = SAeUronSettings(num_features=3) if name in V.styles else SAeUronSettings(multiplier=-5.0)
+        # Chosen on start images of Rust and Dogs (docs/LOG.md): of a style, the published -1 leaves every one as it is.
+        of_style = SAeUronSettings(num_features=3, multiplier=-3.0)
+        settings = of_style if name in V.styles else SAeUronSettings(multiplier=-5.0)
         fit_saeuron(pipe, canvas_concept(name), settings=settings, folder=s.saeuron, announce=print).save(path)
     eraser = Eraser.load(path)
     sae = SAE.load(s.saeuron / f"canvas-{eraser.gate.site.path}.safetensors")
