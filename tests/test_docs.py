@@ -241,4 +241,6 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     figures = [names["report"].of(m.name, "Van_Gogh").figures["ua"] for m in names["methods"]]
     assert figures[0].value > 0.9 and figures[1].value == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "Van_Gogh ('named', 'paraphrased')" and printed[2] == "True", printed
+    assert printed[0] == "Van_Gogh ('named', 'paraphrased', 'start image', 'inpainting')" and printed[2] == "True", (
+        printed
+    )
