@@ -86,6 +86,7 @@ def generate(
         check_seed(seed)
     for prompt in prompts:
         _check_text(prompt)
+    precision: Any = unwrap(denoiser(pipe)).dtype if latents is not None else None
     extra: dict[str, Any] = {}
     if s.height:
         extra["height"] = s.height
@@ -110,7 +111,7 @@ def generate(
         if image is not None:
             extra["image"] = torch.from_numpy(image[index]).permute(0, 3, 1, 2).float().div(255)
         if latents is not None:
-            extra["latents"] = latents[index].to(unwrap(denoiser(pipe)).dtype)
+            extra["latents"] = latents[index].to(precision)
         if mask_image is not None:
             extra["mask_image"] = torch.from_numpy(mask_image[index])[:, None].float()
         try:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
 from helpers import pipelines
@@ -121,7 +122,7 @@ def test_a_scheduler_that_cannot_be_run_backwards(scheduler: Any, message: str):
 
 def test_other_pipelines_and_images_are_refused():
     with pytest.raises(DataError, match=r"float32 \[3, 16, 16, 3\]: pass one array, uint8"):
-        inverted_latents(pipelines.stable_diffusion(), SMALL.astype(np.float32), FEW)
+        inverted_latents(pipelines.stable_diffusion(), SMALL.astype(np.float32), FEW)  # type: ignore[arg-type]
     pipe = pipelines.stable_diffusion()
     pipe.register_modules(vae=None)
     with pytest.raises(SettingsError, match="no autoencoder with a scaling factor"):

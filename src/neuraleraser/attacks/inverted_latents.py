@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
 from neuraleraser.eraser import check_nothing_acts
-from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.sampling import Images, check_pictures, generate
 from neuraleraser.settings import Sampling, check_seed
