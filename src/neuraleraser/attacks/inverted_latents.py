@@ -138,7 +138,7 @@ def _inverted(pipe: Any, latents: Tensor, s: Sampling) -> Tensor:
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(s.num_inference_steps, device=latents.device)
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    dtype = unwrap(denoiser(pipe)).dtype
+    dtype: Any = unwrap(denoiser(pipe)).dtype
     for t in scheduler.timesteps.flip(0):
         a, b = (float(scheduler.step(f, t, x).prev_sample) for f, x in ((zero, one), (one, zero)))
         before = latents

@@ -75,7 +75,7 @@ class _Batch:
 
 
 class _Call(NamedTuple):
-    """How a cell with a start image is drawn."""
+    """Way to draw a cell with a start image."""
 
     route: str
     strength: float
