@@ -22,7 +22,13 @@ from neuraleraser.settings import Sampling
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 START = np.zeros((2, 16, 16, 3), np.uint8)
+NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS, SEEDS = ["a", "b c", "d", "e", "f g h"], [3, 1, 4, 1, 5]
+
+
+def noise(seed: int) -> torch.Tensor:
+    """The latents that the tiny pipeline starts from."""
+    return torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def pipe() -> Any:
     return pipelines.stable_diffusion()
 
 
-@pytest.fixture(params=["deterministic", "ancestral", "image to image"])
+@pytest.fixture(params=["deterministic", "ancestral", "image to image", "latents"])
 def drawn(pipe: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A function like `generate`: also with a scheduler that draws noise at every step, and from start images."""
     before = pipe.scheduler
@@ -45,6 +51,12 @@ def drawn(pipe: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
             return generate(other, prompts, seeds, s, image=image)
 
         yield draw
+    elif request.param == "latents":
+
+        def draw_from(prompts: list[str], seeds: list[int], s: Sampling) -> Images:
+            return generate(pipe, prompts, [0] * len(seeds), s, latents=torch.stack([noise(seed) for seed in seeds]))
+
+        yield draw_from
     else:
         yield lambda prompts, seeds, s: generate(pipe, prompts, seeds, s)
     pipe.scheduler = before
@@ -58,6 +70,24 @@ def test_order_neighbours_and_padding_do_not_matter(drawn: Any) -> None:
     assert (drawn(PROMPTS[2:4], SEEDS[2:4], s) == whole[2:4]).all()  # padded by one
     assert (drawn([PROMPTS[1]] * 4, [SEEDS[1]] * 4, s) == whole[1]).all()
     assert (drawn([PROMPTS[0]], [99], s)[0] != whole[0]).any()
+
+
+def test_latents_stand_in_for_the_seed(pipe: Any) -> None:
+    """The seed's own noise, given, makes the seed's own images; other latents make others."""
+    s = Sampling(num_inference_steps=2, batch_size=3)
+    own = torch.stack([noise(seed) for seed in SEEDS])
+    plain = generate(pipe, PROMPTS, SEEDS, s)
+    assert (generate(pipe, PROMPTS, [9] * 5, s, latents=own) == plain).all()
+    swapped = (generate(pipe, PROMPTS, SEEDS, s, latents=own.flip(0)) != plain).any(axis=(1, 2, 3))
+    assert swapped.tolist() == [True, False, False, False, True]  # as SEEDS turned round
+    tall = Sampling(num_inference_steps=1, batch_size=1, height=8, width=24)
+    assert generate(pipe, ["a"], [0], tall, latents=torch.zeros(1, 4, 4, 12)).shape == (1, 8, 24, 3)
+
+
+def test_latents_take_the_denoiser_s_precision() -> None:
+    pipe = pipelines.stable_diffusion().to(torch.bfloat16)
+    s = Sampling(num_inference_steps=1, batch_size=2)
+    assert generate(pipe, ["a", "b"], [1, 2], s, latents=NOISE).std() > 0
 
 
 def test_across_batch_shapes_images_agree_closely(drawn: Any) -> None:
@@ -167,6 +197,9 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
     ("given", "word"),
     [
         ({"seeds": [1]}, "2 prompts, 1 seeds"),
+        ({"latents": NOISE[:1]}, "2 prompts, 2 seeds, 1 latents"),
+        ({"latents": NOISE[:, :, :4]}, r"latents of an image are \[4, 4, 8\]: pass \[4, 8, 8\] each"),
+        ({"latents": NOISE, "image": START}, "pass one of `image` and `latents`"),
         ({"seeds": [1, -1]}, "seed is -1"),
         ({"seeds": [1, 2**63]}, "seed is 9223372036854775808"),
         ({"seeds": [1, 1.5]}, "seed is 1.5"),
@@ -279,6 +312,11 @@ def test_an_error_leaves_nothing_behind() -> None:
         draw(callback_on_step_end=fail)
     assert pipe.unet.config["in_channels"] == 8
     assert np.array_equal(draw(), before)
+
+
+def test_latents_of_nan_are_refused(pipe: Any) -> None:
+    with pytest.raises(DataError, match="the latents have NaN or infinity"):
+        generate(pipe, ["a", "b"], [1, 2], latents=NOISE.clone().fill_(float("nan")))
 
 
 def test_an_image_of_nan_is_no_image() -> None:

@@ -367,6 +367,18 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/test_sampling.py::test_order_neighbours_and_padding_do_not_matter",),
     ),
     Mutation(
+        "one-latent",
+        "all images of a batch start from the first one's latents",
+        (Text(_SAMPLING, "latents[index]", "latents[index[:1] * size]"),),
+        ("tests/test_sampling.py::test_latents_stand_in_for_the_seed",),
+    ),
+    Mutation(
+        "inversion-once",
+        "a step backwards is not solved but guessed",
+        (Text("src/neuraleraser/attacks/inverted_latents.py", "_REPEATS = 2", "_REPEATS = 1"),),
+        ("tests/attacks/test_inverted_latents.py::test_latents_that_are_drawn_from_are_the_picture_s",),
+    ),
+    Mutation(
         "canvas-sampling",
         "any pipeline is sampled as the canvas where nothing else is said",
         (Text(_SAMPLING, "sampling or default_sampling(pipe)", "sampling or Sampling()"),),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.activations import collect as collect
     from neuraleraser.activations import measure_loss_recovered as measure_loss_recovered
     from neuraleraser.activations import write_shards as write_shards
+    from neuraleraser.attacks import inverted_latents as inverted_latents
+    from neuraleraser.attacks import random_denoiser as random_denoiser
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
     from neuraleraser.concepts import Pair as Pair
@@ -168,11 +170,13 @@ _HOME: dict[str, str] = {
     "get_active_erasers": "eraser",
     "get_list_erasers": "eraser",
     "import_reference": "fitting",
+    "inverted_latents": "attacks",
     "load_eraser": "eraser",
     "make_reference": "fitting",
     "measure_loss_recovered": "activations",
     "model_card": "eraser",
     "open_pipeline": "families.opening",
+    "random_denoiser": "attacks",
     "read_prompts": "prompts",
     "record": "sites",
     "set_erasers": "eraser",
@@ -256,11 +260,13 @@ __all__ = [
     "get_active_erasers",
     "get_list_erasers",
     "import_reference",
+    "inverted_latents",
     "load_eraser",
     "make_reference",
     "measure_loss_recovered",
     "model_card",
     "open_pipeline",
+    "random_denoiser",
     "read_prompts",
     "record",
     "set_erasers",

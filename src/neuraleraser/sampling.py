@@ -21,7 +21,7 @@ from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.io.names import printable
 from neuraleraser.settings import Sampling, check_seed
-from neuraleraser.sites import Batch, Series, generating_batch
+from neuraleraser.sites import Batch, Series, denoiser, generating_batch, unwrap
 
 Images = NDArray[np.uint8]
 """uint8 [N, H, W, 3]."""
@@ -35,6 +35,7 @@ def generate(
     *,
     image: Images | None = None,
     mask_image: NDArray[np.bool_] | None = None,
+    latents: torch.Tensor | None = None,
     on_batch_start: Callable[[int, int], None] | None = None,
     on_batch_end: Callable[[range, Images], None] | None = None,
     callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
@@ -49,6 +50,7 @@ def generate(
         image: Start images of an image-to-image or inpainting pipeline, uint8 [N, H, W, 3]. What is drawn has their
             size, whatever `sampling` says.
         mask_image: For inpainting: True where the start image is drawn anew, bool [N, H, W].
+        latents: The noise that images start from, instead of their seeds' own, [N, c, h, w], not with `image`.
         on_batch_start: Called as `on_batch_start(first, real)` before each batch, with the index of its first image
             and the number of its images that are not padding.
         on_batch_end: Called as `on_batch_end(indices, images)` with each finished batch.
@@ -59,27 +61,32 @@ def generate(
 
     Raises:
         SettingsError: The lengths differ, a seed is out of range, a prompt is no text, the strength leaves no step to
-            go, the pipeline takes no start images or masks or needs them, or it refuses itself (more steps than its
-            schedule has, a size that it cannot generate).
-        DataError: The start images or masks have another type or shape, or a mask is empty; or an image has NaN or
-            infinity.
+            go, latents have another shape than the pipeline's, the pipeline takes no start images or masks or needs
+            them, or it refuses itself (more steps than its schedule has, a size that it cannot generate).
+        DataError: The start images or masks have another type or shape, or a mask is empty; or an image, or latents,
+            have NaN or infinity.
 
     Examples:
         >>> generate(pipe, ["a cat", "a dog"], [3, 4], quick).shape
         (2, 64, 64, 3)
     """
     s = sampling or default_sampling(pipe)
+    if latents is not None and image is not None:
+        raise SettingsError("there are start images and latents: pass one of `image` and `latents`")
     _check_start(pipe, image, mask_image)
-    counts = {"prompts": prompts, "seeds": seeds, "start images": image, "masks": mask_image}
+    counts = {"prompts": prompts, "seeds": seeds, "start images": image, "masks": mask_image, "latents": latents}
     given = {name: len(some) for name, some in counts.items() if some is not None}
     if len(set(given.values())) > 1:
         raise SettingsError(f"{', '.join(f'{n} {name}' for name, n in given.items())}: pass as many of each")
+    if latents is not None:
+        _check_latents(pipe, latents, s)
     if image is not None:
         check_strength(s)
     for seed in seeds:
         check_seed(seed)
     for prompt in prompts:
         _check_text(prompt)
+    precision: Any = unwrap(denoiser(pipe)).dtype if latents is not None else None
     extra: dict[str, Any] = {}
     if s.height:
         extra["height"] = s.height
@@ -103,6 +110,8 @@ def generate(
             on_batch_start(start, real)
         if image is not None:
             extra["image"] = torch.from_numpy(image[index]).permute(0, 3, 1, 2).float().div(255)
+        if latents is not None:
+            extra["latents"] = latents[index].to(precision)
         if mask_image is not None:
             extra["mask_image"] = torch.from_numpy(mask_image[index])[:, None].float()
         try:
@@ -190,6 +199,21 @@ def _check_start(pipe: Any, image: Any, mask_image: Any) -> None:
 
 def _described(x: Any) -> str:
     return f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else f"of type {type(x).__name__}"
+
+
+def _check_latents(pipe: Any, latents: torch.Tensor, s: Sampling) -> None:
+    """Raise SettingsError for latents of another shape than the pipeline's UNet takes, DataError where not finite."""
+    unet, vae = getattr(pipe, "unet", None), getattr(pipe, "vae", None)
+    if unet is not None and vae is not None:
+        size = unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        if s.height:
+            height, width = (n // int(pipe.vae_scale_factor) for n in (s.height, s.width))
+        expected = [vae.config["latent_channels"], height, width]
+        if list(latents.shape[1:]) != expected:
+            raise SettingsError(f"the latents of an image are {list(latents.shape[1:])}: pass {expected} each")
+    if not torch.isfinite(latents).all():
+        raise DataError("the latents have NaN or infinity: pass finite ones")
 
 
 def check_strength(sampling: Sampling) -> None:

@@ -282,7 +282,8 @@ class EvaluateSettings:
     """Rounds of the erased concept in phrasings that no eraser is made with."""
     start_image_rounds: int = 3
     """Rounds that start from a render of the concept, at one of three strengths by turns: with a prompt that names it,
-    one that does not, and none, and every third with half of the picture drawn anew. Three bring every strength."""
+    one that does not, and none; every third with half of the picture drawn anew, and from its inverted latents, too.
+    Three bring every strength."""
     fragment_prompts: int = 80
     """Prompts of one or two words of the concept's phrasings, never a whole one; at most as many as there are."""
     held_out_grid_rounds: int = 1

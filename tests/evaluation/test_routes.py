@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from helpers.canvas_cells import canvas_protocol
 from helpers.erasers import open_eraser, with_picture
 from helpers.measured import S, everything, of, same
 from helpers.result_tables import row, style_story, table
-from helpers.stamp_judge import StampJudge
+from helpers.stamp_judge import StampJudge, reader
+from neuraleraser.attacks import inverted_latents, random_denoiser
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.evaluate import evaluate
 from neuraleraser.evaluation.html import page
@@ -27,6 +29,8 @@ from neuraleraser.evaluation.protocol import (
     HALF,
     HALF_CEILING,
     IMAGE_TO_IMAGE,
+    INVERTED,
+    INVERTED_CONTROL,
     NEUTRAL,
     Cell,
     EvaluationProtocol,
@@ -42,6 +46,7 @@ from neuraleraser.judges import Judgement, JudgeSpec
 from neuraleraser.methods import DoNothing, EraserMethod, StringFilter
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
+from neuraleraser.sites import made_for
 
 FEW = replace(
     S, target_rounds=0, held_out_rounds=0, fragment_prompts=0, held_out_grid_rounds=0, unhooked_checks=0, idle_checks=0,
@@ -66,6 +71,9 @@ def drawn_by_hand(pipe: Any, cell: Cell) -> np.ndarray:
     assert start is not None and start.strength is not None
     picture = render(start.objects, start.style, start.seed, 16)[None]
     s = replace(FEW.sampling or Sampling(), strength=start.strength)
+    if cell.group in (INVERTED, INVERTED_CONTROL):
+        using = random_denoiser(pipe) if cell.group == INVERTED_CONTROL else pipe
+        return generate(using, [""], [cell.seed], s, latents=inverted_latents(using, picture, s))[0]
     if cell.group not in (HALF, HALF_CEILING):
         return generate(image_to_image(pipe), [cell.prompt], [cell.seed], s, image=picture)[0]
     left = np.zeros((1, 16, 16), dtype=bool)
@@ -88,12 +96,12 @@ def test_cells_are_drawn_from_their_pictures_at_their_strengths(pipe: Any, tmp_p
     evaluate(pipe, methods, FEW, tmp_path, judge=Random(), protocol=protocol)
     run = RunFolder(tmp_path, JudgeSpec.of(StampJudge()))
     cells = {(c.group, c.start.strength, c.start.half): c for c in protocol.all_cells() if c.start}
-    assert len(cells) == 4 * 3 + 2 * 2
+    assert len(cells) == 4 * 3 + 2 * 2 + 2
     for cell in cells.values():
         assert np.array_equal(run.image(BASE, "", cell), drawn_by_hand(pipe, cell)), cell
     base = of(everything(tmp_path), BASE)
     for cell, names, strength in zip(base.keys(), base.start, base.strength, strict=True):
-        assert (strength > 0) == bool(names) == ("image" in cell.group or "inpainting" in cell.group)
+        assert (strength > 0) == bool(names) == any(word in cell.group for word in ("image", "inpainting", "latents"))
     assert set(base.strength) == {0, 0.3, 0.5, 0.7, 1}
 
 
@@ -140,13 +148,33 @@ def test_cells_of_one_s_own_start_as_the_sampling_says(pipe: Any, tmp_path: Path
     assert {(s.shows, s.seed, s.strength) for s in asked} == {(("Van_Gogh", "Cats"), 10_000, None)}
 
 
+def test_latents_that_cannot_be_inverted_are_an_error_before_anything_is_drawn(tmp_path: Path):
+    euler = reader()
+    euler.scheduler = EulerDiscreteScheduler(steps_offset=1)
+    judge = Random()
+    with pytest.raises(SettingsError, match="DDIM alone can be run backwards"):
+        evaluate(euler, [FILTER], FEW, tmp_path, judge=judge)
+    assert judge.calls == 0
+
+
+def test_no_method_watches_a_random_denoiser(pipe: Any, tmp_path: Path):
+    """Its images are the base's: an eraser, which was made for other weights, is not attached to it."""
+    e = open_eraser()
+    e = replace(e, header=replace(e.header, made_for=made_for(pipe, e.sites)))
+    evaluate(pipe, [EraserMethod(e)], FEW, tmp_path, judge=Random())
+    base = of(everything(tmp_path), BASE)
+    control = base.group == INVERTED_CONTROL
+    assert control.sum() == 3 and not any(base.table["watched"].to_pylist()[i] for i in np.flatnonzero(control))
+    assert all(base.table["watched"].to_pylist()[i] for i in np.flatnonzero(base.group == INVERTED))
+
+
 def test_an_image_gate_acts_where_a_filter_of_words_has_nothing_to_find(pipe: Any, tmp_path: Path):
     """An eraser whose prompt gate is shut and whose image gate opens for everything, beside the filter."""
     e = open_eraser()
     shut = replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6))
     report = evaluate(pipe, [EraserMethod(with_picture(shut, pipe)), FILTER], FEW, tmp_path, judge=Random())
     ours, filtered = ({(r.group, r.strength): r.figures["acted"] for r in e.route_figures} for e in report.erasures)
-    assert len(ours) == 3 * 3 + 1 and all(f is not None and f.value == 1 for f in ours.values())
+    assert len(ours) == 3 * 3 + 2 and all(f is not None and f.value == 1 for f in ours.values())
     assert all(f is not None and f.value == (group == IMAGE_TO_IMAGE) for (group, _), f in filtered.items())
     changed = of(everything(tmp_path), "neuraleraser", "Van_Gogh")
     assert not changed.identical[changed.strength > 0].any()
@@ -180,6 +208,9 @@ def routes() -> Results:
         *pair(103, NEUTRAL, 0.3, SHOWN, SHOWN, acts=False),
         *pair(104, NEUTRAL, 0.7, SHOWN, GONE, acts=True),
         *pair(105, EMPTY, 0.3, SHOWN, SHOWN, acts=True),
+        *pair(106, INVERTED, 1.0, SHOWN, GONE, acts=True),
+        *pair(107, INVERTED, 1.0, SHOWN, SHOWN, acts=False),
+        replace(ceiling(206, 1.0, SHOWN), group=INVERTED_CONTROL),
         ceiling(200, 0.3, SHOWN),
         ceiling(201, 0.3, GONE),
         ceiling(202, 0.3, GONE),
@@ -200,6 +231,7 @@ def test_figures_of_routes_equal_the_count_by_hand():
         (NEUTRAL, 0.3): {"shown_base": (0.75, 4), "shown_after": (0.5, 4), "acted": (0.5, 4), "ceiling": (0.333, 3)},
         (NEUTRAL, 0.7): {"shown_base": (1, 1), "shown_after": (0, 1), "acted": (1, 1), "ceiling": (0, 1)},
         (EMPTY, 0.3): {"shown_base": (1, 1), "shown_after": (1, 1), "acted": (1, 1), "ceiling": (0.333, 3)},
+        (INVERTED, 1): {"shown_base": (1, 2), "shown_after": (0.5, 2), "acted": (0.5, 2), "ceiling": (1, 1)},
     }
     assert all(f.low <= f.value <= f.high for r in found for f in r.figures.values() if f)
 
@@ -230,7 +262,7 @@ def test_routes_are_in_every_form_of_the_report(tmp_path: Path):
     report.save_json(tmp_path / "report.json")
     listed = json.loads((tmp_path / "report.json").read_text())["concepts"][1]["route_figures"]
     assert [(r["group"], r["strength"], r["shown_base"], r["ns"]["ceiling"]) for r in listed] == [
-        (NEUTRAL, 0.3, 0.75, 3), (NEUTRAL, 0.7, 1, 1), (EMPTY, 0.3, 1, 3),
+        (NEUTRAL, 0.3, 0.75, 3), (NEUTRAL, 0.7, 1, 1), (EMPTY, 0.3, 1, 3), (INVERTED, 1, 1, 1),
     ]  # fmt: skip
     assert all(low <= r[name] <= high for r in listed for name, (low, high) in r["ci"].items())
     text = terminal_tables(report).partition("Routes")[2]
@@ -246,4 +278,4 @@ def test_routes_are_in_every_form_of_the_report(tmp_path: Path):
     assert max(map(len, terminal_tables(report).splitlines())) <= 120
     html = page(report).partition("<h3>Routes</h3>")[2]
     assert html.count("filter: image-to-image, neutral") == 2 and html.count("<code>ceiling</code>") == 1
-    assert html.partition("</table>")[0].count('class="ci"') == 2 * 3 * 4
+    assert html.partition("</table>")[0].count('class="ci"') == 2 * 4 * 4

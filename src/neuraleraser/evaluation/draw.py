@@ -16,15 +16,16 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from neuraleraser.attacks import inverted_latents, random_denoiser
 from neuraleraser.errors import SettingsError, UnseenRouteWarning
 from neuraleraser.evaluation.method import ActionTrace, Method
-from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol, StartImage
+from neuraleraser.evaluation.protocol import INVERTED_CONTROL, Cell, EvaluationProtocol, StartImage
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.families.defaults import evaluation_sampling
@@ -32,7 +33,7 @@ from neuraleraser.families.opening import image_to_image, inpainting
 from neuraleraser.judges import Judge
 from neuraleraser.sampling import Images, check_pictures, check_strength, generate
 from neuraleraser.settings import EvaluateSettings, Sampling
-from neuraleraser.sites.routes import INPAINTING
+from neuraleraser.sites.routes import INPAINTING, INVERTED_LATENTS
 
 
 def draw(
@@ -73,8 +74,13 @@ class _Batch:
     """of an image"""
 
 
-_Call = tuple[str, float] | None
-"""How a cell is drawn: the route and strength of its start image; None: from noise."""
+class _Call(NamedTuple):
+    """Way to draw a cell with a start image."""
+
+    route: str
+    strength: float
+    control: bool = False
+    """True of latents that are inverted and drawn by a denoiser of random weights, which no method watches."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class _Artist:
         total: int,
     ) -> Iterator[_Batch]:
         """Draw `cells` batch by batch, each inside all of `contexts`."""
-        parts: dict[_Call, list[Cell]] = {}
+        parts: dict[_Call | None, list[Cell]] = {}
         for cell in sorted(cells, key=lambda c: c.start is not None):
             parts.setdefault(self._call(cell), []).append(cell)
         # An error now, if one cannot be made, and not after all the others are drawn.
@@ -106,32 +112,41 @@ class _Artist:
                     yield self._draw(pipes[call], call, batch, contexts)
                     bar.update(len(batch))
 
-    def _call(self, cell: Cell) -> _Call:
-        """Return how the cell is drawn."""
+    def _call(self, cell: Cell) -> _Call | None:
+        """Return how the cell is drawn; None: from noise."""
         if cell.start is None:
             return None
+        if cell.route == INVERTED_LATENTS:
+            return _Call(cell.route, 1.0, cell.group == INVERTED_CONTROL)
         given = cell.start.strength
-        return cell.route, self.sampling.strength if given is None else given
+        return _Call(cell.route, self.sampling.strength if given is None else given)
 
-    def _pipe(self, call: _Call, cell: Cell) -> Any:
+    def _pipe(self, call: _Call | None, cell: Cell) -> Any:
         """Return the pipeline that draws the cells of a call, of which this is one."""
         if call is None:
             return self.pipe
-        check_strength(replace(self.sampling, strength=call[1]))
-        self._pictures([cell])
-        return inpainting(self.pipe) if call[0] == INPAINTING else image_to_image(self.pipe)
+        check_strength(replace(self.sampling, strength=call.strength))
+        pictures = self._pictures([cell])
+        if call.route == INVERTED_LATENTS:
+            inverted_latents(self.pipe, pictures[:0], self.sampling)
+            return random_denoiser(self.pipe) if call.control else self.pipe
+        return inpainting(self.pipe) if call.route == INPAINTING else image_to_image(self.pipe)
 
-    def _draw(self, using: Any, call: _Call, cells: Sequence[Cell], contexts: Sequence[Any]) -> _Batch:
+    def _draw(self, using: Any, call: _Call | None, cells: Sequence[Cell], contexts: Sequence[Any]) -> _Batch:
         """Generate the images of some cells, all of one call, inside these contexts."""
         sampling, more = self.sampling, {}
-        if call is not None:
-            sampling, more["image"] = replace(sampling, strength=call[1]), self._pictures(cells)
-            if call[0] == INPAINTING:
+        if call is not None and call.route == INVERTED_LATENTS:
+            more["latents"] = inverted_latents(using, self._pictures(cells), sampling)
+        elif call is not None:
+            sampling, more["image"] = replace(sampling, strength=call.strength), self._pictures(cells)
+            if call.route == INPAINTING:
                 more["mask_image"] = _masks(_starts(cells), more["image"].shape[1])
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UnseenRouteWarning)  # measured here on purpose
-            traces: list[ActionTrace | None] = [stack.enter_context(context(using)) for context in contexts]
+            traces: list[ActionTrace | None] = [None] * len(contexts)
+            if call is None or not call.control:
+                traces = [stack.enter_context(context(using)) for context in contexts]
             clock = time.monotonic()
             images = generate(using, [c.prompt for c in cells], [c.seed for c in cells], sampling, **more)
             seconds = (time.monotonic() - clock) / len(cells)
@@ -164,7 +179,7 @@ class _Artist:
                 p_object=np.asarray(seen.p_object[i], np.float32),
                 artefact=None if seen.artefact is None else float(seen.artefact[i]),
                 start=() if c.start is None else c.start.shows,
-                strength=0.0 if (call := self._call(c)) is None else call[1],
+                strength=0.0 if (call := self._call(c)) is None else call.strength,
                 seconds=batch.seconds,
                 **{name: values[i] for name, values in columns.items()},
             )

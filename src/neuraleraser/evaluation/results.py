@@ -69,7 +69,8 @@ class Row:
     group: str = ""
     """Group of cells that the image belongs to: see `protocol`."""
     route: str = ""
-    """Route by which the concept enters: "named", "paraphrased", "fragments", "start image", "inpainting"."""
+    """Route by which the concept enters: "named", "paraphrased", "fragments", "start image", "inpainting",
+    "inverted latents"."""
     cell_style: str = ""
     """The style that the prompt asks for; "" if none."""
     cell_objects: Sequence[str] = ()

@@ -15,6 +15,8 @@ START_IMAGE = "start image"
 INPAINTING = "inpainting"
 CONTROL_IMAGE = "control image"
 IP_ADAPTER = "IP-Adapter"
+INVERTED_LATENTS = "inverted latents"
+"""Noise that a picture was run backwards to. A call does not show it, so it is not among `ROUTES`."""
 PROMPT_ROUTES = (NAMED, PARAPHRASED)
 """Routes through the words of a prompt."""
 IMAGE_ROUTES = (START_IMAGE, INPAINTING)
