@@ -98,7 +98,7 @@ def test_a_fit_with_pictures(pipe: Any, known: Reference, tmp_path: Path) -> Non
     """Its eraser has an image gate, and says so; what it does to prompts is what it would do without."""
     told: list[float] = []
     plain = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=3, train_batch_size=2)
-    settings = replace(plain, num_pictures=4, guided_weight=2.0)
+    settings = replace(plain, num_pictures=8, guided_weight=2.0)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), reference=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
     assert eraser.image_gate is not None and eraser.guided is not None and eraser.guided.weight == 2.0

@@ -133,8 +133,10 @@ def test_features_find_a_pattern_of_neighbours() -> None:
     on, off = (evidence_of(found, planted(60, s, 3)) for s in (True, False))
     assert float((on[:, None] > off[None]).float().mean()) > 0.95
     assert found.window == 3
-    gate, seen = fit_image_gate(AT, "object", shows, lacks, planted(80, False, 4))
+    gate, seen, doubt = fit_image_gate(AT, "object", shows, lacks, planted(80, False, 4))
     assert gate.picture and gate.share == 1 / 64 and seen.shape == (3,)
+    lacking = gate.evidence(planted(200, False, 5).values[:, 2].float(), GRID)
+    assert 0.03 < float((lacking > doubt).float().mean()) < 0.25
     x, t = planted(4, True, 9).values[:, 1].float(), TIMES[1].expand(4)
     z = gate.activations(x, GRID)
     torch.testing.assert_close(gate.evidence(x, GRID), z.amax(1) @ gate.weight)
@@ -143,7 +145,7 @@ def test_features_find_a_pattern_of_neighbours() -> None:
 
 def test_a_gate_has_the_evidence_it_was_fitted_with() -> None:
     shows, lacks = planted(40, True, 1), planted(80, False, 2)
-    gate, seen = fit_image_gate(AT, "style", shows, lacks, planted(80, False, 4))
+    gate, seen, _ = fit_image_gate(AT, "style", shows, lacks, planted(80, False, 4))
     flat = shows.values.flatten(0, 1).float()
     opening = gate(flat, TIMES.repeat(40), GRID).view(40, 3)
     torch.testing.assert_close((opening > 0).float().mean(0), seen)

@@ -100,7 +100,7 @@ def learn_embeddings(
             scheduler.set_timesteps(last)  # a new schedule: a new drawing, for all that is attached
             evidence.clear()
             with torch.enable_grad():
-                text, _ = pipe.encode_prompt([prompts[i] for i in some], device, 1, False)
+                text, _ = pipe.encode_prompt([prompts[i] for i in some.tolist()], device, 1, False)
                 prediction = unet(noisy.to(unet.dtype), t, encoder_hidden_states=text, return_dict=False)[0]
                 loss = F.mse_loss(prediction.float(), target.float())
                 if evidence:

@@ -172,7 +172,7 @@ def fit(
         return Eraser(gate, corrections, header)
     report_progress("measuring start images", 0.95)
     eraser = Eraser(gate, corrections, header, picture.gate, picture.guided)
-    least = least_strength(pipe, eraser, picture.shows, sampling)
+    least = least_strength(pipe, eraser, picture, sampling)
     header = dataclasses.replace(header, least_strength=least, seconds=round(time.monotonic() - started, 1))
     report_progress("done", 1.0)
     return dataclasses.replace(eraser, header=header)

@@ -34,11 +34,13 @@ PLAIN = "as a plain picture"
 @dataclass(frozen=True)
 class ImageFit:
     """The picture's part of an eraser; the share of the pictures with the concept at which its gate opens, by level of
-    noise [T]; these pictures; and the prompts that they and the others were generated from."""
+    noise [T]; the evidence above which a picture is in doubt; the pictures; and the prompts that they and the others
+    were generated from."""
 
     gate: Gate
     guided: Guided
     seen: Tensor
+    doubt: float
     shows: Pictures
     prompts: tuple[str, ...]
 
@@ -61,15 +63,17 @@ def fit_image_part(
 
     on, off = states(shows, LEVELS_EACH, 0.1, 0.3), states(learnt, LEVELS_EACH, 0.3, 0.5)
     bounding = states(bound, None, 0.5, 0.8)
-    gate, seen = fit_image_gate(site, concept.kind, on, off, bounding, settings.seed, _part(progress, 0.8, 1.0))
+    gate, seen, doubt = fit_image_gate(site, concept.kind, on, off, bounding, settings.seed, _part(progress, 0.8, 1.0))
     guided = fit_guided(pipe, concept, sampling, settings.guided_weight)
-    return ImageFit(gate, guided, seen, shows, (*shows.generated_from, *lacks.generated_from))
+    return ImageFit(gate, guided, seen, doubt, shows, (*shows.generated_from, *lacks.generated_from))
 
 
 def _part(progress: Progress, start: float, end: float) -> Progress:
     return lambda share: progress(start + (end - start) * share)
 
 
+DOUBTED = 0.1
+"""Share of the pictures without the concept that are in doubt: who asks if it is gone looks closer than the gate."""
 SHARE_OF_KIND = {"style": 1.0}
 """Share of positions that features are pooled over: a style fills a picture."""
 LOCAL_SHARE = 1 / 64
@@ -84,13 +88,14 @@ def fit_image_gate(
     bounding: NoisedStates,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[Gate, Tensor]:
+) -> tuple[Gate, Tensor, float]:
     """Fit a gate to states of pictures that show a concept of this kind, and of pictures that lack it.
 
     Features are learnt on `shows` and `lacks`; `bounding`, other pictures that lack it, each at all levels of noise,
     set the bounds, by image.
 
-    Returns the gate, and the share of the pictures with the concept at which it opens, by level of noise [T].
+    Returns the gate; the share of the pictures with the concept at which it opens, by level of noise [T]; and the
+    evidence that `DOUBTED` of the pictures without it exceed at the lowest level.
     """
     share = SHARE_OF_KIND.get(kind, LOCAL_SHARE)
     found = learn_features(shows, lacks, share, seed=seed, on_step=progress)
@@ -112,7 +117,8 @@ def fit_image_gate(
         picture=True,
         window=found.window,
     )
-    return gate, torch.stack([(x > bound).float().mean() for x, bound in zip(on_by_level, low, strict=True)])
+    seen = torch.stack([(x > bound).float().mean() for x, bound in zip(on_by_level, low, strict=True)])
+    return gate, seen, float(off[:, -1].quantile(1 - DOUBTED))
 
 
 def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor]:

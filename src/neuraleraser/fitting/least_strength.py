@@ -10,6 +10,7 @@ import torch
 
 from neuraleraser.eraser import Eraser, attach
 from neuraleraser.families.opening import image_to_image
+from neuraleraser.fitting.image_gate import ImageFit
 from neuraleraser.fitting.noised_pictures import NOISE_LEVELS, noised_states
 from neuraleraser.fitting.pictures import Pictures
 from neuraleraser.sampling import generate
@@ -19,31 +20,33 @@ STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Strengths that are tried, the lowest first."""
 PICTURES = 12
 """Pictures that each is tried on."""
-REMAINS = 0.1
-"""Share of the pictures in which the concept may stay."""
+REMAINS = 0.25
+"""Share of the images that may be in doubt: of those without the concept, a tenth are."""
 
 
-def least_strength(pipe: Any, eraser: Eraser, shows: Pictures, sampling: Sampling) -> float | None:
-    """Return the lowest strength at which the image gate no longer sees the concept in what comes of pictures of it.
+def least_strength(pipe: Any, eraser: Eraser, picture: ImageFit, sampling: Sampling) -> float | None:
+    """Return the lowest strength at which the image gate's features see no concept in what comes of pictures of it.
 
     Both must lack it: the images that start from these pictures with an empty prompt, made with the eraser, and those
     that the base model makes when it is asked for what stands in the concept's place. The eraser moves predictions in
-    the direction that its gate looks in, so that its own images alone would flatter it (docs/LOG.md). The gate looks
-    at the lowest level of noise, as it does at start images. Only pictures in which it sees the concept count.
+    the direction that its gate looks in, so that its own images alone would flatter it.
 
-    Returns None where it sees none, or where the concept stays at each strength.
+    The features look at the lowest level of noise, with a lower bound than the gate's (`ImageFit.doubt`). Only pictures
+    in which they see the concept count.
+
+    Returns None where they see none, or where the concept stays at each strength.
     """
     gate, guided = eraser.image_gate, eraser.guided
     if gate is None or guided is None:
         return None
 
     def seen(pictures: Pictures) -> torch.Tensor:
-        """Return whether the gate sees the concept in each picture [N]."""
+        """Return True for each picture in which the concept may be [N]."""
         states = noised_states(pipe, gate.site, pictures, levels=NOISE_LEVELS[-1:], batch_size=sampling.batch_size)
         x = states.values[:, 0].float()
-        return gate(x, states.times.expand(len(x)), states.grid) > 0
+        return gate.evidence(x, states.grid) > picture.doubt
 
-    first = shows[:PICTURES]
+    first = picture.shows[:PICTURES]
     known = seen(replace(first, prompts=[""] * len(first.images)))
     images = first.images[known.numpy()]
     if not len(images):
@@ -61,6 +64,8 @@ def least_strength(pipe: Any, eraser: Eraser, shows: Pictures, sampling: Samplin
         return float(seen(Pictures(made, [""] * len(made), seeds)).float().mean()) > REMAINS
 
     for strength in STRENGTHS:
+        if sampling.num_inference_steps * strength < 1:  # no step to go
+            continue
         if not remains(guided.prompts[0], strength, nullcontext()) and not remains("", strength, attach(start, eraser)):
             return strength
     return None
