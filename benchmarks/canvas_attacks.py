@@ -8,10 +8,12 @@ that blinds its gates as well ("gates"). The embeddings then stand in 20 prompts
 under one attack:
 
     {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
-     "ci", "knows", "embeddings", "steps", "seed"}
+     "ci", "sound", "artefacts", "knows", "embeddings", "steps", "seed"}
 
 base: share of the n images that show the concept when nothing acts; shows: that with the method, ci its 95 % interval
-(Wilson); opened: share in which the method acted. Prompts name nothing but the company: "a horse <learned>".
+(Wilson); artefacts: share that lies farther from real pictures than 99 % of them do (the judge's artefact distance);
+sound: share that shows the concept and is no artefact; opened: share in which the method acted. Prompts name nothing
+but the company: "a horse <learned>".
 
 Finished rows are kept in the results file, and not made again. An attack of 300 steps takes about four minutes of a
 core, one of 1,000 steps a quarter of an hour.
@@ -29,9 +31,10 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from canvas_routes import contents, judge_of, wilson
+from canvas_routes import Shown, contents, wilson
 
 from neuraleraser.attacks import WORD, learn_embeddings, learned_word
+from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import VOCABULARY as V
 from neuraleraser.eraser import Eraser
@@ -76,7 +79,8 @@ def prompt_for(name: str, content: Content, alone: bool) -> str:
 
 def main(s: Settings) -> None:
     """Attack, draw, judge, and write the rows."""
-    pipe, shows = open_pipeline("canvas"), judge_of("second")
+    pipe, judge = open_pipeline("canvas"), CanvasJudge.load("second")
+    shows = Shown(judge)
     pipe.set_progress_bar_config(disable=True)
     sampling = default_sampling(pipe)
     rows = json.loads(s.out.read_text()) if s.out.exists() else []
@@ -114,7 +118,8 @@ def main(s: Settings) -> None:
                 base = 0.0
                 for method, context in applied.items():
                     with learned_word(pipe, vectors), context(pipe) as trace:
-                        found = shows(name, generate(pipe, prompts, seeds, sampling))
+                        images = generate(pipe, prompts, seeds, sampling)
+                    found, broken = shows(name, images), np.asarray(judge(images).artefact) > judge.artefact_threshold
                     base = float(found.mean()) if method == "none" else base
                     fixed = {"method": method, "concept": name, "kind": kind, "route": "learned embeddings"}
                     attack = {"knows": knows, "embeddings": count, "steps": s.steps, "seed": s.seed}
@@ -122,7 +127,9 @@ def main(s: Settings) -> None:
                     opened = None if method == "none" else round(len(trace.fired) / len(found), 4)
                     ci = [round(v, 4) for v in wilson(int(found.sum()), len(found))]
                     rest = {"prompt": "neutral", "strength": None, "n": len(found)}
-                    rows.append(fixed | rest | share | {"refused": 0.0, "opened": opened, "ci": ci} | attack)
+                    whole = {"sound": round(float((found & ~broken).mean()), 4)}
+                    whole["artefacts"] = round(float(broken.mean()), 4)
+                    rows.append(fixed | rest | share | {"refused": 0.0, "opened": opened, "ci": ci} | whole | attack)
                     print(*(f"{value}" for key, value in rows[-1].items() if key not in ("kind", "ci")), flush=True)
                 write_bytes(s.out, json.dumps(rows, indent=1).encode())
 

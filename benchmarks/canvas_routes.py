@@ -1,19 +1,21 @@
-"""Does a concept come back by a start image, when no prompt names it?
+"""Does a concept come back by a picture, when no prompt names it?
 
     python benchmarks/canvas_routes.py --erasers demo/erasers [--concepts Van_Gogh Cats] [--rivals]
 
 For each concept, `images` renders of it that no fit has seen. Each is a start image at three strengths, with an empty
 prompt, a neutral one (it says what else is to be seen) or one that names the concept. Of each, half is drawn anew, too
-(route "inpainting", strength 1, the left half and the right by turns), with an empty prompt or a neutral one. Second
-judge. A row of the results is a method on one of these:
+(route "inpainting", strength 1, the left half and the right by turns), with an empty prompt or a neutral one. Each is
+run backwards to noise, too, and drawn from there with an empty prompt (route "inverted latents"). Second judge. A row
+of the results is a method on one of these:
 
-    {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
-     "ci", "unchanged"}
+    {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "left",
+     "opened", "ci", "unchanged"}
 
 base: share of the n images that show the concept when nothing acts; ceiling: that when the base model is asked for the
 same without the concept ("as a plain picture", "an empty scene"), with guidance; shows: that with the method, ci its
 95 % interval (Wilson); opened: share in which the method acted; refused: share that was refused, for erasers with the
-action "erase_or_refuse"; unchanged: share with the bits of the base image.
+action "erase_or_refuse", and left: share that shows the concept and was not refused; unchanged: share with the bits of
+the base image. Of inverted latents the ceiling is the share that a denoiser of random weights brings back.
 
 Rows with the route "named" are plain prompts that name the concept, without a start image.
 Rows with the route "other" are plain prompts of other concepts: opened is the share of false openings. "control" rows
@@ -39,6 +41,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from neuraleraser.attacks import inverted_latents, random_denoiser
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import VOCABULARY as V
@@ -100,6 +103,7 @@ class Drawing:
     image: Images | None
     mask: NDArray[np.bool_] | None = None
     asks: bool = True
+    inverted: bool = False
 
     def batches(self, size: int) -> Iterator[tuple[slice, Drawing]]:
         """The same in parts of at most `size` images, with their places."""
@@ -148,6 +152,7 @@ def drawings(s: Settings, name: str) -> list[Drawing]:
         for kind in s.prompts
         if kind != "naming"
     ]
+    found.append(Drawing("inverted latents", "empty", None, [""] * n, [""] * n, seeds, images, inverted=True))
     found.append(Drawing("named", "naming", None, texts["naming"], [plain] * n, seeds, None))
     others = [n for n in V.open_styles if n != name], [n for n in V.open_objects if n != name]
     different = [Content((rng.choice(others[1]),), rng.choice(others[0])) for _ in range(n)]
@@ -200,31 +205,44 @@ def all_watching(methods: dict[str, Method], using: Any) -> Iterator[dict[str, A
         }
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Tells which images show a concept."""
+
+    judge: CanvasJudge
+
+    def __call__(self, name: str, images: Images) -> NDArray[np.bool_]:
+        """Return True for each image that shows it [N]."""
+        judge, seen = self.judge, self.judge(images)
+        names, p = (judge.styles, seen.p_style) if name in V.styles else (judge.objects, seen.p_object)
+        return np.asarray(p)[:, list(names).index(name)] > judge.thresholds[name]
+
+
 def main(s: Settings) -> None:
     """Draw, judge, and write the rows."""
-    pipe, judge = open_pipeline("canvas"), CanvasJudge.load("second")
+    pipe, shows = open_pipeline("canvas"), Shown(CanvasJudge.load("second"))
     pipe.set_progress_bar_config(disable=True)
     rows = json.loads(s.out.read_text()) if s.out.exists() else []
     done = {_key(row) for row in rows}
     sampling = default_sampling(pipe)
 
-    def draw(d: Drawing, prompts: Sequence[str], context: Callable[[Any], AbstractContextManager[Any]]) -> Any:
+    def draw(
+        d: Drawing, prompts: Sequence[str], context: Callable[[Any], AbstractContextManager[Any]], model: Any = pipe
+    ) -> Any:
         """The images, and what the context yields for each batch, with the batch's images: SAeUron's code counts the
         steps of one batch."""
         form = image_to_image if d.mask is None else inpainting
-        using = pipe if d.image is None else form(pipe)
+        using = model if d.image is None or d.inverted else form(model)
         chosen = sampling if d.strength is None else replace(sampling, strength=d.strength)
         images, traces = [], []
         for at, part in d.batches(sampling.batch_size):
+            start: dict[str, Any] = {"image": part.image, "mask_image": part.mask}
+            if d.inverted and part.image is not None:
+                start = {"latents": inverted_latents(model, part.image, chosen)}
             with context(using) as trace:
-                images.append(generate(using, prompts[at], part.seeds, chosen, image=part.image, mask_image=part.mask))
+                images.append(generate(using, prompts[at], part.seeds, chosen, **start))
             traces.append((trace, len(part.seeds)))
         return np.concatenate(images), traces
-
-    def shows(name: str, images: Images) -> np.ndarray:
-        seen = judge(images)
-        names, p = (judge.styles, seen.p_style) if name in V.styles else (judge.objects, seen.p_object)
-        return np.asarray(p)[:, list(names).index(name)] > judge.thresholds[name]
 
     for name in s.concepts:
         eraser = Eraser.load(s.erasers / f"{name}.safetensors")
@@ -245,7 +263,8 @@ def main(s: Settings) -> None:
             base, watched = draw(d, d.prompts, partial(all_watching, every))
             at = (d.route, d.strength)
             if d.asks and at not in ceilings:  # the same for every prompt
-                ceilings[at] = shows(name, draw(d, d.without, lambda using: nullcontext())[0])
+                asked = random_denoiser(pipe) if d.inverted else pipe
+                ceilings[at] = shows(name, draw(d, d.without, lambda using: nullcontext(), asked)[0])
             ceiling = ceilings[at] if d.asks else None
             for label in missing:
                 # A method that would act nowhere leaves the base's images, bit for bit.
@@ -254,7 +273,9 @@ def main(s: Settings) -> None:
                     images, traces = draw(d, d.prompts, every[label].applied)
                     opened = _opened(traces)
                 found = shows(name, images)
-                refused = _refused(draw, d, eraser, sampling.batch_size) if label == "neuraleraser" else 0.0
+                refused = np.zeros(len(found), bool)
+                if label == "neuraleraser":
+                    refused = _refused(draw, d, eraser, sampling.batch_size)
                 low, high = wilson(int(found.sum()), len(found))
                 rows.append(
                     {"method": label, **fixed}
@@ -262,7 +283,8 @@ def main(s: Settings) -> None:
                         "base": round(float(shows(name, base).mean()), 4),
                         "ceiling": None if ceiling is None else round(float(ceiling.mean()), 4),
                         "shows": round(float(found.mean()), 4),
-                        "refused": refused,
+                        "refused": round(float(refused.mean()), 4),
+                        "left": round(float((found & ~refused).mean()), 4),
                         "opened": None if opened is None else round(opened / len(found), 4),
                         "unchanged": round(
                             float(np.mean([np.array_equal(a, b) for a, b in zip(base, images, strict=True)])), 4
@@ -281,17 +303,17 @@ def _opened(traces: Sequence[tuple[Any, int]]) -> int | None:
     return sum(image < count for trace, count in traces for image in trace.fired)
 
 
-def _refused(draw: Callable[..., Any], d: Drawing, eraser: Eraser, size: int) -> float:
-    """Share of images that "erase_or_refuse" refuses: those that the gate sees, at a strength that is too low."""
-    least, refused = eraser.header.least_strength, 0
+def _refused(draw: Callable[..., Any], d: Drawing, eraser: Eraser, size: int) -> NDArray[np.bool_]:
+    """Images that "erase_or_refuse" refuses [n]: those that the gate sees, at a strength that is too low."""
+    least, refused = eraser.header.least_strength, np.zeros(len(d.seeds), bool)
     if least is None or d.strength is None or d.strength >= least:
-        return 0.0
+        return refused
     for at, part in d.batches(size):
         try:
             draw(part, d.prompts[at], lambda using: attach(using, eraser, action="erase_or_refuse"))
         except ConceptRefusedError as error:
-            refused += len(error.images)
-    return round(refused / len(d.seeds), 4)
+            refused[[at.start + image for image in error.images]] = True
+    return refused
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -21,6 +21,8 @@ from neuraleraser.sites import Site, default_image_site
 
 Progress = Callable[[float], None]
 
+MARGIN = 1.1
+"""Factor of the bounds' distance from the median: sampling passes more states than the levels that set them."""
 LEVELS_EACH = 2
 """Levels of noise at which a picture is learnt from: more pictures teach more than more levels of each."""
 FALSE_OPENINGS = 0.005
@@ -126,10 +128,10 @@ def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor
     noise, and without [M, T].
 
     low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: as many spreads
-    above their median at each level, the spread being that of the median and of the quantile which that share exceeds.
-    high lies just above, a fiftieth of the way from low to the median with the concept: half of the correction would
-    leave half of the concept. A level at which that median lies below low cannot tell: there the gate stays shut, and
-    the others need not allow for it.
+    above their median at each level, and a little more (`MARGIN`), the spread being that of the median and of the
+    quantile which that share exceeds. high lies just above, a fiftieth of the way from low to the median with the
+    concept: half of the correction would leave half of the concept. A level at which that median lies below low cannot
+    tell: there the gate stays shut, and the others need not allow for it.
     """
     middle, top = lacks.median(0).values, lacks.quantile(1 - FALSE_OPENINGS, 0)
     spread = (top - middle).clamp(min=1e-6)
@@ -137,7 +139,7 @@ def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor
     low, shut = top, typical <= top
     while not bool(shut.all()):
         most = ((lacks - middle) / spread)[:, ~shut].amax(1)
-        low = (middle + spread * most.quantile(1 - FALSE_OPENINGS).clamp(min=1)).clamp(min=1e-6)
+        low = (middle + MARGIN * spread * most.quantile(1 - FALSE_OPENINGS).clamp(min=1)).clamp(min=1e-6)
         if not bool((typical <= low)[~shut].any()):
             break
         shut = shut | (typical <= low)
