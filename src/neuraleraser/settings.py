@@ -184,7 +184,7 @@ class FitSettings:
     num_pictures: int = 800
     """Pictures of the concept that the image gate learns from, beside half as many again of other things; 0: no image
     gate, an eraser of prompts alone. They are rendered where the family's world is known, else generated."""
-    guided_weight: float = 3.0
+    guided_weight: float = 5.0
     """Weight of the guided correction, which acts while the image gate is open."""
     rank: int = 32
     """Rank of a correction."""
