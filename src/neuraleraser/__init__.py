@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.activations import measure_loss_recovered as measure_loss_recovered
     from neuraleraser.activations import write_shards as write_shards
     from neuraleraser.attacks import inverted_latents as inverted_latents
+    from neuraleraser.attacks import learn_embeddings as learn_embeddings
+    from neuraleraser.attacks import learned_word as learned_word
     from neuraleraser.attacks import random_denoiser as random_denoiser
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
@@ -176,6 +178,8 @@ _HOME: dict[str, str] = {
     "measure_loss_recovered": "activations",
     "model_card": "eraser",
     "open_pipeline": "families.opening",
+    "learn_embeddings": "attacks",
+    "learned_word": "attacks",
     "random_denoiser": "attacks",
     "read_prompts": "prompts",
     "record": "sites",

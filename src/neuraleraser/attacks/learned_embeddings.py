@@ -22,7 +22,7 @@ from neuraleraser.sampling import Images
 from neuraleraser.sites import EditContext, Site, denoiser, record
 
 WORD = "<learned>"
-"""The word that prompts hold where the embeddings stand."""
+"""Stands in prompts for the embeddings."""
 _LEARNING_RATE = 0.1
 """Of Adam, in units of the vocabulary's spread."""
 _MARGIN = 0.1
@@ -53,7 +53,7 @@ def learn_embeddings(
     Args:
         pipe: A pipeline with one text encoder, as Stable Diffusion 1 and 2 are.
         images: Pictures of the concept, uint8 [N, H, W, 3].
-        prompts: A prompt for each, which holds `WORD`.
+        prompts: A prompt for each, which holds the word "<learned>" where the embeddings stand.
         applied: Context in which the method acts, as `Method.applied`; none: the base model.
         gates: Gates that the attacker knows.
         blinding: Weight of the loss for their evidence above their bounds.
@@ -68,6 +68,12 @@ def learn_embeddings(
 
     Raises:
         SettingsError: The pipeline has several text encoders or none, or a prompt lacks the word.
+
+    Examples:
+        >>> prompts = ["a picture of <learned>", "<learned>"]
+        >>> vectors = learn_embeddings(pipe, images, prompts, count=2, steps=2, batch_size=2)
+        >>> vectors.shape
+        torch.Size([2, 128])
     """
     _check(pipe, prompts)
     generator = torch.Generator().manual_seed(seed)
@@ -117,9 +123,22 @@ def learn_embeddings(
 
 @contextmanager
 def learned_word(pipe: Any, vectors: Tensor) -> Iterator[None]:
-    """Context manager: prompts may hold `WORD`, in whose place these embeddings [count, d] stand.
+    """Context manager: prompts may hold the word "<learned>", in whose place these embeddings [count, d] stand.
 
     As with a textual inversion of diffusers, of several embeddings each is a token; but none is added to the model.
+
+    Args:
+        pipe: The diffusers pipeline.
+        vectors: The embeddings.
+
+    Returns:
+        The context.
+
+    Examples:
+        >>> with learned_word(pipe, 0.1 * torch.randn(2, 128)):
+        ...     drawn = generate(pipe, ["a cat <learned>"], [0], quick)
+        >>> drawn.shape
+        (1, 64, 64, 3)
     """
     known, table = pipe.tokenizer, pipe.text_encoder.get_input_embeddings()
     pipe.tokenizer = copy.deepcopy(known)

@@ -21,8 +21,9 @@ from neuraleraser.sites import Site, default_image_site
 
 Progress = Callable[[float], None]
 
-MARGIN = 1.1
-"""Factor of the bounds' distance from the median: sampling passes more states than the levels that set them."""
+MARGIN = 0.1
+"""Distance of the bounds from what sets them, as a share of the tail that begins at the last twentieth: sampling passes
+more states than the levels that are looked at."""
 LEVELS_EACH = 2
 """Levels of noise at which a picture is learnt from: more pictures teach more than more levels of each."""
 FALSE_OPENINGS = 0.005
@@ -127,22 +128,24 @@ def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor
     """Return low and high [T], between which the gate opens, from evidence with the concept, [n] of each of T levels of
     noise, and without [M, T].
 
-    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: as many spreads
-    above their median at each level, and a little more (`MARGIN`), the spread being that of the median and of the
-    quantile which that share exceeds. high lies just above, a fiftieth of the way from low to the median with the
-    concept: half of the correction would leave half of the concept. A level at which that median lies below low cannot
-    tell: there the gate stays shut, and the others need not allow for it.
+    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: it lies where as
+    many of them exceed it at each level, and a little higher (`MARGIN`). high lies just above, a fiftieth of the way
+    from low to the median with the concept: half of the correction would leave half of the concept. A level at which
+    that median lies below low cannot tell: there the gate stays shut, and the others need not allow for it.
     """
-    middle, top = lacks.median(0).values, lacks.quantile(1 - FALSE_OPENINGS, 0)
-    spread = (top - middle).clamp(min=1e-6)
+    ranked, tail = lacks.sort(0, descending=True).values, lacks.quantile(0.95, 0)
     typical = torch.stack([x.median() for x in shows])
-    low, shut = top, typical <= top
+    low, shut = ranked[0], typical <= lacks.quantile(1 - FALSE_OPENINGS, 0)
     while not bool(shut.all()):
-        most = ((lacks - middle) / spread)[:, ~shut].amax(1)
-        low = (middle + MARGIN * spread * most.quantile(1 - FALSE_OPENINGS).clamp(min=1)).clamp(min=1e-6)
+        for bound in ranked:  # the last at which few enough open
+            if float((lacks > bound)[:, ~shut].any(1).float().mean()) > FALSE_OPENINGS:
+                break
+            low = bound
+        low = (low + MARGIN * (low - tail)).clamp(min=1e-6)
         if not bool((typical <= low)[~shut].any()):
             break
         shut = shut | (typical <= low)
+        low = ranked[0]
     high = low + 0.02 * (typical - low).clamp(min=1e-3)
     return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
 
