@@ -828,4 +828,76 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         ("tests/methods/test_conditional.py::test_guidance_in_one_batch_and_in_two_passes",),
     ),
+    Mutation(
+        "attack-one-drawing",
+        "all steps of an attack are one drawing",
+        (
+            Text(
+                "src/neuraleraser/attacks/learned_embeddings.py",
+                "            scheduler.set_timesteps(last)  #",
+                "            #",
+            ),
+        ),
+        ("tests/attacks/test_learned_embeddings.py::test_every_step_is_a_drawing_of_its_own",),
+    ),
+    Mutation(
+        "attack-weights",
+        "an attack makes gradients for the model's weights",
+        (
+            Text(
+                "src/neuraleraser/attacks/learned_embeddings.py",
+                "        stack.enter_context(_frozen(pipe))\n",
+                "",
+            ),
+        ),
+        ("tests/attacks/test_learned_embeddings.py::test_nothing_stays_behind",),
+    ),
+    Mutation(
+        "attack-not-blinded",
+        "an attack forgets the gates that it knows",
+        (
+            Text(
+                "src/neuraleraser/attacks/learned_embeddings.py",
+                "loss = loss + blinding * torch.stack(evidence).mean()",
+                "loss = loss + 0 * torch.stack(evidence).mean()",
+            ),
+        ),
+        ("tests/attacks/test_learned_embeddings.py::test_gates_are_blinded",),
+    ),
+    Mutation(
+        "learned-first",
+        "all learned embeddings are the first",
+        (
+            Text(
+                "src/neuraleraser/attacks/learned_embeddings.py",
+                "(ids == first + k)[..., None], vector.to",
+                "(ids == first + k)[..., None], vectors[0].to",
+            ),
+        ),
+        ("tests/attacks/test_learned_embeddings.py::test_embeddings_stand_where_the_word_does",),
+    ),
+    Mutation(
+        "shut-levels",
+        "levels that cannot tell raise the bounds of those that can",
+        (
+            Text(
+                "src/neuraleraser/fitting/image_gate.py",
+                "(lacks > bound)[:, ~shut].any(1)",
+                "(lacks > bound).any(1)",
+            ),
+        ),
+        ("tests/fitting/test_image_gate.py::test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others",),
+    ),
+    Mutation(
+        "level-turns",
+        "pictures that take turns are given back in the order of their turns",
+        (
+            Text(
+                "src/neuraleraser/fitting/noised_pictures.py",
+                "back = torch.tensor(order).argsort()",
+                "back = torch.arange(len(order))",
+            ),
+        ),
+        ("tests/fitting/test_image_gate.py::test_pictures_take_some_levels_by_turns",),
+    ),
 )
