@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def flat(*colour: int) -> np.ndarray:
 RED, BLUE = flat(200, 20, 20), flat(20, 20, 200)
 PAIR = ImagePair("a cat in Van Gogh style", 188, RED, BLUE)
 SAME = ImagePair("a dog", 288, RED, RED.copy())
+STARTED = ImagePair("", 388, RED, BLUE, "start image")
 HALF = Estimate(0.5, 60, 0.4, 0.6)
 COSTS = {"make_seconds": 41.5, "bytes": 48_213, "overhead": 1.01, "overhead_idle": 1.0}
 FIGURES = {c.name: HALF for table in TABLES for c in table.columns} | COSTS | {"bystander": None}
@@ -63,7 +65,12 @@ def full() -> Report:
     panels = [FeaturePanel("feature 7", "fires on swirls", [("step 3", RED)]), FeaturePanel(EVIL)]
     gates = [GatePanel("Image gate", "sees", [(EVIL, BLUE)], panels), GatePanel(EVIL, EVIL)]
     whole = entry(
-        pairs=[PAIR, SAME], others=[SAME, PAIR], gates=gates, routes=EVIL, became=[("Seed_Images", HALF), (EVIL, HALF)]
+        pairs=[PAIR, SAME],
+        started=[STARTED],
+        others=[SAME, PAIR],
+        gates=gates,
+        routes=EVIL,
+        became=[("Seed_Images", HALF), (EVIL, HALF)],
     )
     control = entry(method="string filter")
     other = entry(concept=EVIL, kind="object", method=EVIL, pairs=[ImagePair(EVIL, 1, RED, BLUE)])
@@ -186,7 +193,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else():
     style = re.search("<style>(.*)</style>", text, re.DOTALL)
     assert style and not re.search(r"url\(|@import|@font-face|https?:", style[1])
     pictures = [attrs for name, attrs in tags if name == "img"]
-    assert len(pictures) == 2 * 3 + 2 * 2 + 2 + 3, "of the first method of each concept"
+    assert len(pictures) == 2 * 3 + 3 + 2 * 2 + 2 + 3, "of the first method of each concept"
     assert all(attrs["alt"] and attrs["width"] == "16" for attrs in pictures)
 
 
@@ -195,6 +202,7 @@ def test_the_page_says_what_the_report_says():
     assert "0.50 0.40\u20130.60 n = 60" in words
     assert "Van Gogh" in words and "48 kB" in words and "42 s" in words and "x1.01" in words
     assert "1 of 2 shown here are the base model's image, bit for bit" in words and "difference \u00d74" in words
+    assert "start image seed 388" in words
     assert words.count(EVIL) >= 12, "text from prompts stands there as text, and no template runs in it"
     assert (
         "fires on swirls" in words
@@ -254,6 +262,14 @@ def test_the_contact_sheet_shows_before_left_of_after(tmp_path: Path):
     assert red.sum() == blue.sum() == 2 * 64 * 64 + 64 * 32, "the wide picture keeps its proportions"
     rows, columns = np.nonzero(red)
     assert columns.min() < np.nonzero(blue)[1].min()
+    started = replace(PAIR, route="start image")
+    contact_sheet([("Van_Gogh", [PAIR, started])], tmp_path / "routes.png", tile=64)
+    head = np.array(Image.open(tmp_path / "routes.png"))[: rows.min() - 2]
+    ink = [
+        np.nonzero((head[:, side] < 200).all(axis=2))[0].size
+        for side in (np.s_[: head.shape[1] // 2], np.s_[head.shape[1] // 2 :])
+    ]
+    assert ink[1] > ink[0] > 0, "the route stands above its column"
     label = sheet[rows.min() : rows.min() + 64, : columns.min()]
     assert (label < 100).all(axis=2).any(), "there is a label left of the first row"
     with pytest.raises(DataError, match="'Cats'"):

@@ -32,6 +32,8 @@ class ImagePair:
     """[height, width, 3] uint8"""
     after: np.ndarray
     """[height, width, 3] uint8"""
+    route: str = ""
+    """Route by which the concept entered; "" where the prompt names it."""
 
     def __post_init__(self) -> None:
         for name in ("before", "after"):
@@ -150,6 +152,8 @@ def contact_sheet(
 ) -> None:
     """Write a PNG: one row per concept, its label on the left, then its pairs, before and after side by side.
 
+    Above each column stands the route of its pairs, where the prompt does not name the concept.
+
     Each picture fills a square of `tile` pixels, its proportions kept. Raises DataError for no rows, or a row without
     pairs, FileError if the system refuses the file.
     """
@@ -172,7 +176,9 @@ def contact_sheet(
     pen = ImageDraw.Draw(sheet)
     for column in range(columns):
         left = margin + label_width + column * (block + block_gap)
-        for x, word in ((left, "before"), (left + tile + gap, "after")):
+        routes = {pairs[column].route for _, pairs in rows if column < len(pairs)} - {""}
+        before = ", ".join(("before", *sorted(routes)))
+        for x, word in ((left, before), (left + tile + gap, "after")):
             pen.text((x + tile // 2, margin + head // 2), word, fill=MUTED, font=small, anchor="mm")
     for number, (label, pairs) in enumerate(rows):
         top = margin + head + number * (tile + foot)

@@ -22,18 +22,19 @@ from neuraleraser.errors import DataError
 from neuraleraser.evaluation.figures import GatePanel, ImagePair, spaced_sample
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
-from neuraleraser.evaluation.metrics import is_target, pair_with_base, shows_concept
-from neuraleraser.evaluation.protocol import GRID, MAIN_GROUPS, EvaluationProtocol
+from neuraleraser.evaluation.metrics import pair_with_base, shows_concept
+from neuraleraser.evaluation.protocol import EMPTY, GRID, MAIN_GROUPS, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import Results
 from neuraleraser.evaluation.route_metrics import RouteFigures
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.judges import Judge
 from neuraleraser.settings import EvaluateSettings
+from neuraleraser.sites.routes import NAMED
 
 Number = Estimate | float | None
-TARGET_PAIRS, OTHER_PAIRS = 6, 8
-"""Images of the concept, and of others, that a report shows of a method."""
+TARGET_PAIRS, STARTED_PAIRS, OTHER_PAIRS = 6, 3, 8
+"""Images that name the concept, that start from a picture of it, and of others, that a report shows of a method."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,8 @@ class ErasureReport:
     """(label, share), largest first."""
     pairs: Sequence[ImagePair] = ()
     """Images of the concept."""
+    started: Sequence[ImagePair] = ()
+    """Images that start from a picture of the concept, with an empty prompt."""
     others: Sequence[ImagePair] = ()
     """Images of other concepts, which should not change."""
     gates: Sequence[GatePanel] = ()
@@ -212,21 +215,31 @@ def _add_images(
 ) -> ErasureReport:
     """Return the entry with pairs of images that show the concept, and pairs that do not."""
     t = pair_with_base(results, e.method, e.concept)
-    visible = (
-        shows_concept(t.base, e.kind, e.concept) & is_target(t.after, e.concept) & np.isin(t.after.group, MAIN_GROUPS)
-    )
+    visible = shows_concept(t.base, e.kind, e.concept)
     shown = {key[2:] for key in t.after.where(visible).keys()}
     cells = protocol.cells[e.concept]
+    target = [c for c in cells if c.key in shown and c.group in MAIN_GROUPS and c.asks_for(e.concept)]
+    started = [c for c in cells if c.key in shown and c.group == EMPTY]
     others = [c for c in cells if c.group == GRID and not c.asks_for(e.concept)]
 
-    def pairs(some: Sequence[Any], count: int) -> list[ImagePair]:
+    def pairs(some: Sequence[Cell], count: int) -> list[ImagePair]:
         return [
-            ImagePair(c.prompt, c.seed, run.image("base", "", c), run.image(e.method, e.concept, c))
+            ImagePair(
+                c.prompt,
+                c.seed,
+                run.image("base", "", c),
+                run.image(e.method, e.concept, c),
+                "" if c.route == NAMED else c.route,
+            )
             for c in dict.fromkeys(spaced_sample(some, count))
         ]
 
-    target = [c for c in cells if c.key in shown]
-    return replace(entry, pairs=pairs(target, TARGET_PAIRS), others=pairs(others, OTHER_PAIRS))
+    return replace(
+        entry,
+        pairs=pairs(target, TARGET_PAIRS),
+        started=pairs(started, STARTED_PAIRS),
+        others=pairs(others, OTHER_PAIRS),
+    )
 
 
 def versions(pipe: Any) -> dict[str, str]:

@@ -12,7 +12,8 @@ from neuraleraser.evaluation.report import Report
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write report.html, report.json and contact.png.
 
-    contact.png has one row per concept; it is left out if the base shows none of them.
+    contact.png has one row per concept, of four pairs; the last starts from a picture of the concept, if the evaluation
+    has such images. It is left out if the base shows none of them.
 
     Args:
         report: The report.
@@ -31,7 +32,11 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     paths = [folder / name for name in ("report.html", "report.json", "contact.png")]
     save_html(report, paths[0])
     report.save_json(paths[1])
-    rows = [(entry.concept, entry.pairs[:4]) for entry in report.erasures if entry.pairs]
+    rows = [
+        (entry.concept, [*entry.pairs[: 4 - len(entry.started[:1])], *entry.started[:1]])
+        for entry in report.erasures
+        if entry.pairs
+    ]
     if not rows:
         return paths[:2]
     contact_sheet(rows, paths[2])
