@@ -184,6 +184,18 @@ def test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others() -> No
     assert float(low[0]) >= SHUT_BOUND and float(low[1]) == float(alone[0]) < 6
 
 
+def test_the_few_pictures_that_stand_out_most_are_given_up() -> None:
+    """They do not raise the bounds at any level, however far they stand out."""
+    lacks = random(400, 3, seed=4)
+    on = [lacks[:50, level] + 6 for level in range(3)]
+    low, _ = image_bounds(on, lacks)
+    lacks[7, 0] += 40
+    lacks[9, 2] += 40
+    far, _ = image_bounds(on, lacks)
+    assert bool((far < low + 0.5).all()) and bool((far < 6).all())
+    assert float((lacks > far).any(1).float().mean()) <= FALSE_OPENINGS
+
+
 @pytest.mark.parametrize(
     ("positive", "negative", "words"),
     [

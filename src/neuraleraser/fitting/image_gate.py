@@ -128,24 +128,24 @@ def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor
     """Return low and high [T], between which the gate opens, from evidence with the concept, [n] of each of T levels of
     noise, and without [M, T].
 
-    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: it lies where as
-    many of them exceed it at each level, and a little higher (`MARGIN`). high lies just above, a fiftieth of the way
-    from low to the median with the concept: half of the correction would leave half of the concept. A level at which
-    that median lies below low cannot tell: there the gate stays shut, and the others need not allow for it.
+    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: those that stand
+    out most at some level are given up, and low lies a little above (`MARGIN`) all others at each level. high lies just
+    above, a fiftieth of the way from low to the median with the concept: half of the correction would leave half of the
+    concept. A level at which that median lies below low cannot tell: there the gate stays shut, and the others need not
+    allow for it.
     """
-    ranked, tail = lacks.sort(0, descending=True).values, lacks.quantile(0.95, 0)
+    tail, top = lacks.quantile(0.95, 0), lacks.quantile(1 - FALSE_OPENINGS, 0)
+    standing_out = (lacks - tail) / (top - tail).clamp(min=1e-6)
+    kept = max(1, len(lacks) - int(FALSE_OPENINGS * len(lacks)))
     typical = torch.stack([x.median() for x in shows])
-    low, shut = ranked[0], typical <= lacks.quantile(1 - FALSE_OPENINGS, 0)
+    low, shut = top, typical <= top
     while not bool(shut.all()):
-        for bound in ranked:  # the last at which few enough open
-            if float((lacks > bound)[:, ~shut].any(1).float().mean()) > FALSE_OPENINGS:
-                break
-            low = bound
+        others = lacks[standing_out[:, ~shut].amax(1).argsort()[:kept]]
+        low = others.amax(0)
         low = (low + MARGIN * (low - tail)).clamp(min=1e-6)
         if not bool((typical <= low)[~shut].any()):
             break
         shut = shut | (typical <= low)
-        low = ranked[0]
     high = low + 0.02 * (typical - low).clamp(min=1e-3)
     return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
 
