@@ -45,7 +45,7 @@ def learn_features(
     share: float,
     *,
     count: int = COUNT,
-    epochs: int = 5,
+    epochs: int = 12,
     batch: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
