@@ -8,7 +8,7 @@ that blinds its gates as well ("gates"). The embeddings then stand in 20 prompts
 under one attack:
 
     {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
-     "ci", "sound", "artefacts", "knows", "embeddings", "steps", "seed"}
+     "ci", "sound", "artefacts", "knows", "embeddings", "steps", "blinding", "seed"}
 
 base: share of the n images that show the concept when nothing acts; shows: that with the method, ci its 95 % interval
 (Wilson); artefacts: share that lies farther from real pictures than 99 % of them do (the judge's artefact distance);
@@ -84,7 +84,8 @@ def main(s: Settings) -> None:
     pipe.set_progress_bar_config(disable=True)
     sampling = default_sampling(pipe)
     rows = json.loads(s.out.read_text()) if s.out.exists() else []
-    done = {tuple(row[key] for key in ("concept", "knows", "embeddings", "steps", "seed")) for row in rows}
+    keys = ("concept", "knows", "embeddings", "steps", "blinding", "seed")
+    done = {tuple(row[key] for key in keys) for row in rows}
     for name in s.concepts:
         eraser = Eraser.load(s.erasers / f"{name}.safetensors")
         kind = "style" if name in V.styles else "object"
@@ -97,7 +98,7 @@ def main(s: Settings) -> None:
         }
         for count in s.embeddings:
             for knows in s.knows:
-                if (name, knows, count, s.steps, s.seed) in done:
+                if (name, knows, count, s.steps, s.blinding, s.seed) in done:
                     continue
                 rng = random.Random(f"attack on {name}, {s.seed}")
                 shown = contents(name, LEARNT_FROM, rng)
@@ -122,7 +123,8 @@ def main(s: Settings) -> None:
                     found, broken = shows(name, images), np.asarray(judge(images).artefact) > judge.artefact_threshold
                     base = float(found.mean()) if method == "none" else base
                     fixed = {"method": method, "concept": name, "kind": kind, "route": "learned embeddings"}
-                    attack = {"knows": knows, "embeddings": count, "steps": s.steps, "seed": s.seed}
+                    attack = {"knows": knows, "embeddings": count, "steps": s.steps}
+                    attack |= {"blinding": s.blinding, "seed": s.seed}
                     share = {"base": round(base, 4), "ceiling": None, "shows": round(float(found.mean()), 4)}
                     opened = None if method == "none" else round(len(trace.fired) / len(found), 4)
                     ci = [round(v, 4) for v in wilson(int(found.sum()), len(found))]

@@ -61,6 +61,8 @@ def test_rows_of_both_parts(eraser: Eraser) -> None:
     assert rows["start images"] == "no strength is known at which they lose the concept"
     known = dict(sight_rows(eraser.parts, replace(eraser.header, least_strength=0.6)))
     assert "from strength 0.6 on" in known["start images"]
+    never = dict(sight_rows(eraser.parts, replace(eraser.header, least_strength=1.0)))
+    assert "kept the concept at each strength" in never["start images"]
     card = eraser.generate_model_card("someone/cats").text
     assert "windows of 3 x 3 positions" in card and "two more forwards" in card and "86%" in card
     assert "They are not made to see what comes in by a control image" in card

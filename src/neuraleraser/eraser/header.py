@@ -77,7 +77,7 @@ class EraserHeader:
     """Share of the pictures with the concept at which the image gate opened, by level of noise, the noisiest first."""
     least_strength: float | None = None
     """Lowest strength of image-to-image at which the image gate no longer saw the concept in what came of its own
-    pictures; None: not measured, or none."""
+    pictures; 1: it saw it at each that was tried; None: not measured."""
     open_share: float | None = None
     """Share of the time bins where the gate can open."""
     loss: tuple[float, ...] = ()

@@ -76,6 +76,8 @@ def least_strength_text(header: EraserHeader) -> str:
     least = header.least_strength
     if least is None:
         return "no strength is known at which they lose the concept"
+    if least == 1:
+        return "its own pictures kept the concept at each strength that was tried"
     return f"its own pictures lost the concept, in the gate's eyes, from strength {least:g} on; below it some stays"
 
 

@@ -34,7 +34,7 @@ def least_strength(pipe: Any, eraser: Eraser, picture: ImageFit, sampling: Sampl
     The features look at the lowest level of noise, with a lower bound than the gate's (`ImageFit.doubt`). Only pictures
     in which they see the concept count.
 
-    Returns None where they see none, or where the concept stays at each strength.
+    Returns 1 where the concept stays at each strength that is tried, None where they see no concept in any picture.
     """
     gate, guided = eraser.image_gate, eraser.guided
     if gate is None or guided is None:
@@ -68,4 +68,4 @@ def least_strength(pipe: Any, eraser: Eraser, picture: ImageFit, sampling: Sampl
             continue
         if not remains(guided.prompts[0], strength, nullcontext()) and not remains("", strength, attach(start, eraser)):
             return strength
-    return None
+    return 1.0
