@@ -79,8 +79,7 @@ def prompt_for(name: str, content: Content, alone: bool) -> str:
 
 def main(s: Settings) -> None:
     """Attack, draw, judge, and write the rows."""
-    pipe, judge = open_pipeline("canvas"), CanvasJudge.load("second")
-    shows = Shown(judge)
+    pipe, shows = open_pipeline("canvas"), Shown(CanvasJudge.load("second"))
     pipe.set_progress_bar_config(disable=True)
     sampling = default_sampling(pipe)
     rows = json.loads(s.out.read_text()) if s.out.exists() else []
@@ -120,7 +119,7 @@ def main(s: Settings) -> None:
                 for method, context in applied.items():
                     with learned_word(pipe, vectors), context(pipe) as trace:
                         images = generate(pipe, prompts, seeds, sampling)
-                    found, broken = shows(name, images), np.asarray(judge(images).artefact) > judge.artefact_threshold
+                    found, broken = shows(name, images), shows.artefacts(images)
                     base = float(found.mean()) if method == "none" else base
                     fixed = {"method": method, "concept": name, "kind": kind, "route": "learned embeddings"}
                     attack = {"knows": knows, "embeddings": count, "steps": s.steps}

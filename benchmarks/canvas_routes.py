@@ -9,13 +9,14 @@ run backwards to noise, too, and drawn from there with an empty prompt (route "i
 of the results is a method on one of these:
 
     {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "left",
-     "opened", "ci", "unchanged"}
+     "opened", "ci", "unchanged", "artefacts"}
 
 base: share of the n images that show the concept when nothing acts; ceiling: that when the base model is asked for the
-same without the concept ("as a plain picture", "an empty scene"), with guidance; shows: that with the method, ci its
-95 % interval (Wilson); opened: share in which the method acted; refused: share that was refused, for erasers with the
-action "erase_or_refuse", and left: share that shows the concept and was not refused; unchanged: share with the bits of
-the base image. Of inverted latents the ceiling is the share that a denoiser of random weights brings back.
+same without the concept ("as a plain picture", "an empty scene"), with guidance, and of inverted latents the share that
+a denoiser of random weights brings back; shows: that with the method, ci its 95 % interval (Wilson); opened: share in
+which the method acted; refused: share that was refused, for erasers with the action "erase_or_refuse", and left: share
+that shows the concept and was not refused; unchanged: share with the bits of the base image; artefacts: share that lies
+farther from real pictures than 99 % of them do, by the judge.
 
 Rows with the route "named" are plain prompts that name the concept, without a start image.
 Rows with the route "other" are plain prompts of other concepts: opened is the share of false openings. "control" rows
@@ -217,6 +218,10 @@ class Shown:
         names, p = (judge.styles, seen.p_style) if name in V.styles else (judge.objects, seen.p_object)
         return np.asarray(p)[:, list(names).index(name)] > judge.thresholds[name]
 
+    def artefacts(self, images: Images) -> NDArray[np.bool_]:
+        """Return True for each image that is an artefact [N]."""
+        return np.asarray(self.judge(images).artefact) > self.judge.artefact_threshold
+
 
 def main(s: Settings) -> None:
     """Draw, judge, and write the rows."""
@@ -290,6 +295,7 @@ def main(s: Settings) -> None:
                             float(np.mean([np.array_equal(a, b) for a, b in zip(base, images, strict=True)])), 4
                         ),
                         "ci": [round(low, 4), round(high, 4)],
+                        "artefacts": round(float(shows.artefacts(images).mean()), 4),
                     }
                 )
                 print(*(f"{value}" for key, value in rows[-1].items() if key not in ("kind", "n", "ci")), flush=True)

@@ -48,14 +48,16 @@ def routes(rows: Sequence[Row]) -> str:
                 str(n),
                 share(ours["base"]),
                 share(ours["ceiling"]),
-                *(share(r and r["shows"]) for r in (*known, of_prompts)),
+                *("" if r is None else f"{share(r['shows'])} ({share(r['artefacts'])})" for r in known),
+                share(None if of_prompts is None else of_prompts["shows"]),
                 f"**{share(ours['shows'])}** ({low:.2f}-{high:.2f})",
                 share(ours.get("left")),
                 share(ours["opened"]),
+                f"{share(by['none']['artefacts'])}, {share(ours['artefacts'])}",
             ]
         )
     heads = ("concept", "route, prompt, strength", "n", "base", "ceiling", *RIVALS, "prompt gate alone", "eraser")
-    return table([*heads, "left where refused", "opened"], lines)
+    return table([*heads, "left where refused", "opened", "artefacts: base, eraser"], lines)
 
 
 def false_openings(rows: Sequence[Row]) -> str:
