@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-RIVALS = ("CRG", "DNG", "SAeUron (published)", "SAeUron (corrected)")
+METHODS = ("string-filter", "prompt-only eraser", "CRG", "DNG", "SAeUron (published)", "SAeUron (corrected)")
 Row = dict[str, Any]
 
 
@@ -34,30 +34,27 @@ def routes(rows: Sequence[Row]) -> str:
         if row["ceiling"] is not None:
             key = tuple(row[name] for name in ("concept", "route", "prompt", "strength", "n"))
             cells.setdefault(key, {})[row["method"]] = row
+    measured = [name for name in METHODS if any(name in by for by in cells.values())]
     lines = []
     for (concept, route, prompt, strength, n), by in cells.items():
         if "neuraleraser" not in by:
             continue
-        ours, known = by["neuraleraser"], [by.get(name) for name in RIVALS]
-        of_prompts = by.get("prompt-only eraser")
+        ours = by["neuraleraser"]
         low, high = ours["ci"]
+        of_others = [by[name]["shows"] if name in by else None for name in measured]
         lines.append(
             [
                 concept.replace("_", " "),
                 f"{route}, {prompt}" + ("" if strength in (None, 1.0) else f", {strength:g}"),
                 str(n),
-                share(ours["base"]),
-                share(ours["ceiling"]),
-                *("" if r is None else f"{share(r['shows'])} ({share(r['artefacts'])})" for r in known),
-                share(None if of_prompts is None else of_prompts["shows"]),
+                *(share(value) for value in (ours["base"], ours["ceiling"], *of_others)),
                 f"**{share(ours['shows'])}** ({low:.2f}-{high:.2f})",
-                share(ours.get("left")),
-                share(ours["opened"]),
-                f"{share(by['none']['artefacts'])}, {share(ours['artefacts'])}",
+                *(share(ours.get(name)) for name in ("left", "opened")),
+                ", ".join(share(row.get("artefacts")) for row in (by["none"], ours)),
             ]
         )
-    heads = ("concept", "route, prompt, strength", "n", "base", "ceiling", *RIVALS, "prompt gate alone", "eraser")
-    return table([*heads, "left where refused", "opened", "artefacts: base, eraser"], lines)
+    heads = ["concept", "route, prompt, strength", "n", "base", "ceiling", *measured, "eraser", "left", "opened"]
+    return table([*heads, "artefacts: base, eraser"], lines)
 
 
 def false_openings(rows: Sequence[Row]) -> str:

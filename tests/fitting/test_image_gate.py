@@ -134,7 +134,7 @@ def test_features_find_a_pattern_of_neighbours() -> None:
     assert float((on[:, None] > off[None]).float().mean()) > 0.95
     assert found.window == 3
     gate, seen, doubt = fit_image_gate(AT, "object", shows, lacks, planted(80, False, 4))
-    assert gate.picture and gate.share == 1 / 64 and seen.shape == (3,)
+    assert gate.picture and gate.share == 1 / 64 and seen.shape == (4,)
     lacking = gate.evidence(planted(200, False, 5).values[:, 2].float(), GRID)
     assert 0.03 < float((lacking > doubt).float().mean()) < 0.25
     x, t = planted(4, True, 9).values[:, 1].float(), TIMES[1].expand(4)
@@ -148,7 +148,9 @@ def test_a_gate_has_the_evidence_it_was_fitted_with() -> None:
     gate, seen, _ = fit_image_gate(AT, "style", shows, lacks, planted(80, False, 4))
     flat = shows.values.flatten(0, 1).float()
     opening = gate(flat, TIMES.repeat(40), GRID).view(40, 3)
-    torch.testing.assert_close((opening > 0).float().mean(0), seen)
+    torch.testing.assert_close((opening > 0).float().mean(0), seen[1:])
+    assert float(seen[0]) == 0 and gate.times.tolist() == [100, 500, 900, 1300]
+    assert not bool(gate(flat, torch.full((len(flat),), 1101.0), GRID).any()), "shut beyond the noisiest level"
 
 
 def test_without_a_grid_each_feature_reads_its_own_position() -> None:
@@ -223,5 +225,5 @@ def test_a_picture_part_of_generated_pictures(pipe: Any) -> None:
     concept = Concept("x", "object", (Pair("a x", "a"), Pair("b x", "b")))
     told: list[float] = []
     part = fit_image_part(pipe, concept, FitSettings(num_pictures=8), S, told.append)
-    assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (5,)
+    assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (6,)
     assert told == sorted(told) and told[-1] == 1.0

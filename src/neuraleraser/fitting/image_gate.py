@@ -37,7 +37,7 @@ PLAIN = "as a plain picture"
 @dataclass(frozen=True)
 class ImageFit:
     """The picture's part of an eraser; the share of the pictures with the concept at which its gate opens, by level of
-    noise [T]; the evidence above which a picture is in doubt; the pictures; and the prompts that they and the others
+    noise; the evidence above which a picture is in doubt; the pictures; and the prompts that they and the others
     were generated from."""
 
     gate: Gate
@@ -97,15 +97,20 @@ def fit_image_gate(
     Features are learnt on `shows` and `lacks`; `bounding`, other pictures that lack it, each at all levels of noise,
     set the bounds, by image.
 
-    Returns the gate; the share of the pictures with the concept at which it opens, by level of noise [T]; and the
-    evidence that `DOUBTED` of the pictures without it exceed at the lowest level.
+    Returns the gate; the share of the pictures with the concept at which it opens, by level of noise [T + 1], the
+    noisiest first, beyond those of the states, where it is shut; and the evidence that `DOUBTED` of the others exceed
+    at the lowest level.
     """
     share = SHARE_OF_KIND.get(kind, LOCAL_SHARE)
     found = learn_features(shows, lacks, share, seed=seed, on_step=progress)
     on, off = (evidence_of(found, states) for states in (shows, bounding))
     on_by_level = [shows.of_level(on, level) for level in range(len(shows.times))]
     low, high = image_bounds(on_by_level, off)
-    order = shows.times.argsort()
+    seen = torch.stack([(x > bound).float().mean() for x, bound in zip(on_by_level, low, strict=True)])
+    # Shut beyond the noisiest level: no states are known there, and evidence rises without the concept (docs/LOG.md).
+    beyond = 2 * shows.times[:1] - shows.times[1:2]
+    times, seen = torch.cat([beyond, shows.times]), torch.cat([seen.new_zeros(1), seen])
+    low, high = torch.cat([low.new_tensor([SHUT_BOUND]), low]), torch.cat([high.new_tensor([2 * SHUT_BOUND]), high])
     gate = Gate(
         site=site,
         features=torch.arange(len(found.weight)),
@@ -114,13 +119,12 @@ def fit_image_gate(
         threshold=torch.zeros_like(found.bias),
         weight=found.weight,
         share=share,
-        times=shows.times[order].float(),
-        low=low[order],
-        high=high[order],
+        times=times.flip(0).float(),
+        low=low.flip(0),
+        high=high.flip(0),
         picture=True,
         window=found.window,
     )
-    seen = torch.stack([(x > bound).float().mean() for x, bound in zip(on_by_level, low, strict=True)])
     return gate, seen, float(off[:, -1].quantile(1 - DOUBTED))
 
 
