@@ -882,8 +882,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/fitting/image_gate.py",
-                "(lacks > bound)[:, ~shut].any(1)",
-                "(lacks > bound).any(1)",
+                "standing_out[:, ~shut].amax(1)",
+                "standing_out.amax(1)",
             ),
         ),
         ("tests/fitting/test_image_gate.py::test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others",),
