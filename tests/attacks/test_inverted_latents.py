@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import pipelines
 from helpers.erasers import open_eraser
 from neuraleraser.attacks import inverted_latents, random_denoiser
-from neuraleraser.attacks.inverted_latents import _encoded
+from neuraleraser.attacks.latents import latents_of
 from neuraleraser.canvas.pipeline import load_pipeline
 from neuraleraser.eraser import attach
 from neuraleraser.errors import DataError, SettingsError
@@ -53,7 +53,7 @@ def test_latents_that_are_drawn_from_are_the_picture_s(make: Any, scale: float):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **STABLE_DIFFUSION)
     found = inverted_latents(pipe, SMALL, FEW)
     with torch.no_grad():
-        expected = _encoded(pipe, SMALL)
+        expected = latents_of(pipe, SMALL)
     assert found.shape == expected.shape and found.dtype == torch.float32 and not found.requires_grad
     _, ends = drawn(pipe, found, FEW)
     assert (ends - expected).abs().mean() < 0.02 * expected.abs().mean()
@@ -71,7 +71,7 @@ def test_the_canvas_draws_its_renders_again(random: bool):
     s = Sampling(num_inference_steps=25, batch_size=2)
     again, _ = drawn(pipe, inverted_latents(pipe, images, s), s)
     with torch.no_grad():
-        decoded = pipe.vae.decode(_encoded(pipe, images) / pipe.vae.config.scaling_factor).sample
+        decoded = pipe.vae.decode(latents_of(pipe, images) / pipe.vae.config.scaling_factor).sample
     floor = ((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(again - floor).mean() < 4 and floor.std() > 20
 

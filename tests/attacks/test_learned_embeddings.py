@@ -13,7 +13,7 @@ from helpers import pipelines
 from helpers.erasers import SHUT, make_eraser, with_picture
 from neuraleraser import attach
 from neuraleraser.attacks import WORD, learn_embeddings, learned_word
-from neuraleraser.errors import SettingsError
+from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import denoiser_calls, record
@@ -123,3 +123,9 @@ def test_wrong_pipelines_and_prompts(pipe: Any) -> None:
         learn(pipelines.stable_diffusion_xl())
     with pytest.raises(SettingsError, match=f"'b' does not hold {WORD}"):
         learn_embeddings(pipe, images(), [PROMPTS[0], "b"])
+    with pytest.raises(SettingsError, match="3 images, 2 prompts"):
+        learn_embeddings(pipe, images(3), PROMPTS)
+    with pytest.raises(SettingsError, match="count is 0"):
+        learn(pipe, count=0)
+    with pytest.raises(DataError, match="uint8"):
+        learn_embeddings(pipe, images().astype(np.float32), PROMPTS)

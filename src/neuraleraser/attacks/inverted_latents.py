@@ -20,6 +20,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 
+from neuraleraser.attacks.latents import latents_of
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling
@@ -67,7 +68,7 @@ def inverted_latents(pipe: Any, images: Images, sampling: Sampling | None = None
         for first in range(0, len(images), size):
             real = min(size, len(images) - first)
             index = [*range(first, first + real), *[first + real - 1] * (size - real)]
-            found.append(_inverted(pipe, _encoded(pipe, images[index]), s)[:real])
+            found.append(_inverted(pipe, latents_of(pipe, images[index]), s)[:real])
     return torch.cat(found) if found else torch.zeros(0, 0, 0, 0)
 
 
@@ -122,14 +123,6 @@ def _check_invertible(pipe: Any) -> None:
         )
     if "scaling_factor" not in getattr(getattr(pipe, "vae", None), "config", {}):
         raise SettingsError(f"{type(pipe).__name__} has no autoencoder with a scaling factor: pass a latent pipeline")
-
-
-def _encoded(pipe: Any, images: Images) -> Tensor:
-    """Return the pictures' latents as the pipeline has them at the end of sampling, float32 [N, c, h, w]."""
-    vae = pipe.vae
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    mode = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
-    return (mode - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]
 
 
 def _inverted(pipe: Any, latents: Tensor, s: Sampling) -> Tensor:

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuraleraser.attacks.latents import latents_of
 from neuraleraser.eraser import Gate
 from neuraleraser.eraser.gate import time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.sampling import Images
+from neuraleraser.settings import MAX_COUNT, check_whole
 from neuraleraser.sites import EditContext, Site, denoiser, record
 
 WORD = "<learned>"
@@ -67,7 +69,9 @@ def learn_embeddings(
         The embeddings [count, d], in the form that `pipe.load_textual_inversion` takes.
 
     Raises:
-        SettingsError: The pipeline has several text encoders or none, or a prompt lacks the word.
+        SettingsError: The pipeline has several text encoders or none, the numbers of images and prompts differ, a
+            prompt lacks the word, or the count is below 1.
+        DataError: The images are of another shape or type.
 
     Examples:
         >>> prompts = ["a picture of <learned>", "<learned>"]
@@ -75,14 +79,14 @@ def learn_embeddings(
         >>> vectors.shape
         torch.Size([2, 128])
     """
-    _check(pipe, prompts)
+    _check(pipe, images, prompts, count)
     generator = torch.Generator().manual_seed(seed)
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
     start = table[torch.randint(len(table), (count,), generator=generator)].float()
     spread = float(table.float().std())
     vectors = torch.nn.Parameter(start.clone())
     adam = torch.optim.Adam([vectors], lr=_LEARNING_RATE * spread)
-    latents = _encode(pipe, images, generator)
+    latents = latents_of(pipe, images).cpu()
     scheduler, unet, device = pipe.scheduler, denoiser(pipe), pipe.device
     last = int(scheduler.config["num_train_timesteps"])
     evidence: list[Tensor] = []
@@ -187,17 +191,13 @@ def _above_bound(gate: Gate, x: Tensor, context: EditContext[None]) -> Tensor:
     return torch.where(low < 1e6, (evidence / low - 1 + _MARGIN).relu() * (low / usual).clamp(max=1), 0).mean()
 
 
-@torch.no_grad()
-def _encode(pipe: Any, images: Images, generator: torch.Generator) -> Tensor:
-    """Return the pictures' latents [N, c, h, w], as the denoiser takes them."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(pipe.device, pipe.vae.dtype)
-    parts = [pipe.vae.encode(part).latent_dist.mode() for part in pixels.split(20)]
-    return torch.cat(parts).float().cpu() * pipe.vae.config["scaling_factor"]
-
-
-def _check(pipe: Any, prompts: Sequence[str]) -> None:
+def _check(pipe: Any, images: Images, prompts: Sequence[str], count: int) -> None:
+    """Raise SettingsError for a pipeline of another kind, or prompts or a count that do not fit."""
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
         raise SettingsError(f"{type(pipe).__name__} has several text encoders or none: pass one of Stable Diffusion 1")
+    check_whole("count", count, 1, MAX_COUNT)
+    if len(images) != len(prompts):
+        raise SettingsError(f"{len(images)} images, {len(prompts)} prompts: pass a prompt for each")
     for prompt in prompts:
         if WORD not in prompt:
             raise SettingsError(f"the prompt {prompt!r} does not hold {WORD}: put it where the concept stands")
