@@ -17,6 +17,9 @@ from neuraleraser.eraser.part import Part
 from neuraleraser.errors import SiteError
 from neuraleraser.sites import Site
 
+LOOKS = 2
+"""Levels of noise, an image gate's cleanest, at which it is shown start images first (docs/LOG.md)."""
+
 
 @dataclass(frozen=True)
 class CorrectionGroup:
@@ -60,11 +63,16 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of every site, with tensors on `device`. guided: corrections of the prediction, by part."""
+    """Plan of every site, with tensors on `device`.
+
+    guided: corrections of the prediction, by part. first_look: timesteps at which image gates are shown start images
+    before any is drawn.
+    """
 
     device: torch.device
     sites: Mapping[Site, SitePlan]
     guided: Mapping[int, Guided]
+    first_look: tuple[float, ...]
 
 
 def make_plan(parts: Sequence[Part], actions: Sequence[str], order: Sequence[int], device: torch.device) -> Plan:
@@ -107,7 +115,8 @@ def make_plan(parts: Sequence[Part], actions: Sequence[str], order: Sequence[int
             width_of=widths[site][1],
         )
     guided = {i: placed[i].guided for i in order if actions[i] == "erase"}
-    return Plan(device, sites, {i: found for i, found in guided.items() if found is not None})
+    times = {time for part in parts if part.gate.picture for time in part.gate.times[:LOOKS].tolist()}
+    return Plan(device, sites, {i: found for i, found in guided.items() if found is not None}, tuple(sorted(times)))
 
 
 def _groups(

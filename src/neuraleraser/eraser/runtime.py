@@ -49,6 +49,7 @@ class ErasureCall:
     delta: Tensor | None = None
     held: dict[int, Tensor] = field(default_factory=dict)
     warned: set[int] = field(default_factory=set)
+    looked: bool = False  # at its start images
 
 
 class ErasureRuntime:
@@ -132,28 +133,40 @@ class ErasureRuntime:
 
         Raises ConceptRefusedError where a refusing eraser fired, as soon as it does, in a pipeline's call.
         """
-        if state.openings:
-            call.trace.add(call.images, rows, state.openings)
-            if self.refusing and self._refuse(call, rows, state.openings) and call.call.pipeline is not None:
-                self._raise_refused(call)
+        self._note(call, rows, state)
+        if self.plan.first_look and call.call.start is not None and not call.looked:
+            call.looked = True
+            found = finished.look(call.call.pipeline.scheduler, call.call.start, self.plan.first_look)
+            if found is not None:
+                self._note(call, *found)
+                self._hold(call, *found)
         if not self.plan.guided:
             return None
         if call.step is None or not call.step.is_of(finished.call):
             call.step, call.delta = finished.step, self._guide(call, rows, state, finished)
         return None if call.delta is None else torch.cat([call.delta] * len(rows.counts))
 
-    def _guide(self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
-        """Return the sum of the changes of the prediction [images, ...]; None where no image gate is or was open.
+    def _note(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> None:
+        """Note what fired. Raises ConceptRefusedError where a refusing eraser did, in a pipeline's call."""
+        if state.openings:
+            call.trace.add(call.images, rows, state.openings)
+            if self.refusing and self._refuse(call, rows, state.openings) and call.call.pipeline is not None:
+                self._raise_refused(call)
 
-        Once open, an image stays open: what the gate saw in one step it may miss in the next, when less of it is left.
-        """
-        total: Tensor | None = None
-        for part, guided in self.plan.guided.items():
+    def _hold(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> None:
+        """Keep open what is open now: what a gate saw in one step it may miss in the next, when less of it is left."""
+        for part in self.plan.guided:
             scale = state.scales.get(part)
             if scale is not None:
                 scale = match_rows(scale, rows.size).view(-1, rows.images).amax(0)  # an image's rows alike
                 before = call.held.get(part)
                 call.held[part] = scale if before is None else torch.maximum(scale, before)
+
+    def _guide(self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
+        """Return the sum of the changes of the prediction [images, ...]; None where no image gate is or was open."""
+        self._hold(call, rows, state)
+        total: Tensor | None = None
+        for part, guided in self.plan.guided.items():
             images = call.held[part].nonzero()[:, 0].tolist() if part in call.held else []
             if images:
                 self._check_start(call, part, images)

@@ -128,7 +128,7 @@ class HookedEdits(Generic[F]):
             _move_output_capture_hooks_last(module)
         for name, hooks in self.components.items():
             self.handles.append(parts[name].register_forward_hook(hooks.end, with_kwargs=True))
-        self.handles += self.guard.hook_decoders(pipe)
+        self.handles += self.guard.hook_autoencoders(pipe)
         self.guard.watch(self.components)
         join_pipeline(pipe, self.guard)
         _OPEN.add(self.guard)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites.denoiser_calls import DenoiserCall
+from neuraleraser.sites.rows import Rows
+from neuraleraser.sites.start_images import noised
 
 TEXT_ARGUMENTS = (
     "encoder_hidden_states",
@@ -80,11 +82,13 @@ class Step:
 class FinishedForward:
     """A denoiser's forward that is over.
 
-    run: runs the denoiser on a state, a timestep and a conditioning, without hooks of ours.
+    run: runs the denoiser on a state, a timestep and a conditioning, without hooks of ours. look_at: the same with the
+    hooks of this attachment, for rows of some layout; it returns the edits' state.
     """
 
     call: DenoiserCall
     run: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+    look_at: Callable[[Tensor, Tensor, Mapping[str, Any], Rows], Any]
 
     @property
     def step(self) -> Step:
@@ -100,3 +104,27 @@ class FinishedForward:
         part = self.call.rows(index)
         each = [text for text in texts for _ in rows]
         return list(self.run(part.state, part.timestep, with_text(part.conditioning, each)).chunk(len(texts)))
+
+    def look(self, scheduler: Any, latents: Tensor, times: Sequence[float]) -> tuple[Rows, Any] | None:
+        """Show the denoiser the start images' latents [images, C, h, w] with less noise, in one forward.
+
+        times: timesteps, as the denoiser is given them; the nearest of the schedule are taken. The rows have the text
+        of the first rows of this forward, and ask for nothing (`Rows.counts`): only the picture counts.
+
+        Returns the layout of the rows, a block for each time, and the edits' state; None where the latents do not fit
+        the denoiser's state.
+        """
+        n, call = len(latents), self.call
+        schedule = torch.as_tensor(scheduler.timesteps).double().cpu()
+        unit = 1.0 if max(times) > 1 or float(schedule.max()) <= 1 else float(scheduler.config.num_train_timesteps)
+        nearest = sorted({int((schedule - time * unit).abs().argmin()) for time in times})
+        index = torch.arange(n, device=call.state.device)
+        found = [noised(scheduler, latents.to(call.state), call.state[index], scheduler.timesteps[i]) for i in nearest]
+        states = [x for x in found if x is not None]
+        if not states:
+            return None
+        at = torch.stack([torch.as_tensor(scheduler.timesteps[i]) / unit for i in nearest]).repeat_interleave(n)
+        part = call.rows(index.repeat(len(states)))
+        rows = Rows(n, (True,) * len(states), (False,) * len(states))
+        dtype = call.timestep.dtype if unit == 1 else at.dtype
+        return rows, self.look_at(torch.cat(states), at.to(call.state.device, dtype), part.conditioning, rows)

@@ -177,13 +177,37 @@ class ComponentHooks:
             return None
         # Without sites nothing need run inside, so a forward that was compiled before is seen from outside alone.
         state = forward.state if forward is not None else self.guard.new_state()
-        finished = FinishedForward(call_of(module, args, kwargs, output), partial(_run_without_hooks, module))
+        finished = FinishedForward(
+            call_of(module, args, kwargs, output), partial(_run_without_hooks, module), partial(self._look, module)
+        )
         delta = self.guard.on_forward_end(rows, state, finished)
         if delta is None:
             return None
         old = predicted(output)
         # As in `add_keeping_bits`: rows whose change is 0 keep their bits.
         return replace_tensor(output, old, old - (0 - delta.to(old.dtype)))
+
+    def _look(
+        self, module: nn.Module, state: Tensor, timestep: Tensor, conditioning: Mapping[str, Any], rows: Rows
+    ) -> Any:
+        """Run the denoiser on a state of its own, with no other attachment's hooks; return the edits' state."""
+        thread, count = self.thread.get(), len(self.sites)
+        text = conditioning.get("encoder_hidden_states")
+        thread.forward = Forward(
+            timestep.float(),
+            rows,
+            self.guard.new_state(),
+            [False] * count,
+            [None] * count,
+            self._image_tokens(state),
+            text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None,
+            self._latent_size(state),
+        )
+        try:
+            _run_without_hooks(module, state, timestep, conditioning, but=self)
+            return thread.forward.state
+        finally:
+            thread.forward = None
 
     def raise_missed(self, names: list[str], where: str = "a forward of {name}") -> None:
         """EraserNotAppliedError if there are names of hooks that did not run."""
@@ -261,10 +285,16 @@ class ComponentHooks:
         return tokens * (latents.shape[2] // frames) if latents.ndim == 5 else tokens
 
 
-def _run_without_hooks(module: nn.Module, state: Tensor, timestep: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-    """Return the denoiser's prediction, in which no attachment reads or edits anything."""
+def _run_without_hooks(
+    module: nn.Module,
+    state: Tensor,
+    timestep: Tensor,
+    conditioning: Mapping[str, Any],
+    but: ComponentHooks | None = None,
+) -> Tensor:
+    """Return the denoiser's prediction, in which no attachment but one reads or edits anything."""
     found = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-    threads = [hooks.thread.get() for hooks in found if isinstance(hooks, ComponentHooks)]
+    threads = [hooks.thread.get() for hooks in found if isinstance(hooks, ComponentHooks) and hooks is not but]
     given = {forward_arguments(module)[0]: state, "timestep": timestep}
     for thread in threads:
         thread.paused = True

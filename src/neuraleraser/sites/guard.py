@@ -25,6 +25,7 @@ from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.modules import components, is_text_encoder, unwrap
 from neuraleraser.sites.routes import INPAINTING, START_IMAGE, routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
+from neuraleraser.sites.start_images import last_of_encoder, start_latents
 from neuraleraser.sites.threads import PerThread, WeakReference
 
 C = TypeVar("C")
@@ -38,7 +39,8 @@ class Call:
     pipeline: the one that runs it; None where modules are called outside any. images: how many it draws, padding
     included. batch: the batch of `generate` that it is, None where it is none. routes: those besides the prompt by
     which a concept may enter it. guidance: its scale of classifier-free guidance, 1 without. strength: of its start
-    image, the share of the way back to noise that it is taken; None without one.
+    image, the share of the way back to noise that it is taken; None without one. start: the start images as latents
+    [images, C, h, w], without noise; None where there are none or they are not known.
     """
 
     pipeline: Any
@@ -47,6 +49,7 @@ class Call:
     routes: frozenset[str] = frozenset()
     guidance: float = 1.0
     strength: float | None = None
+    start: Tensor | None = None
 
 
 class Observer(Protocol[F, C]):
@@ -104,6 +107,7 @@ class _ThreadCall:
     state: Any = None
     decoded: bool = False
     encoders: set[str] = field(default_factory=set)  # text encoders that ran since the last call began
+    encoded: list[Tensor] = field(default_factory=list)  # what the autoencoder's encoder gave since then
     checked: set[str] = field(default_factory=set)  # components without caches in this call
     known: tuple[Any, ...] = ()  # what the last rows were decoded from
     rows: Rows | None = None
@@ -136,6 +140,7 @@ class CallGuard(Generic[F, C]):
         caller = find_caller()
         if hooks.timestep_index is None:  # a text encoder, before its call's first step
             thread.encoders.add(hooks.name)
+            thread.encoded.clear()
             self._check_modules(caller)
             return Rows(size)
         schedule = getattr(caller.pipeline if caller else self.pipeline.get(), "scheduler", None)
@@ -165,7 +170,9 @@ class CallGuard(Generic[F, C]):
         guidance = max(caller.facts.guidance or 1.0, 1.0) if caller else 1.0
         strength = caller.variables.get("strength") if caller and routes & {START_IMAGE, INPAINTING} else None
         strength = float(strength) if isinstance(strength, (int, float)) else None
-        call = Call(pipeline, rows.images, identity.batch, routes, guidance, strength)
+        encoded, thread.encoded = thread.encoded, []
+        start = None if strength is None else start_latents(getattr(pipeline, "vae", None), encoded, rows.images)
+        call = Call(pipeline, rows.images, identity.batch, routes, guidance, strength, start)
         thread.state = self.observer.on_call_start(call)
         thread.identity = identity
 
@@ -188,9 +195,12 @@ class CallGuard(Generic[F, C]):
         """Hand a denoiser's forward to the observer."""
         return self.observer.on_forward_end(self.thread.get().state, rows, state, finished)
 
-    def hook_decoders(self, pipe: Any) -> list[RemovableHandle]:
-        """Watch the decoders of the pipeline's autoencoders."""
+    def hook_autoencoders(self, pipe: Any) -> list[RemovableHandle]:
+        """Watch the encoders and decoders of the pipeline's autoencoders."""
         handles = []
+        encoder = last_of_encoder(getattr(pipe, "vae", None))
+        if encoder is not None:
+            handles.append(encoder.register_forward_hook(self.on_encoded))
         for part in components(pipe).values():
             root = unwrap(part)
             if callable(getattr(root, "decode", None)):
@@ -199,6 +209,11 @@ class CallGuard(Generic[F, C]):
                     handles.append(child.register_forward_pre_hook(self.on_decode))
                     handles.append(child.register_forward_hook(self.on_decoded))
         return handles
+
+    def on_encoded(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of an encoder: keep what a pipeline starts from."""
+        if isinstance(output, Tensor) and not torch.compiler.is_compiling() and find_caller() is not None:
+            self.thread.get().encoded.append(output.detach())
 
     def on_decode(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of a decoder: raise before latents become a picture."""
