@@ -14,6 +14,8 @@ from helpers import pipelines
 from helpers.erasers import FAMILIES, SHUT, make_eraser, with_picture
 from neuraleraser import ConceptRefusedError, attach
 from neuraleraser.eraser import Eraser, Guided
+from neuraleraser.eraser.gate import SHUT_BOUND
+from neuraleraser.eraser.guided import HELD
 from neuraleraser.errors import DataError, EraserNotAppliedError, FileError
 from neuraleraser.sites import DenoiserCall, denoiser, denoiser_calls, record, replay
 
@@ -160,9 +162,10 @@ def _other_side(name: str) -> str:
     return name.removeprefix("negative_") if name.startswith("negative_") else f"negative_{name}"
 
 
-def test_once_open_an_image_stays_open_for_the_rest_of_its_call(sd: Any) -> None:
+@pytest.mark.parametrize(("shut", "share"), [(SHUT_BOUND, 1.0), (1e6, HELD)])
+def test_once_open_an_image_stays_open_for_the_rest_of_its_call(sd: Any, shut: float, share: float) -> None:
     """The gate is shut at the second step's timestep: the loud image moves there, too, but not what the next call
-    draws."""
+    draws. Where the gate is blind it moves as before, where it sees nothing any more by a share of that."""
     eraser = picture_only("stable_diffusion", sd)
     assert eraser.image_gate is not None and eraser.guided is not None
     gate, steps = eraser.image_gate, []
@@ -171,8 +174,8 @@ def test_once_open_an_image_stays_open_for_the_rest_of_its_call(sd: Any) -> None
             pipelines.run(sd, seed)
     found = steps[::2]  # at the first of two steps
     loud, quiet = (0, 1) if found[0] > found[1] else (1, 0)
-    low = torch.tensor([1e6, sum(found) / 2])  # of t = 1 and of t = 501
-    one = replace(eraser, image_gate=replace(gate, low=low, high=torch.tensor([2e6, sum(found) / 2 + 1e-3])))
+    low = torch.tensor([shut, sum(found) / 2])  # of t = 1 and of t = 501
+    one = replace(eraser, image_gate=replace(gate, low=low, high=torch.tensor([2 * shut, sum(found) / 2 + 1e-3])))
     plain = pipelines.run(sd, quiet)
     calls: list[DenoiserCall] = []
     with attach(sd, one) as trace:
@@ -181,14 +184,14 @@ def test_once_open_an_image_stays_open_for_the_rest_of_its_call(sd: Any) -> None
         assert torch.equal(pipelines.run(sd, quiet), plain)
     assert trace.fired == {0: {"Cats": [501.0]}} and len(calls) == 2
     with torch.no_grad():
-        for call in calls:
+        for call, part in zip(calls, (1.0, share), strict=True):
             base = replay(sd, call.state, call.timestep, call.conditioning)
             without, shown = (
                 replay(sd, call.state, call.timestep, given_text(call, text))
                 for text in (eraser.guided.without, eraser.guided.shown)
             )
             torch.testing.assert_close(
-                call.prediction, base + eraser.guided.weight * (without - shown), rtol=1e-3, atol=1e-4
+                call.prediction, base + part * eraser.guided.weight * (without - shown), rtol=1e-3, atol=1e-4
             )
             assert not torch.allclose(call.prediction, base, atol=1e-3)
 

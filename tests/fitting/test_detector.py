@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.erasers import random
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import ConceptError
-from neuraleraser.fitting.detector import SHUT_BOUND, build_gate, choose_features, gate_bounds
+from neuraleraser.fitting.detector import build_gate, choose_features, gate_bounds
 from neuraleraser.fitting.trajectories import SHARES, pool
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site

@@ -15,10 +15,11 @@ from neuraleraser.activations import activation_matrix
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, attach
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
-from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
+from neuraleraser.fitting.detector import gate_bounds
 from neuraleraser.fitting.fit import (
     _context_examples,
     _labels,

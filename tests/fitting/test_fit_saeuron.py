@@ -263,7 +263,7 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(
             fit_saeuron(pipe, concept, **({"neighbours": [OTHER], "sae": sae, "sampling": SAMPLING} | given))
 
     refused("16 wide|32 wide", SiteError, site="unet.mid_block.attentions.0")
-    labelled = SAE(*(getattr(sae, k) for k in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")), {"site": str(SITE)})
+    labelled = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold, {"site": str(SITE)})
     refused("the SAE reads unet.up_blocks.1", SiteError, sae=labelled, site="unet.up_blocks.0.attentions.0")
     refused("take one each", SettingsError, settings=SAeUronSettings(seed=990))
     refused("has no other concepts", ConceptError, Concept("x", "other", CONCEPT.pairs), neighbours=())

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from helpers import pipelines
 from helpers.erasers import random
 from neuraleraser.concepts import Concept, Pair
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import DataError
 from neuraleraser.families.opening import image_to_image
-from neuraleraser.fitting.detector import SHUT_BOUND
 from neuraleraser.fitting.image_gate import (
     FALSE_OPENINGS,
     differing_words,

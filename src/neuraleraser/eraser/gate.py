@@ -12,6 +12,9 @@ from torch import Tensor
 from neuraleraser.errors import SiteError
 from neuraleraser.sites import Site
 
+SHUT_BOUND = 1e9
+"""Lower bound of a gate that stays shut at a timestep."""
+
 
 def time_bin(times: Tensor, timestep: Tensor) -> Tensor:
     """Return the index of the nearest entry of ascending `times` [T] for each timestep [B] -> int64 [B]."""
@@ -102,6 +105,11 @@ class Gate:
     def width(self) -> int:
         """Width d of the site's activations."""
         return self.rows.shape[1] // self.window**2
+
+    def is_blind(self, timestep: Tensor) -> Tensor:
+        """Return True where the gate is shut whatever there is: timestep [B] -> [B]."""
+        index = time_bin(self.times.to(timestep.device), timestep)
+        return self.low.to(timestep.device).index_select(0, index) >= SHUT_BOUND
 
     def activations(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the activation of each selected feature: x [B, P, d] -> z [B, P, f], float32 at least."""

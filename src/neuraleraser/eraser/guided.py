@@ -11,6 +11,8 @@ from torch import Tensor
 
 from neuraleraser.sites import TEXT_ARGUMENTS, FinishedForward, Text
 
+HELD = 0.25
+"""Share of the weight that is left for an image whose gate is shut again (docs/LOG.md)."""
 MAX_WEIGHT = 100.0
 """The largest weight that a file may hold."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.eraser.eraser import Eraser
+from neuraleraser.eraser.guided import HELD
 from neuraleraser.eraser.plan import Plan, make_plan
 from neuraleraser.eraser.site_edit import ErasureForward, SiteEdit
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
@@ -153,18 +154,20 @@ class ErasureRuntime:
             if self.refusing and self._refuse(call, rows, state.openings) and call.call.pipeline is not None:
                 self._raise_refused(call)
 
-    def _hold(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> None:
-        """Keep open what is open now: what a gate saw in one step it may miss in the next, when less of it is left."""
+    def _hold(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> dict[int, Tensor]:
+        """Note how far each image gate is open for each image [images], and return that, of those that are."""
+        now: dict[int, Tensor] = {}
         for part in self.plan.guided:
             scale = state.scales.get(part)
             if scale is not None:
-                scale = match_rows(scale, rows.size).view(-1, rows.images).amax(0)  # an image's rows alike
+                now[part] = match_rows(scale, rows.size).view(-1, rows.images).amax(0)  # an image's rows alike
                 before = call.held.get(part)
-                call.held[part] = scale if before is None else torch.maximum(scale, before)
+                call.held[part] = now[part] if before is None else torch.maximum(now[part], before)
+        return now
 
     def _guide(self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
         """Return the sum of the changes of the prediction [images, ...]; None where no image gate is or was open."""
-        self._hold(call, rows, state)
+        now = self._hold(call, rows, state)
         total: Tensor | None = None
         for part, guided in self.plan.guided.items():
             images = call.held[part].nonzero()[:, 0].tolist() if part in call.held else []
@@ -174,9 +177,20 @@ class ErasureRuntime:
                 delta = guided.delta(finished, [first + image for image in images])
                 if total is None:
                     total = delta.new_zeros(rows.images, *delta.shape[1:])
-                factor = call.held[part][images].to(delta).view(-1, *[1] * (delta.ndim - 1))
+                factor = self._push(call.held[part], now.get(part), part, finished.call.timestep)[images]
+                factor = factor.to(delta).view(-1, *[1] * (delta.ndim - 1))
                 total = total.index_add(0, torch.tensor(images, device=delta.device), factor * delta)
         return total
+
+    def _push(self, held: Tensor, now: Tensor | None, part: int, timestep: Tensor) -> Tensor:
+        """Return the share of its weight with which a guided correction acts on each image [images].
+
+        Where its gate is shut again, `HELD` of what it was: it may miss what it saw, and too long a push leaves nothing
+        but the push. Where it is blind, all of it.
+        """
+        low = held * HELD
+        seeing = low if now is None else torch.maximum(now, low)
+        return torch.where(self.parts[part].gate.is_blind(timestep.flatten()[:1]).to(held.device), held, seeing)
 
     def _check_start(self, call: ErasureCall, part: int, images: Sequence[int]) -> None:
         """Warn, or raise ConceptRefusedError, where these images start from too much of the concept to erase it."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from neuraleraser.concepts import Concept, concept_of, named_concept, neighbours_of
 from neuraleraser.eraser import Calibration, Eraser, check_nothing_acts
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_for_eraser
-from neuraleraser.fitting.detector import SHUT_BOUND, gate_bounds
+from neuraleraser.fitting.detector import gate_bounds
 from neuraleraser.fitting.trajectories import branches_as_rows, measure_site, record_calls
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import PROMPT_ROUTES, EditContext, Site, is_denoiser, made_for, record, replay

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuraleraser.eraser import Gate
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import ConceptError
 from neuraleraser.fitting.trajectories import SHARES
 from neuraleraser.sae import SAE
@@ -22,8 +23,6 @@ SINGLE_FEATURE_SEPARATION = 0.95
 """Share of rows that one feature must separate by itself to be a gate."""
 MIN_ROWS_FOR_QUANTILE = 200
 """Rows without the concept that show the 99.5th percentile of their evidence."""
-SHUT_BOUND = 1e9
-"""A bound that no evidence reaches: the gate stays shut at timesteps where it could not tell."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, EraserHeader, check_nothing_acts, time_bin
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.families.opening import has_image_to_image
 from neuraleraser.fitting.background import rows_without
 from neuraleraser.fitting.correction_training import TrainingExample, train_corrections
-from neuraleraser.fitting.detector import SHUT_BOUND, Detector, build_gate, choose_features, gate_bounds
+from neuraleraser.fitting.detector import Detector, build_gate, choose_features, gate_bounds
 from neuraleraser.fitting.image_gate import fit_image_part
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.least_strength import least_strength

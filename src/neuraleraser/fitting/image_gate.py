@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Gate, Guided
-from neuraleraser.fitting.detector import SHUT_BOUND
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.fitting.learnt_features import evidence_of, learn_features
 from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
 from neuraleraser.fitting.pictures import Pictures, pictures_for
@@ -26,6 +26,8 @@ MARGIN = 0.1
 more states than the levels that are looked at."""
 LEVELS_EACH = 2
 """Levels of noise at which a picture is learnt from: more pictures teach more than more levels of each."""
+LEAST_SEEN = 0.2
+"""Share of the concept's states that a gate must see at a level of noise: else it is shut there."""
 FALSE_OPENINGS = 0.005
 """Share of the pictures without the concept at which the gate may open at some level of noise."""
 
@@ -134,14 +136,14 @@ def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor
 
     low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: those that stand
     out most at some level are given up, and low lies a little above (`MARGIN`) all others at each level. high lies just
-    above, a fiftieth of the way from low to the median with the concept: half of the correction would leave half of the
-    concept. A level at which that median lies below low cannot tell: there the gate stays shut, and the others need not
-    allow for it.
+    above, a fiftieth of the way from low to what `LEAST_SEEN` of those with the concept exceed: half of the correction
+    would leave half of the concept. A level at which that lies below low cannot tell: there the gate stays shut, and
+    the others need not allow for it.
     """
     tail, top = lacks.quantile(0.95, 0), lacks.quantile(1 - FALSE_OPENINGS, 0)
     standing_out = (lacks - tail) / (top - tail).clamp(min=1e-6)
     kept = max(1, len(lacks) - int(FALSE_OPENINGS * len(lacks)))
-    typical = torch.stack([x.median() for x in shows])
+    typical = torch.stack([x.quantile(1 - LEAST_SEEN) for x in shows])
     low, shut = top, typical <= top
     while not bool(shut.all()):
         others = lacks[standing_out[:, ~shut].amax(1).argsort()[:kept]]
