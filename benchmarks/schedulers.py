@@ -25,8 +25,8 @@ from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.concepts import canvas_concept
 from neuraleraser.evaluation import metrics
-from neuraleraser.evaluation.protocol import VocabularyCells
 from neuraleraser.evaluation.results import concat
+from neuraleraser.evaluation.vocabulary_cells import VocabularyCells
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.fitting import fit
 from neuraleraser.sampling import generate

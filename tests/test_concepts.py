@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from neuraleraser.canvas import words
 from neuraleraser.concepts import MAX_FILE_BYTES, Concept, Pair, add_context_pairs, canvas_concept
 from neuraleraser.errors import ConceptError
-from neuraleraser.evaluation.protocol import VocabularyCells
+from neuraleraser.evaluation.vocabulary_cells import VocabularyCells
 from neuraleraser.sae.scores import Profile, margin_score, profile, saeuron_score
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS

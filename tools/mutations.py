@@ -94,7 +94,7 @@ _BATCHED = "src/neuraleraser/eraser/batched.py"
 _LAYOUT = "src/neuraleraser/sites/layout.py"
 _SAMPLING = "src/neuraleraser/sampling.py"
 _METRICS = "src/neuraleraser/evaluation/metrics.py"
-_PROTOCOL = "src/neuraleraser/evaluation/protocol.py"
+_CELLS = "src/neuraleraser/evaluation/vocabulary_cells.py"
 _ROWS = "src/neuraleraser/sites/rows.py"
 _OWN = "    examples = [TrainingExample(a, b.prediction) for a, b in zip(replayed, plain, strict=True)] * 2\n"
 _DRAWN = "[TrainingExample(a, _matched_prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
@@ -416,7 +416,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "image-to-image starts from grey instead of the render",
         (
             Text(
-                _PROTOCOL,
+                _CELLS,
                 "np.stack([render(start.objects, start.style, start.seed, size) for start in starts])",
                 "np.stack([0 * render(start.objects, start.style, start.seed, size) + 127 for start in starts])",
             ),
@@ -462,7 +462,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "sealed",
         "sealed concepts are measured whenever one asks",
-        (Text(_PROTOCOL, "    if closed:\n", "    if False:\n"),),
+        (Text(_CELLS, "    if closed:\n", "    if False:\n"),),
         ("tests/evaluation/test_protocol.py::test_a_sealed_concept_has_no_cells_but_on_purpose",),
     ),
     Mutation(

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from neuraleraser.canvas import words
 from neuraleraser.evaluation.evaluate import default_protocol
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol, VocabularyCells
+from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol
 from neuraleraser.evaluation.split import check_split
+from neuraleraser.evaluation.vocabulary_cells import VocabularyCells
 from neuraleraser.families import FAMILIES, Family
 from neuraleraser.families.canvas import CANVAS, render
 from neuraleraser.settings import EvaluateSettings

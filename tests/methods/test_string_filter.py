@@ -10,7 +10,8 @@ import torch
 from helpers import pipelines
 from neuraleraser.canvas import words
 from neuraleraser.errors import ConceptError, SettingsError
-from neuraleraser.evaluation.protocol import FRAGMENTS, HELD_OUT, VocabularyCells
+from neuraleraser.evaluation.protocol import FRAGMENTS, HELD_OUT
+from neuraleraser.evaluation.vocabulary_cells import VocabularyCells
 from neuraleraser.methods import DoNothing, StringFilter, string_filters
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS

@@ -12,10 +12,11 @@ from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.measure import Finding, measure
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import EvaluationProtocol, check_open, vocabulary_protocol
+from neuraleraser.evaluation.protocol import EvaluationProtocol
 from neuraleraser.evaluation.report import Report, report
 from neuraleraser.evaluation.run_folder import open_run
 from neuraleraser.evaluation.split import check_split
+from neuraleraser.evaluation.vocabulary_cells import check_open, vocabulary_protocol
 from neuraleraser.families import Family, family_of
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.io.dependencies import import_optional
