@@ -33,11 +33,12 @@ import numpy as np
 import tyro
 from canvas_routes import Shown, contents, wilson
 
-from neuraleraser.attacks import WORD, learn_embeddings, learned_word
+from neuraleraser.attacks import learn_embeddings, learned_word
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import VOCABULARY as V
 from neuraleraser.eraser import Eraser
+from neuraleraser.evaluation.vocabulary_cells import learned_prompt
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.io.atomic import write_bytes
@@ -72,9 +73,7 @@ class Settings:
 
 def prompt_for(name: str, content: Content, alone: bool) -> str:
     """A prompt that the embeddings stand in: with what else a render shows, or alone."""
-    if name in V.styles:
-        return f"a picture {WORD}" if alone else f"{V.object_phrases[content.objects[0]][0]} {WORD}"
-    return f"a picture of {WORD}" if alone else f"{WORD} {V.style_phrases[content.style][0]}"
+    return learned_prompt(V, name, content.style, content.objects[0], alone=alone)
 
 
 def main(s: Settings) -> None:

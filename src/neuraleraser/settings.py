@@ -286,6 +286,9 @@ class EvaluateSettings:
     Three bring every strength."""
     fragment_prompts: int = 80
     """Prompts of one or two words of the concept's phrasings, never a whole one; at most as many as there are."""
+    embedding_steps: int = 0
+    """Steps in which embeddings of the concept are learned on the base model, to be drawn with every method; 0: none.
+    300 take about four minutes of a core on the canvas."""
     held_out_grid_rounds: int = 1
     """Rounds of the whole grid in held-out phrasings, by the base alone."""
     unhooked_checks: int = 40
@@ -308,7 +311,8 @@ class EvaluateSettings:
         for name in ("grid_rounds", "timings", "timed_images"):
             check_whole(name, getattr(self, name), 1, 1000)
         rounds = ("target_rounds", "two_object_rounds", "held_out_rounds", "start_image_rounds")
-        for name in (*rounds, "fragment_prompts", "held_out_grid_rounds", "unhooked_checks", "idle_checks"):
+        counts = ("fragment_prompts", "embedding_steps", "held_out_grid_rounds", "unhooked_checks", "idle_checks")
+        for name in (*rounds, *counts):
             check_whole(name, getattr(self, name), 0, 10_000)
         if self.sampling is not None and not self.sampling.pad_last_batch:
             raise SettingsError(

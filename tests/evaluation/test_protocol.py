@@ -27,6 +27,7 @@ from neuraleraser.evaluation.protocol import (
     IMAGE_TO_IMAGE,
     INVERTED,
     INVERTED_CONTROL,
+    LEARNED,
     MAIN_GROUPS,
     NEUTRAL,
     STRENGTHS,
@@ -37,7 +38,7 @@ from neuraleraser.methods import EraserMethod, string_filters
 from neuraleraser.settings import SEALED_SEEDS, SELECTION_SEEDS, TEST_SEEDS, DemoSettings, EvaluateSettings
 from neuraleraser.vocabulary import FUNCTION_WORDS
 
-FULL = EvaluateSettings(fragment_prompts=1000)
+FULL = EvaluateSettings(fragment_prompts=1000, embedding_steps=1)
 CONCEPTS = tuple(n for n in (*words.VOCABULARY.open_styles, *words.VOCABULARY.open_objects) if n != words.PLAIN)
 
 
@@ -109,12 +110,14 @@ def test_a_style_s_own_cells():
     cells = target_cells("Van_Gogh", s)
     assert Counter(c.group for c in cells) == {
         TARGET: 28, HELD_OUT: 14, IMAGE_TO_IMAGE: 14, NEUTRAL: 14, EMPTY: 14, HALF: 5, INVERTED: 5, FRAGMENTS: 7,
+        LEARNED: 28,
     }  # fmt: skip
     named = (TARGET, HELD_OUT, IMAGE_TO_IMAGE)
     assert all((c.style == "Van_Gogh") == (c.group in named) for c in cells)
     assert {c.group: c.route for c in cells} == {
         TARGET: "named", HELD_OUT: "paraphrased", IMAGE_TO_IMAGE: "start image", NEUTRAL: "start image",
         EMPTY: "start image", HALF: "inpainting", INVERTED: "inverted latents", FRAGMENTS: "fragments",
+        LEARNED: "learned embeddings",
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from helpers.canvas_cells import canvas_protocol
 from helpers.erasers import open_eraser, with_picture
 from helpers.measured import S, everything, of, same
 from helpers.result_tables import row, style_story, table
-from helpers.stamp_judge import StampJudge, reader
+from helpers.stamp_judge import ByteJudge, StampJudge, reader
 from neuraleraser.attacks import inverted_latents, random_denoiser
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.evaluate import evaluate
@@ -42,7 +42,7 @@ from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.evaluation.terminal import terminal_tables
 from neuraleraser.families.canvas import render
 from neuraleraser.families.opening import image_to_image, inpainting
-from neuraleraser.judges import Judgement, JudgeSpec
+from neuraleraser.judges import JudgeSpec
 from neuraleraser.methods import DoNothing, EraserMethod, StringFilter
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling
@@ -53,17 +53,6 @@ FEW = replace(
     start_image_rounds=3, sampling=Sampling(num_inference_steps=4, batch_size=2),
 )  # fmt: skip
 FILTER = StringFilter("Van_Gogh", "style", {"as a Van Gogh painting": ""})
-
-
-class Random(StampJudge):
-    """Sees something of everything, by an image's own bytes."""
-
-    def __call__(self, images: Images, /) -> Any:
-        self.calls += 1
-        if self.calls == self.stop_at:
-            raise KeyboardInterrupt
-        seen = (images.reshape(len(images), -1)[:, :6] / 255).astype(np.float32)
-        return Judgement(seen[:, :3], seen[:, 3:], seen[:, 0])
 
 
 def drawn_by_hand(pipe: Any, cell: Cell) -> np.ndarray:
@@ -93,7 +82,7 @@ def test_cells_are_drawn_from_their_pictures_at_their_strengths(pipe: Any, tmp_p
     others = [replace(c, seed=c.seed + 1, start_image=replace(c.start, half=other_half(c))) for c in halves]
     protocol = replace(protocol, base_only=[*protocol.base_only, *others])
     methods = [FILTER, DoNothing("Van_Gogh", "style")]
-    evaluate(pipe, methods, FEW, tmp_path, judge=Random(), protocol=protocol)
+    evaluate(pipe, methods, FEW, tmp_path, judge=ByteJudge(), protocol=protocol)
     run = RunFolder(tmp_path, JudgeSpec.of(StampJudge()))
     cells = {(c.group, c.start.strength, c.start.half): c for c in protocol.all_cells() if c.start}
     assert len(cells) == 4 * 3 + 2 * 2 + 2
@@ -108,24 +97,24 @@ def test_cells_are_drawn_from_their_pictures_at_their_strengths(pipe: Any, tmp_p
 def test_an_evaluation_of_start_images_goes_on_where_it_stopped(pipe: Any, tmp_path: Path):
     """Stopped among the cells with start images, it draws the others alone and ends in the same results."""
     methods = [FILTER]
-    whole = evaluate(pipe, methods, FEW, tmp_path / "a", judge=(counting := Random()))
-    judge = Random(stop_at=counting.calls * 2 // 3)
+    whole = evaluate(pipe, methods, FEW, tmp_path / "a", judge=(counting := ByteJudge()))
+    judge = ByteJudge(stop_at=counting.calls * 2 // 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(pipe, methods, FEW, tmp_path / "b", judge=judge)
-    again = evaluate(pipe, methods, FEW, tmp_path / "b", judge=(rest := Random()))
+    again = evaluate(pipe, methods, FEW, tmp_path / "b", judge=(rest := ByteJudge()))
     assert same(everything(tmp_path / "a"), everything(tmp_path / "b"))
     assert again.to_dict()["concepts"] == whole.to_dict()["concepts"] and 0 < rest.calls < counting.calls / 2
 
 
 def test_without_cells_that_start_from_pictures_there_are_no_routes(pipe: Any, tmp_path: Path):
-    report = evaluate(pipe, [FILTER], replace(FEW, start_image_rounds=0), tmp_path, judge=Random())
+    report = evaluate(pipe, [FILTER], replace(FEW, start_image_rounds=0), tmp_path, judge=ByteJudge())
     assert report.erasures[0].route_figures == [] and report.to_dict()["concepts"][0]["route_figures"] == []
     for text in (page(report), terminal_tables(report)):
         assert "Routes" not in text and "ceiling" not in text
 
 
 def test_a_strength_that_leaves_no_step_is_an_error_before_anything_is_drawn(pipe: Any, tmp_path: Path):
-    judge = Random()
+    judge = ByteJudge()
     with pytest.raises(SettingsError, match=r"strength 0\.3 of 2 steps is less than one step"):
         evaluate(pipe, [FILTER], replace(FEW, sampling=S.sampling), tmp_path, judge=judge)
     assert judge.calls == 0
@@ -142,7 +131,7 @@ def test_cells_of_one_s_own_start_as_the_sampling_says(pipe: Any, tmp_path: Path
         return np.zeros((len(starts), size, size, 3), np.uint8)
 
     protocol = EvaluationProtocol({"Van_Gogh": cells}, start_images=start_images)
-    report = evaluate(pipe, [FILTER], FEW, tmp_path, judge=Random(), protocol=protocol)
+    report = evaluate(pipe, [FILTER], FEW, tmp_path, judge=ByteJudge(), protocol=protocol)
     (route,) = report.erasures[0].route_figures
     assert (route.group, route.strength, route.figures["ceiling"]) == (IMAGE_TO_IMAGE, 0.8, None)
     assert {(s.shows, s.seed, s.strength) for s in asked} == {(("Van_Gogh", "Cats"), 10_000, None)}
@@ -151,7 +140,7 @@ def test_cells_of_one_s_own_start_as_the_sampling_says(pipe: Any, tmp_path: Path
 def test_latents_that_cannot_be_inverted_are_an_error_before_anything_is_drawn(tmp_path: Path):
     euler = reader()
     euler.scheduler = EulerDiscreteScheduler(steps_offset=1)
-    judge = Random()
+    judge = ByteJudge()
     with pytest.raises(SettingsError, match="DDIM alone can be run backwards"):
         evaluate(euler, [FILTER], FEW, tmp_path, judge=judge)
     assert judge.calls == 0
@@ -161,7 +150,7 @@ def test_no_method_watches_a_random_denoiser(pipe: Any, tmp_path: Path):
     """Its images are the base's: an eraser, which was made for other weights, is not attached to it."""
     e = open_eraser()
     e = replace(e, header=replace(e.header, made_for=made_for(pipe, e.sites)))
-    evaluate(pipe, [EraserMethod(e)], FEW, tmp_path, judge=Random())
+    evaluate(pipe, [EraserMethod(e)], FEW, tmp_path, judge=ByteJudge())
     base = of(everything(tmp_path), BASE)
     control = base.group == INVERTED_CONTROL
     assert control.sum() == 3 and not any(base.table["watched"].to_pylist()[i] for i in np.flatnonzero(control))
@@ -172,7 +161,7 @@ def test_an_image_gate_acts_where_a_filter_of_words_has_nothing_to_find(pipe: An
     """An eraser whose prompt gate is shut and whose image gate opens for everything, beside the filter."""
     e = open_eraser()
     shut = replace(e, gate=replace(e.gate, low=e.gate.low + 1e6, high=e.gate.high + 2e6))
-    report = evaluate(pipe, [EraserMethod(with_picture(shut, pipe)), FILTER], FEW, tmp_path, judge=Random())
+    report = evaluate(pipe, [EraserMethod(with_picture(shut, pipe)), FILTER], FEW, tmp_path, judge=ByteJudge())
     ours, filtered = ({(r.group, r.strength): r.figures["acted"] for r in e.route_figures} for e in report.erasures)
     assert len(ours) == 3 * 3 + 2 and all(f is not None and f.value == 1 for f in ours.values())
     assert all(f is not None and f.value == (group == IMAGE_TO_IMAGE) for (group, _), f in filtered.items())

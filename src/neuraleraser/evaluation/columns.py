@@ -191,7 +191,8 @@ ROUTES = Table(
             "ceiling",
             "The share that shows it when the base model is asked, from the same start images, for the same pictures "
             "without the concept: a style as a plain picture, an object as an empty scene. Of inverted latents, the "
-            "share that a denoiser of random weights brings back as well.",
+            "share that a denoiser of random weights brings back as well. Learned embeddings have none: they hold no "
+            "picture.",
         ),
         Column("shown_after", "shows", "The share of images that show the concept with the method applied."),
         Column(
@@ -201,5 +202,5 @@ ROUTES = Table(
         ),
     ),
 )
-"""The table of images that start from a picture of the concept, or from its inverted latents: of each method a line a
-group and strength."""
+"""The table of images that start from a picture of the concept, or from its inverted latents, or whose prompt holds
+learned embeddings: of each method a line a group and strength."""

@@ -16,14 +16,18 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from neuraleraser.attacks import inverted_latents, random_denoiser
+from neuraleraser.attacks import inverted_latents, learned_word, random_denoiser
 from neuraleraser.errors import SettingsError, UnseenRouteWarning
+from neuraleraser.evaluation.embeddings import learned_once
 from neuraleraser.evaluation.method import ActionTrace, Method
 from neuraleraser.evaluation.protocol import INVERTED_CONTROL, Cell, EvaluationProtocol, StartImage
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
@@ -33,7 +37,7 @@ from neuraleraser.families.opening import image_to_image, inpainting
 from neuraleraser.judges import Judge
 from neuraleraser.sampling import Images, check_pictures, check_strength, generate
 from neuraleraser.settings import EvaluateSettings, Sampling
-from neuraleraser.sites.routes import INPAINTING, INVERTED_LATENTS
+from neuraleraser.sites.routes import INPAINTING, INVERTED_LATENTS, LEARNED_EMBEDDINGS
 
 
 def draw(
@@ -45,7 +49,8 @@ def draw(
     run: RunFolder,
 ) -> Results:
     """Draw and judge everything that is not in `run` yet; returns all rows of this protocol and these methods."""
-    artist = _Artist(pipe, protocol, evaluation_sampling(pipe, settings), judge)
+    sampling, folder = evaluation_sampling(pipe, settings), run.folder / "embeddings"
+    artist = _Artist(pipe, protocol, sampling, judge, folder, settings.embedding_steps)
     cells = protocol.all_cells()
     _draw_base(artist, methods, cells, run)
     _draw_unhooked(artist, cells, settings.unhooked_checks, run)
@@ -75,12 +80,14 @@ class _Batch:
 
 
 class _Call(NamedTuple):
-    """Way to draw a cell with a start image."""
+    """Way to draw a cell with a start image, or with a word that was learned."""
 
     route: str
     strength: float
     control: bool = False
     """True of latents that are inverted and drawn by a denoiser of random weights, which no method watches."""
+    learned: str = ""
+    """Concept whose embeddings stand in the prompts; "" if none do."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ class _Artist:
     protocol: EvaluationProtocol
     sampling: Sampling
     judge: Judge
+    embeddings_folder: Path
+    embedding_steps: int
 
     def batches(
         self,
@@ -101,7 +110,7 @@ class _Artist:
     ) -> Iterator[_Batch]:
         """Draw `cells` batch by batch, each inside all of `contexts`."""
         parts: dict[_Call | None, list[Cell]] = {}
-        for cell in sorted(cells, key=lambda c: c.start is not None):
+        for cell in sorted(cells, key=lambda c: (c.route == LEARNED_EMBEDDINGS, c.start is not None)):
             parts.setdefault(self._call(cell), []).append(cell)
         # An error now, if one cannot be made, and not after all the others are drawn.
         pipes = {call: self._pipe(call, part[0]) for call, part in parts.items()}
@@ -113,7 +122,9 @@ class _Artist:
                     bar.update(len(batch))
 
     def _call(self, cell: Cell) -> _Call | None:
-        """Return how the cell is drawn; None: from noise."""
+        """Return how the cell is drawn; None: from noise and its prompt alone."""
+        if cell.route == LEARNED_EMBEDDINGS:
+            return _Call(cell.route, 0.0, learned=cell.learned)
         if cell.start is None:
             return None
         if cell.route == INVERTED_LATENTS:
@@ -124,6 +135,9 @@ class _Artist:
     def _pipe(self, call: _Call | None, cell: Cell) -> Any:
         """Return the pipeline that draws the cells of a call, of which this is one."""
         if call is None:
+            return self.pipe
+        if call.route == LEARNED_EMBEDDINGS:
+            self._embeddings(call.learned)
             return self.pipe
         check_strength(replace(self.sampling, strength=call.strength))
         pictures = self._pictures([cell])
@@ -137,13 +151,15 @@ class _Artist:
         sampling, more = self.sampling, {}
         if call is not None and call.route == INVERTED_LATENTS:
             more["latents"] = inverted_latents(using, self._pictures(cells), sampling)
-        elif call is not None:
+        elif call is not None and call.route != LEARNED_EMBEDDINGS:
             sampling, more["image"] = replace(sampling, strength=call.strength), self._pictures(cells)
             if call.route == INPAINTING:
                 more["mask_image"] = _masks(_starts(cells), more["image"].shape[1])
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UnseenRouteWarning)  # measured here on purpose
+            if call is not None and call.route == LEARNED_EMBEDDINGS:
+                stack.enter_context(learned_word(using, self._embeddings(call.learned)))
             traces: list[ActionTrace | None] = [None] * len(contexts)
             if call is None or not call.control:
                 traces = [stack.enter_context(context(using)) for context in contexts]
@@ -163,6 +179,17 @@ class _Artist:
         pictures = self.protocol.start_images(_starts(cells), size)
         check_pictures("start images of the protocol", pictures)
         return pictures
+
+    def _embeddings(self, concept: str) -> Tensor:
+        """Return the embeddings that stand for a concept, learned now if the run has none yet."""
+        lessons = self.protocol.lessons.get(concept)
+        if not lessons or not self.embedding_steps:
+            raise SettingsError(
+                f"cells of the route {LEARNED_EMBEDDINGS!r} need embeddings of {concept!r}: give the protocol lessons "
+                "for it, and the settings embedding_steps above 0"
+            )
+        pictures = partial(self._pictures, lessons)
+        return learned_once(self.embeddings_folder, self.pipe, concept, lessons, pictures, self.embedding_steps)
 
     def rows(self, batch: _Batch, **columns: Sequence[Any]) -> list[Row]:
         """Judge a batch; `columns` hold one value an image."""
@@ -219,8 +246,8 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
     needed = [c for c in cells if c.key not in idle_keys]
     # The last batch would be padded anyway: it is filled up with images that the method says it leaves alone.
     size = artist.sampling.batch_size
-    plain = [c for c in idle if c.start is None]
-    there = sum(c.start is None for c in needed)
+    plain = [c for c in idle if _is_plain(c)]
+    there = sum(map(_is_plain, needed))
     filled = -(-(there + checks) // size) * size
     needed += _sample_cells(plain, filled - there, name)
     done = run.done(m.name, m.concept)
@@ -251,6 +278,11 @@ def _copy_idle(m: Method, cells: Sequence[Cell], run: RunFolder) -> None:
 def _equal_to_base(batch: _Batch, run: RunFolder) -> list[bool]:
     """Tell for each image of the batch whether it has the bits of the base image."""
     return [np.array_equal(x, run.image(BASE, "", c)) for c, x in zip(batch.cells, batch.images, strict=True)]
+
+
+def _is_plain(cell: Cell) -> bool:
+    """Tell whether a cell is drawn from noise and its prompt alone."""
+    return cell.start is None and cell.route != LEARNED_EMBEDDINGS
 
 
 def _starts(cells: Sequence[Cell]) -> list[StartImage]:

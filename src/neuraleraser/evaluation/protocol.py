@@ -12,7 +12,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from neuraleraser.sites.routes import IMAGE_ROUTES, INPAINTING, INVERTED_LATENTS, NAMED, PARAPHRASED, START_IMAGE
+from neuraleraser.sites.routes import (
+    IMAGE_ROUTES,
+    INPAINTING,
+    INVERTED_LATENTS,
+    LEARNED_EMBEDDINGS,
+    NAMED,
+    PARAPHRASED,
+    START_IMAGE,
+)
 from neuraleraser.vocabulary import Vocabulary
 
 GRID = "grid"
@@ -29,6 +37,8 @@ CEILING = "image-to-image, ceiling"
 HALF_CEILING = "inpainting, ceiling"
 INVERTED = "inverted latents"
 INVERTED_CONTROL = "inverted latents, control"
+LEARNED = "learned embeddings"
+LESSON = "learned embeddings, lesson"
 
 GROUPS = (
     *(GRID, TARGET, TWO_OBJECTS, HELD_OUT, IMAGE_TO_IMAGE, HELD_OUT_GRID, FRAGMENTS),
@@ -40,16 +50,19 @@ Four start from a picture of the concept: with a prompt that names it (`IMAGE_TO
 none, and with half of the picture drawn anew. Their ceilings are of the base alone, which is asked for the same picture
 without the concept. `INVERTED` starts from the noise that such a picture is run backwards to, asked for nothing; its
 control, drawn by a denoiser of random weights, has seeds of the same block.
+
+`LEARNED` has seeds of the fragments' block: its prompts hold a word for embeddings that were learned on the base model.
+A `LESSON` is a picture and a prompt that they are learned on, and is not drawn.
 """
 MAIN_GROUPS = (GRID, TARGET, TWO_OBJECTS)
 """The groups that the metrics of a concept are computed on; the others have figures of their own."""
 
 ROUTE_OF_GROUP = {
     **dict.fromkeys((HELD_OUT, HELD_OUT_GRID), PARAPHRASED),
-    **dict.fromkeys((IMAGE_TO_IMAGE, NEUTRAL, EMPTY, CEILING), START_IMAGE),
+    **dict.fromkeys((IMAGE_TO_IMAGE, NEUTRAL, EMPTY, CEILING, LESSON), START_IMAGE),
     **dict.fromkeys((HALF, HALF_CEILING), INPAINTING),
     **dict.fromkeys((INVERTED, INVERTED_CONTROL), INVERTED_LATENTS),
-    FRAGMENTS: FRAGMENTS,
+    **{FRAGMENTS: FRAGMENTS, LEARNED: LEARNED_EMBEDDINGS},
 }
 """Route by which the concept enters, of the groups in which it is not simply named."""
 CEILING_OF = {
@@ -94,7 +107,7 @@ class StartImage:
 class Cell:
     """One image to generate: the prompt, its seed, and what the prompt asks for.
 
-    A cell of fragments asks for what the fragment accompanies, not for its concept.
+    A cell of fragments, or of learned embeddings, asks for what these accompany, not for their concept.
 
     Examples:
         >>> cell = Cell("a cat as a Van Gogh painting", 10_000, "Van_Gogh", ("Cats",), "grid")
@@ -109,6 +122,8 @@ class Cell:
     group: str
     start_image: StartImage | None = None
     """What it starts from, on a route of pictures; None: a picture of what the prompt says."""
+    learned: str = ""
+    """Concept for which the prompt's word "<learned>" stands, in the group "learned embeddings"."""
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -149,6 +164,8 @@ class EvaluationProtocol:
         vocabulary: Vocabulary that the prompts are made of, if it is known.
         start_images: Called as `start_images(starts, size)`; returns the pictures, uint8 [N, size, size, 3], from which
             cells of the routes "start image", "inpainting" and "inverted latents" start.
+        lessons: Cells that the embeddings of a concept are learned on, by its name: their start images, and prompts
+            that hold the word "<learned>".
 
     Examples:
         >>> prompt = "a cat as a Van Gogh painting"
@@ -163,6 +180,7 @@ class EvaluationProtocol:
     base_only: Sequence[Cell] = ()
     vocabulary: Vocabulary | None = field(default=None, compare=False)
     start_images: Callable[[Sequence[StartImage], int], NDArray[np.uint8]] | None = field(default=None, compare=False)
+    lessons: Mapping[str, Sequence[Cell]] = field(default_factory=dict)
 
     def all_cells(self) -> list[Cell]:
         """Return every cell once, in a fixed order."""

@@ -67,7 +67,7 @@ class ErasureReport:
     routes: str = ""
     """Routes that an eraser sees and does not see, in words."""
     route_figures: Sequence[RouteFigures] = ()
-    """Figures of images that start from a picture of the concept."""
+    """Figures of images that start from a picture of the concept, or hold embeddings that were learned for it."""
 
 
 @dataclass(frozen=True, eq=False)

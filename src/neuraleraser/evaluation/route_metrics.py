@@ -1,7 +1,9 @@
-"""The metrics of pictures that start from a picture of the concept, by group of cells and strength.
+"""The metrics of pictures that start from a picture of the concept, by group of cells and strength, and of those whose
+prompt holds embeddings that were learned for it.
 
 Of little noise a start image shows through whatever is asked for. So beside what a method leaves stands the *ceiling*:
-the base model, asked from the same start images for the same pictures without the concept.
+the base model, asked from the same start images for the same pictures without the concept. Learned embeddings have
+none.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import numpy as np
 
 from neuraleraser.evaluation.intervals import Estimate, proportion
 from neuraleraser.evaluation.metrics import PairedResults, estimate_or_none, is_target, shown_share, shows_concept
-from neuraleraser.evaluation.protocol import CEILING_OF
+from neuraleraser.evaluation.protocol import CEILING_OF, LEARNED
 from neuraleraser.evaluation.results import BASE, Results
 
 
 @dataclass(frozen=True)
 class RouteFigures:
-    """The figures of one method and concept, of one group of cells at one strength of its start images."""
+    """The figures of one method and concept, of one group of cells at one strength of its start images, 0 without."""
 
     group: str
     strength: float
@@ -42,7 +44,7 @@ def ceiling_cells(results: Results, group: str, strength: float, concept: str) -
     """Tell which rows are the ceiling of a group at a strength: of the base, started from a picture of the concept,
     asked for what does not have it: bool [n]."""
     started = np.array([concept in names for names in results.start], dtype=bool)
-    at = (results.method == BASE) & (results.group == CEILING_OF[group]) & (results.strength == strength)
+    at = (results.method == BASE) & (results.group == CEILING_OF.get(group)) & (results.strength == strength)
     return at & started & ~is_target(results, concept)
 
 
@@ -55,9 +57,10 @@ ROUTE_METRICS: Mapping[str, Callable[..., Estimate]] = {
 
 
 def route_figures(results: Results, t: PairedResults) -> list[RouteFigures]:
-    """Return the figures of each group that starts from pictures, at each of its strengths; `results` hold ceilings."""
+    """Return the figures of each group that starts from pictures, at each of its strengths, and of learned embeddings;
+    `results` hold ceilings."""
     found = []
-    for group in CEILING_OF:
+    for group in (*CEILING_OF, LEARNED):
         of_group = t.where(t.after.group == group)
         for strength in sorted(set(of_group.after.strength.tolist())):
             part = of_group.where(of_group.after.strength == strength)

@@ -4,6 +4,7 @@ run.json                                              settings, model, judge, an
 images/base/{style}/{objects}/{seed}.png              base twins
 images/{method}/{concept}/{style}/{objects}/...       images drawn with a method applied
 results/method=.../concept=.../part-00000.parquet     one row per image, one part per batch
+embeddings/{concept}.safetensors                      what prompts of learned embeddings hold, if there are any
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def check_split(method: Method, protocol: EvaluationProtocol) -> list[str]:
     prompts = set(made.prompts)
     leaked = [f"the phrasing {number}" for number in sorted(set(made.phrasings) & set(_HELD_OUT_NUMBERS))]
     leaked += [repr(prompt) for prompt in sorted(prompts) if any(phrase in prompt for phrase in reserved)]
-    for cell in protocol.cells[name]:
+    for cell in (*protocol.cells[name], *protocol.lessons.get(name, ())):
         for first, last in made.seeds:
             if first <= cell.seed <= last:
                 raise SplitError(

@@ -60,7 +60,8 @@ def _routes(entries: Sequence[ErasureReport]) -> str:
                 rows.append([_shorten(f" {entry.method}", _ROUTE_LABEL), *[""] * len(ROUTES.columns)])
             figures = [r.figures.get(c.name) for c in ROUTES.columns]
             values = [f"{f.value:.2f} {f.low:.2f}-{f.high:.2f} n={f.n}" if f else "-" for f in figures]
-            rows.append([f"  {_shorten(r.group, _ROUTE_LABEL - 6)} {r.strength:.1f}", *values])
+            strength = f" {r.strength:.1f}" if r.strength else ""
+            rows.append([f"  {_shorten(r.group, _ROUTE_LABEL - 6)}{strength}", *values])
     return text_table(rows, [ROUTES.title, *(c.head for c in ROUTES.columns)], width=120) if rows else ""
 
 

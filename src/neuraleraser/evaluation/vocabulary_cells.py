@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from neuraleraser.attacks import WORD
 from neuraleraser.errors import ConceptError, SettingsError, SplitError
 from neuraleraser.evaluation.protocol import (
     CEILING,
@@ -28,6 +29,8 @@ from neuraleraser.evaluation.protocol import (
     IMAGE_TO_IMAGE,
     INVERTED,
     INVERTED_CONTROL,
+    LEARNED,
+    LESSON,
     NEUTRAL,
     STRENGTHS,
     TARGET,
@@ -43,6 +46,8 @@ from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
 
 _BLOCK = 15_000  # seeds of a group; fragments take fewer than 10,000, and doctor looks at the first of the others
 _FRAGMENT_ROUNDS, _FRAGMENTS = 2, 100  # companies of each fragment, and seeds of a concept in a round
+_LEARNED_ROUNDS, _LESSONS = 2, 120  # images of each company of the word, and pictures that it is learned on
+_LEARNED_SEEDS, _LESSON_SEEDS = 11_000, 14_000  # in the block of fragments, behind doctor's
 
 
 def vocabulary_protocol(
@@ -63,11 +68,21 @@ def vocabulary_protocol(
     grid = cells.grid(settings.grid_rounds)
     by_concept = {name: [*grid, *cells.target(name)] for name in concepts}
     base_only = cells.held_out_grid() + [cell for name in concepts for cell in cells.ceilings(name)]
-    return EvaluationProtocol(by_concept, base_only, vocabulary, start_images)
+    lessons = {name: cells.lessons(name) for name in concepts} if settings.embedding_steps else {}
+    return EvaluationProtocol(by_concept, base_only, vocabulary, start_images, lessons)
 
 
 def _renders(render: Render, starts: Sequence[StartImage], size: int) -> NDArray[np.uint8]:
     return np.stack([render(start.objects, start.style, start.seed, size) for start in starts])
+
+
+def learned_prompt(vocabulary: Vocabulary, name: str, style: str, obj: str, *, alone: bool) -> str:
+    """Return a prompt that holds the word for `name`'s embeddings, beside the style or object of a picture, or alone:
+    "a horse <learned>" and "a picture <learned>" for a style, "<learned> as a mosaic" and "a picture of <learned>"."""
+    v = vocabulary
+    if name in v.styles:
+        return f"a picture {WORD}" if alone else f"{v.object_phrases[obj][0]} {WORD}"
+    return f"a picture of {WORD}" if alone else f"{WORD} {v.style_phrases[style][0]}"
 
 
 def check_open(vocabulary: Vocabulary, names: Iterable[str]) -> None:
@@ -122,7 +137,7 @@ class VocabularyCells:
 
     def target(self, name: str) -> list[Cell]:
         """Return the cells that only the erasure of `name` needs, beside the grid: target, two objects, held-out
-        phrasings, from start images, and fragments.
+        phrasings, from start images, fragments, and learned embeddings.
 
         Raises ConceptError for a name that the vocabulary does not have, SplitError for a sealed one unless `sealed`.
         """
@@ -136,7 +151,8 @@ class VocabularyCells:
             # Neighbouring cells take turns, and every cell changes its phrasing from round to round.
             turns = [(pair, held_out[(sum(self._indices(*pair)) + k) % len(held_out)]) for pair in pairs]
             cells += [self._cell(HELD_OUT, k, *pair, phrasing) for pair, phrasing in turns]
-        return cells + self._started(name, (IMAGE_TO_IMAGE, NEUTRAL, EMPTY, HALF, INVERTED)) + self.fragments(name)
+        cells += self._started(name, (IMAGE_TO_IMAGE, NEUTRAL, EMPTY, HALF, INVERTED))
+        return cells + self.fragments(name) + self._learned(name)
 
     def ceilings(self, name: str) -> list[Cell]:
         """Return the cells, of the base alone, that ask for the pictures of `name` to be drawn without it, and those of
@@ -164,6 +180,34 @@ class VocabularyCells:
                 cells.append(Cell(prompt, seed, "", objects, FRAGMENTS))
         count = min(self.settings.fragment_prompts, len(cells))
         return [cells[i] for i in sorted(random.Random(0).sample(range(len(cells)), count))]
+
+    def lessons(self, name: str) -> list[Cell]:
+        """Return what the embeddings of `name` are learned on: pictures of it in all open company by turns, each with a
+        prompt that tells the company or nothing else. Raises as `target` does."""
+        v, is_object = self.vocabulary, name in self.vocabulary.objects
+        self._pairs(name)  # which raises
+        company = [other for other in (v.open_styles if is_object else v.open_objects) if other != name]
+        cells = []
+        for i in range(_LESSONS):
+            turn, k = divmod(i, len(company))
+            style, obj = (company[k], name) if is_object else (name, company[k])
+            prompt = learned_prompt(v, name, style, obj, alone=turn % 2 == 1)
+            cells.append(Cell(prompt, self._seed(FRAGMENTS, 0, _LESSON_SEEDS + i), style, (obj,), LESSON))
+        return cells
+
+    def _learned(self, name: str) -> list[Cell]:
+        """Return cells whose prompts hold the word for the embeddings of `name`: of a style beside an object, of an
+        object alone; none if no steps are made to learn them."""
+        v, is_object = self.vocabulary, name in self.vocabulary.objects
+        cells = []
+        for k in range(_LEARNED_ROUNDS if self.settings.embedding_steps else 0):
+            for style, obj in self._pairs(name):
+                i, j = self._indices(style, obj)
+                number = _LEARNED_SEEDS + i * len(v.objects) + j
+                prompt = learned_prompt(v, name, style, obj, alone=is_object)
+                seed = self._seed(FRAGMENTS, 2 * k + is_object, number)
+                cells.append(Cell(prompt, seed, "", () if is_object else (obj,), LEARNED, learned=name))
+        return cells
 
     def _pairs(self, name: str) -> list[tuple[str, str]]:
         """Return every (style, object) that `name` is one of. Raises as `target` does."""

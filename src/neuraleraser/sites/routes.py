@@ -17,6 +17,8 @@ CONTROL_IMAGE = "control image"
 IP_ADAPTER = "IP-Adapter"
 INVERTED_LATENTS = "inverted latents"
 """Noise that a picture was run backwards to. A call does not show it, so it is not among `ROUTES`."""
+LEARNED_EMBEDDINGS = "learned embeddings"
+"""Embeddings that were learned in place of a concept's words. A call does not show them either."""
 PROMPT_ROUTES = (NAMED, PARAPHRASED)
 """Routes through the words of a prompt."""
 IMAGE_ROUTES = (START_IMAGE, INPAINTING)
