@@ -379,6 +379,18 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/attacks/test_inverted_latents.py::test_latents_that_are_drawn_from_are_the_picture_s",),
     ),
     Mutation(
+        "no-word",
+        "what was learned does not stand in the prompts while they are drawn",
+        (
+            Text(
+                "src/neuraleraser/evaluation/draw.py",
+                "learned_word(using, self._embeddings(call.learned))",
+                "learned_word(using, 0 * self._embeddings(call.learned))",
+            ),
+        ),
+        ("tests/evaluation/test_learned_words.py::test_cells_are_drawn_with_embeddings_learned_on_renders",),
+    ),
+    Mutation(
         "canvas-sampling",
         "any pipeline is sampled as the canvas where nothing else is said",
         (Text(_SAMPLING, "sampling or default_sampling(pipe)", "sampling or Sampling()"),),
