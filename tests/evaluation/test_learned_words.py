@@ -85,7 +85,8 @@ def test_lessons_are_pictures_of_the_concept_in_all_open_company_with_the_word_b
 
 @pytest.mark.parametrize("name", ["Van_Gogh", "Cats"])
 def test_no_fit_and_no_other_cell_has_their_seeds_or_prompts(name: str):
-    protocol = canvas_protocol(["Van_Gogh", "Cats"], replace(FULL, fragment_prompts=1000))
+    v = words.VOCABULARY
+    protocol = canvas_protocol([*v.open_styles, *v.open_objects], replace(FULL, fragment_prompts=1000))
     lessons, drawn = protocol.lessons[name], {c.seed for c in protocol.all_cells()}
     assert len({c.seed for c in lessons}) == 120 and not drawn & {c.seed for c in lessons}
     assert all(c.seed in TEST_SEEDS and c.seed not in range(FIRST_SEED, FIRST_SEED + 1000) for c in lessons)
@@ -149,6 +150,13 @@ def test_cells_are_drawn_with_embeddings_learned_on_renders(pipe: Any, tmp_path:
         (route,) = entry.route_figures
         found = route.figures["acted"]
         assert (route.group, route.strength, found and found.value) == (LEARNED, 0, acted)
+
+
+def test_cells_left_alone_fill_no_other_batch(pipe: Any, tmp_path: Path):
+    """Those of plain prompts are compared with what a method leaves alone, for they fill up batches."""
+    evaluate(pipe, [FILTER], replace(FEW, idle_checks=20), tmp_path, judge=ByteJudge())
+    rows = of(everything(tmp_path), FILTER.name, "Van_Gogh")
+    assert rows.compared.tolist() == (rows.group != LEARNED).tolist() and len(rows) == 15
 
 
 def test_each_concept_has_embeddings_of_its_own(pipe: Any, tmp_path: Path):
