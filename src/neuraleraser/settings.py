@@ -288,7 +288,7 @@ class EvaluateSettings:
     """Prompts of one or two words of the concept's phrasings, never a whole one; at most as many as there are."""
     embedding_steps: int = 0
     """Steps in which embeddings of the concept are learned on the base model, to be drawn with every method; 0: none.
-    300 take about four minutes of a core on the canvas."""
+    On the canvas 300 take about four minutes of a core."""
     held_out_grid_rounds: int = 1
     """Rounds of the whole grid in held-out phrasings, by the base alone."""
     unhooked_checks: int = 40
