@@ -22,8 +22,8 @@ class Guided:
     """While the gate is open, the prediction v(x) moves by weight (v(x, without) - v(x, shown)).
 
     Both are the base model's own predictions, so it costs two more forwards for the images that are or were open, and
-    nothing while none is. Once the gate is shut again, `HELD` of the weight is left. It moves all guidance branches alike, so the guided prediction, too: the weights of the branches add
-    up to 1.
+    nothing while none is. Once the gate is shut again, `HELD` of the weight is left. It moves all guidance branches
+    alike, so the guided prediction, too: the weights of the branches add up to 1.
 
     without, shown: the text arguments of a prompt without the concept and of one that shows it, one row each
     (`sites.TEXT_ARGUMENTS`). prompts: their words, for a reader.
