@@ -327,8 +327,20 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "feature-threshold",
         "features fire below their own thresholds",
-        (Text(_BATCHED, "z = pre * (pre > self.threshold.to(pre))", "z = pre * (pre > 0)"),),
+        (Text(_BATCHED, "top * (top > threshold)", "top * (top > 0)"),),
         ("tests/eraser/test_batched.py::test_gates_together",),
+    ),
+    Mutation(
+        "one-shut-all-shut",
+        "where one gate cannot open, those beside it are not read",
+        (Text(_SITE_EDIT, "min(lows) >= SHUT_BOUND", "max(lows) >= SHUT_BOUND"),),
+        ("tests/eraser/test_shut_gates.py::test_beside_one_that_may_open_it_is_read",),
+    ),
+    Mutation(
+        "unseen-infinity",
+        "-inf among a gate's pre-activations passes unseen",
+        (Text(_BATCHED, " + 0 * pre.sum(1)", ""),),
+        ("tests/eraser/test_batched.py::test_what_is_not_finite_shows_in_the_evidence",),
     ),
     Mutation(
         "time-bin",
@@ -641,7 +653,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "image-gates",
         "a gate in the image stream leaves the negative prompt's rows alone",
-        (Text(_SITE_EDIT, "torch.maximum(mask, plan.pictures.to(mask))", "mask"),),
+        (Text(_SITE_EDIT, "torch.maximum(mask, self.plan.pictures.to(mask))", "mask"),),
         ("tests/fitting/test_fit_saeuron.py::test_an_image_gate_sees_both_guidance_branches",),
     ),
     Mutation(

@@ -40,25 +40,30 @@ def gates() -> list[Any]:
 
 
 @pytest.mark.parametrize("timestep", [T, T[:1]])
-def test_gates_together(timestep: Tensor) -> None:
-    x, many = random(3, 10, 6, seed=3), gates()
+@pytest.mark.parametrize("threshold", [1.0, 0.0])
+def test_gates_together(timestep: Tensor, threshold: float) -> None:
+    x, many = random(3, 10, 6, seed=3), [replace(g, threshold=threshold * g.threshold) for g in gates()]
     together = BatchedGates(many)
     assert together.rows.shape[0] == 14  # of 16 features, two stand twice
-    opening, evidence, z = together(x, timestep)
+    evidence, pre = together.evidence(x)
+    low, width = together.bounds_at(timestep)
+    opening = ((evidence - low) / width).clamp(0, 1)
     assert 0 < int((opening == 0).sum()) and int((opening > 0).sum()) > 3
     for column, i in enumerate(together.order):
         torch.testing.assert_close(opening[:, column], many[i](x, timestep.expand(3)))
         torch.testing.assert_close(evidence[:, column], many[i].evidence(x))
         where = many[i].activations(x) @ many[i].weight
-        torch.testing.assert_close(together.evidence_by_position(z)[..., column], where)
+        torch.testing.assert_close(together.evidence_by_position(pre)[..., column], where)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("share", [1.0, 0.3])
-def test_what_is_not_finite_shows_in_the_evidence(bad: float, share: float) -> None:
+@pytest.mark.parametrize("f", [1, 3])
+@pytest.mark.parametrize("threshold", [0.0, 1e6])
+def test_what_is_not_finite_shows_in_the_evidence(bad: float, share: float, f: int, threshold: float) -> None:
     x = random(2, 10, 6, seed=3)
     x[1, 4, 2] = bad
-    _, evidence, _ = BatchedGates([make_gate(SITE, 6, share=share, threshold=1e6)])(x, T[:1])
+    evidence, _ = BatchedGates([make_gate(SITE, 6, share=share, threshold=threshold, f=f)]).evidence(x)
     assert torch.isfinite(evidence[0]).all() and not torch.isfinite(evidence[1]).all()
 
 

@@ -61,12 +61,14 @@ def test_gates_of_several_windows_together(kinds: list[tuple[int, float]], heigh
     ]
     x, t, grid = random(3, height * width, 3, seed=7), torch.tensor([30.0, 420.0, 980.0]), (height, width)
     together = BatchedGates(gates)
-    opening, evidence, z = together(x, t, grid)
+    evidence, pre = together.evidence(x, grid)
+    low, width = together.bounds_at(t)
+    opening = ((evidence - low) / width).clamp(0, 1)
     for column, i in enumerate(together.order):
         torch.testing.assert_close(opening[:, column], gates[i](x, t, grid))
         torch.testing.assert_close(evidence[:, column], gates[i].evidence(x, grid))
         where = gates[i].activations(x, grid) @ gates[i].weight
-        torch.testing.assert_close(together.evidence_by_position(z)[..., column], where)
+        torch.testing.assert_close(together.evidence_by_position(pre)[..., column], where)
 
 
 @pytest.mark.parametrize("grid", [None, (4, 4), (12, 0)])
@@ -75,7 +77,7 @@ def test_a_window_without_its_grid_is_an_error(grid: tuple[int, int] | None) -> 
     with pytest.raises(SiteError, match=r"windows of 3 x 3 positions, and the 12 of its site"):
         gate.evidence(x, grid)
     with pytest.raises(SiteError, match="form no known grid"):
-        BatchedGates([make_gate(SITE, 3, seed=5), gate])(x, torch.tensor([9.0]), grid)
+        BatchedGates([make_gate(SITE, 3, seed=5), gate]).evidence(x, grid)
     assert gate.width == 3 and gate.evidence(x, (3, 4)).shape == (2,)
 
 

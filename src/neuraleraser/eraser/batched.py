@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser.gate import Gate, bin_edges, pre_activations
+from neuraleraser.eraser.gate import Gate, bin_edges, pre_activations, thresholded_activations
 
 
 def feature_identities(rows: Tensor, *columns: Tensor) -> list[bytes]:
@@ -36,7 +37,7 @@ class BatchedGates:
     """The gates of several erasers at one site: one encoder product over their distinct features, one product for
     all their evidence. `order`: the gate of each column of what is returned.
 
-    The arithmetic is that of `Gate`.
+    The arithmetic is that of `Gate`: opening = clamp((evidence - low) / width, 0, 1).
     """
 
     def __init__(self, gates: Sequence[Gate]) -> None:
@@ -56,6 +57,7 @@ class BatchedGates:
         self.bias, self.threshold = (
             torch.stack([getattr(gates[i], name)[k] for i, k in where]) for name in ("bias", "threshold")
         )
+        self.thresholds_are_zero = not bool(self.threshold.any())
         groups: dict[tuple[float, ...], list[int]] = {}
         for i, gate in enumerate(gates):
             groups.setdefault(tuple(gate.times.tolist()), []).append(i)
@@ -83,28 +85,46 @@ class BatchedGates:
             )
             for group in groups.values()
         ]
+        # Edges between timesteps' bins, and the lower bounds in each: plain numbers, quick to look up.
+        self.lows = [(edges.tolist(), bounds[:, 0].tolist()) for edges, bounds in self.bounds]
 
-    def __call__(
-        self, x: Tensor, timestep: Tensor, grid: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, P, d], timestep [B] or [1] -> opening [B, E], evidence [B, E], features z [B, P, f].
+    def lows_at(self, timestep: Tensor) -> list[float]:
+        """Return the lowest lower bound of each gate at these timesteps [B]. Waits for the device."""
+        rows = [[low for edges, lows in self.lows for low in lows[bisect_left(edges, t)]] for t in timestep.tolist()]
+        return [min(column) for column in zip(*rows, strict=True)]
+
+    def evidence(self, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, P, d] -> evidence [B, E], pre-activations [B, P, f].
 
         grid: height and width of the P positions, for windows. Where x has NaN or infinity, evidence has.
         """
         pre = pre_activations(x, self.rows, self.bias, self.window, grid)
-        z = pre * (pre > self.threshold.to(pre))  # a product, so that NaN is not taken for "does not fire"
+        threshold = None if self.thresholds_are_zero else self.threshold.to(pre)
         evidence: Tensor | None = None
         for share, index, weight in self.pool_groups:
-            used = z if index is None else z.index_select(2, index)
-            if share < 1:
-                used = used.topk(max(1, round(used.shape[1] * share)), 1).values
-            part = used.mean(1) @ weight.to(z)
+            used = pre if index is None else pre.index_select(2, index)
+            above = threshold if index is None or threshold is None else threshold[index]
+            part = _pool(used, above, share) @ weight.to(pre)
             evidence = part if evidence is None else evidence + part
         assert evidence is not None
-        found = [bounds.index_select(0, torch.bucketize(timestep, edges)) for edges, bounds in self.bounds]
-        low, width = (found[0] if len(found) == 1 else torch.cat(found, 2)).to(evidence).unbind(1)
-        return ((evidence - low) / width).clamp(0, 1), evidence, z
+        return evidence, pre
 
-    def evidence_by_position(self, z: Tensor) -> Tensor:
-        """z [B, P, f] -> evidence [B, P, E]."""
-        return z @ self.weight.to(z)
+    def bounds_at(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """timestep [B] or [1] -> low [B, E], and how far high lies above it [B, E]."""
+        found = [bounds.index_select(0, torch.bucketize(timestep, edges)) for edges, bounds in self.bounds]
+        low, width = (found[0] if len(found) == 1 else torch.cat(found, 2)).unbind(1)
+        return low, width
+
+    def evidence_by_position(self, pre: Tensor) -> Tensor:
+        """Pre-activations [B, P, f] -> evidence [B, P, E]."""
+        return thresholded_activations(pre, self.threshold) @ self.weight.to(pre)
+
+
+def _pool(pre: Tensor, threshold: Tensor | None, share: float) -> Tensor:
+    """Return the mean over the strongest `share` of positions of what exceeds the threshold: [B, P, f] -> [B, f].
+
+    threshold: [f], None for 0, which is quicker. As none is below 0, the strongest of all are those that exceed it.
+    """
+    top = pre.topk(max(1, round(pre.shape[1] * share)), 1).values if share < 1 else pre
+    fired = top.relu() if threshold is None else top * (top > threshold)
+    return fired.mean(1) + 0 * pre.sum(1)  # NaN where there is NaN or infinity

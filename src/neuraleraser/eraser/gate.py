@@ -13,7 +13,7 @@ from neuraleraser.errors import SiteError
 from neuraleraser.sites import Site
 
 SHUT_BOUND = 1e9
-"""Lower bound of a gate that stays shut at a timestep."""
+"""Lower bound of a gate that stays shut at a timestep: no evidence reaches it, so it need not be asked."""
 
 
 def time_bin(times: Tensor, timestep: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Gate:
     features int64 [f]: the features' numbers in their SAE, or counted from 0 where they were learnt for the concept;
     rows [f, d], or [f, d window^2] where a feature reads a `window` of positions around its own (see
     `pre_activations`); bias [f], threshold [f] (>= 0),
-    weight [f]; times [T] ascending, low and high [T], 0 <= low < high.
+    weight [f]; times [T] ascending, low and high [T], 0 <= low < high; low at `SHUT_BOUND` where it cannot tell.
 
     picture: True for an image gate, which sees the picture however its concept got there: all rows of an image count,
     those of a negative prompt, too. False for a prompt gate, which reads what the image reads of the text.

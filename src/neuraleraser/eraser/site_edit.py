@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.eraser.batched import BatchedGates
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.eraser.part import Part
 from neuraleraser.eraser.plan import Plan, SitePlan
 from neuraleraser.eraser.trace import Opening
@@ -132,26 +133,34 @@ class SiteEdit:
             )
         return delta.to(x.device)
 
-    def _run_gates(self, plan: SitePlan, x: Tensor, context: EditContext[ErasureForward]) -> Tensor:
-        """Ask the gates, note which are open, and return their evidence."""
+    def _run_gates(self, plan: SitePlan, x: Tensor, context: EditContext[ErasureForward]) -> Tensor | None:
+        """Ask the gates, note which are open, and return their evidence; None if none need be asked."""
         runtime, forward = self.runtime, context.forward
         assert plan.gates is not None
         erasers, timestep = plan.gate_erasers, _looked_up(context.timestep)
-        opening, evidence, z = plan.gates(x, timestep, context.grid)
+        compiling = torch.compiler.is_compiling()
+        known = not compiling and x.device.type == "cpu"  # what is in a tensor; to ask would stall a GPU
+        lows = plan.gates.lows_at(timestep) if known else []
+        if known and min(lows) >= SHUT_BOUND:
+            forward.closed.update(erasers)
+            return None
+        evidence, pre = plan.gates.evidence(x, context.grid)
         for tokens, columns in plan.gate_tokens:
             if context.text_tokens is not None and context.text_tokens > tokens:
-                opening, evidence = self._read_in_parts(plan.gates, tokens, columns, context, opening, evidence)
-        mask = self._drawn_rows(context.rows, opening)
-        if mask is not None:
-            opening = opening * (mask if plan.pictures is None else torch.maximum(mask, plan.pictures.to(mask)))
-        compiling = torch.compiler.is_compiling()
-        # Which are open at all: asking costs nothing on a CPU, and would stall a GPU.
-        asked = not compiling and opening.device.type == "cpu"
-        opened: list[bool] = opening.any(0).tolist() if asked else [True] * len(erasers)
+                evidence = self._read_in_parts(plan.gates, tokens, columns, context, evidence)
+        if known and all(most <= low for most, low in zip(evidence.amax(0).tolist(), lows, strict=True)):
+            forward.closed.update(erasers)
+            return evidence
+        low, width = plan.gates.bounds_at(timestep)
+        opening = ((evidence - low) / width).clamp(0, 1)
+        counts = self._rows_that_count(context.rows, opening)
+        if counts is not None:
+            opening = opening * counts
+        opened: list[bool] = opening.any(0).tolist() if known else [True] * len(erasers)
         if True in opened:
             heat = None
             if runtime.traces.heat:
-                heat = torch.where(opening.unsqueeze(1) > 0, plan.gates.evidence_by_position(z), 0)
+                heat = torch.where(opening.unsqueeze(1) > 0, plan.gates.evidence_by_position(pre), 0)
             forward.openings.append(Opening(erasers, timestep, opening, heat))
             table = runtime.scaled_openings(erasers, opening, context.rows)
             for group in plan.same_features:
@@ -169,26 +178,26 @@ class SiteEdit:
         tokens: int,
         columns: Tensor,
         context: EditContext[ErasureForward],
-        opening: Tensor,
         evidence: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return opening and evidence [rows, erasers], those of `columns` (bool [erasers]) the largest of all parts of
-        the text."""
-        timestep = _looked_up(context.timestep)
-        found = [gates(x, timestep) for x in context.read_chunks(tokens)]
-        widest = torch.stack([part for part, _, _ in found]).amax(0)
-        strongest = torch.stack([part for _, part, _ in found]).amax(0)
-        return torch.where(columns, widest, opening), torch.where(columns, strongest, evidence)
+    ) -> Tensor:
+        """Return evidence [rows, erasers], that of `columns` (bool [erasers]) the largest of all parts of the text."""
+        found = [gates.evidence(x)[0] for x in context.read_chunks(tokens)]
+        return torch.where(columns, torch.stack(found).amax(0), evidence)
 
-    def _drawn_rows(self, rows: Rows, opening: Tensor) -> Tensor | None:
-        """Return 1 for rows whose prompt is drawn and 0 for others [rows, 1]; None if all are drawn."""
+    def _rows_that_count(self, rows: Rows, opening: Tensor) -> Tensor | None:
+        """Return 1 for rows that count and 0 for others [rows, 1 or erasers]; None if all do.
+
+        Rows whose prompt is drawn count for all gates, others for image gates alone.
+        """
         if all(rows.counts):
             return None
         if not torch.compiler.is_compiling() and self.mask is not None and self.mask[0] is rows:
             known = self.mask[1]
-            if len(known) == len(opening) and known.device == opening.device:
+            if known.shape[0] == opening.shape[0] and known.device == opening.device:
                 return known
         mask = torch.tensor(rows.rows_with_prompt(len(opening)), device=opening.device).to(opening).unsqueeze(1)
+        if self.plan.pictures is not None:
+            mask = torch.maximum(mask, self.plan.pictures.to(mask))
         if not torch.compiler.is_compiling():
             self.mask = rows, mask
         return mask

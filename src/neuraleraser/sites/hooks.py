@@ -60,11 +60,15 @@ class SiteHook:
         """Return the arguments with the edits' deltas in the text that the module reads, or None (leave them)."""
         if not self.component.active or self.component.thread.get().paused:
             return None
+        forward = self.component.forward_now(self.name)
+        if all(edit.can_skip(forward.state) for _, edit in self.edits):  # most often: the text need not be found
+            forward.ran[self.number] = True
+            return None
         given = argument_of(args, kwargs, "encoder_hidden_states", self.text_index)
         text = given[0] if isinstance(given, (tuple, list)) and given else given  # beside it an IP-Adapter's images
         if not isinstance(text, Tensor):
             raise SiteError(f"{self.name}: {self.kind} was given no text to read, but {type(given).__name__}.")
-        new = self._edited_text(text)
+        new = self._edited_text(forward, text)
         if new is None:
             return None
         new = replace_tensor(tuple(given), text, new) if given is not text else new
@@ -73,9 +77,8 @@ class SiteHook:
         assert self.text_index is not None
         return (*args[: self.text_index], new, *args[self.text_index + 1 :]), kwargs
 
-    def _edited_text(self, text: Tensor) -> Tensor | None:
+    def _edited_text(self, forward: Forward, text: Tensor) -> Tensor | None:
         """Return the text with the deltas, summed once for all blocks that add the same to the same; None: no delta."""
-        forward = self.component.forward_now(self.name)
         key = self.edits[0][1].shared_key() if len(self.edits) == 1 else None
         if key is not None and forward.cached_sum is not None:
             of, known, new = forward.cached_sum

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,15 @@ def check_stream(site: Site, module: nn.Module) -> None:
             raise SiteError(f"{site}: this is the last {kind}, which returns no text; use an earlier one.")
 
 
-def forward_arguments(module: nn.Module) -> list[str]:
+def forward_arguments(module: nn.Module) -> tuple[str, ...]:
     """Return the names of forward's arguments, without self. Of the class: offloading shadows the instance's."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return _arguments_of(type(module).forward)
+
+
+@cache
+def _arguments_of(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a method's arguments, without self. Asked in each step, and slow to find."""
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def is_text_first(module: nn.Module) -> bool:
