@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,8 @@ from neuraleraser.sites.guard import Observer, Unobserved
 from neuraleraser.sites.modules import resolve
 
 RANK, BINS = 32, 13
+NEVER_REACHED = 1e8
+"""Lower bound of a shut gate: evidence is looked at, and stays below."""
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
 
 
@@ -223,7 +225,7 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
     d, f = shapes[bench.gate][1], bench.features
     scale = 1.0 if bench.gate.path.startswith("transformer.") else 1000.0
     times = torch.linspace(0, scale, BINS)
-    low = torch.full((BINS,), 1e30) if shut else torch.zeros(BINS)
+    low = torch.full((BINS,), NEVER_REACHED) if shut else torch.zeros(BINS)
     gate = Gate(
         bench.gate, torch.arange(f), random(f, d), torch.zeros(f), torch.zeros(f), torch.ones(f), 1.0,
         times, low, 2 * low + 1e-3,
@@ -284,7 +286,15 @@ class Clock:
 
 
 @contextmanager
-def hooked(bench: Bench, edits: dict[Site, Edit[Any]], observer: Observer[Any, Any], clock: Clock) -> Iterator[None]:
+def hooked(
+    bench: Bench,
+    edits: Mapping[Site, Edit[Any]],
+    observer: Observer[Any, Any],
+    start: Callable[..., None],
+    stop: Callable[..., None],
+) -> Iterator[None]:
+    """Context manager: edits are attached, `start` runs before and `stop` after their hooks of each module."""
+
     def hang(what: Callable[..., None]) -> list[Any]:
         root = denoiser(bench.pipe)
         modules = [(resolve(bench.pipe, site), site.tap) for site in edits]
@@ -297,9 +307,9 @@ def hooked(bench: Bench, edits: dict[Site, Edit[Any]], observer: Observer[Any, A
             ),
         ]
 
-    handles = hang(clock.start)
+    handles = hang(start)
     hooks = HookedEdits(bench.pipe, edits, observer)
-    handles += hang(clock.stop)
+    handles += hang(stop)
     try:
         yield
     finally:
@@ -338,7 +348,7 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
         file: int | None,
     ) -> None:  # fmt: skip
         clock = Clock(s.device)
-        with hooked(bench, edits, observer, clock):
+        with hooked(bench, edits, observer, clock.start, clock.stop):
             step(bench, s.device)
             clock.seconds()
             whole, inside = [], []
