@@ -51,26 +51,31 @@ def test_pictures_that_are_never_in_doubt_have_none(pipe: Any, monkeypatch: pyte
 
 
 def test_a_concept_that_stays_at_each_strength(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every strength is tried; where the base model's own answer shows it, the eraser's images are not made."""
+    """Bisection ends at the highest; where the base model's own answer shows it, the eraser's images are not made."""
     least, series = measured(pipe, -INFINITY, monkeypatch)
-    assert least == 1.0 and [strength for _, strength in series] == list(STRENGTHS)
+    assert least == 1.0 and [strength for _, strength in series] == [0.6, STRENGTHS[-1]]
 
 
+@pytest.mark.parametrize(
+    ("in_doubt", "strengths"),
+    [(4, [0.6, 0.6, 0.4, 0.5, 0.5]), (5, [0.6, 0.6, 0.4, 0.4, 0.5, 0.5])],
+    ids=["base", "eraser"],
+)
 def test_both_are_asked_and_the_first_strength_at_which_both_lack_it_counts(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, in_doubt: int, strengths: list[float]
 ) -> None:
     gate = make_eraser("stable_diffusion").gate
     asked: list[int] = []
     plain = type(gate).evidence
 
     def evidence(self: Any, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
-        """In doubt: the start images, the base's answer at the first strength, the eraser's images at the second."""
+        """In doubt: the start images, and at 0.4 the base's answer or the eraser's images."""
         if len(x) != 4 or grid is None:
             return plain(self, x, grid)
         asked.append(1)
-        return torch.full((4,), 1.0 if len(asked) in (1, 2, 4) else -1.0)
+        return torch.full((4,), 1.0 if len(asked) in (1, in_doubt) else -1.0)
 
     monkeypatch.setattr(type(gate), "evidence", evidence)
     least, series = measured(pipe, 0.0, monkeypatch)
-    assert least == STRENGTHS[2]
-    assert [strength for _, strength in series] == [0.3, 0.4, 0.4, 0.5, 0.5]
+    assert least == 0.5
+    assert [strength for _, strength in series] == strengths

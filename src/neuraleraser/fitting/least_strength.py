@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Strengths that are tried, the lowest first."""
+"""Strengths that are tried, by bisection: more noise leaves less of a picture."""
 PICTURES = 12
 """Pictures that each is tried on."""
 REMAINS = 0.25
@@ -63,9 +64,10 @@ def least_strength(pipe: Any, eraser: Eraser, picture: ImageFit, sampling: Sampl
             made = generate(start, prompts, seeds, replace(sampling, strength=strength), image=images)
         return float(seen(Pictures(made, [""] * len(made), seeds)).float().mean()) > REMAINS
 
-    for strength in STRENGTHS:
-        if sampling.num_inference_steps * strength < 1:  # no step to go
-            continue
-        if not remains(guided.prompts[0], strength, nullcontext()) and not remains("", strength, attach(start, eraser)):
-            return strength
-    return 1.0
+    def erased(strength: float) -> bool:
+        asked = remains(guided.prompts[0], strength, nullcontext())
+        return not asked and not remains("", strength, attach(start, eraser))
+
+    tried = [strength for strength in STRENGTHS if sampling.num_inference_steps * strength >= 1]  # with a step to go
+    first = bisect_left(tried, True, key=erased)
+    return tried[first] if first < len(tried) else 1.0
