@@ -811,6 +811,24 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/test_doctor.py::test_start_images_are_not_looked_at",),
     ),
     Mutation(
+        "blind-start",
+        "start images are not looked at before they are drawn",
+        (Text("src/neuraleraser/eraser/runtime.py", "self.plan.first_look and call.call.start is not None", "False"),),
+        ("tests/eraser/test_first_look.py::test_what_it_sees_there_opens_the_gate_from_the_first_step_on",),
+    ),
+    Mutation(
+        "looked-without-scale",
+        "a start image is shown to the gates in other units than the denoiser's",
+        (Text("src/neuraleraser/sites/start_images.py", ".mul(scale)", ""),),
+        ("tests/eraser/test_first_look.py::test_a_call_knows_its_start_images_without_noise",),
+    ),
+    Mutation(
+        "full-push",
+        "a guided correction pushes on in full where its gate is shut again",
+        (Text("src/neuraleraser/eraser/runtime.py", "low = held * HELD", "low = held"),),
+        ("tests/eraser/test_guided.py::test_once_open_an_image_stays_open_for_the_rest_of_its_call",),
+    ),
+    Mutation(
         "shuffled-denoiser",
         "the shipped denoiser's weights are shuffled within each tensor",
         shuffle_denoiser,
