@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from neuraleraser.eraser.gate import Gate
 from neuraleraser.eraser.header import EraserHeader
 from neuraleraser.eraser.part import Part
+from neuraleraser.eraser.plan import LOOKS
 from neuraleraser.sites import CONTROL_IMAGE, INPAINTING, IP_ADAPTER, NAMED, PARAPHRASED, ROUTES, START_IMAGE
 
 ROUTE_WORDS = {
@@ -93,6 +94,8 @@ def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, s
             rows.append(("start images", least_strength_text(header)))
             without, shown = part.guided.prompts
             rows.append((f"{name}: opens at", seen_text(part.gate, header)))
+            first = " and ".join(f"{t:g}" for t in part.gate.times[:LOOKS].flip(0).tolist())
+            rows.append((f"{name}: looks first", f"at start images noised to t = {first}, in one more forward a call"))
             rows.append(("guided correction", f"from {shown!r} to {without!r}, weight {part.guided.weight:g}"))
             rows.append(("guided correction: cost", GUIDED_COST))
     return rows

@@ -75,7 +75,7 @@ class Trace:
 
     @property
     def fired(self) -> dict[int, dict[str, list[float]]]:
-        """Image -> name of the eraser -> the timesteps, descending, at which its gate opened."""
+        """Image -> name of the eraser -> the timesteps, descending, at which its gate opened (start images, too)."""
         with _lock:
             self._fold()
             fired: dict[int, dict[str, list[float]]] = {}
