@@ -218,3 +218,19 @@ def test_it_sees_what_the_denoiser_sees_of_a_picture_with_that_noise(name: str) 
             first = "sample" if hasattr(pipe, "unet") else "hidden_states"
             denoiser(pipe)(**{first: state, "timestep": time}, **part.conditioning, return_dict=False)
         torch.testing.assert_close(x[2 * block : 2 * block + 2], inside[0], rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_pipeline_encoded_before_a_call_is_not_what_that_starts_from() -> None:
+    """A call that failed once its picture was encoded leaves nothing to the next."""
+    pipe = pipelines.EVERY["sd1_img2img"]()
+    pixels = pipelines.pictures(pipe, 1, 16, 16)["image"]
+
+    def run() -> None:
+        one = torch.Generator().manual_seed(0)
+        pipe.prepare_latents(1 - 2 * pixels, torch.tensor([500]), 1, 1, torch.float32, "cpu", one)
+        pipe("a", image=pixels, strength=0.9, num_inference_steps=4, guidance_scale=1.0, output_type="latent")
+
+    call = watch(pipe, run).calls[0]
+    assert call.start is not None
+    with torch.no_grad():
+        torch.testing.assert_close(call.start, encoded(pipe, pixels), rtol=1e-4, atol=1e-5)
