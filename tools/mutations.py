@@ -931,6 +931,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/fitting/test_image_gate.py::test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others",),
     ),
     Mutation(
+        "corrected-images",
+        "an image gate may open at what it reads of a prompt that is corrected",
+        (Text("src/neuraleraser/fitting/image_gate.py", "    if corrected is not None:\n", "    if False:\n"),),
+        (
+            "tests/fitting/test_image_gate.py"
+            "::test_a_corrected_image_keeps_the_gate_shut_and_one_that_is_not_does_not_count",
+        ),
+    ),
+    Mutation(
+        "least-mistaken",
+        "an image gate learns from those pictures that it would not mistake",
+        (
+            Text(
+                "src/neuraleraser/fitting/learnt_features.py",
+                ".amax(1).topk(count).indices",
+                ".amax(1).neg().topk(count).indices",
+            ),
+        ),
+        ("tests/fitting/test_image_gate.py::test_what_is_mistaken_most_is_learnt_from_too",),
+    ),
+    Mutation(
         "level-turns",
         "pictures that take turns are given back in the order of their turns",
         (

@@ -7,7 +7,7 @@ with. Bounds are wide, since images are few and few steps are taken; what breaks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -219,13 +219,14 @@ def test_a_fitted_eraser_erases_and_keeps(
 
 def test_a_concept_in_a_start_image_is_erased(pipe: Any, second: CanvasJudge) -> None:
     """With an empty prompt, so that nothing names it; a start image without it keeps every bit."""
-    part = fit_image_part(
-        pipe, canvas_concept(STYLE), FitSettings(num_pictures=60), SAMPLING, progress=lambda share: None
-    )
     shut = make_gate(GATE, 128, low=1e6, high=2e6)  # on prompts it does nothing
     correction = make_correction(edits_for(pipe, GATE)[0][0], pipe.unet.config.cross_attention_dim)
     header = EraserHeader(STYLE, "style", routes=ROUTES)
-    eraser = Eraser(shut, (correction,), header, part.gate, part.guided)
+    prompts_alone = Eraser(shut, (correction,), header)
+    part = fit_image_part(
+        pipe, canvas_concept(STYLE), prompts_alone, FitSettings(num_pictures=60), SAMPLING, progress=lambda share: None
+    )
+    eraser = replace(prompts_alone, image_gate=part.gate, guided=part.guided)
     contents = [Content((o,), s) for s in (STYLE, OTHER_STYLES[0]) for o in (*OTHER_OBJECTS, OBJECT, OBJECT)[:5]]
     started = np.stack([render(c, 5000 + i, 64) for i, c in enumerate(contents)])
     start = image_to_image(pipe)

@@ -12,24 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import pipelines
-from helpers.erasers import random
+from helpers.erasers import make_eraser, random
 from neuraleraser.concepts import Concept, Pair
+from neuraleraser.eraser import attach
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import DataError
 from neuraleraser.families.opening import image_to_image
 from neuraleraser.fitting.image_gate import (
     FALSE_OPENINGS,
+    corrected_states,
     differing_words,
     fit_guided,
     fit_image_gate,
     fit_image_part,
     image_bounds,
 )
-from neuraleraser.fitting.learnt_features import evidence_of, learn_features
+from neuraleraser.fitting.learnt_features import evidence_of, learn_features, most_mistaken
 from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
 from neuraleraser.fitting.pictures import Pictures
+from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
-from neuraleraser.sites import DenoiserCall, Site, denoiser_calls, record
+from neuraleraser.sites import DenoiserCall, Site, default_image_site, denoiser_calls, record
 
 AT = Site("unet.mid_block.attentions.0")
 S = Sampling(num_inference_steps=2, batch_size=3)
@@ -153,6 +156,59 @@ def test_a_gate_has_the_evidence_it_was_fitted_with() -> None:
     assert not bool(gate(flat, torch.full((len(flat),), 1101.0), GRID).any()), "shut beyond the noisiest level"
 
 
+def test_what_is_mistaken_most_is_learnt_from_too() -> None:
+    shows, lacks = planted(40, True, 1), planted(40, False, 2)
+    found, others = learn_features(shows, lacks, 1 / 16, epochs=10), planted(50, False, 3)
+    hard = most_mistaken(found, others, 10)
+    assert hard.values.shape == (10, 3, 16, 6) and hard.grid == GRID
+    of_all = evidence_of(found, others).amax(1).sort(descending=True).values  # at one level is enough
+    torch.testing.assert_close(evidence_of(found, hard).amax(1).sort(descending=True).values, of_all[:10])
+    both = lacks.joined(hard)
+    assert torch.equal(both.values[40:], hard.values) and torch.equal(both.levels[:40], lacks.levels)
+
+
+def test_a_corrected_image_keeps_the_gate_shut_and_one_that_is_not_does_not_count() -> None:
+    """What the image stream holds of the text of a corrected prompt is no picture of the concept."""
+    shows, lacks, others = planted(40, True, 1), planted(80, False, 2), planted(80, False, 4)
+    plain, _, _ = fit_image_gate(AT, "object", shows, lacks, others)
+    seen_noisy = planted(12, True, 5)
+    seen_noisy.values[:, 2] = 0  # seen in noise, gone at the end
+    gate, seen, _ = fit_image_gate(AT, "object", shows, lacks, others, seen_noisy)
+    x = seen_noisy.values.flatten(0, 1).float()
+    assert bool(plain(x, TIMES.repeat(12), GRID).any())
+    assert not bool(gate(x, TIMES.repeat(12), GRID).any())
+    assert float(seen[3]) > 0.9  # at the cleanest level nothing was corrected
+    still, _, _ = fit_image_gate(AT, "object", shows, lacks, others, planted(12, True, 5))
+    assert torch.equal(still.low, plain.low)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.floats(0.1, 50))
+def test_no_gate_opens_at_what_it_must_not(seed: int, t: int, scale: float) -> None:
+    lacks, above = random(100, t, seed=seed), scale * random(t, seed=seed + 1)
+    low, high = image_bounds(list((lacks[:50] + 20).T), lacks, above)
+    assert bool((low >= above.clamp(min=0)).all()) and bool((high > low).all())
+    assert bool((low[above < 0] == image_bounds(list((lacks[:50] + 20).T), lacks)[0][above < 0]).all())
+
+
+def test_corrected_states_are_those_of_the_images_an_eraser_makes(pipe: Any) -> None:
+    times = torch.tensor([700.0, 100.0])
+    like = NoisedStates(torch.zeros(1, 2, 16, 32), torch.zeros(1, 2, dtype=torch.long), times, GRID)
+    site = default_image_site(pipe)
+    eraser = make_eraser()
+    s = replace(S, num_inference_steps=5)
+    seen: list[tuple[float, torch.Tensor]] = []
+    with attach(pipe, eraser), record(pipe, [site], lambda at, x, c: seen.append((float(c.timestep[0]), x))):
+        generate(pipe, ["a", "b"], [0, 1], s)
+    states = corrected_states(pipe, eraser, ["a", "b"], [0, 1], s, like)
+    taken = [(time, x.view(-1, 3, *x.shape[1:])) for time, x in seen if time < 1000]
+    assert states.values.shape[:2] == (2, 2 * len(taken))
+    for i, (time, x) in enumerate(taken):
+        for branch in (0, 1):
+            at = branch * len(taken) + i
+            torch.testing.assert_close(states.values[:, at].float(), x[branch, :2], rtol=1e-2, atol=1e-2)
+            assert int(states.levels[1, at]) == int(time < 400)
+
+
 def test_without_a_grid_each_feature_reads_its_own_position() -> None:
     shows, lacks = (replace(planted(10, s, 4), grid=None) for s in (True, False))
     found = learn_features(shows, lacks, 1.0, epochs=1, batch=8)
@@ -226,6 +282,8 @@ def test_the_guided_correction_holds_both_prompts(pipe: Any) -> None:
 def test_a_picture_part_of_generated_pictures(pipe: Any) -> None:
     concept = Concept("x", "object", (Pair("a x", "a"), Pair("b x", "b")))
     told: list[float] = []
-    part = fit_image_part(pipe, concept, FitSettings(num_pictures=8), S, told.append)
+    part = fit_image_part(pipe, concept, make_eraser(), FitSettings(num_pictures=8), S, told.append)
     assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (6,)
     assert told == sorted(told) and told[-1] == 1.0
+    # Of an object 8 pictures; 8 others, 8 that are looked through, 4 that set the bounds; two that are corrected.
+    assert len(part.shows.images) == 8 and len(part.prompts) == 8 + 20 + 2

@@ -134,48 +134,53 @@ def fit(
     low, high = gate_bounds(_evidence(shows, detector), _evidence(lacks, detector))
     gate = build_gate(reference.sae, reference.site, detector, reference.times, low, high)
     gate = dataclasses.replace(gate, text_tokens=plain_calls[0].text_tokens)
-    picture = None
-    if s.num_pictures and has_image_to_image(pipe):
-        picture = fit_image_part(
-            pipe, concept, s, sampling, lambda share: report_progress("fitting the image gate", 0.6 + 0.35 * share)
-        )
     header = EraserHeader(
         concept=concept.name,
         kind=concept.kind,
-        # The prompt gate reads a cross-attention: what the image takes out of the prompt.
-        routes=PROMPT_ROUTES if picture is None else (*PROMPT_ROUTES, *IMAGE_ROUTES),
+        routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
-        prompts=tuple(dict.fromkeys((*_used_prompts(pairs, context), *(() if picture is None else picture.prompts)))),
+        prompts=tuple(dict.fromkeys(_used_prompts(pairs, context))),
         seeds=(seeds[0], seeds[-1] + len(context)),
         settings=s,
         sampling=sampling,
         separation=tuple(round(float(v), 4) for v in detector.separation),
         open_share=round(float((low < SHUT_BOUND).float().mean()), 3),
-        image_separation=() if picture is None else tuple(round(float(v), 4) for v in picture.seen),
         loss=(round(float(np.mean(losses[:10])), 5), round(float(np.mean(losses[-10:])), 5)) if losses else (),
         seconds=round(time.monotonic() - started, 1),
-        made_for=made_for(
-            pipe,
-            [
-                gate.site,
-                *(() if picture is None else (picture.gate.site,)),
-                *(site for c in corrections for site in (c.site, *c.also)),
-            ],
-        ),
+        made_for=made_for(pipe, [gate.site, *(site for c in corrections for site in (c.site, *c.also))]),
         reference=reference.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
         sae={k: reference.sae.header[k] for k in ("format", "k", "calibration") if k in reference.sae.header}
         | _labels(reference.sae, gate.features),
     )
-    if picture is None:
-        report_progress("done", 1.0)
-        return Eraser(gate, corrections, header)
-    report_progress("measuring start images", 0.95)
-    eraser = Eraser(gate, corrections, header, picture.gate, picture.guided)
+    eraser = Eraser(gate, corrections, header)
+    if s.num_pictures and has_image_to_image(pipe):
+        eraser = _with_image_part(pipe, concept, eraser, report_progress, started)
+    report_progress("done", 1.0)
+    return eraser
+
+
+def _with_image_part(pipe: Any, concept: Concept, eraser: Eraser, progress: Progress, started: float) -> Eraser:
+    """Return the eraser with an image gate, its guided correction and its least strength."""
+    header = eraser.header
+    s, sampling = header.settings, header.sampling
+    assert isinstance(s, FitSettings) and sampling is not None
+    picture = fit_image_part(
+        pipe, concept, eraser, s, sampling, lambda share: progress("fitting the image gate", 0.6 + 0.35 * share)
+    )
+    progress("measuring start images", 0.95)
+    eraser = dataclasses.replace(eraser, image_gate=picture.gate, guided=picture.guided)
+    header = dataclasses.replace(
+        header,
+        routes=(*PROMPT_ROUTES, *IMAGE_ROUTES),
+        prompts=tuple(dict.fromkeys((*header.prompts, *picture.prompts))),
+        image_separation=tuple(round(float(v), 4) for v in picture.seen),
+        made_for=made_for(pipe, eraser.sites),
+    )
+    eraser = dataclasses.replace(eraser, header=header)
     least = least_strength(pipe, eraser, picture, sampling)
     header = dataclasses.replace(header, least_strength=least, seconds=round(time.monotonic() - started, 1))
-    report_progress("done", 1.0)
     return dataclasses.replace(eraser, header=header)
 
 

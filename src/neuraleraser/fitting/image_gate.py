@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.eraser import Gate, Guided
+from neuraleraser.eraser import Eraser, Gate, Guided, attach
 from neuraleraser.eraser.gate import SHUT_BOUND
-from neuraleraser.fitting.learnt_features import evidence_of, learn_features
+from neuraleraser.fitting.learnt_features import evidence_of, learn_features, most_mistaken
 from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
 from neuraleraser.fitting.pictures import Pictures, pictures_for
 from neuraleraser.fitting.prompt_texts import prompt_texts
+from neuraleraser.fitting.trajectories import measure_site
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import Site, default_image_site
 
@@ -30,7 +32,10 @@ LEAST_SEEN = 0.2
 """Share of the concept's states that a gate must see at a level of noise: else it is shut there."""
 FALSE_OPENINGS = 0.005
 """Share of the pictures without the concept at which the gate may open at some level of noise."""
-
+FIRST_EPOCHS = 4
+"""Passes over the pictures in the fit that only chooses more of them."""
+CORRECTED = 12
+"""Images whose prompts name the concept and are corrected, at which the gate may not open."""
 
 PLAIN = "as a plain picture"
 """Words for what stands in a style's place."""
@@ -51,26 +56,59 @@ class ImageFit:
 
 
 def fit_image_part(
-    pipe: Any, concept: Concept, settings: FitSettings, sampling: Sampling, progress: Progress
+    pipe: Any, concept: Concept, eraser: Eraser, settings: FitSettings, sampling: Sampling, progress: Progress
 ) -> ImageFit:
-    """Fit the picture's part of an eraser, on `settings.num_pictures` pictures of the concept and half as many again of
-    others.
+    """Fit the picture's part of an eraser of prompts, on `settings.num_pictures` pictures of the concept, as many of
+    other things, and half as many again that set the bounds. Of what does not fill a picture, as a style does, as many
+    more are looked through: the half that a first fit takes for the concept most is learnt from, too.
 
     Raises SettingsError where the pipeline has no image-to-image form, by which pictures come in.
     """
-    site = default_image_site(pipe)
-    shows, lacks = pictures_for(pipe, concept, settings.num_pictures, sampling, settings.seed)
-    learnt, bound = lacks[: len(shows.images)], lacks[len(shows.images) :]
+    site, n = default_image_site(pipe), settings.num_pictures
+    share = SHARE_OF_KIND.get(concept.kind, LOCAL_SHARE)
+    bound = n // 2
+    searched = n if share < 1 else 0
+    shows, lacks = pictures_for(pipe, concept, n, n + searched + bound, sampling, settings.seed)
 
     def states(pictures: Pictures, each: int | None, start: float, end: float) -> NoisedStates:
         part = _part(progress, start, end)
         return noised_states(pipe, site, pictures, each=each, batch_size=sampling.batch_size, progress=part)
 
-    on, off = states(shows, LEVELS_EACH, 0.1, 0.3), states(learnt, LEVELS_EACH, 0.3, 0.5)
-    bounding = states(bound, None, 0.5, 0.8)
-    gate, seen, doubt = fit_image_gate(site, concept.kind, on, off, bounding, settings.seed, _part(progress, 0.8, 1.0))
+    on, off = states(shows, LEVELS_EACH, 0.05, 0.2), states(lacks[:n], LEVELS_EACH, 0.2, 0.35)
+    if searched:  # what stands somewhere is like other things that do
+        first = learn_features(on, off, share, epochs=FIRST_EPOCHS, seed=settings.seed)
+        off = off.joined(most_mistaken(first, states(lacks[n : n + searched], LEVELS_EACH, 0.4, 0.55), searched // 2))
+    bounding = states(lacks[n + searched :], None, 0.55, 0.75)
+    rng = random.Random(settings.seed)
+    named = [pair.positive for pair in rng.sample(concept.pairs, min(CORRECTED, len(concept.pairs)))]
+    seeds = range(settings.seed, settings.seed + len(named))
+    corrected = corrected_states(pipe, eraser, named, seeds, sampling, on)
+    progress(0.8)
+    gate, seen, doubt = fit_image_gate(
+        site, concept.kind, on, off, bounding, corrected, settings.seed, _part(progress, 0.8, 1.0)
+    )
     guided = fit_guided(pipe, concept, sampling, settings.guided_weight)
-    return ImageFit(gate, guided, seen, doubt, shows, (*shows.generated_from, *lacks.generated_from))
+    return ImageFit(gate, guided, seen, doubt, shows, (*named, *shows.generated_from, *lacks.generated_from))
+
+
+def corrected_states(
+    pipe: Any, eraser: Eraser, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, like: NoisedStates
+) -> NoisedStates:
+    """Generate images of `prompts` with an eraser and return their states in every step and guidance branch, by the
+    nearest level of noise of `like`; steps too noisy for it, at which a gate is shut, are left out.
+    """
+    with attach(pipe, eraser):
+        values, times, _ = measure_site(pipe, default_image_site(pipe), lambda x: x.half(), prompts, seeds, sampling)
+    bins = torch.cat([_beyond(like.times), like.times])
+    levels = (bins[None] - times[:, None]).abs().argmin(1) - 1
+    values, levels = values[:, levels >= 0].transpose(1, 2).flatten(1, 2).cpu(), levels[levels >= 0]
+    levels = levels.repeat(values.shape[1] // max(1, len(levels)))
+    return NoisedStates(values, levels.expand(len(values), -1), like.times, like.grid)
+
+
+def _beyond(times: Tensor) -> Tensor:
+    """Return a time [1] noisier than the noisiest of `times`: nearer to it than to them, gates are shut."""
+    return 2 * times[:1] - times[1:2]
 
 
 def _part(progress: Progress, start: float, end: float) -> Progress:
@@ -91,13 +129,15 @@ def fit_image_gate(
     shows: NoisedStates,
     lacks: NoisedStates,
     bounding: NoisedStates,
+    corrected: NoisedStates | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Gate, Tensor, float]:
     """Fit a gate to states of pictures that show a concept of this kind, and of pictures that lack it.
 
-    Features are learnt on `shows` and `lacks`; `bounding`, other pictures that lack it, each at all levels of noise,
-    set the bounds, by image.
+    Features are learnt on `shows` and `lacks`. `bounding`, other pictures that lack it, each at all levels of noise,
+    set the bounds, by image; and so do states of `corrected` images, whose prompts name it: the denoiser's image stream
+    holds what it reads of the text, too, and a push beside the prompt's correction leaves artefacts (docs/LOG.md).
 
     Returns the gate; the share of the pictures with the concept at which it opens, by level of noise [T + 1], the
     noisiest first, beyond those of the states, where it is shut; and the evidence that `DOUBTED` of the others exceed
@@ -108,10 +148,11 @@ def fit_image_gate(
     on, off = (evidence_of(found, states) for states in (shows, bounding))
     on_by_level = [shows.of_level(on, level) for level in range(len(shows.times))]
     low, high = image_bounds(on_by_level, off)
+    if corrected is not None:
+        low, high = image_bounds(on_by_level, off, highest_corrected(evidence_of(found, corrected), corrected, low))
     seen = torch.stack([(x > bound).float().mean() for x, bound in zip(on_by_level, low, strict=True)])
     # Shut beyond the noisiest level: no states are known there, and evidence rises without the concept (docs/LOG.md).
-    beyond = 2 * shows.times[:1] - shows.times[1:2]
-    times, seen = torch.cat([beyond, shows.times]), torch.cat([seen.new_zeros(1), seen])
+    times, seen = torch.cat([_beyond(shows.times), shows.times]), torch.cat([seen.new_zeros(1), seen])
     low, high = torch.cat([low.new_tensor([SHUT_BOUND]), low]), torch.cat([high.new_tensor([2 * SHUT_BOUND]), high])
     gate = Gate(
         site=site,
@@ -130,9 +171,21 @@ def fit_image_gate(
     return gate, seen, float(off[:, -1].quantile(1 - DOUBTED))
 
 
-def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor]:
+def highest_corrected(evidence: Tensor, states: NoisedStates, low: Tensor) -> Tensor:
+    """Return the highest evidence [T] at each level of noise in images whose prompts were corrected: evidence [N, K].
+
+    Images in which it exceeds low [T] at the cleanest level do not count: there the correction left the concept, for
+    the gate to see. 0 where there are none.
+    """
+    at = states.levels[0]
+    gone = evidence[(evidence[:, at == len(low) - 1] <= low[-1]).all(1)]
+    found = [gone[:, at == level].flatten() for level in range(len(low))]
+    return torch.stack([x.max() if len(x) else x.new_zeros(()) for x in found])
+
+
+def image_bounds(shows: Sequence[Tensor], lacks: Tensor, above: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return low and high [T], between which the gate opens, from evidence with the concept, [n] of each of T levels of
-    noise, and without [M, T].
+    noise, and without [M, T]; and `above` [T], evidence at which it must be shut whatever it costs.
 
     low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: those that stand
     out most at some level are given up, and low lies a little above (`MARGIN`) all others at each level. high lies just
@@ -144,11 +197,12 @@ def image_bounds(shows: Sequence[Tensor], lacks: Tensor) -> tuple[Tensor, Tensor
     standing_out = (lacks - tail) / (top - tail).clamp(min=1e-6)
     kept = max(1, len(lacks) - int(FALSE_OPENINGS * len(lacks)))
     typical = torch.stack([x.quantile(1 - LEAST_SEEN) for x in shows])
-    low, shut = top, typical <= top
+    least = torch.full_like(tail, 1e-6) if above is None else above + MARGIN * (above - tail).clamp(min=0)
+    low, shut = top, typical <= torch.maximum(top, least)
     while not bool(shut.all()):
         others = lacks[standing_out[:, ~shut].amax(1).argsort()[:kept]]
         low = others.amax(0)
-        low = (low + MARGIN * (low - tail)).clamp(min=1e-6)
+        low = torch.maximum(low + MARGIN * (low - tail), least).clamp(min=1e-6)
         if not bool((typical <= low)[~shut].any()):
             break
         shut = shut | (typical <= low)

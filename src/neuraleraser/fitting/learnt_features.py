@@ -39,6 +39,11 @@ def evidence_of(features: LearntFeatures, states: NoisedStates) -> Tensor:
     return torch.cat(found).view(states.values.shape[:2])
 
 
+def most_mistaken(features: LearntFeatures, lacks: NoisedStates, count: int) -> NoisedStates:
+    """Return the states of the `count` pictures without the concept that these features take for it most."""
+    return lacks.rows(evidence_of(features, lacks).amax(1).topk(count).indices)
+
+
 def learn_features(
     shows: NoisedStates,
     lacks: NoisedStates,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,15 @@ class NoisedStates:
     def of_level(self, values: Tensor, level: int) -> Tensor:
         """Return those of some values [N, K] that belong to a level."""
         return values[self.levels == level]
+
+    def rows(self, rows: Tensor) -> NoisedStates:
+        """Return those of some pictures."""
+        return replace(self, values=self.values[rows], levels=self.levels[rows])
+
+    def joined(self, other: NoisedStates) -> NoisedStates:
+        """Return these and others at the same levels."""
+        values, levels = torch.cat([self.values, other.values]), torch.cat([self.levels, other.levels])
+        return replace(self, values=values, levels=levels)
 
 
 def noised_states(

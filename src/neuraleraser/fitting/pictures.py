@@ -53,22 +53,23 @@ def pictures_for(
     pipe: Any,
     concept: Concept,
     count: int,
+    others: int,
     sampling: Sampling,
     seed: int = 0,
 ) -> tuple[Pictures, Pictures]:
-    """Return `count` pictures that show a concept, and half as many again that do not.
+    """Return `count` pictures that show a concept, and `others` that do not.
 
     Rendered where the family's world is known and has the concept; else the pipeline's own, of the concept's prompts
     and of their matches.
     """
     family = family_of(pipe)
     if family.render is not None and family.vocabulary is not None and concept.name in family.vocabulary:
-        return _rendered(pipe, family.vocabulary, family.render, concept.name, count, seed)
-    return _generated(pipe, concept, count, sampling, seed)
+        return _rendered(pipe, family.vocabulary, family.render, concept.name, count, others, seed)
+    return _generated(pipe, concept, count, others, sampling, seed)
 
 
 def _rendered(
-    pipe: Any, vocabulary: Vocabulary, render: Render, name: str, count: int, seed: int
+    pipe: Any, vocabulary: Vocabulary, render: Render, name: str, count: int, others: int, seed: int
 ) -> tuple[Pictures, Pictures]:
     """Return renders of a name of the vocabulary in every company, and of everything else that is not sealed."""
     size = int(pipe.unet.config["sample_size"]) * int(pipe.vae_scale_factor)
@@ -86,30 +87,27 @@ def _rendered(
                 shown[rng.randrange(len(shown))] = name
             images.append(render(shown, style, first + i, size))
             own.append(vocabulary.prompt(shown, style, rng.randrange(2)))
-        others = [vocabulary.prompt(rng.sample(objects, 1), rng.choice(styles), rng.randrange(2)) for _ in own]
-        return Pictures(np.stack(images), _texts(own, others, rng), range(first, first + number))
+        different = [vocabulary.prompt(rng.sample(objects, 1), rng.choice(styles), rng.randrange(2)) for _ in own]
+        return Pictures(np.stack(images), _texts(own, different, rng), range(first, first + number))
 
     first = 10**6 * (1 + seed)
-    return draw(True, count, first), draw(False, _others(count), first + count)
+    return draw(True, count, first), draw(False, others, first + count)
 
 
-def _generated(pipe: Any, concept: Concept, count: int, sampling: Sampling, seed: int) -> tuple[Pictures, Pictures]:
+def _generated(
+    pipe: Any, concept: Concept, count: int, others: int, sampling: Sampling, seed: int
+) -> tuple[Pictures, Pictures]:
     """Return the pipeline's own images of the concept's prompts, and of their matches and of what stands beside it."""
     rng = random.Random(seed)
     pairs = [*concept.pairs, *concept.context_pairs]
     found = []
-    for shows, number in ((True, count), (False, _others(count))):
+    for shows, number in ((True, count), (False, others)):
         some = [pairs[i % len(pairs)] for i in rng.sample(range(max(number, len(pairs))), number)]
         own = [pair.positive if shows else pair.negative for pair in some]
-        others = [rng.choice(pairs).negative for _ in own]
+        different = [rng.choice(pairs).negative for _ in own]
         seeds = range(seed + 10**6 * (2 - shows), seed + 10**6 * (2 - shows) + number)
-        found.append(Pictures(generate(pipe, own, seeds, sampling), _texts(own, others, rng), seeds, own))
+        found.append(Pictures(generate(pipe, own, seeds, sampling), _texts(own, different, rng), seeds, own))
     return found[0], found[1]
-
-
-def _others(count: int) -> int:
-    """Return the number of pictures without a concept beside `count` with it."""
-    return count + count // 2
 
 
 def _texts(own: Sequence[str], others: Sequence[str], rng: random.Random) -> list[str]:
