@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from neuraleraser.assessment import evaluate_erasers
 from neuraleraser.concepts import concept_of
-from neuraleraser.eraser import Eraser
+from neuraleraser.eraser import Eraser, attach
+from neuraleraser.errors import ConceptRemainsWarning
+from neuraleraser.evaluation.figures import grid_sheet, png
 from neuraleraser.evaluation.report import Report, size_text
 from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.terminal import terminal_tables
-from neuraleraser.families.opening import open_pipeline
+from neuraleraser.families import family_of
+from neuraleraser.families.defaults import default_sampling
+from neuraleraser.families.opening import image_to_image, open_pipeline
 from neuraleraser.fitting import fit
 from neuraleraser.fitting.reference import Reference, shipped_reference
+from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.precision import fast_dtype
-from neuraleraser.settings import DemoSettings
+from neuraleraser.sampling import generate
+from neuraleraser.settings import TEST_SEEDS, DemoSettings
+
+_STARTS = "start-images.png"
 
 
 def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = print) -> Report:
     """Make an eraser for each phrase, measure them all, write the report; returns it.
 
-    Files go to `settings.folder`: erasers/, run/ (pictures and results), report.html, report.json, contact.png.
+    Files go to `settings.folder`: erasers/, run/ (pictures and results), report.html, report.json, contact.png, and
+    start-images.png: a picture of each concept, as the model redraws it and as it does with the eraser.
     Raises ConceptError for a phrase that names nothing on the canvas, FileError for a folder that cannot be written,
     before anything is generated.
     """
     s = settings or DemoSettings()
     started = time.monotonic()
     check_outputs(
-        {name: s.folder / name for name in ("report.html", "report.json", "contact.png")},
+        {name: s.folder / name for name in ("report.html", "report.json", "contact.png", _STARTS)},
         folders={name: s.folder / name for name in ("erasers", "run")},
     )
     pipe = open_pipeline(s.model, fast_dtype())
@@ -57,6 +70,9 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {erasers[-1].header.seconds or 0:.0f} s")
         if said := separability_warning(erasers[-1]):
             say(said)
+    if any(e.image_gate for e in erasers) and family_of(pipe).render is not None:
+        write_bytes(s.folder / _STARTS, png(start_images(pipe, erasers)))
+        say(f"{s.folder / _STARTS}  pictures of them that come in, redrawn without a word, and with the erasers")
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
     report = evaluate_erasers(pipe, erasers, s.evaluate, run)
     for e in erasers:  # now with their figures
@@ -67,6 +83,36 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         say(f"{path}  {what}")
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report
+
+
+def start_images(pipe: Any, erasers: Sequence[Eraser]) -> NDArray[np.uint8]:
+    """Return a sheet uint8 [H, W, 3] of one picture of each concept: as it is, as the base redraws it by image-to-image
+    at half strength with an empty prompt, and as it does with the concept's eraser.
+
+    For a family whose world is known: the pictures are rendered, with seeds of the test.
+    """
+    family = family_of(pipe)
+    v, render = family.vocabulary, family.render
+    assert v is not None and render is not None
+    names = [e.name for e in erasers]
+    objects, styles = ([n for n in known if n not in names] for known in (v.open_objects, v.open_styles))
+    size = int(pipe.unet.config["sample_size"]) * int(pipe.vae_scale_factor)
+    seeds = range(TEST_SEEDS.start, TEST_SEEDS.start + len(erasers))
+    shown = [
+        ([n], styles[i % len(styles)]) if n in v.objects else ([objects[i % len(objects)]], n)
+        for i, n in enumerate(names)
+    ]
+    given = np.stack([render(o, style, seed, size) for (o, style), seed in zip(shown, seeds, strict=True)])
+    using = image_to_image(pipe)
+    sampling = replace(default_sampling(pipe), strength=0.5, batch_size=len(erasers))
+    base = generate(using, [""] * len(erasers), seeds, sampling, image=given)
+    rows = []
+    for i, eraser in enumerate(erasers):
+        with warnings.catch_warnings(), attach(using, eraser):
+            warnings.simplefilter("ignore", ConceptRemainsWarning)  # the sheet shows what remains
+            found = generate(using, [""], [seeds[i]], replace(sampling, batch_size=1), image=given[i : i + 1])
+        rows.append((eraser.name, [x.repeat(2, 0).repeat(2, 1) for x in (given[i], base[i], found[0])]))
+    return grid_sheet(rows, ("picture", "redrawn", "with the eraser"))
 
 
 def _eraser_path(folder: Path, name: str) -> Path:

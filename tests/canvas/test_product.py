@@ -21,6 +21,7 @@ from neuraleraser.canvas import words
 from neuraleraser.canvas.canvas_judge import CanvasJudge, Judgement
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.concepts import canvas_concept
+from neuraleraser.demo import start_images
 from neuraleraser.families.canvas import GATE, REFERENCE
 from neuraleraser.families.opening import image_to_image
 from neuraleraser.fitting import Reference, fit
@@ -239,4 +240,7 @@ def test_a_concept_in_a_start_image_is_erased(pipe: Any, second: CanvasJudge) ->
     assert had.sum() >= 4
     assert (had & ~still).sum() / had.sum() >= 0.75
     assert set(trace.fired) >= set(np.flatnonzero(had))
+    sheet = start_images(pipe, [eraser])[-132:-4, -396:]  # the demo's, of three pictures 128 wide
+    picture, redrawn, changed = (sheet[:, 132 * i : 132 * i + 128 : 2][::2] for i in range(3))
+    assert shows(second, second(np.stack([picture, redrawn, changed])), STYLE).tolist() == [True, True, False]
     assert np.mean([np.array_equal(before[i], after[i]) for i in range(5, 10)]) >= 0.8
