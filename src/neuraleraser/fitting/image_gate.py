@@ -66,7 +66,7 @@ def fit_image_part(
     """
     site, n = default_image_site(pipe), settings.num_pictures
     share = SHARE_OF_KIND.get(concept.kind, LOCAL_SHARE)
-    bound = n // 2
+    bound = max(1, n // 2)
     searched = n if share < 1 else 0
     shows, lacks = pictures_for(pipe, concept, n, n + searched + bound, sampling, settings.seed)
 
@@ -98,10 +98,12 @@ def corrected_states(
     nearest level of noise of `like`; steps too noisy for it, at which a gate is shut, are left out.
     """
     with attach(pipe, eraser):
-        values, times, _ = measure_site(pipe, default_image_site(pipe), lambda x: x.half(), prompts, seeds, sampling)
+        values, times, _ = measure_site(
+            pipe, default_image_site(pipe), lambda x: x.half().cpu(), prompts, seeds, sampling
+        )
     bins = torch.cat([_beyond(like.times), like.times])
     levels = (bins[None] - times[:, None]).abs().argmin(1) - 1
-    values, levels = values[:, levels >= 0].transpose(1, 2).flatten(1, 2).cpu(), levels[levels >= 0]
+    values, levels = values[:, levels >= 0].transpose(1, 2).flatten(1, 2), levels[levels >= 0]
     levels = levels.repeat(values.shape[1] // max(1, len(levels)))
     return NoisedStates(values, levels.expand(len(values), -1), like.times, like.grid)
 
