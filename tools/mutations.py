@@ -931,6 +931,24 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/fitting/test_image_gate.py::test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others",),
     ),
     Mutation(
+        "second-pass",
+        "what the second pass of guidance alone sees is never acted on",
+        (
+            Text(
+                "src/neuraleraser/eraser/runtime.py",
+                "        else:  # what a second pass sees acts from the next step on\n            self._hold(call, rows, state)\n",
+                "",
+            ),
+        ),
+        ("tests/eraser/test_guided.py::test_what_the_second_pass_alone_sees_acts_from_the_next_step_on",),
+    ),
+    Mutation(
+        "claimed-routes",
+        "a file may claim routes that no gate of its sees, which silences the warning",
+        (Text("src/neuraleraser/eraser/eraser.py", "if pictures and not any(", "if False and not any("),),
+        ("tests/eraser/test_routes.py::test_a_file_says_which_routes_its_gate_sees",),
+    ),
+    Mutation(
         "corrected-images",
         "an image gate may open at what it reads of a prompt that is corrected",
         (Text("src/neuraleraser/fitting/image_gate.py", "    if corrected is not None:\n", "    if False:\n"),),

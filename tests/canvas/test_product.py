@@ -222,12 +222,12 @@ def test_a_concept_in_a_start_image_is_erased(pipe: Any, second: CanvasJudge) ->
     """With an empty prompt, so that nothing names it; a start image without it keeps every bit."""
     shut = make_gate(GATE, 128, low=1e6, high=2e6)  # on prompts it does nothing
     correction = make_correction(edits_for(pipe, GATE)[0][0], pipe.unet.config.cross_attention_dim)
-    header = EraserHeader(STYLE, "style", routes=ROUTES)
-    prompts_alone = Eraser(shut, (correction,), header)
+    prompts_alone = Eraser(shut, (correction,), EraserHeader(STYLE, "style"))
     part = fit_image_part(
         pipe, canvas_concept(STYLE), prompts_alone, FitSettings(num_pictures=60), SAMPLING, progress=lambda share: None
     )
-    eraser = replace(prompts_alone, image_gate=part.gate, guided=part.guided)
+    header = EraserHeader(STYLE, "style", routes=ROUTES)
+    eraser = replace(prompts_alone, header=header, image_gate=part.gate, guided=part.guided)
     contents = [Content((o,), s) for s in (STYLE, OTHER_STYLES[0]) for o in (*OTHER_OBJECTS, OBJECT, OBJECT)[:5]]
     started = np.stack([render(c, 5000 + i, 64) for i, c in enumerate(contents)])
     start = image_to_image(pipe)

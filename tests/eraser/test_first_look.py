@@ -80,6 +80,21 @@ def test_shut_it_costs_one_forward_a_call_and_no_bit(name: str) -> None:
     assert not trace.fired and len(passes) == 2 * (plain + 1)
 
 
+def test_a_gate_without_a_guided_correction_does_not_look_first() -> None:
+    """As SAeUron's: its correction acts in the steps that are sampled, where it looks anyway."""
+    pipe = pipelines.EVERY["sd1_img2img"]()
+    eraser = make_eraser(TASKS["sd1_img2img"])
+    eraser = replace(eraser, gate=replace(eraser.gate, picture=True))
+    passes: list[int] = []
+    handle = pipe.unet.conv_in.register_forward_hook(lambda *_: passes.append(1))
+    noisy(pipe)
+    plain = len(passes)
+    with attach(pipe, eraser) as trace:
+        noisy(pipe)
+    handle.remove()
+    assert trace.fired and len(passes) == 2 * plain
+
+
 def test_it_refuses_before_the_second_forward() -> None:
     pipe = pipelines.EVERY["sd1_img2img"]()
     watching, calls = first_steps(pipe)

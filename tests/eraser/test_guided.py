@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers import pipelines
-from helpers.erasers import FAMILIES, SHUT, make_eraser, with_picture
+from helpers.erasers import FAMILIES, SHUT, make_eraser, random, with_picture
 from neuraleraser import ConceptRefusedError, attach
 from neuraleraser.eraser import Eraser, Guided
 from neuraleraser.eraser.gate import SHUT_BOUND
@@ -156,6 +156,38 @@ def test_the_second_pass_of_a_step_repeats_the_first_s_change() -> None:
         deltas = [c.prediction - replay(pipe, c.state, c.timestep, c.conditioning) for c in calls]
     assert len(deltas) == 2 and float(deltas[0].abs().max()) > 1e-3
     torch.testing.assert_close(deltas[0], deltas[1], rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_second_pass_alone_sees_acts_from_the_next_step_on() -> None:
+    pipe = pipelines.flux()
+    eraser, texts = picture_only("flux", pipe), _two_texts(pipe)
+    assert eraser.image_gate is not None
+    gate, found = eraser.image_gate, list[float]()
+    with record(pipe, [gate.site], lambda site, x, c: found.append(float(gate.evidence(x)))):
+        pipelines.run(pipe, 0, true_cfg_scale=3.0, steps=1, **texts)
+    if found[0] > found[1]:
+        texts = {name: texts[_other_side(name)] for name in texts}
+    low = torch.tensor([1e6, sum(found) / 2])  # shut in the second step
+    high = torch.tensor([2e6, sum(found) / 2 + 1e-4])
+    with attach(pipe, replace(eraser, image_gate=replace(gate, low=low, high=high))):
+        _, calls = forwards(pipe, true_cfg_scale=3.0, steps=2, **texts)
+    with torch.no_grad():
+        moves = [c.prediction - replay(pipe, c.state, c.timestep, c.conditioning) for c in calls]
+    changed = [bool(move.abs().max() > 1e-3) for move in moves]
+    assert changed == [False, False, True, True]
+
+
+def test_a_loop_of_one_s_own_may_stop_guiding(sd: Any) -> None:
+    """Rows are images there, so their number changes; what was open is forgotten, and the gates look on."""
+    eraser = picture_only("stable_diffusion", sd, low=0.0)
+    sd.scheduler.set_timesteps(2)
+    x, text = random(4, 4, 8, 8), random(4, 5, sd.unet.config.cross_attention_dim)
+    with attach(sd, eraser), torch.no_grad():
+        for rows, time in zip((4, 2), sd.scheduler.timesteps, strict=True):
+            moved = sd.unet(x[:rows], time, encoder_hidden_states=text[:rows]).sample
+            assert moved.shape[0] == rows and bool(moved.isfinite().all())
+    with torch.no_grad():
+        assert not torch.allclose(moved, sd.unet(x[:2], time, encoder_hidden_states=text[:2]).sample, atol=1e-3)
 
 
 def _other_side(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 
 from helpers import pipelines
-from helpers.erasers import SHUT, make_eraser
+from helpers.erasers import SHUT, make_eraser, with_picture
 from neuraleraser import Eraser, UnseenRouteWarning, attach, load_eraser, unload_erasers
 from neuraleraser.errors import DataError
 from neuraleraser.sites import PROMPT_ROUTES
@@ -47,7 +47,8 @@ def test_each_route_is_named_once(name: str) -> None:
 
 
 def test_a_gate_that_sees_a_route_is_not_warned_of() -> None:
-    pipe, eraser = pipelines.EVERY["sd1_inpaint"](), make_eraser(**SHUT)
+    pipe = pipelines.EVERY["sd1_inpaint"]()
+    eraser = with_picture(make_eraser(**SHUT), pipe, **SHUT)
     sees = replace(eraser, header=replace(eraser.header, routes=(*PROMPT_ROUTES, START_IMAGE)))
     assert named_in(pipe, sees) == [INPAINTING]
 
@@ -90,7 +91,10 @@ def test_adapters_are_told_from_start_images() -> None:
 def test_a_file_says_which_routes_its_gate_sees(tmp_path: Any) -> None:
     eraser = make_eraser()
     assert eraser.routes == PROMPT_ROUTES, "what no file says is the prompt alone"
-    said = replace(eraser, header=replace(eraser.header, routes=(*PROMPT_ROUTES, START_IMAGE)))
+    claims = replace(eraser, header=replace(eraser.header, routes=(*PROMPT_ROUTES, START_IMAGE)))
+    with pytest.raises(DataError, match="says that it sees start image, and it has no gate that reads the picture"):
+        claims.save(tmp_path / "claims.safetensors")  # it would silence the warning
+    said = with_picture(claims, pipelines.stable_diffusion(), **SHUT)
     said.save(tmp_path / "said.safetensors")
     assert Eraser.load(tmp_path / "said.safetensors").routes == (*PROMPT_ROUTES, START_IMAGE)
     for wrong in ("start image", ["by post"], [1], {"start image": 1}):

@@ -78,7 +78,7 @@ def test_a_start_image_that_cannot_be_erased_is_refused_or_named(name: str) -> N
         with warnings.catch_warnings(), attach(pipe, eraser, action="erase_or_refuse"):
             warnings.simplefilter("error", ConceptRemainsWarning)
             pipelines.run(pipe, 0)
-    with pytest.warns(ConceptRemainsWarning, match=r"shows Cats, and at strength 0\.5") as seen, attach(pipe, high):
+    with pytest.warns(ConceptRemainsWarning, match=r"show Cats, and at strength 0\.5") as seen, attach(pipe, high):
         erased = pipelines.run(pipe, 0)
     assert len([w for w in seen if w.category is ConceptRemainsWarning]) == 1  # once a call, not at each step
     with attach(pipe, low):

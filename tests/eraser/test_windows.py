@@ -176,6 +176,8 @@ def test_windows_that_cannot_be(eraser: Eraser, tmp_path: Path, window: Any) -> 
 
 def test_a_window_that_its_rows_do_not_fit_is_not_written(eraser: Eraser, tmp_path: Path) -> None:
     assert eraser.image_gate is not None
-    for window in (2, 5):
-        with pytest.raises(DataError, match=rf"windows of {window} x {window} do not fit rows of 288"):
-            replace(eraser, image_gate=replace(eraser.image_gate, window=window)).save(tmp_path / "e.safetensors")
+    wide = torch.zeros(len(eraser.image_gate.rows), 32 * 81)  # which would widen all gates of its site
+    for window, rows in ((2, eraser.image_gate.rows), (5, eraser.image_gate.rows), (9, wide)):
+        with pytest.raises(DataError, match=rf"windows of {window} x {window} and rows of .*up to 7"):
+            gate = replace(eraser.image_gate, window=window, rows=rows)
+            replace(eraser, image_gate=gate).save(tmp_path / "e.safetensors")

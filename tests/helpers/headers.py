@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from neuraleraser.concepts import CONCEPT_KINDS
 from neuraleraser.eraser import Calibration, EraserHeader, Provenance
 from neuraleraser.settings import MAX_SEED, FitSettings, SAeUronSettings, Sampling
-from neuraleraser.sites import ROUTES, Fingerprint
+from neuraleraser.sites import PROMPT_ROUTES, Fingerprint
 
 _shares = st.floats(0, 1)
 _number = st.floats(-1e38, 1e38)
@@ -37,7 +37,7 @@ headers = st.builds(
     EraserHeader,
     st.just("Cats"),
     kind=st.sampled_from([None, *CONCEPT_KINDS]),
-    routes=st.lists(st.sampled_from(ROUTES), max_size=3).map(tuple),
+    routes=st.lists(st.sampled_from(PROMPT_ROUTES), max_size=3).map(tuple),
     base=_lines,
     time_scale=_lines,
     prompts=_texts,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neuraleraser.eraser.corrections import CORRECTION_KINDS, Correction
 from neuraleraser.eraser.corrections.correction import sites_of
-from neuraleraser.eraser.gate import Gate
+from neuraleraser.eraser.gate import MAX_WINDOW, Gate
 from neuraleraser.eraser.guided import Guided
 from neuraleraser.eraser.header import LAYOUT_FIELDS, EraserHeader
 from neuraleraser.eraser.model_card import model_card
@@ -25,7 +25,7 @@ from neuraleraser.io import tensor_file
 from neuraleraser.io.fields import is_whole
 from neuraleraser.io.hub import HubFile
 from neuraleraser.io.names import printable
-from neuraleraser.sites import Site
+from neuraleraser.sites import PROMPT_ROUTES, Site
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -213,6 +213,9 @@ class Eraser(HubFile):
             return f"a correction at {strange[0]}, in another component than the gate's {g.site}"
         if problem := gate_error(g):
             return f"gate/{problem}"
+        pictures = [route for route in self.header.routes if route not in PROMPT_ROUTES]
+        if pictures and not any(part.gate.picture for part in self.parts):
+            return f"its header says that it sees {pictures[0]}, and it has no gate that reads the picture"
         if (self.image_gate is None) != (self.guided is None):
             return "an image gate and a guided correction come together"
         if self.image_gate is not None and self.guided is not None:
@@ -242,8 +245,11 @@ def gate_error(g: Gate) -> str | None:
         return f"picture is {printable(g.picture)}, expected true or false"
     if g.text_tokens is not None and g.text_tokens < 1:
         return f"it is for texts of {g.text_tokens} tokens, expected at least 1"
-    if g.window < 1 or g.window % 2 == 0 or g.rows.shape[1] % g.window**2:
-        return f"windows of {g.window} x {g.window} do not fit rows of {g.rows.shape[1]}"
+    if not 1 <= g.window <= MAX_WINDOW or g.window % 2 == 0 or g.rows.shape[1] % g.window**2:
+        return (
+            f"windows of {g.window} x {g.window} and rows of {g.rows.shape[1]}, expected an odd number up to "
+            f"{MAX_WINDOW} whose square divides the rows"
+        )
     if not bool((g.weight > 0).any()):
         return "no weight is above 0, so it can never act"
     return None

@@ -14,6 +14,8 @@ from neuraleraser.sites import Site
 
 SHUT_BOUND = 1e9
 """Lower bound of a gate that stays shut at a timestep: no evidence reaches it, so it need not be asked."""
+MAX_WINDOW = 7
+"""The widest window that a file may ask for: all gates at a site are padded to the widest."""
 
 
 def time_bin(times: Tensor, timestep: Tensor) -> Tensor:

@@ -115,7 +115,11 @@ def make_plan(parts: Sequence[Part], actions: Sequence[str], order: Sequence[int
             width_of=widths[site][1],
         )
     guided = {i: placed[i].guided for i in order if actions[i] == "erase"}
-    times = {time for part in parts if part.gate.picture for time in part.gate.times[:LOOKS].tolist()}
+    # A gate whose correction acts in the sampled steps alone has no use for an earlier look.
+    looks_first = [
+        part for part, action in zip(parts, actions, strict=True) if part.guided is not None or action != "erase"
+    ]
+    times = {time for part in looks_first if part.gate.picture for time in part.gate.times[:LOOKS].tolist()}
     return Plan(device, sites, {i: found for i, found in guided.items() if found is not None}, tuple(sorted(times)))
 
 

@@ -135,6 +135,8 @@ class ErasureRuntime:
         Raises ConceptRefusedError where a refusing eraser fired, as soon as it does, in a pipeline's call.
         """
         self._note(call, rows, state)
+        if any(len(held) != rows.images for held in call.held.values()):  # a loop of one's own that stopped guiding
+            call.held = {}
         if self.plan.first_look and call.call.start is not None and not call.looked:
             call.looked = True
             found = finished.look(call.call.pipeline.scheduler, call.call.start, self.plan.first_look)
@@ -145,6 +147,8 @@ class ErasureRuntime:
             return None
         if call.step is None or not call.step.is_of(finished.call):
             call.step, call.delta = finished.step, self._guide(call, rows, state, finished)
+        else:  # what a second pass sees acts from the next step on
+            self._hold(call, rows, state)
         return None if call.delta is None else torch.cat([call.delta] * len(rows.counts))
 
     def _note(self, call: ErasureCall, rows: Rows, state: ErasureForward) -> None:
@@ -206,8 +210,8 @@ class ErasureRuntime:
         if part not in call.warned:
             call.warned.add(part)
             warnings.warn(
-                f"the start image of {len(shown)} of these images shows {self.parts[part].name}, and at strength "
-                f"{strength:g} some of it stays: from {least:g} on it was erased. Pass that strength, or the action "
+                f"{len(shown)} of these images show {self.parts[part].name}, and at strength {strength:g} some of what "
+                f"a start image shows of it stays: from {least:g} on it was erased. Pass that strength, or the action "
                 '"erase_or_refuse"',
                 ConceptRemainsWarning,
                 stacklevel=2,

@@ -191,8 +191,9 @@ class SiteEdit:
         """
         if all(rows.counts):
             return None
-        if not torch.compiler.is_compiling() and self.mask is not None and self.mask[0] is rows:
-            known = self.mask[1]
+        kept = None if torch.compiler.is_compiling() else self.mask  # read once: threads share it
+        if kept is not None and kept[0] is rows:
+            known = kept[1]
             if known.shape[0] == opening.shape[0] and known.device == opening.device:
                 return known
         mask = torch.tensor(rows.rows_with_prompt(len(opening)), device=opening.device).to(opening).unsqueeze(1)
