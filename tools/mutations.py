@@ -931,13 +931,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/fitting/test_image_gate.py::test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others",),
     ),
     Mutation(
-        "second-pass",
+        "second-pass-alone",
         "what the second pass of guidance alone sees is never acted on",
         (
             Text(
                 "src/neuraleraser/eraser/runtime.py",
-                "        else:  # what a second pass sees acts from the next step on\n            self._hold(call, rows, state)\n",
-                "",
+                "else:  # what a second pass sees",
+                "elif False:  # what a second pass sees",
             ),
         ),
         ("tests/eraser/test_guided.py::test_what_the_second_pass_alone_sees_acts_from_the_next_step_on",),
