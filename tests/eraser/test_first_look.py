@@ -249,3 +249,50 @@ def test_what_a_pipeline_encoded_before_a_call_is_not_what_that_starts_from() ->
     assert call.start is not None
     with torch.no_grad():
         torch.testing.assert_close(call.start, encoded(pipe, pixels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning")
+@pytest.mark.parametrize("name", [name for name in TASKS if "inpaint" in name])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_of_a_picture_with_a_mask_the_whole_comes_for_each_image(name: str, count: int) -> None:
+    """Pipelines encode the same without the masked part, too: that hides what a look is for."""
+    pipe = pipelines.EVERY[name]()
+    pixels = pipelines.pictures(pipe, 1, 16, 16)["image"]
+    call = watch(pipe, lambda: noisy(pipe, n=1, num_images_per_prompt=count, generator=torch.Generator())).calls[0]
+    assert call.start is not None
+    with torch.no_grad():
+        torch.testing.assert_close(call.start, encoded(pipe, pixels).repeat(count, 1, 1, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_what_another_call_encoded_is_not_what_one_with_embeddings_starts_from() -> None:
+    """No text encoder runs, which would tell that a call begins."""
+    pipe = pipelines.EVERY["sd1_img2img"]()
+    pixels = pipelines.pictures(pipe, 2, 16, 16)["image"]
+
+    def run() -> None:
+        one = torch.Generator().manual_seed(0)
+        pipe.scheduler.set_timesteps(7)
+        pipe.prepare_latents(1 - 2 * pixels, torch.tensor([500]), 2, 1, torch.float32, "cpu", one)
+        noisy(pipe)
+
+    call = watch(pipe, run).calls[0]
+    assert call.start is not None
+    with torch.no_grad():
+        torch.testing.assert_close(call.start, encoded(pipe, pixels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "strength"),
+    [
+        ("sd1_img2img", {"strength": 0.5, "num_inference_steps": 25}, 0.5),
+        ("sd1_img2img", {"strength": 0.95, "num_inference_steps": 2}, 1 / 2),
+        ("sd1_img2img", {"strength": 0.6, "num_inference_steps": 3}, 1 / 3),
+        ("flux_img2img", {"strength": 0.6, "num_inference_steps": 3}, 0.6),  # which rounds up
+        ("sdxl_img2img", {"strength": 0.9, "num_inference_steps": 10, "denoising_start": 0.7}, 0.3),
+        ("sdxl_img2img", {"strength": 0.3, "num_inference_steps": 10, "denoising_start": 0.2}, 0.8),
+    ],
+)
+def test_a_call_s_strength_is_that_of_the_steps_it_takes(name: str, given: dict[str, Any], strength: float) -> None:
+    """Else a start image that is too strong to erase passes as one that is not."""
+    pipe = pipelines.EVERY[name]()
+    assert watch(pipe, lambda: noisy(pipe, **given)).calls[0].strength == pytest.approx(strength)

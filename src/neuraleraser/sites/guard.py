@@ -25,7 +25,7 @@ from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.modules import components, is_text_encoder, unwrap
 from neuraleraser.sites.routes import INPAINTING, START_IMAGE, routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
-from neuraleraser.sites.start_images import last_of_encoder, start_latents
+from neuraleraser.sites.start_images import kinds_encoded, last_of_encoder, start_latents, strength_of
 from neuraleraser.sites.threads import PerThread, WeakReference
 
 C = TypeVar("C")
@@ -107,7 +107,7 @@ class _ThreadCall:
     state: Any = None
     decoded: bool = False
     encoders: set[str] = field(default_factory=set)  # text encoders that ran since the last call began
-    encoded: list[Tensor] = field(default_factory=list)  # what the autoencoder's encoder gave since then
+    encoded: list[tuple[CallIdentity, Tensor]] = field(default_factory=list)  # what the autoencoder's encoder gave
     checked: set[str] = field(default_factory=set)  # components without caches in this call
     known: tuple[Any, ...] = ()  # what the last rows were decoded from
     rows: Rows | None = None
@@ -140,7 +140,6 @@ class CallGuard(Generic[F, C]):
         caller = find_caller()
         if hooks.timestep_index is None:  # a text encoder, before its call's first step
             thread.encoders.add(hooks.name)
-            thread.encoded.clear()
             self._check_modules(caller)
             return Rows(size)
         schedule = getattr(caller.pipeline if caller else self.pipeline.get(), "scheduler", None)
@@ -168,10 +167,14 @@ class CallGuard(Generic[F, C]):
         identity = CallIdentity(pipeline, schedule)
         routes = routes_of(pipeline, caller.variables) if caller else frozenset()
         guidance = max(caller.facts.guidance or 1.0, 1.0) if caller else 1.0
-        strength = caller.variables.get("strength") if caller and routes & {START_IMAGE, INPAINTING} else None
-        strength = float(strength) if isinstance(strength, (int, float)) else None
-        encoded, thread.encoded = thread.encoded, []
-        start = None if strength is None else start_latents(getattr(pipeline, "vae", None), encoded, rows.images)
+        strength = start = None
+        if caller and routes & {START_IMAGE, INPAINTING}:
+            strength = strength_of(caller.variables, schedule)
+        if strength is not None:
+            encoded = [x for made_in, x in thread.encoded if made_in.matches(pipeline, schedule)]
+            kinds = kinds_encoded(pipeline, INPAINTING in routes, strength)
+            start = start_latents(getattr(pipeline, "vae", None), encoded, rows.images, kinds)
+        thread.encoded = []
         call = Call(pipeline, rows.images, identity.batch, routes, guidance, strength, start)
         thread.state = self.observer.on_call_start(call)
         thread.identity = identity
@@ -212,8 +215,15 @@ class CallGuard(Generic[F, C]):
 
     def on_encoded(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of an encoder: keep what a pipeline starts from."""
-        if isinstance(output, Tensor) and not torch.compiler.is_compiling() and find_caller() is not None:
-            self.thread.get().encoded.append(output.detach())
+        caller = None if torch.compiler.is_compiling() else find_caller()
+        if isinstance(output, Tensor) and caller is not None:
+            thread, schedule = (
+                self.thread.get(),
+                getattr(getattr(caller.pipeline, "scheduler", None), "timesteps", None),
+            )
+            # Of other calls' nothing is kept, and a call that ended early has left some.
+            kept = [(made_in, x) for made_in, x in thread.encoded if made_in.matches(caller.pipeline, schedule)]
+            thread.encoded = [*kept, (CallIdentity(caller.pipeline, schedule), output.detach())]
 
     def on_decode(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of a decoder: raise before latents become a picture."""

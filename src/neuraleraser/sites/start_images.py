@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,45 @@ def last_of_encoder(vae: Any) -> nn.Module | None:
     return None
 
 
-def start_latents(vae: Any, outputs: Sequence[Tensor], images: int) -> Tensor | None:
+ROUNDING = 1 / 25
+"""Share of a schedule by which a call may start later than its strength says, as pipelines round down to whole steps:
+a step of the usual 25, with which `least_strength` is measured."""
+
+
+def strength_of(variables: Mapping[str, Any], schedule: Any) -> float | None:
+    """Return the share of the way back to noise that a call takes its start image, from its local variables and the
+    scheduler's timesteps; None where it has no strength.
+
+    With few steps, or where `denoising_start` decides, that is not what its argument `strength` says.
+    """
+    said, taken = variables.get("strength"), variables.get("timesteps")
+    if not isinstance(said, (int, float)):
+        return None
+    if not isinstance(taken, Tensor) or not isinstance(schedule, Tensor) or not len(schedule):
+        return float(said)
+    share = len(taken) / len(schedule)
+    if variables.get("denoising_start") is not None:
+        return min(1.0, share)
+    return float(said) if share >= said - ROUNDING else share
+
+
+def kinds_encoded(pipeline: Any, masked: bool, strength: float) -> int:
+    """Return how many pictures a pipeline's call encodes for each start image: with a mask it encodes the start image,
+    and behind it the same with the masked part left out.
+
+    A UNet with channels for that one is given no start image at full strength.
+    """
+    channels = getattr(getattr(getattr(pipeline, "unet", None), "config", None), "in_channels", 0)
+    latents = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "latent_channels", 0)
+    return 2 if masked and not (strength >= 1 and channels > latents) else 1
+
+
+def start_latents(vae: Any, outputs: Sequence[Tensor], images: int, kinds: int = 1) -> Tensor | None:
     """Return the latents [images, C, h, w] of a call's start images, without noise.
 
-    outputs: what `last_of_encoder` gave since the last call, in order: the start images come first, behind them those
-    with the masked part left out. Where there are fewer, they come again, as in diffusers. None where they are not
-    known: autoencoders of other kinds, which scale each channel, and pictures that were taken apart in tiles.
+    outputs: what `last_of_encoder` gave in the call, in order: the start images come first, behind them as many of each
+    further kind (`kinds_encoded`). Where there are fewer than images, they come again, as in diffusers. None where they
+    are not known: autoencoders of other kinds, which scale each channel, and pictures that were taken apart in tiles.
     """
     config: Any = getattr(vae, "config", {})
     channels, scale = config.get("latent_channels"), config.get("scaling_factor")
@@ -36,8 +69,9 @@ def start_latents(vae: Any, outputs: Sequence[Tensor], images: int) -> Tensor | 
         return None
     if not outputs or len({x.shape[1:] for x in outputs}) > 1 or outputs[0].ndim != 4:
         return None
-    mean = torch.cat(list(outputs))[:images, :channels]
-    if mean.shape[1] != channels or images % len(mean):
+    found = torch.cat(list(outputs))
+    mean = found[: len(found) // kinds, :channels] if len(found) % kinds == 0 else found[:0]
+    if mean.shape[1] != channels or not len(mean) or images % len(mean):
         return None
     return (mean - (config.get("shift_factor") or 0.0)).mul(scale).repeat(images // len(mean), 1, 1, 1)
 
