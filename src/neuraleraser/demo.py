@@ -95,7 +95,7 @@ def start_images(pipe: Any, erasers: Sequence[Eraser]) -> NDArray[np.uint8]:
     v, render = family.vocabulary, family.render
     assert v is not None and render is not None
     names = [e.name for e in erasers]
-    objects, styles = ([n for n in known if n not in names] for known in (v.open_objects, v.open_styles))
+    objects, styles = ([n for n in known if n not in names] or known for known in (v.open_objects, v.open_styles))
     size = int(pipe.unet.config["sample_size"]) * int(pipe.vae_scale_factor)
     seeds = range(TEST_SEEDS.start, TEST_SEEDS.start + len(erasers))
     shown = [

@@ -296,3 +296,22 @@ def test_a_call_s_strength_is_that_of_the_steps_it_takes(name: str, given: dict[
     """Else a start image that is too strong to erase passes as one that is not."""
     pipe = pipelines.EVERY[name]()
     assert watch(pipe, lambda: noisy(pipe, **given)).calls[0].strength == pytest.approx(strength)
+
+
+@pytest.mark.parametrize("name", ["sd1_img2img", "flux_img2img"])
+def test_a_short_schedule_is_no_reason_not_to_look(name: str) -> None:
+    """Of two steps one lies at full noise and one halfway: in neither is there much to see."""
+    pipe, watcher, scale = pipelines.EVERY[name](), Watcher(), 1e-3 if "flux" in name else 1.0
+    site, seen = SITES[TASKS[name]][0], list[Tensor]()
+    hooked = HookedEdits(pipe, {site: FunctionEdit(lambda x, context: seen.append(context.timestep.clone()))}, watcher)
+    noisy(pipe, num_inference_steps=2, strength=0.99)
+    call, finished, schedule = watcher.calls[0], watcher.finished[0], pipe.scheduler.timesteps
+    assert call.start is not None
+    seen.clear()
+    with torch.no_grad():
+        found = finished.look(pipe.scheduler, call.start, [30.0 * scale, 220.0 * scale])
+    hooked.close()
+    assert found is not None and pipe.scheduler.timesteps is schedule
+    torch.testing.assert_close(
+        seen[0].float(), scale * torch.tensor([220.0, 220.0, 30.0, 30.0]), rtol=0, atol=45 * scale
+    )

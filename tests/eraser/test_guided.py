@@ -190,6 +190,16 @@ def test_a_loop_of_one_s_own_may_stop_guiding(sd: Any) -> None:
         assert not torch.allclose(moved, sd.unet(x[:2], time, encoder_hidden_states=text[:2]).sample, atol=1e-3)
 
 
+def test_a_loop_of_one_s_own_may_give_a_number_for_a_timestep(sd: Any) -> None:
+    x, text = random(2, 4, 8, 8), random(2, 5, sd.unet.config.cross_attention_dim)
+    with attach(sd, picture_only("stable_diffusion", sd, low=0.0)), torch.no_grad():
+        sd.scheduler.set_timesteps(2)
+        by_number = sd.unet(x, 500, encoder_hidden_states=text).sample
+        sd.scheduler.set_timesteps(2)
+        by_tensor = sd.unet(x, torch.tensor(500), encoder_hidden_states=text).sample
+    torch.testing.assert_close(by_number, by_tensor)
+
+
 def _other_side(name: str) -> str:
     return name.removeprefix("negative_") if name.startswith("negative_") else f"negative_{name}"
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import LCMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,8 +17,8 @@ from helpers.erasers import make_eraser, random
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import attach
 from neuraleraser.eraser.gate import SHUT_BOUND
-from neuraleraser.errors import DataError
-from neuraleraser.families.opening import image_to_image
+from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.families.opening import has_image_to_image, image_to_image
 from neuraleraser.fitting.image_gate import (
     FALSE_OPENINGS,
     corrected_states,
@@ -28,7 +29,7 @@ from neuraleraser.fitting.image_gate import (
     image_bounds,
 )
 from neuraleraser.fitting.learnt_features import evidence_of, learn_features, most_mistaken
-from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
+from neuraleraser.fitting.noised_pictures import NoisedStates, in_half_precision, noised_states
 from neuraleraser.fitting.pictures import Pictures
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
@@ -96,6 +97,24 @@ def test_pictures_take_some_levels_by_turns(pipe: Any) -> None:
     wanted = every.values.gather(1, some.levels[..., None, None].expand(-1, -1, 16, 32))
     torch.testing.assert_close(some.values, wanted, rtol=1e-2, atol=1e-2)
     assert some.of_level(some.levels, 2).tolist() == [2, 2, 2]
+
+
+def test_a_scheduler_of_few_steps_is_taken_as_far_as_it_goes() -> None:
+    pipe = pipelines.stable_diffusion()
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    found = noised_states(pipe, AT, pictures(), levels=(0.8, 0.4, 0.1), batch_size=5)
+    assert found.values.shape[:2] == (5, 3) and bool((found.times.diff() < 0).all())
+
+
+def test_activations_that_half_precision_does_not_hold_are_named() -> None:
+    assert in_half_precision(torch.tensor([65504.0]), AT).dtype == torch.half
+    with pytest.raises(SettingsError, match=r"unet\.mid_block\.attentions\.0.* reach 7e\+04.*num_pictures=0"):
+        in_half_precision(torch.tensor([1.0, -70_000.0]), AT)
+
+
+def test_a_form_without_strength_takes_no_start_image_of_a_gate() -> None:
+    assert has_image_to_image(pipelines.stable_diffusion())
+    assert not has_image_to_image(pipelines.flux_kontext())
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def learn_embeddings(
             noise = torch.randn(latents[some].shape, generator=generator)
             x, e, t = (v.to(device) for v in (latents[some], noise, times))
             noisy = scheduler.add_noise(x, e, t)
-            target = scheduler.get_velocity(x, e, t) if scheduler.config["prediction_type"] == "v_prediction" else e
+            kind = scheduler.config["prediction_type"]
+            target = scheduler.get_velocity(x, e, t) if kind == "v_prediction" else x if kind == "sample" else e
             scheduler.set_timesteps(last)  # a new schedule: a new drawing, for all that is attached
             evidence.clear()
             with torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,12 @@ def _form(pipe: Any, task: Any, name: str) -> Any:
 
 
 def has_image_to_image(pipe: Any) -> bool:
-    """Return True where diffusers has an image-to-image form of this kind of pipeline."""
+    """Return True where diffusers has an image-to-image form of this kind of pipeline, that takes a strength.
+
+    FLUX Kontext's and others' edit a picture that stands beside the noise.
+    """
     try:
-        image_to_image(pipe)
+        made = image_to_image(pipe)
     except SettingsError:
         return False
-    return True
+    return "strength" in inspect.signature(type(made).__call__).parameters

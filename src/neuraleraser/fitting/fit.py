@@ -20,7 +20,7 @@ from neuraleraser.families.opening import has_image_to_image
 from neuraleraser.fitting.background import rows_without
 from neuraleraser.fitting.correction_training import TrainingExample, train_corrections
 from neuraleraser.fitting.detector import Detector, build_gate, choose_features, gate_bounds
-from neuraleraser.fitting.image_gate import fit_image_part
+from neuraleraser.fitting.image_gate import CORRECTED, fit_image_part
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.least_strength import least_strength
 from neuraleraser.fitting.reference import Reference, shipped_reference
@@ -175,6 +175,7 @@ def _with_image_part(pipe: Any, concept: Concept, eraser: Eraser, progress: Prog
         header,
         routes=(*PROMPT_ROUTES, *IMAGE_ROUTES),
         prompts=tuple(dict.fromkeys((*header.prompts, *picture.prompts))),
+        seeds=(s.seed, max((header.seeds or (0, 0))[1], s.seed + CORRECTED - 1)),
         image_separation=tuple(round(float(v), 4) for v in picture.seen),
         made_for=made_for(pipe, eraser.sites),
     )

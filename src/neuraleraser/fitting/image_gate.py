@@ -14,7 +14,7 @@ from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, Gate, Guided, attach
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.fitting.learnt_features import evidence_of, learn_features, most_mistaken
-from neuraleraser.fitting.noised_pictures import NoisedStates, noised_states
+from neuraleraser.fitting.noised_pictures import NoisedStates, in_half_precision, noised_states
 from neuraleraser.fitting.pictures import Pictures, pictures_for
 from neuraleraser.fitting.prompt_texts import prompt_texts
 from neuraleraser.fitting.trajectories import measure_site
@@ -66,7 +66,7 @@ def fit_image_part(
     """
     site, n = default_image_site(pipe), settings.num_pictures
     share = SHARE_OF_KIND.get(concept.kind, LOCAL_SHARE)
-    bound = max(1, n // 2)
+    bound = n // 2
     searched = n if share < 1 else 0
     shows, lacks = pictures_for(pipe, concept, n, n + searched + bound, sampling, settings.seed)
 
@@ -97,10 +97,9 @@ def corrected_states(
     """Generate images of `prompts` with an eraser and return their states in every step and guidance branch, by the
     nearest level of noise of `like`; steps too noisy for it, at which a gate is shut, are left out.
     """
+    site = default_image_site(pipe)
     with attach(pipe, eraser):
-        values, times, _ = measure_site(
-            pipe, default_image_site(pipe), lambda x: x.half().cpu(), prompts, seeds, sampling
-        )
+        values, times, _ = measure_site(pipe, site, lambda x: in_half_precision(x, site), prompts, seeds, sampling)
     bins = torch.cat([_beyond(like.times), like.times])
     levels = (bins[None] - times[:, None]).abs().argmin(1) - 1
     values, levels = values[:, levels >= 0].transpose(1, 2).flatten(1, 2), levels[levels >= 0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuraleraser.errors import SettingsError
 from neuraleraser.families.opening import image_to_image
 from neuraleraser.fitting.pictures import Pictures
 from neuraleraser.sites import EditContext, Site, record
@@ -31,7 +32,7 @@ class _EncodedOnce:
     """
 
     def __init__(self, vae: Any) -> None:
-        self.vae, self.encode = vae, vae.encode
+        self.vae, self.encode, self.own = vae, vae.encode, vars(vae).get("encode")
         self.made: list[Any] = []
         self.position = 0
 
@@ -41,6 +42,8 @@ class _EncodedOnce:
 
     def __exit__(self, *error: object) -> None:
         del vars(self.vae)["encode"]
+        if self.own is not None:  # somebody else's, in place of the class's
+            vars(self.vae)["encode"] = self.own
 
     def rewind(self) -> None:
         """Begin again with the first encoding."""
@@ -81,6 +84,17 @@ class NoisedStates:
         return replace(self, values=values, levels=levels)
 
 
+def in_half_precision(x: Tensor, site: Site) -> Tensor:
+    """Return activations in half precision, on the CPU. Raises SettingsError where they do not fit."""
+    half = x.half().cpu()
+    if not bool(half.isfinite().all()):
+        raise SettingsError(
+            f"activations at {site} reach {float(x.abs().max()):.3g}, more than half precision holds (65504), so no "
+            "image gate can look there: make an eraser of prompts alone (num_pictures=0)"
+        )
+    return half
+
+
 def noised_states(
     pipe: Any,
     site: Site,
@@ -96,16 +110,17 @@ def noised_states(
     One forward without guidance for each picture and level, of the same noise at every level. each: number of levels
     of a picture, which pictures take by turns; None: all.
 
-    Raises SettingsError where the pipeline has no image-to-image form.
+    Raises SettingsError where the pipeline has no image-to-image form, or half precision does not hold the activations.
     """
     start = image_to_image(pipe)
     start.set_progress_bar_config(disable=True)
+    steps = min(_STEPS, start.scheduler.config.get("original_inference_steps") or _STEPS)
     seen: list[tuple[Tensor, float, tuple[int, int] | None]] = []
     times: dict[int, float] = {}
     k = each or len(levels)
 
     def on_activations(at: Site, x: Tensor, context: EditContext[None]) -> None:
-        seen.append((x.half().cpu(), float(context.timestep[0]), context.grid))
+        seen.append((in_half_precision(x, at), float(context.timestep[0]), context.grid))
         raise _FirstForwardDone
 
     turns = 1 if k == len(levels) else len(levels)
@@ -124,7 +139,7 @@ def noised_states(
                         [pictures.prompts[i] for i in part],
                         image=pixels,
                         strength=levels[level],
-                        num_inference_steps=_STEPS,
+                        num_inference_steps=steps,
                         guidance_scale=1.0,
                         generator=[
                             torch.Generator("cpu").manual_seed(int(s)) for s in (pictures.seeds[i] for i in part)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from neuraleraser.families import known_names
@@ -60,6 +61,8 @@ def call_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     state, timestep = given.pop(names[0]), given.pop("timestep")
     given.pop("return_dict", None)
+    if not isinstance(timestep, Tensor):  # a loop of one's own may give a number
+        timestep = torch.tensor(timestep, device=state.device)
     return DenoiserCall(state, timestep, given, predicted(output))
 
 

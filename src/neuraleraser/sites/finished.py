@@ -12,6 +12,7 @@ from torch import Tensor
 from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites.denoiser_calls import DenoiserCall
 from neuraleraser.sites.rows import Rows
+from neuraleraser.sites.schedulers import with_many_steps
 from neuraleraser.sites.start_images import noised
 
 TEXT_ARGUMENTS = (
@@ -23,6 +24,8 @@ TEXT_ARGUMENTS = (
     "added_cond_kwargs.text_embeds",
 )
 """Arguments of denoisers that a prompt decides, in all of diffusers' classes; of those in a mapping, both names."""
+_NEAR = 0.1
+"""Share of the noise levels from which on no timestep of a short schedule is near another: a look would not see."""
 _NO_ROWS = ("txt_ids",)
 """Those that are the same for all rows."""
 
@@ -108,7 +111,8 @@ class FinishedForward:
     def look(self, scheduler: Any, latents: Tensor, times: Sequence[float]) -> tuple[Rows, Any] | None:
         """Show the denoiser the start images' latents [images, C, h, w] with less noise, in one forward.
 
-        times: timesteps, as the denoiser is given them; the nearest of the schedule are taken. The rows have the text
+        times: timesteps, as the denoiser is given them; the nearest of the schedule are taken, or of a longer one where
+        it has none that is near. The rows have the text
         of the first rows of this forward, and ask for nothing (`Rows.counts`): only the picture counts.
 
         Returns the layout of the rows, a block for each time, and the edits' state; None where the latents do not fit
@@ -117,6 +121,10 @@ class FinishedForward:
         n, call = len(latents), self.call
         schedule = torch.as_tensor(scheduler.timesteps).double().cpu()
         unit = 1.0 if max(times) > 1 or float(schedule.max()) <= 1 else float(scheduler.config.num_train_timesteps)
+        span = unit if unit > 1 or max(times) <= 1 else float(scheduler.config.num_train_timesteps)
+        if max(float((schedule - time * unit).abs().min()) for time in times) > _NEAR * span:
+            scheduler = with_many_steps(scheduler)
+            schedule = torch.as_tensor(scheduler.timesteps).double().cpu()
         nearest = sorted({int((schedule - time * unit).abs().argmin()) for time in times})
         index = torch.arange(n, device=call.state.device)
         found = [noised(scheduler, latents.to(call.state), call.state[index], scheduler.timesteps[i]) for i in nearest]

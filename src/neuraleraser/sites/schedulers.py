@@ -35,6 +35,14 @@ def scheduler_steps(pipe: Any, on_latents: Callable[[Tensor], None]) -> Iterator
         del pipe.scheduler.step
 
 
+def with_many_steps(scheduler: Any) -> Any:
+    """Return a copy of a scheduler that goes through 50 steps, or as many as it can."""
+    own, config = copy.deepcopy(scheduler), scheduler.config
+    shift = {"mu": config["base_shift"]} if config.get("use_dynamic_shifting") else {}
+    own.set_timesteps(min(50, config.get("original_inference_steps") or 50), **shift)
+    return own
+
+
 def input_and_target(scheduler: Any, x_0: Tensor, noise: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """(what the denoiser is given at t, what it should predict), both shaped as x_0, by diffusers' scheduler.
 
