@@ -26,7 +26,7 @@ from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.sae.scores import Profile
 from neuraleraser.sampling import generate
 from neuraleraser.settings import SAeUronSettings, Sampling
-from neuraleraser.sites import EditContext, Site, candidate_sites, default_block_site, record
+from neuraleraser.sites import PROMPT_ROUTES, EditContext, Site, candidate_sites, default_block_site, record
 from neuraleraser.vocabulary import Vocabulary
 
 SITE = Site("unet.up_blocks.1.attentions.0")  # 16 wide
@@ -153,7 +153,8 @@ def changes(pipe: Any, eraser: Eraser) -> Tensor:
 def test_an_image_gate_sees_both_guidance_branches(pipe: Any, eraser: Eraser) -> None:
     always = replace(eraser.gate, low=torch.zeros_like(eraser.gate.low), high=torch.full_like(eraser.gate.high, 1e-6))
     both = changes(pipe, replace(eraser, gate=always))
-    drawn = changes(pipe, replace(eraser, gate=replace(always, picture=False)))
+    of_prompts = replace(eraser.header, routes=PROMPT_ROUTES)
+    drawn = changes(pipe, replace(eraser, gate=replace(always, picture=False), header=of_prompts))
     assert both[0].any() and both[1].any() and not drawn[0].any() and torch.equal(drawn[1], both[1])
 
 
