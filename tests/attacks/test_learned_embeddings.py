@@ -127,5 +127,7 @@ def test_wrong_pipelines_and_prompts(pipe: Any) -> None:
         learn_embeddings(pipe, images(3), PROMPTS)
     with pytest.raises(SettingsError, match="count is 0"):
         learn(pipe, count=0)
+    with pytest.raises(SettingsError, match="0 images, 0 prompts"):
+        learn_embeddings(pipe, images()[:0], [])
     with pytest.raises(DataError, match="uint8"):
         learn_embeddings(pipe, images().astype(np.float32), PROMPTS)

@@ -298,6 +298,13 @@ def test_a_call_s_strength_is_that_of_the_steps_it_takes(name: str, given: dict[
     assert watch(pipe, lambda: noisy(pipe, **given)).calls[0].strength == pytest.approx(strength)
 
 
+def test_latents_given_as_start_images_are_looked_at_as_they_are() -> None:
+    pipe = pipelines.EVERY["sd1_img2img"]()
+    given = torch.randn(2, pipe.vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    call = watch(pipe, lambda: noisy(pipe, image=given)).calls[0]
+    assert call.start is not None and torch.equal(call.start, given)
+
+
 @pytest.mark.parametrize("name", ["sd1_img2img", "flux_img2img"])
 def test_a_short_schedule_is_no_reason_not_to_look(name: str) -> None:
     """Of two steps one lies at full noise and one halfway: in neither is there much to see."""

@@ -14,7 +14,7 @@ from helpers import pipelines
 from helpers.erasers import FAMILIES, SHUT, make_eraser, random, with_picture
 from neuraleraser import ConceptRefusedError, attach
 from neuraleraser.eraser import Eraser, Guided
-from neuraleraser.eraser.gate import SHUT_BOUND
+from neuraleraser.eraser.gate import SHUT_BOUND, Gate
 from neuraleraser.eraser.guided import HELD
 from neuraleraser.errors import DataError, EraserNotAppliedError, FileError
 from neuraleraser.sites import DenoiserCall, denoiser, denoiser_calls, record, replay
@@ -136,18 +136,24 @@ def _two_texts(pipe: Any) -> dict[str, Any]:
     return made | {f"negative_{name}": x.flip(1) for name, x in made.items() if name.startswith(("prompt", "pooled"))}
 
 
-def test_the_second_pass_of_a_step_repeats_the_first_s_change() -> None:
-    """What the gate sees in the second pass alone changes nothing: else the two would not move alike."""
-    pipe = pipelines.flux()
+def _second_sees_more(pipe: Any) -> tuple[Eraser, Gate, dict[str, Any], tuple[float, float]]:
+    """An eraser of pictures, its gate, two texts in such an order that it finds more in the second pass of the first
+    step, and its evidence in both."""
     eraser, texts = picture_only("flux", pipe), _two_texts(pipe)
     assert eraser.image_gate is not None
     gate, found = eraser.image_gate, list[float]()
     with record(pipe, [gate.site], lambda site, x, c: found.append(float(gate.evidence(x)))):
         pipelines.run(pipe, 0, true_cfg_scale=3.0, steps=1, **texts)
     first, second = found
-    if first > second:  # the prompt that opens it less comes first
+    if first > second:
         texts = {name: texts[_other_side(name)] for name in texts}
-    low, high = sorted(found)
+    return eraser, gate, texts, (min(found), max(found))
+
+
+def test_the_second_pass_of_a_step_repeats_the_first_s_change() -> None:
+    """What the gate sees in the second pass alone changes nothing: else the two would not move alike."""
+    pipe = pipelines.flux()
+    eraser, gate, texts, (low, high) = _second_sees_more(pipe)
     half_open = replace(gate, low=torch.full_like(gate.low, low - (high - low) / 2))
     half_open = replace(half_open, high=half_open.low + 2 * (high - low))
     with attach(pipe, replace(eraser, image_gate=half_open)):
@@ -160,13 +166,7 @@ def test_the_second_pass_of_a_step_repeats_the_first_s_change() -> None:
 
 def test_what_the_second_pass_alone_sees_acts_from_the_next_step_on() -> None:
     pipe = pipelines.flux()
-    eraser, texts = picture_only("flux", pipe), _two_texts(pipe)
-    assert eraser.image_gate is not None
-    gate, found = eraser.image_gate, list[float]()
-    with record(pipe, [gate.site], lambda site, x, c: found.append(float(gate.evidence(x)))):
-        pipelines.run(pipe, 0, true_cfg_scale=3.0, steps=1, **texts)
-    if found[0] > found[1]:
-        texts = {name: texts[_other_side(name)] for name in texts}
+    eraser, gate, texts, found = _second_sees_more(pipe)
     low = torch.tensor([1e6, sum(found) / 2])  # shut in the second step
     high = torch.tensor([2e6, sum(found) / 2 + 1e-4])
     with attach(pipe, replace(eraser, image_gate=replace(gate, low=low, high=high))):

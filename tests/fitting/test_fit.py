@@ -105,6 +105,7 @@ def test_a_fit_with_pictures(pipe: Any, known: Reference, tmp_path: Path) -> Non
     assert eraser.image_gate is not None and eraser.guided is not None and eraser.guided.weight == 2.0
     assert eraser.header.routes == ("named", "paraphrased", "start image", "inpainting")
     assert len(eraser.header.image_separation) == len(eraser.image_gate.times)
+    assert eraser.header.seeds == (0, 11)  # those of the images that are corrected, too
     without = fit(pipe, CONCEPT, plain, reference=known, sampling=SAMPLING)
     assert without.image_gate is None and torch.equal(without.gate.low, eraser.gate.low)
     for name, x in without.corrections[0].tensors().items():

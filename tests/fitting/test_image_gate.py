@@ -85,6 +85,12 @@ def test_each_picture_and_level_costs_one_forward_and_pictures_are_encoded_once(
         del pipe.vae.encoder.forward
     assert not calls and sum(encoded) == 5
     assert "encode" not in vars(pipe.vae)
+    pipe.vae.encode = own = pipe.vae.encode  # somebody else's, in place of the class's
+    try:
+        noised_states(pipe, AT, pictures(), levels=(0.9,), batch_size=5)
+        assert vars(pipe.vae)["encode"] is own
+    finally:
+        del pipe.vae.encode
 
 
 def test_pictures_take_some_levels_by_turns(pipe: Any) -> None:

@@ -69,7 +69,7 @@ def learn_embeddings(
         The embeddings [count, d], in the form that `pipe.load_textual_inversion` takes.
 
     Raises:
-        SettingsError: The pipeline has several text encoders or none, the numbers of images and prompts differ, a
+        SettingsError: The pipeline has several text encoders or none, there are no images, not as many prompts, a
             prompt lacks the word, or the count is below 1.
         DataError: The images are of another shape or type.
 
@@ -197,8 +197,8 @@ def _check(pipe: Any, images: Images, prompts: Sequence[str], count: int) -> Non
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
         raise SettingsError(f"{type(pipe).__name__} has several text encoders or none: pass one of Stable Diffusion 1")
     check_whole("count", count, 1, MAX_COUNT)
-    if len(images) != len(prompts):
-        raise SettingsError(f"{len(images)} images, {len(prompts)} prompts: pass a prompt for each")
+    if not 0 < len(images) == len(prompts):
+        raise SettingsError(f"{len(images)} images, {len(prompts)} prompts: pass a prompt for each, and some")
     for prompt in prompts:
         if WORD not in prompt:
             raise SettingsError(f"the prompt {prompt!r} does not hold {WORD}: put it where the concept stands")

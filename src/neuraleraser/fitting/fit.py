@@ -140,7 +140,7 @@ def fit(
         routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
-        prompts=tuple(dict.fromkeys(_used_prompts(pairs, context))),
+        prompts=_used_prompts(pairs, context),
         seeds=(seeds[0], seeds[-1] + len(context)),
         settings=s,
         sampling=sampling,

@@ -173,7 +173,8 @@ def fit_image_gate(
 
 
 def highest_corrected(evidence: Tensor, states: NoisedStates, low: Tensor) -> Tensor:
-    """Return the highest evidence [T] at each level of noise in images whose prompts were corrected: evidence [N, K].
+    """Return the highest evidence [T] at each level of noise in images whose prompts were corrected: evidence [N, K] at
+    levels that are the same for all N.
 
     Images in which it exceeds low [T] at the cleanest level do not count: there the correction left the concept, for
     the gate to see. 0 where there are none.

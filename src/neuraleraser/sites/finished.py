@@ -112,8 +112,8 @@ class FinishedForward:
         """Show the denoiser the start images' latents [images, C, h, w] with less noise, in one forward.
 
         times: timesteps, as the denoiser is given them; the nearest of the schedule are taken, or of a longer one where
-        it has none that is near. The rows have the text
-        of the first rows of this forward, and ask for nothing (`Rows.counts`): only the picture counts.
+        it has none that is near. The rows have the text of the first rows of this forward, and ask for nothing
+        (`Rows.counts`): only the picture counts.
 
         Returns the layout of the rows, a block for each time, and the edits' state; None where the latents do not fit
         the denoiser's state.
@@ -121,7 +121,7 @@ class FinishedForward:
         n, call = len(latents), self.call
         schedule = torch.as_tensor(scheduler.timesteps).double().cpu()
         unit = 1.0 if max(times) > 1 or float(schedule.max()) <= 1 else float(scheduler.config.num_train_timesteps)
-        span = unit if unit > 1 or max(times) <= 1 else float(scheduler.config.num_train_timesteps)
+        span = float(scheduler.config.num_train_timesteps) if max(times) * unit > 1 else 1.0
         if max(float((schedule - time * unit).abs().min()) for time in times) > _NEAR * span:
             scheduler = with_many_steps(scheduler)
             schedule = torch.as_tensor(scheduler.timesteps).double().cpu()

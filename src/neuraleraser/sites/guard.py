@@ -25,7 +25,7 @@ from neuraleraser.sites.forwards import ComponentHooks
 from neuraleraser.sites.modules import components, is_text_encoder, unwrap
 from neuraleraser.sites.routes import INPAINTING, START_IMAGE, routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
-from neuraleraser.sites.start_images import kinds_encoded, last_of_encoder, start_latents, strength_of
+from neuraleraser.sites.start_images import kinds_encoded, last_of_encoder, latents_given, start_latents, strength_of
 from neuraleraser.sites.threads import PerThread, WeakReference
 
 C = TypeVar("C")
@@ -170,10 +170,12 @@ class CallGuard(Generic[F, C]):
         strength = start = None
         if caller and routes & {START_IMAGE, INPAINTING}:
             strength = strength_of(caller.variables, schedule)
-        if strength is not None:
+        if caller and strength is not None:
             encoded = [x for made_in, x in thread.encoded if made_in.matches(pipeline, schedule)]
-            kinds = kinds_encoded(pipeline, INPAINTING in routes, strength)
-            start = start_latents(getattr(pipeline, "vae", None), encoded, rows.images, kinds)
+            vae, kinds = getattr(pipeline, "vae", None), kinds_encoded(pipeline, INPAINTING in routes, strength)
+            start = start_latents(vae, encoded, rows.images, kinds)
+            if not encoded:
+                start = latents_given(vae, caller.variables.get("image"), rows.images)
         thread.encoded = []
         call = Call(pipeline, rows.images, identity.batch, routes, guidance, strength, start)
         thread.state = self.observer.on_call_start(call)
@@ -217,10 +219,8 @@ class CallGuard(Generic[F, C]):
         """Forward hook of an encoder: keep what a pipeline starts from."""
         caller = None if torch.compiler.is_compiling() else find_caller()
         if isinstance(output, Tensor) and caller is not None:
-            thread, schedule = (
-                self.thread.get(),
-                getattr(getattr(caller.pipeline, "scheduler", None), "timesteps", None),
-            )
+            thread = self.thread.get()
+            schedule = getattr(getattr(caller.pipeline, "scheduler", None), "timesteps", None)
             # Of other calls' nothing is kept, and a call that ended early has left some.
             kept = [(made_in, x) for made_in, x in thread.encoded if made_in.matches(caller.pipeline, schedule)]
             thread.encoded = [*kept, (CallIdentity(caller.pipeline, schedule), output.detach())]

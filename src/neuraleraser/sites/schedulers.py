@@ -38,7 +38,7 @@ def scheduler_steps(pipe: Any, on_latents: Callable[[Tensor], None]) -> Iterator
 def with_many_steps(scheduler: Any) -> Any:
     """Return a copy of a scheduler that goes through 50 steps, or as many as it can."""
     own, config = copy.deepcopy(scheduler), scheduler.config
-    shift = {"mu": config["base_shift"]} if config.get("use_dynamic_shifting") else {}
+    shift = {"mu": config.get("base_shift", 0.5)} if config.get("use_dynamic_shifting") else {}
     own.set_timesteps(min(50, config.get("original_inference_steps") or 50), **shift)
     return own
 

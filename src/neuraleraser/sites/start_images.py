@@ -76,6 +76,15 @@ def start_latents(vae: Any, outputs: Sequence[Tensor], images: int, kinds: int =
     return (mean - (config.get("shift_factor") or 0.0)).mul(scale).repeat(images // len(mean), 1, 1, 1)
 
 
+def latents_given(vae: Any, image: Any, images: int) -> Tensor | None:
+    """Return the latents [images, C, h, w] of start images that are given as latents, which nothing encodes; None of
+    others."""
+    channels = getattr(getattr(vae, "config", None), "latent_channels", None)
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != channels or images % max(1, len(image)):
+        return None
+    return image.repeat(images // len(image), 1, 1, 1)
+
+
 def noised(scheduler: Any, latents: Tensor, state: Tensor, timestep: Tensor) -> Tensor | None:
     """Return latents [n, C, h, w] noised to a timestep of the schedule, as rows of the denoiser's `state` [n, ...] are.
 
