@@ -30,14 +30,14 @@ S = EvaluateSettings(
     target_rounds=0,
     two_object_rounds=1,
     held_out_rounds=1,
-    start_image_rounds=0,
+    start_image_rounds=1,
     fragment_prompts=2,
     held_out_grid_rounds=0,
     unhooked_checks=2,
     idle_checks=0,
     timings=1,
     timed_images=1,
-    sampling=Sampling(num_inference_steps=1, batch_size=8),
+    sampling=Sampling(num_inference_steps=4, batch_size=8),
     styles=STYLES,
     objects=OBJECTS,
 )
@@ -105,6 +105,8 @@ def test_a_run_adds_its_line_once_for_a_commit(checkout: Path, tmp_path: Path):
     commit = git(checkout, "rev-parse", "HEAD")
     (line,) = [line for line in text.splitlines() if commit in line]
     assert "Bricks, neuraleraser: ua " in line and "Bears, none: ua 0.00" in line
+    for cell in line.split("; "):
+        assert ("image-to-image, empty 0." in cell) == (", neuraleraser: " in cell), "controls see no picture"
     git(checkout, "stash", "-u", "-q")
     assert run(checkout, tmp_path) is not None
     git(checkout, "add", "-A")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from neuraleraser.concepts import Concept, vocabulary_concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import SettingsError, SplitError
 from neuraleraser.evaluation.intervals import Estimate
-from neuraleraser.evaluation.report import Report
+from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.families import family_of
 from neuraleraser.fitting import fit
@@ -100,16 +100,19 @@ def _claim(folder: Path, commit: str) -> None:
 
 def _line(report: Report, commit: str) -> str:
     """Return the line of the record: every figure of every eraser and of its controls, with n."""
-    cells = []
-    for entry in report.erasures:
-        figures = (
-            f"{name} {m.value:.2f} ({m.low:.2f}-{m.high:.2f}, {m.n})"
-            for name in _FIGURES
-            if isinstance(m := entry.figures.get(name), Estimate)
-        )
-        cells.append(f"{entry.concept}, {entry.method}: {', '.join(figures)}")
+    cells = [f"{entry.concept}, {entry.method}: {', '.join(_figures(entry))}" for entry in report.erasures]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"| {date} | {commit} | {'; '.join(cells)} |\n"
+
+
+def _figures(entry: ErasureReport) -> Iterator[str]:
+    for name in _FIGURES:
+        if isinstance(m := entry.figures.get(name), Estimate):
+            yield f"{name} {m}"
+    for route in entry.route_figures if entry.routes else ():  # of the eraser alone: its controls see no picture
+        shares = (f"{name} {m}" for name, m in route.figures.items() if m is not None)
+        at = f" {route.strength:.1f}" if route.strength else ""
+        yield f"{route.group}{at} [{', '.join(shares)}]"
 
 
 _HEAD = """# Runs on sealed concepts
