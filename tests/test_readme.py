@@ -77,7 +77,7 @@ def test_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_eraser().save(tmp_path / "van-gogh.safetensors")
     drawn = [words for words in commands() if words[0] == "generate"]
-    assert len(drawn) == 2
+    assert len(drawn) == 3
     for words in drawn:
         assert cli.main(words) == 0
     before, after = (Image.open(tmp_path / name).tobytes() for name in ("before.png", "after.png"))

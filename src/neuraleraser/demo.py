@@ -24,7 +24,7 @@ from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.terminal import terminal_tables
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.families.opening import image_to_image, open_pipeline
+from neuraleraser.families.opening import image_to_image, native_side, open_pipeline
 from neuraleraser.fitting import fit
 from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.io.atomic import write_bytes
@@ -96,7 +96,7 @@ def start_images(pipe: Any, erasers: Sequence[Eraser]) -> NDArray[np.uint8]:
     assert v is not None and render is not None
     names = [e.name for e in erasers]
     objects, styles = ([n for n in known if n not in names] or known for known in (v.open_objects, v.open_styles))
-    size = int(pipe.unet.config["sample_size"]) * int(pipe.vae_scale_factor)
+    size = native_side(pipe)
     seeds = range(TEST_SEEDS.start, TEST_SEEDS.start + len(erasers))
     shown = [
         ([n], styles[i % len(styles)]) if n in v.objects else ([objects[i % len(objects)]], n)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from helpers.commands import refused, said, short_erase
 from helpers.erasers import open_eraser
@@ -143,3 +144,29 @@ def test_a_concept_file_with_a_path_for_its_name(
     outside = {p.name for p in Path("..").iterdir()} | {p.name for p in Path("../../..").iterdir()}
     assert outside == {"c", "a", "vg.safetensors", "sae.safetensors", "p.txt", "file", "dir", "pipe"}
     assert [p for p in Path().glob("*.safetensors")] or "x-" in str(list(Path("runs/references").iterdir()))
+
+
+@pytest.mark.filterwarnings("default::neuraleraser.errors.UnseenRouteWarning")
+def test_a_picture_to_start_from(model: str, capsys: pytest.CaptureFixture[str]):
+    run = ["generate", "", "--model", model, "--num-inference-steps", "2", "--image", "cat.png"]
+    Image.new("RGB", (100, 60), "red").save("cat.png")
+    assert main([*run, "--strength", "0.5", "--out", "half.png"]) == 0
+    assert capsys.readouterr().out == "half.png: '', seed 0, from cat.png at strength 0.5\n"
+    assert main([*run, "--out", "whole.png", "--erasers", "vg.safetensors", "--action", "erase_or_refuse"]) == 0
+    printed = capsys.readouterr()
+    acted, begun = printed.out.splitlines()
+    assert acted.startswith("Van_Gogh: acted at 1 of 1 steps") and begun.endswith("at strength 0.8")
+    assert "the gate of Van_Gogh does not see (start image)" in printed.err
+    with Image.open("half.png") as half, Image.open("whole.png") as whole:
+        assert half.size == whole.size and half.width > half.height and half.tobytes() != whole.tobytes()
+
+
+def test_pictures_that_cannot_be_started_from(model: str, capsys: pytest.CaptureFixture[str]):
+    Image.new("RGB", (64, 64)).save("cat.png")
+    run = ["generate", "a cat", "--model", model, "--out", "out.png"]
+    assert "--strength says how much of a start image" in refused([*run, "--strength", "0.5"], capsys)
+    assert "strength is 3" in refused([*run, "--image", "cat.png", "--strength", "3"], capsys)
+    assert "none.png" in refused([*run, "--image", "none.png"], capsys)
+    assert "p.txt cannot be read as a picture" in refused([*run, "--image", "p.txt"], capsys)
+    assert "would replace what --image reads" in refused([*run[:-1], "cat.png", "--image", "cat.png"], capsys)
+    assert not Path("out.png").exists()

@@ -243,8 +243,8 @@ class ErasureRuntime:
         }
         which = "; ".join(f"image {image}: {', '.join(found)}" for image, found in list(names.items())[:8])
         raise ConceptRefusedError(
-            f"refused, as an erased concept fired ({which}), and no image is returned: pass another prompt, or draw "
-            "the other images again without it",
+            f"refused, as an erased concept fired ({which}), and no image is returned: pass another prompt or picture, "
+            "or draw the other images again without it",
             names,
         )
 

@@ -33,7 +33,7 @@ from neuraleraser.evaluation.protocol import INVERTED_CONTROL, Cell, EvaluationP
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.families.defaults import evaluation_sampling
-from neuraleraser.families.opening import image_to_image, inpainting
+from neuraleraser.families.opening import image_to_image, inpainting, native_side
 from neuraleraser.judges import Judge
 from neuraleraser.sampling import Images, check_pictures, check_strength, generate
 from neuraleraser.settings import EvaluateSettings, Sampling
@@ -175,7 +175,7 @@ class _Artist:
             raise SettingsError(
                 f"cells of the route {cells[0].route!r} need start_images: give the protocol that function"
             )
-        size = int(self.pipe.unet.config["sample_size"]) * int(self.pipe.vae_scale_factor)
+        size = native_side(self.pipe)
         pictures = self.protocol.start_images(_starts(cells), size)
         check_pictures("start images of the protocol", pictures)
         return pictures

@@ -135,6 +135,13 @@ def _form(pipe: Any, task: Any, name: str) -> Any:
     return made
 
 
+def native_side(pipe: Any) -> int:
+    """Return the side in pixels of the square images that a pipeline generates by default."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    size = getattr(pipe, "default_sample_size", None) or denoiser.config["sample_size"]
+    return int(size if isinstance(size, int) else min(size)) * int(pipe.vae_scale_factor)
+
+
 def has_image_to_image(pipe: Any) -> bool:
     """Return True where diffusers has an image-to-image form of this kind of pipeline, that takes a strength.
 
