@@ -182,11 +182,11 @@ class FitSettings:
     num_context_pairs: int = 36
     """Prompts that pair the object with another one ('a cat and a dog'), used to learn what must be kept."""
     num_pictures: int = 800
-    """Pictures of the concept that the image gate learns from, beside one and a half times as many of other things, or
-    two and a half of a concept that is no style; 0: no image gate, an eraser of prompts alone. They are rendered where
-    the family's world is known, else generated."""
+    """Pictures of the concept that the image gate learns from, beside one and a half times as many of other things; of
+    what is no style two and a half times as many, or, where pictures are rendered (the canvas), twice as many of the
+    concept and three and a half times as many others. 0: no image gate, an eraser of prompts alone."""
     guided_weight: float = 5.0
-    """Weight of the guided correction, which acts while the image gate is open."""
+    """Weight of the guided correction, which acts while the image gate is open; twice that of what is no style."""
     rank: int = 32
     """Rank of a correction."""
     steps: int = 160

@@ -310,5 +310,15 @@ def test_a_picture_part_of_generated_pictures(pipe: Any) -> None:
     part = fit_image_part(pipe, concept, make_eraser(), FitSettings(num_pictures=8), S, told.append)
     assert part.gate.picture and part.gate.window == 3 and part.seen.shape == (6,)
     assert told == sorted(told) and told[-1] == 1.0
+    assert part.guided.weight == 10.0, "twice a style's"
     # Of an object 8 pictures; 8 others, 8 that are looked through, 4 that set the bounds; two that are corrected.
     assert len(part.shows.images) == 8 and len(part.prompts) == 8 + 20 + 2
+
+
+def test_rendered_pictures_of_an_object_are_twice_as_many(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuraleraser.fitting.image_gate.has_renders", lambda pipe, concept: True)
+    pairs = (Pair("a x", "a"), Pair("b x", "b"))
+    for kind, shown, others in (("object", 16, 8 + 16 + 4), ("style", 8, 8 + 4)):
+        concept = Concept("x", kind, pairs)
+        part = fit_image_part(pipe, concept, make_eraser(), FitSettings(num_pictures=8), S, lambda share: None)
+        assert len(part.shows.images) == shown and len(part.prompts) == shown + others + 2

@@ -13,9 +13,10 @@ from torch import Tensor
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, Gate, Guided, attach
 from neuraleraser.eraser.gate import SHUT_BOUND
+from neuraleraser.eraser.guided import MAX_WEIGHT
 from neuraleraser.fitting.learnt_features import evidence_of, learn_features, most_mistaken
 from neuraleraser.fitting.noised_pictures import NoisedStates, in_half_precision, noised_states
-from neuraleraser.fitting.pictures import Pictures, pictures_for
+from neuraleraser.fitting.pictures import Pictures, has_renders, pictures_for
 from neuraleraser.fitting.prompt_texts import prompt_texts
 from neuraleraser.fitting.trajectories import measure_site
 from neuraleraser.settings import FitSettings, Sampling
@@ -59,16 +60,21 @@ def fit_image_part(
     pipe: Any, concept: Concept, eraser: Eraser, settings: FitSettings, sampling: Sampling, progress: Progress
 ) -> ImageFit:
     """Fit the picture's part of an eraser of prompts, on `settings.num_pictures` pictures of the concept, as many of
-    other things, and half as many again that set the bounds. Of what does not fill a picture, as a style does, as many
-    more are looked through: the half that a first fit takes for the concept most is learnt from, too.
+    other things, and half as many again that set the bounds.
+
+    What does not fill a picture, as a style does, is harder to see and to take out: as many more pictures are looked
+    through, the half of which that a first fit takes for the concept most is learnt from, too; where pictures are
+    rendered, twice as many of the concept are learnt from and of these others looked through; and the guided correction
+    has `LOCAL_WEIGHT` times the weight.
 
     Raises SettingsError where the pipeline has no image-to-image form, by which pictures come in.
     """
     site, n = default_image_site(pipe), settings.num_pictures
     share = SHARE_OF_KIND.get(concept.kind, LOCAL_SHARE)
-    bound = n // 2
-    searched = n if share < 1 else 0
-    shows, lacks = pictures_for(pipe, concept, n, n + searched + bound, sampling, settings.seed)
+    local, bound = share < 1, n // 2
+    of_concept = 2 * n if local and has_renders(pipe, concept) else n
+    searched = of_concept if local else 0
+    shows, lacks = pictures_for(pipe, concept, of_concept, n + searched + bound, sampling, settings.seed)
 
     def states(pictures: Pictures, each: int | None, start: float, end: float) -> NoisedStates:
         part = _part(progress, start, end)
@@ -87,7 +93,8 @@ def fit_image_part(
     gate, seen, doubt = fit_image_gate(
         site, concept.kind, on, off, bounding, corrected, settings.seed, _part(progress, 0.8, 1.0)
     )
-    guided = fit_guided(pipe, concept, sampling, settings.guided_weight)
+    weight = min(MAX_WEIGHT, settings.guided_weight * (LOCAL_WEIGHT if local else 1))
+    guided = fit_guided(pipe, concept, sampling, weight)
     return ImageFit(gate, guided, seen, doubt, shows, (*named, *shows.generated_from, *lacks.generated_from))
 
 
@@ -116,6 +123,8 @@ def _part(progress: Progress, start: float, end: float) -> Progress:
     return lambda share: progress(start + (end - start) * share)
 
 
+LOCAL_WEIGHT = 2
+"""Factor of the guided correction's weight for what stands somewhere in a picture (docs/LOG.md)."""
 DOUBTED = 0.1
 """Share of the pictures without the concept that are in doubt: who asks if it is gone looks closer than the gate."""
 SHARE_OF_KIND = {"style": 1.0}

@@ -12,6 +12,7 @@ import numpy as np
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import DataError
 from neuraleraser.families import Render, family_of
+from neuraleraser.families.opening import native_side
 from neuraleraser.sampling import Images, check_pictures, generate
 from neuraleraser.settings import Sampling
 from neuraleraser.vocabulary import Vocabulary
@@ -63,16 +64,22 @@ def pictures_for(
     and of their matches.
     """
     family = family_of(pipe)
-    if family.render is not None and family.vocabulary is not None and concept.name in family.vocabulary:
+    if has_renders(pipe, concept) and family.render is not None and family.vocabulary is not None:
         return _rendered(pipe, family.vocabulary, family.render, concept.name, count, others, seed)
     return _generated(pipe, concept, count, others, sampling, seed)
+
+
+def has_renders(pipe: Any, concept: Concept) -> bool:
+    """Return True where pictures of a concept are rendered, and so cost next to nothing."""
+    family = family_of(pipe)
+    return family.render is not None and family.vocabulary is not None and concept.name in family.vocabulary
 
 
 def _rendered(
     pipe: Any, vocabulary: Vocabulary, render: Render, name: str, count: int, others: int, seed: int
 ) -> tuple[Pictures, Pictures]:
     """Return renders of a name of the vocabulary in every company, and of everything else that is not sealed."""
-    size = int(pipe.unet.config["sample_size"]) * int(pipe.vae_scale_factor)
+    size = native_side(pipe)
     rng = random.Random(seed)
     styles, objects = ([n for n in names if n != name] for names in (vocabulary.open_styles, vocabulary.open_objects))
 
