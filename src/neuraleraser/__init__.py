@@ -75,12 +75,18 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.judges import Judgement as Judgement
     from neuraleraser.judges import NudeNetJudge as NudeNetJudge
     from neuraleraser.judges import UnlearnCanvasJudge as UnlearnCanvasJudge
+    from neuraleraser.methods import CASteer as CASteer
     from neuraleraser.methods import ConceptRemovalGuidance as ConceptRemovalGuidance
     from neuraleraser.methods import DoNothing as DoNothing
     from neuraleraser.methods import DynamicNegativeGuidance as DynamicNegativeGuidance
+    from neuraleraser.methods import ErasedStableDiffusion as ErasedStableDiffusion
     from neuraleraser.methods import EraserMethod as EraserMethod
+    from neuraleraser.methods import ESDSettings as ESDSettings
+    from neuraleraser.methods import NegativePrompt as NegativePrompt
     from neuraleraser.methods import SAeUronAsPublished as SAeUronAsPublished
+    from neuraleraser.methods import SafeLatentDiffusion as SafeLatentDiffusion
     from neuraleraser.methods import StringFilter as StringFilter
+    from neuraleraser.methods import UnifiedConceptEditing as UnifiedConceptEditing
     from neuraleraser.methods import string_filters as string_filters
     from neuraleraser.prompts import read_prompts as read_prompts
     from neuraleraser.sae import SAE as SAE
@@ -101,6 +107,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
 __version__ = "0.1.0"
 
 _HOME: dict[str, str] = {
+    "CASteer": "methods",
     "CanvasJudge": "canvas.canvas_judge",
     "Cell": "evaluation.protocol",
     "ClipJudge": "judges",
@@ -112,6 +119,8 @@ _HOME: dict[str, str] = {
     "DataError": "errors",
     "DoNothing": "methods",
     "DynamicNegativeGuidance": "methods",
+    "ESDSettings": "methods",
+    "ErasedStableDiffusion": "methods",
     "Eraser": "eraser",
     "EraserHeader": "eraser",
     "EraserMethod": "methods",
@@ -125,6 +134,7 @@ _HOME: dict[str, str] = {
     "Judgement": "judges",
     "Method": "evaluation.method",
     "MissingDependencyError": "errors",
+    "NegativePrompt": "methods",
     "NeuralEraserError": "errors",
     "NudeNetJudge": "judges",
     "Pair": "concepts",
@@ -133,6 +143,7 @@ _HOME: dict[str, str] = {
     "SAE": "sae",
     "SAeUronAsPublished": "methods",
     "SAeUronSettings": "settings",
+    "SafeLatentDiffusion": "methods",
     "Sampling": "settings",
     "SettingsError": "errors",
     "Shards": "activations",
@@ -144,6 +155,7 @@ _HOME: dict[str, str] = {
     "StringFilter": "methods",
     "Trace": "eraser",
     "TrainSettings": "sae",
+    "UnifiedConceptEditing": "methods",
     "UnlearnCanvasJudge": "judges",
     "UnseenRouteWarning": "errors",
     "activation_matrix": "activations",
@@ -194,6 +206,7 @@ _HOME: dict[str, str] = {
 
 __all__ = [
     "SAE",
+    "CASteer",
     "CanvasJudge",
     "Cell",
     "ClipJudge",
@@ -205,6 +218,8 @@ __all__ = [
     "DataError",
     "DoNothing",
     "DynamicNegativeGuidance",
+    "ESDSettings",
+    "ErasedStableDiffusion",
     "Eraser",
     "EraserHeader",
     "EraserMethod",
@@ -218,6 +233,7 @@ __all__ = [
     "Judgement",
     "Method",
     "MissingDependencyError",
+    "NegativePrompt",
     "NeuralEraserError",
     "NudeNetJudge",
     "Pair",
@@ -225,6 +241,7 @@ __all__ = [
     "Report",
     "SAeUronAsPublished",
     "SAeUronSettings",
+    "SafeLatentDiffusion",
     "Sampling",
     "SettingsError",
     "Shards",
@@ -236,6 +253,7 @@ __all__ = [
     "StringFilter",
     "Trace",
     "TrainSettings",
+    "UnifiedConceptEditing",
     "UnlearnCanvasJudge",
     "UnseenRouteWarning",
     "activation_matrix",

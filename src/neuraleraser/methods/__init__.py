@@ -1,18 +1,29 @@
 """Methods: what erases a concept, one file each. Our eraser, methods of others, and the controls beside them."""
 
+from neuraleraser.methods.casteer import CASteer
 from neuraleraser.methods.concept_removal_guidance import ConceptRemovalGuidance
 from neuraleraser.methods.dynamic_negative_guidance import DynamicNegativeGuidance
+from neuraleraser.methods.erased_stable_diffusion import ErasedStableDiffusion, ESDSettings
 from neuraleraser.methods.eraser_method import EraserMethod
+from neuraleraser.methods.negative_prompt import NegativePrompt
 from neuraleraser.methods.none import DoNothing
 from neuraleraser.methods.saeuron import SAeUronAsPublished
+from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
 from neuraleraser.methods.string_filter import StringFilter, string_filters
+from neuraleraser.methods.unified_concept_editing import UnifiedConceptEditing
 
 __all__ = [
+    "CASteer",
     "ConceptRemovalGuidance",
     "DoNothing",
     "DynamicNegativeGuidance",
+    "ESDSettings",
+    "ErasedStableDiffusion",
     "EraserMethod",
+    "NegativePrompt",
     "SAeUronAsPublished",
+    "SafeLatentDiffusion",
     "StringFilter",
+    "UnifiedConceptEditing",
     "string_filters",
 ]
