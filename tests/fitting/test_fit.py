@@ -102,7 +102,7 @@ def test_a_fit_with_pictures(pipe: Any, known: Reference, tmp_path: Path) -> Non
     settings = replace(plain, num_pictures=8, guided_weight=2.0)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), reference=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
-    assert eraser.image_gate is not None and eraser.guided is not None and eraser.guided.weight == 2.0
+    assert eraser.image_gate is not None and eraser.guided is not None and eraser.guided.weight == 4.0
     assert eraser.header.routes == ("named", "paraphrased", "start image", "inpainting")
     assert len(eraser.header.image_separation) == len(eraser.image_gate.times)
     assert eraser.header.seeds == (0, 11)  # those of the images that are corrected, too
