@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.attacks import learn_embeddings as learn_embeddings
     from neuraleraser.attacks import learned_word as learned_word
     from neuraleraser.attacks import random_denoiser as random_denoiser
+    from neuraleraser.attacks import searched_tokens as searched_tokens
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
     from neuraleraser.concepts import Pair as Pair
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.errors import SiteError as SiteError
     from neuraleraser.errors import SplitError as SplitError
     from neuraleraser.errors import UnseenRouteWarning as UnseenRouteWarning
+    from neuraleraser.evaluation.comparison import compare_reports as compare_reports
     from neuraleraser.evaluation.evaluate import evaluate as evaluate
     from neuraleraser.evaluation.method import Method as Method
     from neuraleraser.evaluation.protocol import Cell as Cell
@@ -167,6 +169,7 @@ _HOME: dict[str, str] = {
     "candidate_sites": "sites",
     "canvas_concept": "concepts",
     "collect": "activations",
+    "compare_reports": "evaluation.comparison",
     "cross_attention_sites": "sites",
     "default_neighbours": "concepts",
     "default_sampling": "families.defaults",
@@ -195,6 +198,7 @@ _HOME: dict[str, str] = {
     "random_denoiser": "attacks",
     "read_prompts": "prompts",
     "record": "sites",
+    "searched_tokens": "attacks",
     "set_erasers": "eraser",
     "string_filters": "methods",
     "text_encoder_sites": "sites",
@@ -265,6 +269,7 @@ __all__ = [
     "candidate_sites",
     "canvas_concept",
     "collect",
+    "compare_reports",
     "cross_attention_sites",
     "default_neighbours",
     "default_sampling",
@@ -293,6 +298,7 @@ __all__ = [
     "random_denoiser",
     "read_prompts",
     "record",
+    "searched_tokens",
     "set_erasers",
     "string_filters",
     "text_encoder_sites",

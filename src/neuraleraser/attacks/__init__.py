@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from neuraleraser.attacks.inverted_latents import inverted_latents, random_denoiser
 from neuraleraser.attacks.learned_embeddings import WORD, learn_embeddings, learned_word
+from neuraleraser.attacks.searched_tokens import searched_tokens
 
-__all__ = ["WORD", "inverted_latents", "learn_embeddings", "learned_word", "random_denoiser"]
+__all__ = ["WORD", "inverted_latents", "learn_embeddings", "learned_word", "random_denoiser", "searched_tokens"]

@@ -79,7 +79,7 @@ def learn_embeddings(
         >>> vectors.shape
         torch.Size([2, 128])
     """
-    _check(pipe, images, prompts, count)
+    check_inversion(pipe, images, prompts, count)
     generator = torch.Generator().manual_seed(seed)
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
     start = table[torch.randint(len(table), (count,), generator=generator)].float()
@@ -95,7 +95,7 @@ def learn_embeddings(
         evidence.extend(_above_bound(gate, x, context) for gate in gates if gate.site == site)
 
     with ExitStack() as stack:
-        stack.enter_context(_frozen(pipe))
+        stack.enter_context(frozen(pipe))
         stack.enter_context(learned_word(pipe, vectors))
         stack.enter_context(applied(pipe))
         if blinding and gates:
@@ -104,15 +104,12 @@ def learn_embeddings(
             some = torch.randint(len(latents), (batch_size,), generator=generator)
             times = torch.randint(last, (batch_size,), generator=generator)
             noise = torch.randn(latents[some].shape, generator=generator)
-            x, e, t = (v.to(device) for v in (latents[some], noise, times))
-            noisy = scheduler.add_noise(x, e, t)
-            kind = scheduler.config["prediction_type"]
-            target = scheduler.get_velocity(x, e, t) if kind == "v_prediction" else x if kind == "sample" else e
+            noisy, target = denoising_target(pipe, latents[some], noise, times)
             scheduler.set_timesteps(last)  # a new schedule: a new drawing, for all that is attached
             evidence.clear()
             with torch.enable_grad():
                 text, _ = pipe.encode_prompt([prompts[i] for i in some.tolist()], device, 1, False)
-                prediction = unet(noisy.to(unet.dtype), t, encoder_hidden_states=text, return_dict=False)[0]
+                prediction = unet(noisy, times.to(device), encoder_hidden_states=text, return_dict=False)[0]
                 loss = F.mse_loss(prediction.float(), target.float())
                 if evidence:
                     loss = loss + blinding * torch.stack(evidence).mean()
@@ -127,14 +124,14 @@ def learn_embeddings(
 
 
 @contextmanager
-def learned_word(pipe: Any, vectors: Tensor) -> Iterator[None]:
+def learned_word(pipe: Any, vectors: Tensor | Sequence[Tensor]) -> Iterator[None]:
     """Context manager: prompts may hold the word "<learned>", in whose place these embeddings [count, d] stand.
 
     As with a textual inversion of diffusers, of several embeddings each is a token; but none is added to the model.
 
     Args:
         pipe: The diffusers pipeline.
-        vectors: The embeddings.
+        vectors: The embeddings; of a list, what it holds at each call.
 
     Returns:
         The context.
@@ -171,8 +168,17 @@ def learned_word(pipe: Any, vectors: Tensor) -> Iterator[None]:
             handle.remove()
 
 
+def denoising_target(pipe: Any, latents: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents [B, c, h, w] noised to timesteps [B], in the denoiser's dtype, and what it is to predict there."""
+    scheduler, unet = pipe.scheduler, denoiser(pipe)
+    x, e, t = (v.to(pipe.device) for v in (latents, noise, times))
+    kind = scheduler.config["prediction_type"]
+    target = scheduler.get_velocity(x, e, t) if kind == "v_prediction" else x if kind == "sample" else e
+    return scheduler.add_noise(x, e, t).to(unet.dtype), target
+
+
 @contextmanager
-def _frozen(pipe: Any) -> Iterator[None]:
+def frozen(pipe: Any) -> Iterator[None]:
     """Context manager: no gradients are made for the model's own weights."""
     parts = [p for module in (denoiser(pipe), pipe.text_encoder) for p in module.parameters() if p.requires_grad]
     for parameter in parts:
@@ -192,7 +198,7 @@ def _above_bound(gate: Gate, x: Tensor, context: EditContext[None]) -> Tensor:
     return torch.where(low < 1e6, (evidence / low - 1 + _MARGIN).relu() * (low / usual).clamp(max=1), 0).mean()
 
 
-def _check(pipe: Any, images: Images, prompts: Sequence[str], count: int) -> None:
+def check_inversion(pipe: Any, images: Images, prompts: Sequence[str], count: int) -> None:
     """Raise SettingsError for a pipeline of another kind, or prompts or a count that do not fit."""
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
         raise SettingsError(f"{type(pipe).__name__} has several text encoders or none: pass one of Stable Diffusion 1")

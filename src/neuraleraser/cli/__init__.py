@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # isort: off
-from neuraleraser.cli import demo, erase, generate, evaluate, doctor, calibrate  # each registers its verb,
+from neuraleraser.cli import demo, erase, generate, evaluate, compare, doctor, calibrate  # each registers its verb,
 from neuraleraser.cli import sites, profile, reference, collect, train, inspect, convert, canvas  # in the help's order
 
 # isort: on
@@ -22,6 +22,7 @@ __all__ = [
     "calibrate",
     "canvas",
     "collect",
+    "compare",
     "convert",
     "demo",
     "doctor",

@@ -1,0 +1,134 @@
+"""Two reports side by side: figures that both have, and those that differ by more than their intervals."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from neuraleraser.errors import FileError
+from neuraleraser.evaluation.intervals import Estimate
+from neuraleraser.io.reading import parse_json, read_bytes
+
+MAX_REPORT_BYTES = 64 * 2**20
+"""Bytes of a report.json, at most."""
+
+Key = tuple[str, str, str]
+"""Concept, method and figure; of a route "group strength: figure"."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure in two reports.
+
+    Examples:
+        >>> from neuraleraser.evaluation.comparison import Difference
+        >>> from neuraleraser.evaluation.intervals import Estimate
+        >>> a, b = Estimate(1.0, 40, 0.91, 1.0), Estimate(0.5, 40, 0.35, 0.65)
+        >>> Difference("Van_Gogh", "none", "ua", a, b).apart
+        True
+    """
+
+    concept: str
+    method: str
+    figure: str
+    first: Estimate
+    second: Estimate
+
+    @property
+    def apart(self) -> bool:
+        """True if the two 95 % intervals do not meet, as by chance alone they do in some 0.6 % of figures."""
+        return self.first.high < self.second.low or self.second.high < self.first.low
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two reports.
+
+    Attributes:
+        differences: Figures that both have.
+        only_first: Figures that the first alone has.
+        only_second: Figures that the second alone has.
+        settings: Settings that differ, with their values in both.
+
+    Examples:
+        >>> report.save_json("report.json")
+        >>> compare_reports("report.json", "report.json").settings
+        {}
+    """
+
+    differences: tuple[Difference, ...]
+    only_first: tuple[Key, ...]
+    only_second: tuple[Key, ...]
+    settings: Mapping[str, tuple[Any, Any]]
+
+
+def compare_reports(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
+    """Compare two report.json files.
+
+    Args:
+        first: The one file.
+        second: The other.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        FileError: A file is missing, or no report.
+
+    Examples:
+        >>> report.save_json("report.json")
+        >>> found = compare_reports("report.json", "report.json")
+        >>> any(d.apart for d in found.differences), found.only_first, found.settings
+        (False, (), {})
+    """
+    a, b = _read(first), _read(second)
+    mine, theirs = _estimates(first, a), _estimates(second, b)
+    both = tuple(Difference(*key, mine[key], theirs[key]) for key in mine if key in theirs)
+    settings = a.get("settings", {}), b.get("settings", {})
+    names = [name for name in {**settings[0], **settings[1]} if settings[0].get(name) != settings[1].get(name)]
+    return Comparison(
+        both,
+        tuple(key for key in mine if key not in theirs),
+        tuple(key for key in theirs if key not in mine),
+        {name: (settings[0].get(name), settings[1].get(name)) for name in names},
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a report's content. Raises FileError for anything else."""
+    try:
+        data = parse_json(read_bytes(path, MAX_REPORT_BYTES))
+    except ValueError as error:
+        raise FileError(f"{path} is no JSON ({error}): pass a report.json that evaluate or demo wrote") from error
+    fits = isinstance(data, dict) and isinstance(data.get("concepts"), list)
+    if not fits or not isinstance(data.get("settings", {}), dict):
+        raise FileError(f"{path} is no report: pass a report.json that evaluate or demo wrote")
+    return data
+
+
+def _estimates(path: str | os.PathLike[str], data: dict[str, Any]) -> dict[Key, Estimate]:
+    """Return every figure that has an interval, by concept, method and name."""
+    found: dict[Key, Estimate] = {}
+    try:
+        for entry in data["concepts"]:
+            where = str(entry["name"]), str(entry["method"])
+            for name in entry["ci"]:
+                found[*where, name] = _estimate(entry, name)
+            for route in entry.get("route_figures", ()):
+                group = f"{route['group']} {route['strength']:.1f}"
+                for name in route["ci"]:
+                    found[*where, f"{group}: {name}"] = _estimate(route, name)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(f"{path} is a damaged report ({error!r}): pass one that evaluate or demo wrote") from error
+    return found
+
+
+def _estimate(entry: Mapping[str, Any], name: str) -> Estimate:
+    (low, high), value, n = entry["ci"][name], entry[name], entry["ns"][name]
+    numbers = [float(x) for x in (value, low, high)]
+    if not all(map(math.isfinite, numbers)) or not isinstance(n, int):
+        raise ValueError(f"{name} is {value!r}")
+    return Estimate(numbers[0], n, numbers[1], numbers[2])
