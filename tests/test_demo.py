@@ -66,7 +66,8 @@ def test_five_concepts_from_phrases(fitted: list[str], tmp_path: Path):
     said: list[str] = []
     demo(DemoSettings(folder=tmp_path), said.append)
     assert fitted == ["Van_Gogh", "Sponge_Dabbed", "Superstring", "On_Fire", "Cats"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["contact.png", "erasers", "report.html", "report.json", "run"]
+    files = ["contact.png", "figures.csv", "report.html", "report.json", "tables.tex"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*files, "erasers", "run"])
     text = "\n".join(said)
     assert "erased" in text and "n=20" in text and str(tmp_path / "report.html") in text
     kept = Eraser.load(tmp_path / "erasers" / "Cats.safetensors")

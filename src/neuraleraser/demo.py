@@ -35,20 +35,27 @@ from neuraleraser.sampling import generate
 from neuraleraser.settings import TEST_SEEDS, DemoSettings
 
 _STARTS = "start-images.png"
+_FILES = {
+    "report.html": "pictures, features and figures",
+    "report.json": "the figures",
+    "figures.csv": "the figures, a row each",
+    "tables.tex": "the tables in LaTeX",
+    "contact.png": "before and after",
+}
 
 
 def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = print) -> Report:
     """Make an eraser for each phrase, measure them all, write the report; returns it.
 
-    Files go to `settings.folder`: erasers/, run/ (pictures and results), report.html, report.json, contact.png, and
-    start-images.png: a picture of each concept, as the model redraws it and as it does with the eraser.
+    Files go to `settings.folder`: erasers/, run/ (pictures and results), those of `write_report`, and start-images.png:
+    a picture of each concept, as the model redraws it and as it does with the eraser.
     Raises ConceptError for a phrase that names nothing on the canvas, FileError for a folder that cannot be written,
     before anything is generated.
     """
     s = settings or DemoSettings()
     started = time.monotonic()
     check_outputs(
-        {name: s.folder / name for name in ("report.html", "report.json", "contact.png", _STARTS)},
+        {name: s.folder / name for name in (*_FILES, _STARTS)},
         folders={name: s.folder / name for name in ("erasers", "run")},
     )
     pipe = open_pipeline(s.model, fast_dtype())
@@ -79,8 +86,8 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         shutil.copyfile(run / "erasers" / f"{file_name(e.name)}.safetensors", _eraser_path(s.folder, e.name))
     paths = write_report(report, s.folder)
     say("\n" + terminal_tables(report) + "\n")
-    for path, what in zip(paths, ("pictures, features and figures", "the figures", "before and after"), strict=False):
-        say(f"{path}  {what}")
+    for path in paths:
+        say(f"{path}  {_FILES[path.name]}")
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report
 

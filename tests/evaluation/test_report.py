@@ -315,8 +315,9 @@ def test_a_heatmap_shows_where():
 
 
 def test_a_report_without_pictures_has_no_sheet(tmp_path: Path):
-    assert [p.name for p in write_report(report(entry()), tmp_path)] == ["report.html", "report.json"]
-    assert [p.name for p in write_report(full(), tmp_path)] == ["report.html", "report.json", "contact.png"]
+    files = ["report.html", "report.json", "figures.csv", "tables.tex"]
+    assert [p.name for p in write_report(report(entry()), tmp_path)] == files
+    assert [p.name for p in write_report(full(), tmp_path)] == [*files, "contact.png"]
 
 
 def test_sizes_read_well():
