@@ -44,6 +44,7 @@ from neuraleraser.families.opening import open_pipeline
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.methods import EraserMethod, string_filters
 from neuraleraser.sampling import generate
+from neuraleraser.sites import PROMPT_ROUTES
 
 FIRST_SEED = 90_000
 """Of the test seeds: renders to learn from, and images."""
@@ -87,7 +88,9 @@ def main(s: Settings) -> None:
     for name in s.concepts:
         eraser = Eraser.load(s.erasers / f"{name}.safetensors")
         kind = "style" if name in V.styles else "object"
-        prompt_only = replace(eraser, header=replace(eraser.header, made_for=None), image_gate=None, guided=None)
+        prompt_only = replace(
+            eraser, header=replace(eraser.header, made_for=None, routes=PROMPT_ROUTES), image_gate=None, guided=None
+        )
         applied: dict[str, Callable[[Any], Any]] = {
             "none": nullcontext,
             "string-filter": string_filters(V, name)[0].applied,

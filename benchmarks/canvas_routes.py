@@ -64,6 +64,7 @@ from neuraleraser.methods import (
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import SAeUronSettings
+from neuraleraser.sites import PROMPT_ROUTES
 
 STRENGTHS = (0.3, 0.5, 0.7)
 FIRST_SEED = 70_000
@@ -182,7 +183,7 @@ def saeuron(s: Settings, pipe: Any, name: str) -> dict[str, Method]:
 def methods(s: Settings, pipe: Any, name: str, eraser: Eraser) -> dict[str, Method]:
     """The methods of the table, ours last."""
     kind: Any = "style" if name in V.styles else "object"
-    alone = replace(eraser.header, made_for=None)  # a fingerprint of all its sites
+    alone = replace(eraser.header, made_for=None, routes=PROMPT_ROUTES)  # made_for is of all its sites
     found: dict[str, Method] = {
         "string-filter": string_filters(V, name)[0],
         "prompt-only eraser": EraserMethod(replace(eraser, header=alone, image_gate=None, guided=None)),

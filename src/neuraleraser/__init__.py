@@ -53,6 +53,10 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.errors import SiteError as SiteError
     from neuraleraser.errors import SplitError as SplitError
     from neuraleraser.errors import UnseenRouteWarning as UnseenRouteWarning
+    from neuraleraser.evaluation.certificate import certify as certify
+    from neuraleraser.evaluation.certificate import compare_folder as compare_folder
+    from neuraleraser.evaluation.certificate import read_certificate as read_certificate
+    from neuraleraser.evaluation.certificate import redraw as redraw
     from neuraleraser.evaluation.comparison import compare_reports as compare_reports
     from neuraleraser.evaluation.evaluate import evaluate as evaluate
     from neuraleraser.evaluation.method import Method as Method
@@ -168,7 +172,9 @@ _HOME: dict[str, str] = {
     "calibrate_clip_judge": "fitting.clip_judge",
     "candidate_sites": "sites",
     "canvas_concept": "concepts",
+    "certify": "evaluation.certificate",
     "collect": "activations",
+    "compare_folder": "evaluation.certificate",
     "compare_reports": "evaluation.comparison",
     "cross_attention_sites": "sites",
     "default_neighbours": "concepts",
@@ -196,8 +202,10 @@ _HOME: dict[str, str] = {
     "model_card": "eraser",
     "open_pipeline": "families.opening",
     "random_denoiser": "attacks",
+    "read_certificate": "evaluation.certificate",
     "read_prompts": "prompts",
     "record": "sites",
+    "redraw": "evaluation.certificate",
     "searched_tokens": "attacks",
     "set_erasers": "eraser",
     "string_filters": "methods",
@@ -268,7 +276,9 @@ __all__ = [
     "calibrate_clip_judge",
     "candidate_sites",
     "canvas_concept",
+    "certify",
     "collect",
+    "compare_folder",
     "compare_reports",
     "cross_attention_sites",
     "default_neighbours",
@@ -296,8 +306,10 @@ __all__ = [
     "model_card",
     "open_pipeline",
     "random_denoiser",
+    "read_certificate",
     "read_prompts",
     "record",
+    "redraw",
     "searched_tokens",
     "set_erasers",
     "string_filters",

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 # isort: off
-from neuraleraser.cli import demo, erase, generate, evaluate, compare, doctor, calibrate  # each registers its verb,
+from neuraleraser.cli import (
+    demo,
+    erase,
+    generate,
+    evaluate,
+    compare,
+    certify,
+    doctor,
+    calibrate,
+)  # each registers its verb,
 from neuraleraser.cli import sites, profile, reference, collect, train, inspect, convert, canvas  # in the help's order
 
 # isort: on
@@ -21,6 +30,7 @@ from neuraleraser.io.names import printable
 __all__ = [
     "calibrate",
     "canvas",
+    "certify",
     "collect",
     "compare",
     "convert",

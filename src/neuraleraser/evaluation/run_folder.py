@@ -38,10 +38,13 @@ Place = tuple[str, str]
 
 
 class RunFolder:
-    """The folder of one evaluation, opened with `open_run`."""
+    """The folder of one evaluation, opened with `open_run`.
 
-    def __init__(self, folder: Path, judge: JudgeSpec) -> None:
-        self.folder, self.judge = folder, judge
+    read_only: what is damaged or gone is an error, and not removed to be drawn again.
+    """
+
+    def __init__(self, folder: Path, judge: JudgeSpec, *, read_only: bool = False) -> None:
+        self.folder, self.judge, self.read_only = folder, judge, read_only
         self._tables: dict[Place, list[Results]] = {}
 
     # --- results
@@ -87,6 +90,8 @@ class RunFolder:
         try:
             part = load_part(path, self.judge, *place)
         except FileError as error:
+            if self.read_only:
+                raise
             warnings.warn(f"{error}; its images are generated again", stacklevel=2)
             path.unlink()
             return None
@@ -100,6 +105,10 @@ class RunFolder:
         )
         if there.all():
             return part
+        if self.read_only:
+            raise FileError(
+                f"{self.folder} lacks {int((~there).sum())} pictures that {path.name} tells of: look for them"
+            )
         part = part.where(there)  # someone removed pictures
         path.unlink()
         if len(part):
