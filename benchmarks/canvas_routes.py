@@ -83,6 +83,7 @@ class Settings:
     prompts: tuple[str, ...] = ("empty", "neutral", "naming")
     """Prompts of start images: empty, neutral, naming; of inpainting the first two."""
     strengths: tuple[float, ...] = STRENGTHS
+    routes: tuple[str, ...] = ("start image", "inpainting", "inverted latents", "named", "control", "other")
     rivals: bool = False
     """Measure CRG, DNG and SAeUron, too."""
     saeuron: Path = Path("runs/saeuron")
@@ -164,7 +165,7 @@ def drawings(s: Settings, name: str) -> list[Drawing]:
     prompts = [V.fresh_prompt((rng.choice(others[1]),), rng.choice(others[0])) for _ in range(s.others)]
     more = range(FIRST_SEED + 1000, FIRST_SEED + 1000 + s.others)
     found.append(Drawing("other", "neutral", None, prompts, prompts, more, None, asks=False))
-    return found
+    return [d for d in found if d.route in s.routes]
 
 
 def saeuron(s: Settings, pipe: Any, name: str) -> dict[str, Method]:

@@ -160,6 +160,25 @@ def test_keys_and_files_that_are_none(run: Path, tmp_path: Path, keys: tuple[Pat
         certify(run, path)
 
 
+def test_a_content_of_another_form_is_refused(run: Path, tmp_path: Path):
+    """Whoever has no key can still state a good hash."""
+    path = tmp_path / "c.json"
+    for part, value in (
+        ("rows", None), ("rows", [[1, 2]]), ("rows", [["a", "", "g", "1", "p", "0"]]), ("figures", [{}]), ("run", []),
+        ("figures", [{"concept": "a", "method": "b", "figure": "c", "value": "x", "low": 0, "high": 0}]), ("made", 3),
+        ("versions", 3),
+    ):  # fmt: skip
+        certify(run, path)
+        alter(path, lambda content, part=part, value=value: content.update({part: value}), hash_too=True)
+        with pytest.raises(FileError, match="lacks what a certificate holds"):
+            read_certificate(path)
+    for part, value in (("judge", {}), ("methods", []), ("judge", {"styles": 3})):
+        certify(run, path)
+        alter(path, lambda content, part=part, value=value: content["run"].update({part: value}), hash_too=True)
+        with pytest.raises(FileError, match="the record of the run is damaged"):
+            compare_folder(read_certificate(path), run)
+
+
 def test_rows_are_drawn_again(run: Path, pipe: Any, methods: list[Method], tmp_path: Path):
     certify(run, tmp_path / "c.json")
     content = read_certificate(tmp_path / "c.json")

@@ -85,11 +85,9 @@ def certify(
     """
     folder = Path(folder)
     record, report = (_json_of(folder / name) for name in ("run.json", "report.json"))
-    try:
-        spec, places = _judge_of(record), _places(record)
-        versions = dict(report["versions"])
-    except (KeyError, TypeError, ValueError, DataError) as error:
-        raise FileError(f"{folder} holds a damaged evaluation ({error!r}): evaluate again") from error
+    spec, places, versions = _judge_of(record), _places(record), report.get("versions")
+    if not isinstance(versions, dict):
+        raise FileError(f"{folder}/report.json has no versions: evaluate again")
     run = RunFolder(folder, spec, read_only=True)
     tables = {place: run.results(*place) for place in places}
     if lacking := [place for place, table in tables.items() if not len(table)]:
@@ -135,6 +133,8 @@ def read_certificate(path: str | os.PathLike[str], public_key: str | os.PathLike
     content = whole.get("content")
     if not isinstance(content, dict) or content.get("certificate") != FORMAT:
         raise FileError(f"{path} is no certificate of format {FORMAT}: pass one that `certify` wrote")
+    if not _is_whole(content):
+        raise FileError(f"{path} lacks what a certificate holds, or holds it in another form: ask for it anew")
     data = _canonical(content)
     if whole.get("sha256") != hashlib.sha256(data).hexdigest():
         raise FileError(f"{path} was altered: its content does not have the hash that it states; ask for it anew")
@@ -279,6 +279,25 @@ def _figure_key(figure: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(figure["concept"]), str(figure["method"]), str(figure["figure"])
 
 
+def _is_whole(content: Mapping[str, Any]) -> bool:
+    """Return True if everything is there that a certificate holds, in the form that it has there."""
+    rows, figures, run = content.get("rows"), content.get("figures"), content.get("run")
+    if not (isinstance(rows, list) and isinstance(figures, list) and isinstance(run, dict)):
+        return False
+    if not isinstance(content.get("made"), str) or not isinstance(content.get("versions"), dict):
+        return False
+    kinds = (str, str, str, int, str, str)
+    if not all(isinstance(r, list) and len(r) == 6 and all(map(isinstance, r, kinds)) for r in rows):
+        return False
+    named, numbers = ("concept", "method", "figure"), ("value", "low", "high")
+    return all(
+        isinstance(f, dict)
+        and all(isinstance(f.get(name), str) for name in named)
+        and all(isinstance(f.get(name), int | float) for name in numbers)
+        for f in figures
+    )
+
+
 def _rows(run: RunFolder, place: tuple[str, str], table: Results) -> Iterator[list[Any]]:
     """Return a row for each image of a method and concept that was drawn."""
     drawn = table.compared | (table.method == BASE)
@@ -296,14 +315,22 @@ def _row_text(row: Sequence[Any]) -> str:
 
 
 def _places(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return every method and concept of a run, the base first."""
-    return [(BASE, ""), *((m, concept) for m, concepts in record["methods"].items() for concept in concepts)]
+    """Return every method and concept of a run, the base first. Raises FileError for another record."""
+    try:
+        places = [(m, concept) for m, concepts in record["methods"].items() for concept in concepts.keys()]
+    except (KeyError, AttributeError) as error:
+        raise FileError(f"the record of the run is damaged ({error!r}): evaluate again") from error
+    return [(BASE, ""), *places]
 
 
 def _judge_of(record: Mapping[str, Any]) -> JudgeSpec:
-    judge = record["judge"]
-    limit = judge["artefact_threshold"]
-    return JudgeSpec(tuple(judge["styles"]), tuple(judge["objects"]), dict(judge["thresholds"]), limit)
+    """Return the judge of a run. Raises FileError for another record."""
+    try:
+        judge = record["judge"]
+        limit = judge["artefact_threshold"]
+        return JudgeSpec(tuple(judge["styles"]), tuple(judge["objects"]), dict(judge["thresholds"]), limit)
+    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        raise FileError(f"the record of the run is damaged ({error!r}): evaluate again") from error
 
 
 def _settings_of(record: Mapping[str, Any]) -> EvaluateSettings:
@@ -311,8 +338,8 @@ def _settings_of(record: Mapping[str, Any]) -> EvaluateSettings:
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["settings"].items()}
         given["sampling"] = Sampling(**given["sampling"])
         return EvaluateSettings(**given)
-    except (TypeError, KeyError) as error:
-        raise FileError(f"the certificate has settings of another version ({error}): make it anew") from error
+    except (TypeError, KeyError, AttributeError, SettingsError) as error:
+        raise FileError(f"the certificate has settings of another version ({error!r}): make it anew") from error
 
 
 def _json_of(path: Path, most: int = 64 * 2**20) -> dict[str, Any]:
