@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.attacks import learned_word as learned_word
     from neuraleraser.attacks import random_denoiser as random_denoiser
     from neuraleraser.attacks import searched_tokens as searched_tokens
+    from neuraleraser.auditing import audit as audit
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
     from neuraleraser.concepts import Pair as Pair
@@ -168,6 +169,7 @@ _HOME: dict[str, str] = {
     "activation_stream": "activations",
     "add_context_pairs": "concepts",
     "attach": "eraser",
+    "audit": "auditing",
     "calibrate": "fitting",
     "calibrate_clip_judge": "fitting.clip_judge",
     "candidate_sites": "sites",
@@ -272,6 +274,7 @@ __all__ = [
     "activation_stream",
     "add_context_pairs",
     "attach",
+    "audit",
     "calibrate",
     "calibrate_clip_judge",
     "candidate_sites",

@@ -10,17 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 # isort: off
-from neuraleraser.cli import (
-    demo,
-    erase,
-    generate,
-    evaluate,
-    compare,
-    certify,
-    doctor,
-    calibrate,
-)  # each registers its verb,
-from neuraleraser.cli import sites, profile, reference, collect, train, inspect, convert, canvas  # in the help's order
+from neuraleraser.cli import demo, erase, generate, evaluate, audit, compare, certify  # each registers its verb,
+from neuraleraser.cli import doctor, calibrate, sites, profile, reference  # in the help's order
+from neuraleraser.cli import collect, train, inspect, convert, canvas
 
 # isort: on
 from neuraleraser.cli.verbs import app
@@ -28,6 +20,7 @@ from neuraleraser.errors import NeuralEraserError
 from neuraleraser.io.names import printable
 
 __all__ = [
+    "audit",
     "calibrate",
     "canvas",
     "certify",

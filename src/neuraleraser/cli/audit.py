@@ -1,0 +1,45 @@
+"""`neuraleraser audit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
+from neuraleraser.io.outputs import check_outputs
+
+
+@verb(app, "audit")
+def audit(
+    eraser: Positional[str],
+    /,
+    model: str = "canvas",
+    out: Path = Path("audit"),
+    quick: bool = False,
+    key: Path | None = None,
+    machine: Machine = AUTOMATIC,
+) -> None:
+    """Measure one eraser on all prompts, routes and attacks; write a report and a certificate.
+
+    Args:
+        eraser: The eraser: a file, a folder or a Hub id.
+        model: The pipeline: canvas, or a folder with another canvas.
+        out: Folder for images, results, report and certificate; run again with it to go on.
+        quick: Some 600 images instead of 2,000.
+        key: Private Ed25519 key in PEM to sign the certificate with (openssl genpkey -algorithm ed25519 -out key.pem).
+    """
+    from neuraleraser.auditing import FULL, QUICK
+    from neuraleraser.auditing import audit as run
+    from neuraleraser.eraser import Eraser
+    from neuraleraser.evaluation.terminal import terminal_tables
+
+    check_outputs({}, {"the eraser": eraser, "--model": model, "--key": key}, folders={"--out": out})
+    loaded = Eraser.from_pretrained(eraser)
+    report = run(machine.open_pipeline(model), loaded, out, QUICK if quick else FULL, key=key)
+    print("\n" + terminal_tables(report) + "\n")
+    print(f"{out / 'report.html'}  pictures, gates and figures\n{out / 'certificate.json'}  {_about(key)}")
+
+
+def _about(key: Path | None) -> str:
+    return "its figures and a hash of every image, " + ("not signed" if key is None else f"signed with {key}")
