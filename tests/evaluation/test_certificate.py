@@ -163,20 +163,54 @@ def test_keys_and_files_that_are_none(run: Path, tmp_path: Path, keys: tuple[Pat
 def test_a_content_of_another_form_is_refused(run: Path, tmp_path: Path):
     """Whoever has no key can still state a good hash."""
     path = tmp_path / "c.json"
+    figure = {"concept": "a", "method": "b", "figure": "c", "value": 1, "low": 0, "high": 1, "n": 3}
+    row = ["a", "", "g", 1, "p", "0"]
     for part, value in (
-        ("rows", None), ("rows", [[1, 2]]), ("rows", [["a", "", "g", "1", "p", "0"]]), ("figures", [{}]), ("run", []),
-        ("figures", [{"concept": "a", "method": "b", "figure": "c", "value": "x", "low": 0, "high": 0}]), ("made", 3),
-        ("versions", 3),
+        ("rows", None), ("rows", [[1, 2]]), ("rows", [["a", "", "g", "x", "p", "0"]]), ("rows", [row, row]),
+        ("rows", [[*row[:5], 3]]), ("figures", [{}]), ("figures", [figure, figure]), ("run", []), ("made", 3),
+        *(("figures", [figure | {"high": high}]) for high in ("x", -1, True, 10**400)),
+        ("figures", [figure | {"low": -9}]), ("made", "2026\x1b[2Kc.json: signed"), ("versions", 3), ("more", 1),
+        ("run", {"model": "m", "methods": {"a": "x"}}), ("run", {"model": "m", "methods": {"a" * 5000: {}}}),
     ):  # fmt: skip
         certify(run, path)
         alter(path, lambda content, part=part, value=value: content.update({part: value}), hash_too=True)
         with pytest.raises(FileError, match="lacks what a certificate holds"):
             read_certificate(path)
-    for part, value in (("judge", {}), ("methods", []), ("judge", {"styles": 3})):
+    certify(run, path)
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"verdict": "passed"}))
+    with pytest.raises(FileError, match="no certificate of format 1"):
+        read_certificate(path)
+    path.write_text(json.dumps(whole).replace('"made": "2', '"made": "\\ud8002'))
+    with pytest.raises(FileError, match=r"text that is no Unicode|lacks what"):
+        read_certificate(path)
+
+
+def test_one_that_is_made_up_is_found_by_the_run(run: Path, tmp_path: Path):
+    """Without a signature all of it can be forged, with a good hash."""
+    path = tmp_path / "c.json"
+    forgeries: dict[str, Callable[[dict[str, Any]], None]] = {
+        "nothing in it": lambda c: c.update(rows=[], figures=[]),
+        "another model": lambda c: c["run"].update(model="x"),
+        "other settings": lambda c: c["run"]["settings"].update(grid_rounds=9),
+        "another eraser": lambda c: c["run"]["methods"]["neuraleraser"].update(Cats="0"),
+        "other versions": lambda c: c["versions"].update(torch="0"),
+        "a figure left out": lambda c: c["figures"].pop(),
+        "a row left out": lambda c: c["rows"].pop(),
+        "a row too many": lambda c: c["rows"].append(["none", "Cats", "grid", 1, "p", "0"]),
+    }
+    for what, forge in forgeries.items():
         certify(run, path)
-        alter(path, lambda content, part=part, value=value: content["run"].update({part: value}), hash_too=True)
-        with pytest.raises(FileError, match="the record of the run is damaged"):
-            compare_folder(read_certificate(path), run)
+        alter(path, forge, hash_too=True)
+        assert compare_folder(read_certificate(path), run), what
+
+
+def test_an_evaluation_that_has_not_ended_has_none(run: Path, tmp_path: Path):
+    parts = sorted((run / "results").rglob("method=neuraleraser/**/*.parquet"))
+    parts[-1].unlink()
+    with pytest.raises(FileError, match=r"has no rows of neuraleraser|other figures than its rows"):
+        certify(run, tmp_path / "c.json")
+    assert not (tmp_path / "c.json").exists()
 
 
 def test_rows_are_drawn_again(run: Path, pipe: Any, methods: list[Method], tmp_path: Path):
@@ -218,7 +252,7 @@ def test_the_verbs(run: Path, tmp_path: Path, keys: tuple[Path, Path], capsys: p
     assert main(["certify", str(run), "--out", str(path), "--key", str(key)]) == 0
     assert f"signed with {key}" in capsys.readouterr().out
     assert main(["verify", str(path), "--public-key", str(public), "--run", str(run)]) == 0
-    assert "every image and figure is as it says" in capsys.readouterr().out
+    assert "every image, figure and setting is as it says" in capsys.readouterr().out
     picture = next((run / "images" / "neuraleraser").rglob("*.png"))
     with Image.open(picture) as image:
         size = image.size
@@ -233,8 +267,9 @@ def test_the_verbs(run: Path, tmp_path: Path, keys: tuple[Path, Path], capsys: p
     assert "was altered" in refused(["verify", str(path)], capsys)
     assert "no certificate" in refused(["verify", str(run / "run.json")], capsys)
     assert "run.json" in refused(["certify", str(tmp_path), "--out", str(path)], capsys)
-    own = str(run / "run.json")
-    assert "would replace what the evaluation reads" in refused(["certify", str(run), "--out", own], capsys)
+    for name in ("run.json", "report.json", "images/x.png"):
+        (run / "images/x.png").touch()
+        assert "would replace what the evaluation's" in refused(["certify", str(run), "--out", f"{run}/{name}"], capsys)
 
 
 def test_settings_survive_the_record(run: Path, tmp_path: Path):

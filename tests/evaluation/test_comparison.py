@@ -85,6 +85,18 @@ def test_the_verb(both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
         ('{"concepts": [{"name": "a", "method": "b", "ci": {"ua": [0]}, "ns": {}, "ua": 1}]}', "is a damaged report"),
         ('{"concepts": [{"name": "a", "method": "b", "ci": [], "route_figures": 3}]}', "is a damaged report"),
         ('{"concepts": ["a"]}', "is a damaged report"),
+        *(
+            (
+                f'{{"concepts": [{{"name": "a", "method": "b", "ci": {{"x": {ci}}}, "ns": {{"x": 1}}, "x": {x}}}]}}',
+                error,
+            )
+            for ci, x, error in (
+                ("[0, 1]", "1" + "0" * 400, "is a damaged report"),
+                ("[5, -5]", "1", "is a damaged report"),
+                ("[0, 1]", "true", "is a damaged report"),
+            )
+        ),
+        (json.dumps({"concepts": [entry(ua=(1, 1, 1)), entry(ua=(0, 0, 0))]}), "stands there twice"),
     ],
 )
 def test_what_is_no_report_is_refused(

@@ -63,3 +63,17 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(picture_files, "MAX_PIXELS", 100)
     with pytest.raises(FileError, match="64 x 64 pixels: pass a smaller picture"):
         read_picture(tmp_path / "a.png", 64, 8)
+
+
+def test_what_is_transparent_is_black_whatever_colour_it_hides(tmp_path: Path):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", 64, 8).max() == 0
+    palette = Image.new("P", (64, 64), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "b.png", transparency=b"\xff\x00")  # as pngquant writes it
+    assert read_picture(tmp_path / "b.png", 64, 8).max() == 0
+
+
+def test_sixteen_bits_of_grey_are_scaled(tmp_path: Path):
+    Image.fromarray(np.full((64, 64), 20_000, np.uint16)).save(tmp_path / "a.png")
+    assert (read_picture(tmp_path / "a.png", 64, 8) == 20_000 // 257).all()

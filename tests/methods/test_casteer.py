@@ -82,7 +82,8 @@ def test_it_is_what_hooks_do_by_hand():
 def test_a_reflection_keeps_the_length_and_its_strength_counts():
     pipe = pipelines.stable_diffusion()
     method = CASteer.measure(pipe, "x", "style", PAIRS, [0, 1, 2], S)
-    assert method.key != replace(method, strength=1.0).key
+    others = (replace(method, strength=2.0000001), replace(method, times=method.times + 1))
+    assert len({method.key, *(other.key for other in others)}) == 3
     assert method.made_with.seeds == ((0, 2),) and method.made_with.prompts[:2] == ("x a", "a")
     base = generate(pipe, ["x a"], [5], S)
     with replace(method, strength=0).applied(pipe):

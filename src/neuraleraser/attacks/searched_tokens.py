@@ -6,7 +6,9 @@ a step of Adam (rate 0.01, weight decay 0.1), after which the rows are projected
 denoiser's own, through the method, on one picture of the concept. 50 timesteps, 10 to 990, take turns, 40 steps each;
 after each the likeliest tokens are tried, and the first that succeed end it.
 
-Ours: the pictures and prompts may be several; the projection is exact (Duchi et al. 2008), theirs by bisection.
+Ours: the pictures and prompts may be several; the matrix begins at random, theirs even unless asked otherwise; special
+tokens are never taken; the prompt alone is not tried first; the projection is exact (Duchi et al. 2008), theirs by
+bisection.
 """
 
 from __future__ import annotations

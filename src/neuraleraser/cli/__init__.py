@@ -99,6 +99,7 @@ def _of_the_machine(error: Exception) -> str:
 _GO_ON = {
     "demo": "Run `neuraleraser demo --resume` (with the same options) to go on.",
     "evaluate": "Run the same command again to go on.",
+    "audit": "Run the same command again to go on.",
     "collect": "Run the same command again to go on.",
     "train": "Run the same command again to go on.",
     "canvas_train": "Run the same command again to go on.",

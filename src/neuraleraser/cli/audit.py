@@ -34,7 +34,10 @@ def audit(
     from neuraleraser.eraser import Eraser
     from neuraleraser.evaluation.terminal import terminal_tables
 
-    check_outputs({}, {"the eraser": eraser, "--model": model, "--key": key}, folders={"--out": out})
+    read = {"the eraser": eraser, "--model": model, "--key": key}
+    files = ("report.html", "report.json", "figures.csv", "tables.tex", "contact.png", "certificate.json")
+    check_outputs({}, folders={"--out": out})
+    check_outputs({f"{name} in --out": out / name for name in files}, read)
     loaded = Eraser.from_pretrained(eraser)
     report = run(machine.open_pipeline(model), loaded, out, QUICK if quick else FULL, key=key)
     print("\n" + terminal_tables(report) + "\n")

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from neuraleraser.cli.verbs import AUTOMATIC, Machine, app, verb
 from neuraleraser.errors import SettingsError
+from neuraleraser.io.names import printable
 from neuraleraser.io.outputs import check_outputs
 
 _SHOWN = 10
@@ -25,7 +26,8 @@ def certify(folder: Positional[Path], /, out: Path = Path("certificate.json"), k
     from neuraleraser.evaluation.certificate import certify as write
     from neuraleraser.evaluation.certificate import read_certificate
 
-    check_outputs({"--out": out}, {"--key": key, "the evaluation": folder / "run.json"})
+    parts = ("run.json", "report.json", "results", "images")
+    check_outputs({"--out": out}, {"--key": key} | {f"the evaluation's {name}": folder / name for name in parts})
     write(folder, out, key)
     content = read_certificate(out)
     signed = "not signed" if key is None else f"signed with {key}"
@@ -42,6 +44,7 @@ def verify(
     model: str = "canvas",
     share: float = 0.05,
     out: Path = Path("runs/verify"),
+    other_machine: bool = False,
     machine: Machine = AUTOMATIC,
 ) -> int:
     """Check a certificate: its hash and signature; with --run every image and figure of the evaluation's folder; with
@@ -55,6 +58,7 @@ def verify(
         model: The pipeline: canvas, or a folder with another canvas.
         share: Share of the images that are drawn again.
         out: An empty folder for them.
+        other_machine: Bits may differ, as this machine, its threads or its packages are others: figures alone count.
     """
     from neuraleraser.assessment import controls
     from neuraleraser.eraser import Eraser
@@ -65,12 +69,12 @@ def verify(
 
     content = read_certificate(certificate, public_key)
     whose = "of a good hash" if public_key is None else f"signed by {public_key}"
-    print(f"{certificate}: {whose}, made {content['made']}, {len(content['rows'])} images")
+    print(f"{certificate}: {whose}, made {printable(content['made'])}, {len(content['rows'])} images")
     wrong = 0
     if run is not None:
         differ = compare_folder(content, run)
         wrong += len(differ)
-        print(f"{run}: {_listed(differ) or 'every image and figure is as it says'}")
+        print(f"{run}: {_listed(differ) or 'every image, figure and setting is as it says'}")
     if erasers:
         if out.exists() and any(out.iterdir()):
             raise SettingsError(f"--out {out} holds files: pass an empty folder, so that all images are drawn anew")
@@ -80,12 +84,13 @@ def verify(
         own = [EraserMethod(e) for e in loaded]
         methods = [m for o in own for m in (o, *controls(o, family_of(pipe).vocabulary))]
         found = redraw(content, pipe, methods, out, share=share)
-        alike = versions(pipe) == content["versions"]
-        wrong += len(found.outside) + (len(found.different) if alike else 0)
+        wrong += len(found.outside) + (0 if other_machine else len(found.different))
         print(f"{found.drawn - len(found.different)} of {found.drawn} images that were drawn again have the same bits")
         if found.different:
-            kind = "the same versions and kind of machine" if alike else "other versions or another kind of machine"
-            print(f"with {kind}: {_listed(found.different)}")
+            print(_listed(found.different))
+            there, here = content["versions"], versions(pipe)
+            for name in [name for name in here if here[name] != there.get(name)]:
+                print(f"  {name}: {here[name]} here, {printable(there.get(name))} there")
         print(_listed(found.outside) or "no figure of these images is outside the certificate's interval")
     return 1 if wrong else 0
 
@@ -93,4 +98,5 @@ def verify(
 def _listed(lines: tuple[str, ...] | list[str]) -> str:
     """Return some lines as text; "" if there are none."""
     more = f"\n  ... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return f"{len(lines)} differ:" + "".join(f"\n  {line}" for line in lines[:_SHOWN]) + more if lines else ""
+    shown = "".join(f"\n  {printable(line, 400)}" for line in lines[:_SHOWN])
+    return f"{len(lines)} differ:{shown}{more}" if lines else ""

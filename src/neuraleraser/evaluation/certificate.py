@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.evaluation.comparison import estimates_of
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.evaluate import default_judge, default_protocol
 from neuraleraser.evaluation.intervals import Estimate
@@ -32,12 +34,15 @@ from neuraleraser.evaluation.results import BASE, Results, concat
 from neuraleraser.evaluation.run_folder import RunFolder, open_run
 from neuraleraser.families import family_of
 from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.names import printable
 from neuraleraser.io.reading import parse_json, read_bytes
 from neuraleraser.io.signatures import is_signature, read_public_key, sign
 from neuraleraser.judges import Judge, JudgeSpec
 from neuraleraser.settings import EvaluateSettings, Sampling
 
 FORMAT = 1
+_LONGEST = 300
+"""Characters of a name, at most."""
 MAX_CERTIFICATE_BYTES = 256 * 2**20
 """Bytes of a certificate, at most."""
 
@@ -83,23 +88,8 @@ def certify(
         >>> read_certificate("certificate.json")["certificate"]
         1
     """
-    folder = Path(folder)
-    record, report = (_json_of(folder / name) for name in ("run.json", "report.json"))
-    spec, places, versions = _judge_of(record), _places(record), report.get("versions")
-    if not isinstance(versions, dict):
-        raise FileError(f"{folder}/report.json has no versions: evaluate again")
-    run = RunFolder(folder, spec, read_only=True)
-    tables = {place: run.results(*place) for place in places}
-    if lacking := [place for place, table in tables.items() if not len(table)]:
-        raise FileError(f"{folder} has no rows of {', '.join(lacking[0]).rstrip(', ')}: let the evaluation end first")
-    content = {
-        "certificate": FORMAT,
-        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "run": record,
-        "versions": versions,
-        "figures": _figures(measure(concat(list(tables.values())))),
-        "rows": [row for place, table in tables.items() for row in _rows(run, place, table)],
-    }
+    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = {"certificate": FORMAT, "made": made, **_content(Path(folder))}
     data = _canonical(content)
     signature, public = (None, None) if key is None else sign(data, key)
     digest = hashlib.sha256(data).hexdigest()
@@ -131,7 +121,8 @@ def read_certificate(path: str | os.PathLike[str], public_key: str | os.PathLike
     """
     whole = _json_of(Path(path), MAX_CERTIFICATE_BYTES)
     content = whole.get("content")
-    if not isinstance(content, dict) or content.get("certificate") != FORMAT:
+    known = whole.keys() == {"content", "sha256", "signature", "public_key"}
+    if not known or not isinstance(content, dict) or content.get("certificate") != FORMAT:
         raise FileError(f"{path} is no certificate of format {FORMAT}: pass one that `certify` wrote")
     if not _is_whole(content):
         raise FileError(f"{path} lacks what a certificate holds, or holds it in another form: ask for it anew")
@@ -152,7 +143,8 @@ def read_certificate(path: str | os.PathLike[str], public_key: str | os.PathLike
 
 
 def compare_folder(content: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[str]:
-    """Return what differs between a certificate and the evaluation's folder: images with other bits, and figures.
+    """Return what differs between a certificate and the evaluation's folder: what was run, images, and figures, those
+    too that only one of the two has.
 
     Args:
         content: A certificate's content.
@@ -171,15 +163,12 @@ def compare_folder(content: Mapping[str, Any], folder: str | os.PathLike[str]) -
         >>> compare_folder(read_certificate("certificate.json"), "run")
         []
     """
-    run = RunFolder(Path(folder), _judge_of(content["run"]), read_only=True)
-    tables = {place: run.results(*place) for place in _places(content["run"])}
-    found = {tuple(row[:5]): row[5] for place, table in tables.items() for row in _rows(run, place, table)}
-    stated = {tuple(row[:5]): row[5] for row in content["rows"]}
-    differ = [_row_text(row) for row, digest in stated.items() if found.get(row) != digest]
-    figures = {_figure_key(f): f for f in _figures(measure(concat(list(tables.values()))))}
-    for figure in content["figures"]:
-        if figures.get(_figure_key(figure)) != figure:
-            differ.append(f"figure {', '.join(_figure_key(figure))}: {figure['value']}")
+    here = _content(Path(folder))
+    differ = [f"{part} of the run" for part in ("run", "versions") if content[part] != here[part]]
+    rows, own = ({tuple(row[:5]): row[5] for row in part["rows"]} for part in (content, here))
+    differ += [_row_text(row) for row in {**rows, **own} if rows.get(row) != own.get(row)]
+    figures, found = ({_figure_key(f): f for f in part["figures"]} for part in (content, here))
+    differ += [f"figure {', '.join(key)}" for key in {**figures, **found} if figures.get(key) != found.get(key)]
     return differ
 
 
@@ -251,12 +240,35 @@ def redraw(
     return Redrawn(len(drawn), different, _outside(content["figures"], measure(results)))
 
 
+def _content(folder: Path) -> dict[str, Any]:
+    """Return what the certificate of a finished evaluation holds. Raises FileError for another folder."""
+    record, report = (_json_of(folder / name) for name in ("run.json", "report.json"))
+    versions, run = report.get("versions"), RunFolder(folder, _judge_of(record), read_only=True)
+    tables = {place: run.results(*place) for place in _places(record)}
+    if lacking := [place for place, table in tables.items() if not len(table)]:
+        raise FileError(f"{folder} has no rows of {', '.join(lacking[0]).rstrip(', ')}: let the evaluation end first")
+    figures = _figures(measure(concat(list(tables.values()))))
+    stated = estimates_of(folder / "report.json", report)
+    found = {_figure_key(f): (f["n"], f["value"]) for f in figures}
+    if not isinstance(versions, dict) or found != {key: (m.n, round(m.value, 6)) for key, m in stated.items()}:
+        raise FileError(
+            f"{folder}/report.json has other figures than its rows: let the evaluation end, or run it again"
+        )
+    rows = [row for place, table in tables.items() for row in _rows(run, place, table)]
+    return {"run": record, "versions": versions, "figures": figures, "rows": rows}
+
+
 def _outside(stated: Sequence[Mapping[str, Any]], found: Figures) -> tuple[str, ...]:
-    """Return figures whose intervals do not meet, in words. Shares of images are compared, not ratios to the base."""
-    here = {_figure_key(f): f for f in _figures(found)}
-    pairs = [(f, here[_figure_key(f)]) for f in stated if _figure_key(f) in here]
-    apart = [(a, b) for a, b in pairs if a["high"] < b["low"] or b["high"] < a["low"]]
-    return tuple(f"{', '.join(_figure_key(a))}: {a['value']:.2f}, here {b['value']:.2f}" for a, b in apart)
+    """Return figures whose intervals do not meet, or that the certificate does not have, in words."""
+    known = {_figure_key(f): f for f in stated}
+    differ = []
+    for b in _figures(found):
+        a, name = known.get(_figure_key(b)), ", ".join(_figure_key(b))
+        if a is None:
+            differ.append(f"{name}: not in the certificate, here {b['value']:.2f}")
+        elif a["high"] < b["low"] or b["high"] < a["low"]:
+            differ.append(f"{name}: {a['value']:.2f}, here {b['value']:.2f}")
+    return tuple(differ)
 
 
 def _figures(figures: Figures) -> list[dict[str, Any]]:
@@ -280,22 +292,28 @@ def _figure_key(figure: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _is_whole(content: Mapping[str, Any]) -> bool:
-    """Return True if everything is there that a certificate holds, in the form that it has there."""
-    rows, figures, run = content.get("rows"), content.get("figures"), content.get("run")
-    if not (isinstance(rows, list) and isinstance(figures, list) and isinstance(run, dict)):
+    """Return True if everything is there that a certificate holds, once, in the form that it has there."""
+    if content.keys() != {"certificate", "made", "run", "versions", "figures", "rows"}:
         return False
-    if not isinstance(content.get("made"), str) or not isinstance(content.get("versions"), dict):
+    try:
+        datetime.datetime.fromisoformat(content["made"])
+        run, rows, figures = content["run"], content["rows"], content["figures"]
+        names = [str(run["model"]), *run["methods"], *(name for place in _places(run) for name in place)]
+        keys = [value for concepts in run["methods"].values() for value in concepts.values()]
+        places = [(*map(str, row[:3]), int(row[3]), str(row[4])) for row in rows]
+        stated = [_figure_key(f) for f in figures]
+        fits = all(len(name) <= _LONGEST and name.isprintable() for name in names) and all(
+            isinstance(key, str) for key in (*keys, *(row[5] for row in rows))
+        )
+        once = len(set(places)) == len(rows) and len(set(stated)) == len(figures)
+        return fits and once and isinstance(content["versions"], dict) and all(map(_is_figure, figures))
+    except (FileError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError):
         return False
-    kinds = (str, str, str, int, str, str)
-    if not all(isinstance(r, list) and len(r) == 6 and all(map(isinstance, r, kinds)) for r in rows):
-        return False
-    named, numbers = ("concept", "method", "figure"), ("value", "low", "high")
-    return all(
-        isinstance(f, dict)
-        and all(isinstance(f.get(name), str) for name in named)
-        and all(isinstance(f.get(name), int | float) for name in numbers)
-        for f in figures
-    )
+
+
+def _is_figure(figure: Mapping[str, Any]) -> bool:
+    numbers = [figure[name] for name in ("low", "high", "value", "n")]
+    return all(type(x) in (int, float) and math.isfinite(x) for x in numbers) and 0 <= numbers[0] <= numbers[1]
 
 
 def _rows(run: RunFolder, place: tuple[str, str], table: Results) -> Iterator[list[Any]]:
@@ -311,13 +329,13 @@ def _rows(run: RunFolder, place: tuple[str, str], table: Results) -> Iterator[li
 
 def _row_text(row: Sequence[Any]) -> str:
     method, concept, group, seed, prompt = row
-    return f"{method}{f' of {concept}' if concept else ''}, {group}, {prompt!r}, seed {seed}"
+    return printable(f"{method}{f' of {concept}' if concept else ''}, {group}, {prompt!r}, seed {seed}", 300)
 
 
 def _places(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return every method and concept of a run, the base first. Raises FileError for another record."""
     try:
-        places = [(m, concept) for m, concepts in record["methods"].items() for concept in concepts.keys()]
+        places = [(str(m), str(concept)) for m, concepts in record["methods"].items() for concept in concepts.keys()]
     except (KeyError, AttributeError) as error:
         raise FileError(f"the record of the run is damaged ({error!r}): evaluate again") from error
     return [(BASE, ""), *places]
@@ -353,4 +371,8 @@ def _json_of(path: Path, most: int = 64 * 2**20) -> dict[str, Any]:
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """Return the one written form. Raises FileError for text that is no Unicode."""
+    try:
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"the certificate has text that is no Unicode ({error.reason}): ask for it anew") from error

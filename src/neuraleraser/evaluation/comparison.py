@@ -10,6 +10,7 @@ from typing import Any
 
 from neuraleraser.errors import FileError
 from neuraleraser.evaluation.intervals import Estimate
+from neuraleraser.io.names import printable
 from neuraleraser.io.reading import parse_json, read_bytes
 
 MAX_REPORT_BYTES = 64 * 2**20
@@ -85,7 +86,7 @@ def compare_reports(first: str | os.PathLike[str], second: str | os.PathLike[str
         (False, (), {})
     """
     a, b = _read(first), _read(second)
-    mine, theirs = _estimates(first, a), _estimates(second, b)
+    mine, theirs = estimates_of(first, a), estimates_of(second, b)
     both = tuple(Difference(*key, mine[key], theirs[key]) for key in mine if key in theirs)
     settings = a.get("settings", {}), b.get("settings", {})
     names = [name for name in {**settings[0], **settings[1]} if settings[0].get(name) != settings[1].get(name)]
@@ -109,26 +110,39 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
-def _estimates(path: str | os.PathLike[str], data: dict[str, Any]) -> dict[Key, Estimate]:
-    """Return every figure that has an interval, by concept, method and name."""
+def estimates_of(path: str | os.PathLike[str], data: dict[str, Any]) -> dict[Key, Estimate]:
+    """Return every figure of a report that has an interval, by concept, method and name.
+
+    Raises FileError, with the report's path, for a report that is damaged.
+    """
     found: dict[Key, Estimate] = {}
+
+    def put(key: Key, entry: Mapping[str, Any], name: str) -> None:
+        if key in found:
+            raise ValueError(f"{', '.join(key)} stands there twice")
+        found[key] = _estimate(entry, name)
+
     try:
         for entry in data["concepts"]:
             where = str(entry["name"]), str(entry["method"])
             for name in entry["ci"]:
-                found[*where, name] = _estimate(entry, name)
+                put((*where, name), entry, name)
             for route in entry.get("route_figures", ()):
                 group = f"{route['group']} {route['strength']:.1f}"
                 for name in route["ci"]:
-                    found[*where, f"{group}: {name}"] = _estimate(route, name)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"{path} is a damaged report ({error!r}): pass one that evaluate or demo wrote") from error
+                    put((*where, f"{group}: {name}"), route, name)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise FileError(
+            f"{path} is a damaged report ({printable(error, 200)}): pass one that evaluate or demo wrote"
+        ) from error
     return found
 
 
 def _estimate(entry: Mapping[str, Any], name: str) -> Estimate:
     (low, high), value, n = entry["ci"][name], entry[name], entry["ns"][name]
+    if any(type(x) not in (int, float) for x in (value, low, high)) or type(n) is not int or not low <= high:
+        raise ValueError(f"{name} is {value!r} in {low!r} to {high!r}")
     numbers = [float(x) for x in (value, low, high)]
-    if not all(map(math.isfinite, numbers)) or not isinstance(n, int):
+    if not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} is {value!r}")
     return Estimate(numbers[0], n, numbers[1], numbers[2])

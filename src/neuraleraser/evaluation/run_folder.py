@@ -9,6 +9,7 @@ embeddings/{concept}.safetensors                      what prompts of learned em
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import warnings
@@ -27,11 +28,13 @@ from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, Results, Row, concat, load_part, part_folder
 from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.reading import read_bytes
 from neuraleraser.judges import JudgeSpec
 from neuraleraser.sampling import Images
 from neuraleraser.settings import EvaluateSettings
 from neuraleraser.sites import denoiser
 
+_MAX_PICTURE_BYTES = 64 * 2**20
 CellKey = tuple[str, int, str]
 Place = tuple[str, str]
 """(method, concept); the concept of the base is ""."""
@@ -129,10 +132,13 @@ class RunFolder:
         path = self._image_path(method, concept, cell.style, cell.objects, cell.seed)
         if not path.exists():
             path = self._image_path(BASE, "", cell.style, cell.objects, cell.seed)
+        data = read_bytes(path, _MAX_PICTURE_BYTES)
         try:
-            with Image.open(path) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except OSError as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+                    return np.asarray(picture.convert("RGB"))
+        except Exception as error:  # whatever a decoder raises on a damaged file
             raise FileError(f"the picture {path} cannot be read ({error}): delete it and evaluate again") from error
 
     def _image_folder(self, method: str, concept: str) -> Path:
@@ -140,7 +146,8 @@ class RunFolder:
         return folder / quote(concept, safe="") if concept else folder
 
     def _image_path(self, method: str, concept: str, style: str, objects: Sequence[str], seed: int) -> Path:
-        return self._image_folder(method, concept) / (style or "none") / ("+".join(objects) or "none") / f"{seed}.png"
+        shown = (style or "none", "+".join(objects) or "none")
+        return self._image_folder(method, concept).joinpath(*(quote(name, safe="+ ") for name in shown), f"{seed}.png")
 
 
 def open_run(

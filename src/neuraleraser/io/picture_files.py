@@ -30,11 +30,18 @@ def read_picture(path: str | os.PathLike[str], side: int, multiple: int) -> NDAr
     data = read_bytes(path, MAX_PICTURE_BYTES)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a bomb of pixels
+            warnings.simplefilter("ignore")  # what is odd, and can be read
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as found:
                 if found.width * found.height > MAX_PIXELS:
                     raise FileError(f"{path} has {found.width} x {found.height} pixels: pass a smaller picture")
-                picture = ImageOps.exif_transpose(found).convert("RGB")
+                picture = ImageOps.exif_transpose(found)
+                if picture.mode.startswith("I"):  # 16 bits of grey
+                    picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+                if picture.has_transparency_data:
+                    ground = Image.new("RGBA", picture.size, "black")
+                    picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+                picture = picture.convert("RGB")
     except FileError:
         raise
     except Exception as error:  # whatever a decoder raises on a damaged file

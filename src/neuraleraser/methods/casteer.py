@@ -65,8 +65,9 @@ class CASteer:
 
     @property
     def key(self) -> str:
-        """Digest of the vectors and the strength."""
-        return f"{weights_digest({str(site): x for site, x in self.vectors.items()})}-{self.strength:g}"
+        """Digest of the vectors, their timesteps and the strength."""
+        tensors = {str(site): x for site, x in self.vectors.items()} | {"times": self.times}
+        return f"{weights_digest(tensors)}-{self.strength!r}"
 
     @property
     def made_with(self) -> MadeWith:

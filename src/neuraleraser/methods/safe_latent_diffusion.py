@@ -10,8 +10,8 @@ the empty one and the concept's,
 and guidance of scale w gives u + w (c - u - gamma) from step `warm_up` on, u + w (c - u) before; m is 0 at first. The
 paper has max(1, .) in mu; its code, and so the settings that it names, have min.
 
-Settings of the paper, as strength, threshold, warm_up, momentum_scale, momentum: weak 200, 0, 15, 0, 0; medium 1000,
-0.01, 10, 0.3, 0.4; strong 2000, 0.025, 7, 0.5, 0.7; max 5000, 1, 0, 0.5, 0.7, of 50 steps.
+Settings of the paper, as strength, threshold, warm_up, momentum_scale, momentum: weak 200 (diffusers: 20), 0, 15, 0, 0;
+medium 1000, 0.01, 10, 0.3, 0.4; strong 2000, 0.025, 7, 0.5, 0.7; max 5000, 1, 0, 0.5, 0.7, of 50 steps.
 
 Ours: the change is made in the conditional prediction, c - gamma, on which classifier-free guidance then acts, which is
 the same. Other predictions than of noise are compared by the noise that they imply.
