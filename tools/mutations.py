@@ -888,7 +888,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/attacks/learned_embeddings.py",
-                "        stack.enter_context(_frozen(pipe))\n",
+                "        stack.enter_context(frozen(pipe))\n",
                 "",
             ),
         ),
@@ -980,5 +980,95 @@ MUTATIONS: tuple[Mutation, ...] = (
             ),
         ),
         ("tests/fitting/test_image_gate.py::test_pictures_take_some_levels_by_turns",),
+    ),
+    Mutation(
+        "forged-signature",
+        "a certificate with somebody else's content keeps its signature",
+        (
+            Text(
+                "src/neuraleraser/evaluation/certificate.py",
+                "if not is_signature(signature, data, brought):",
+                "if False and not is_signature(signature, data, brought):",
+            ),
+        ),
+        ("tests/evaluation/test_certificate.py::test_an_altered_figure_is_found",),
+    ),
+    Mutation(
+        "certificate-of-more",
+        "a certificate that leaves figures out agrees with its run",
+        (
+            Text(
+                "src/neuraleraser/evaluation/certificate.py",
+                "for key in {**figures, **found} if figures.get(key)",
+                "for key in figures if figures.get(key)",
+            ),
+        ),
+        ("tests/evaluation/test_certificate.py::test_one_that_is_made_up_is_found_by_the_run",),
+    ),
+    Mutation(
+        "unfinished-certificate",
+        "an evaluation that has not ended is certified",
+        (
+            Text(
+                "src/neuraleraser/evaluation/certificate.py",
+                "if not isinstance(versions, dict) or found != {",
+                "if not isinstance(versions, dict) or False and found != {",
+            ),
+        ),
+        ("tests/evaluation/test_certificate.py::test_an_evaluation_that_has_not_ended_has_none",),
+    ),
+    Mutation(
+        "picture-left-out",
+        "`generate --image` draws from noise",
+        (
+            Text(
+                "src/neuraleraser/cli/generate.py",
+                "chosen, image=start)",
+                "chosen, image=None if start is None else 0 * start)",
+            ),
+        ),
+        ("tests/cli/test_generate.py::test_a_picture_to_start_from",),
+    ),
+    Mutation(
+        "sld-threshold",
+        "SLD acts where the prediction is far from the concept's",
+        (
+            Text(
+                "src/neuraleraser/methods/safe_latent_diffusion.py",
+                "torch.where(distance < m.threshold,",
+                "torch.where(distance >= m.threshold,",
+            ),
+        ),
+        ("tests/methods/test_safe_latent_diffusion.py::test_it_is_the_formula",),
+    ),
+    Mutation(
+        "casteer-both-ways",
+        "CASteer takes away what points from the concept, too",
+        (Text("src/neuraleraser/methods/casteer.py", ".sum(-1, keepdim=True).clamp(min=0)", ".sum(-1, keepdim=True)"),),
+        ("tests/methods/test_casteer.py::test_it_is_what_hooks_do_by_hand",),
+    ),
+    Mutation(
+        "uce-nothing-preserved",
+        "UCE forgets what it is to preserve",
+        (
+            Text(
+                "src/neuraleraser/methods/unified_concept_editing.py",
+                "target = target + self.preserve_scale * (old @ kept.T) @ kept",
+                "target = target + 0 * (old @ kept.T) @ kept",
+            ),
+        ),
+        ("tests/methods/test_unified_concept_editing.py::test_its_weights_are_the_minimum",),
+    ),
+    Mutation(
+        "local-weight",
+        "an object's guided correction pushes no more than a style's",
+        (
+            Text(
+                "src/neuraleraser/fitting/image_gate.py",
+                "(LOCAL_WEIGHT if local else 1)",
+                "(1 if local else 1)",
+            ),
+        ),
+        ("tests/fitting/test_image_gate.py::test_a_picture_part_of_generated_pictures",),
     ),
 )

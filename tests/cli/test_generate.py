@@ -157,8 +157,11 @@ def test_a_picture_to_start_from(model: str, capsys: pytest.CaptureFixture[str])
     acted, begun = printed.out.splitlines()
     assert acted.startswith("Van_Gogh: acted at 1 of 1 steps") and begun.endswith("at strength 0.8")
     assert "the gate of Van_Gogh does not see (start image)" in printed.err
-    with Image.open("half.png") as half, Image.open("whole.png") as whole:
-        assert half.size == whole.size and half.width > half.height and half.tobytes() != whole.tobytes()
+    Image.new("RGB", (100, 60), "blue").save("cat.png")
+    assert main([*run, "--strength", "0.5", "--out", "blue.png"]) == 0
+    with Image.open("half.png") as half, Image.open("whole.png") as whole, Image.open("blue.png") as blue:
+        assert half.size == whole.size and half.width > half.height
+        assert len({half.tobytes(), whole.tobytes(), blue.tobytes()}) == 3
 
 
 def test_pictures_that_cannot_be_started_from(model: str, capsys: pytest.CaptureFixture[str]):
