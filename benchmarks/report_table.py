@@ -55,6 +55,24 @@ def pooled(entries: Sequence[dict[str, Any]], name: str) -> str:
     return f"{share.value:.3f} ({share.low:.3f}-{share.high:.3f}; {good.sum()} of {n})"
 
 
+def route_table(concepts: Sequence[dict[str, Any]]) -> str:
+    """Return one table of the images that start from a picture, or hold learned embeddings: a row for each group and
+    strength, of the erasers of all styles together, and of all objects; "" where there are none."""
+    lines = []
+    for kind in ("style", "object"):
+        routes: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for entry in concepts:
+            if entry["kind"] == kind and entry["method"] == "neuraleraser":
+                for route in entry.get("route_figures", ()):
+                    routes.setdefault((route["group"], route["strength"]), []).append(route)
+        for (group, strength), parts in routes.items():
+            shares = [pooled(parts, name) for name in ("shown_base", "ceiling", "shown_after", "acted")]
+            lines.append([f"{kind}s", f"{group}{f', {strength:.1f}' if strength else ''}", *shares])
+    head = ["concepts", "images", "base", "ceiling", "eraser", "gate opened"]
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) if lines else ""
+
+
 def pooled_table(concepts: Sequence[dict[str, Any]]) -> str:
     """Return one table of all concepts together: a row for each method, a column for each share."""
     by_method: dict[str, list[dict[str, Any]]] = {}
@@ -70,6 +88,8 @@ def main(paths: list[str]) -> None:
     reports = {path: json.loads(Path(path).read_text()) for path in paths}
     concepts = [entry for report in reports.values() for entry in report["concepts"]]
     print(f"## All {len({entry['name'] for entry in concepts})} concepts\n\n{pooled_table(concepts)}\n")
+    if routes := route_table(concepts):
+        print(f"{routes}\n")
     for path, report in reports.items():
         print(f"## {path}\n\nbase: " + ", ".join(f"{k} {cell(report['base'], k)}" for k in report["base"]["ns"]))
         for part in TABLES:
