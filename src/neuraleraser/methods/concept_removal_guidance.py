@@ -19,20 +19,18 @@ compared by the noise that they imply.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuraleraser.methods.conditional import guided_away, method_key, per_image, squared_norm
+from neuraleraser.methods.conditional import GuidanceMethod, Update, method_key, per_image, squared_norm
 from neuraleraser.settings import check_number
 from neuraleraser.sites import NoiseLevel
 
 
 @dataclass(frozen=True)
-class ConceptRemovalGuidance:
+class ConceptRemovalGuidance(GuidanceMethod):
     """Concept Removal Guidance: moves away from a prompt as far as the predictions show its concept.
 
     It needs no training, and one more forward of two rows an image in each step. Where the prompt is empty, c = u and
@@ -73,27 +71,8 @@ class ConceptRemovalGuidance:
         """Digest of the prompt and the numbers."""
         return method_key(self.prompt, self.strength, self.threshold)
 
-    def applied(self, pipe: Any) -> AbstractContextManager[None]:
-        """Guide away from the concept.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None: the method cannot tell where it acts.
-        """
-        return guided_away(pipe, self.prompt, lambda guidance: _Presence(self.strength, self.threshold))
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it cannot tell where it would act.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
+    def _update(self, guidance: float) -> Update:
+        return _Presence(self.strength, self.threshold)
 
 
 @dataclass

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,38 @@ class Update(Protocol):
         """Return the change of the conditional prediction [images, ...], given those for the empty prompt and for the
         concept's, alike."""
         ...
+
+
+class GuidanceMethod(ABC):
+    """Method that changes the conditional prediction of each step, given that for a prompt of the concept."""
+
+    prompt: str
+
+    @abstractmethod
+    def _update(self, guidance: float) -> Update:
+        """Return the update of one drawing, given its scale of guidance."""
+
+    def applied(self, pipe: Any) -> AbstractContextManager[None]:
+        """Guide away from the concept.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields None: the method cannot tell where it acts.
+        """
+        return guided_away(pipe, self.prompt, self._update)
+
+    def watched(self, pipe: Any) -> AbstractContextManager[None]:
+        """Note nothing: it cannot tell where it would act.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields None.
+        """
+        return nullcontext(None)
 
 
 @contextmanager

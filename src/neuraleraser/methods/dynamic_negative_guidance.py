@@ -30,14 +30,12 @@ counts as an empty one.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuraleraser.methods.conditional import guided_away, method_key, per_image, squared_norm
+from neuraleraser.methods.conditional import GuidanceMethod, Update, method_key, per_image, squared_norm
 from neuraleraser.settings import check_number
 from neuraleraser.sites import NoiseLevel
 
@@ -46,7 +44,7 @@ SMALLEST, LARGEST = 1e-6, 0.99
 
 
 @dataclass(frozen=True)
-class DynamicNegativeGuidance:
+class DynamicNegativeGuidance(GuidanceMethod):
     """Dynamic Negative Guidance: moves away from a prompt, the more the likelier its concept is.
 
     It needs no training, and one more forward of two rows an image in each step. Every image changes, if often little.
@@ -92,27 +90,8 @@ class DynamicNegativeGuidance:
         """Digest of the prompt and the numbers."""
         return method_key(self.prompt, self.strength, self.prior, self.temperature, self.offset)
 
-    def applied(self, pipe: Any) -> AbstractContextManager[None]:
-        """Guide away from the concept.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None: the method acts everywhere.
-        """
-        return guided_away(pipe, self.prompt, lambda guidance: _Posterior(self, guidance))
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it acts everywhere.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
+    def _update(self, guidance: float) -> Update:
+        return _Posterior(self, guidance)
 
 
 @dataclass

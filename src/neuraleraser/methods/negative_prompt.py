@@ -9,18 +9,16 @@ the same; so a negative prompt that the caller gives stays. Without guidance the
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from neuraleraser.methods.conditional import Update, guided_away, method_key
+from neuraleraser.methods.conditional import GuidanceMethod, Update, method_key
 from neuraleraser.sites import NoiseLevel
 
 
 @dataclass(frozen=True)
-class NegativePrompt:
+class NegativePrompt(GuidanceMethod):
     """A negative prompt: what anyone would try first, where guidance is above 1. Every image changes.
 
     Attributes:
@@ -47,30 +45,11 @@ class NegativePrompt:
         """Digest of the prompt."""
         return method_key(self.prompt)
 
-    def applied(self, pipe: Any) -> AbstractContextManager[None]:
-        """Guide away from the concept.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None: the method cannot tell where it acts.
-        """
-        return guided_away(pipe, self.prompt, _update)
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it cannot tell where it would act.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
+    def _update(self, guidance: float) -> Update:
+        return _from_the_concept(guidance)
 
 
-def _update(guidance: float) -> Update:
+def _from_the_concept(guidance: float) -> Update:
     share = max(0.0, 1 - 1 / guidance) if guidance > 0 else 0.0
 
     def update(conditional: Tensor, without: Tensor, shown: Tensor, level: NoiseLevel) -> Tensor:

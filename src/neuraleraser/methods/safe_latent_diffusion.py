@@ -19,20 +19,18 @@ the same. Other predictions than of noise are compared by the noise that they im
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuraleraser.methods.conditional import guided_away, method_key
+from neuraleraser.methods.conditional import GuidanceMethod, Update, method_key
 from neuraleraser.settings import check_number, check_whole
 from neuraleraser.sites import NoiseLevel
 
 
 @dataclass(frozen=True)
-class SafeLatentDiffusion:
+class SafeLatentDiffusion(GuidanceMethod):
     """Safe Latent Diffusion: moves away from a prompt where the image's own prediction is near its.
 
     It needs no training, and one more forward of two rows an image in each step. Every image changes, if often little.
@@ -82,27 +80,8 @@ class SafeLatentDiffusion:
         numbers = (self.strength, self.threshold, self.warm_up, self.momentum_scale, self.momentum)
         return method_key(self.prompt, *numbers)
 
-    def applied(self, pipe: Any) -> AbstractContextManager[None]:
-        """Guide away from the concept.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None: the method cannot tell where it acts.
-        """
-        return guided_away(pipe, self.prompt, lambda guidance: _Momentum(self))
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it cannot tell where it would act.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
+    def _update(self, guidance: float) -> Update:
+        return _Momentum(self)
 
 
 @dataclass
