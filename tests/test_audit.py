@@ -16,10 +16,11 @@ from helpers.measured import S
 from helpers.stamp_judge import StampJudge, reader, stamping
 from neuraleraser import families
 from neuraleraser.auditing import FULL, QUICK, audit
-from neuraleraser.eraser import Provenance
+from neuraleraser.eraser import Eraser, Provenance
 from neuraleraser.errors import FileError
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.evaluation.certificate import compare_folder, read_certificate
+from neuraleraser.methods import EraserMethod
 from neuraleraser.settings import EvaluateSettings
 
 
@@ -43,6 +44,9 @@ def test_report_and_certificate_agree(tmp_path: Path):
     assert files <= {path.name for path in (tmp_path / "audit").iterdir()}
     content = read_certificate(tmp_path / "audit/certificate.json")
     assert compare_folder(content, tmp_path / "audit") == []
+    (kept,) = (tmp_path / "audit/erasers").iterdir()
+    own = EraserMethod(Eraser.load(kept))
+    assert content["run"]["methods"]["neuraleraser"] == {"Van_Gogh": own.key}, "of what a file holds"
 
 
 def test_a_key_that_is_none_is_found_before_the_work(tmp_path: Path):

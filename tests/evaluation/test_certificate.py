@@ -19,8 +19,13 @@ from helpers.commands import refused
 from helpers.erasers import open_eraser
 from helpers.measured import S
 from helpers.stamp_judge import StampJudge, stamping
+from neuraleraser.assessment import controls
+from neuraleraser.canvas.words import VOCABULARY
 from neuraleraser.cli import main
+from neuraleraser.cli.verbs import MachineOptions
+from neuraleraser.eraser import Eraser
 from neuraleraser.errors import FileError, SettingsError
+from neuraleraser.evaluation import certificate as module
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.evaluation.certificate import certify, compare_folder, read_certificate, redraw
 from neuraleraser.evaluation.evaluate import evaluate
@@ -70,8 +75,6 @@ def write_keys(folder: Path, name: str, private: Any = None) -> tuple[Path, Path
 
 def alter(path: Path, change: Callable[[dict[str, Any]], None], *, hash_too: bool = False) -> None:
     """Change a certificate's content, and with `hash_too` its hash to fit, as a forger would."""
-    from neuraleraser.evaluation import certificate as module
-
     whole = json.loads(path.read_text())
     change(whole["content"])
     if hash_too:
@@ -278,3 +281,31 @@ def test_settings_survive_the_record(run: Path, tmp_path: Path):
     certify(run, tmp_path / "c.json")
     found = _settings_of(read_certificate(tmp_path / "c.json")["run"])
     assert found == replace(SHORT, sampling=found.sampling) and isinstance(found, EvaluateSettings)
+
+
+def test_the_verb_draws_again(
+    pipe: Any, erasers: list[Eraser], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setattr(MachineOptions, "open_pipeline", lambda self, model: pipe)
+    monkeypatch.setattr(module, "default_judge", lambda pipe: StampJudge())
+    files = [str(tmp_path / f"{e.name}.safetensors") for e in erasers]
+    for e, file in zip(erasers, files, strict=True):
+        e.save(file)
+    loaded = [EraserMethod(Eraser.load(file)) for file in files]
+    methods = [m for e in loaded for m in (e, *controls(e, VOCABULARY))]
+    write_report(evaluate(pipe, methods, SHORT, tmp_path / "own", judge=StampJudge()), tmp_path / "own")
+    path = tmp_path / "c.json"
+    certify(tmp_path / "own", path)
+
+    def verify(out: str, *more: str) -> int:
+        given = ["verify", str(path), "--erasers", *files, "--share", "0.2", "--out", str(tmp_path / out), *more]
+        return main(given)
+
+    assert verify("good") == 0
+    out = capsys.readouterr().out
+    assert "have the same bits" in out and "no figure of these images is outside" in out
+    assert "holds files" in refused(["verify", str(path), "--erasers", *files, "--out", str(tmp_path / "good")], capsys)
+    alter(path, lambda content: [row.__setitem__(5, "0") for row in content["rows"]] and None, hash_too=True)
+    assert verify("forged") == 1 and "0 of " in capsys.readouterr().out
+    assert verify("elsewhere", "--other-machine") == 0

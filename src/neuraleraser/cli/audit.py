@@ -20,13 +20,14 @@ def audit(
     key: Path | None = None,
     machine: Machine = AUTOMATIC,
 ) -> None:
-    """Measure one eraser on all prompts, routes and attacks; write a report and a certificate.
+    """Measure one eraser on every kind of image that evaluate knows, and on embeddings learned on the base model; write
+    a report and a certificate.
 
     Args:
         eraser: The eraser: a file, a folder or a Hub id.
         model: The pipeline: canvas, or a folder with another canvas.
         out: Folder for images, results, report and certificate; run again with it to go on.
-        quick: Some 600 images instead of 2,000.
+        quick: Some 800 images instead of 2,000.
         key: Private Ed25519 key in PEM to sign the certificate with (openssl genpkey -algorithm ed25519 -out key.pem).
     """
     from neuraleraser.auditing import FULL, QUICK
