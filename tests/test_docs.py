@@ -150,6 +150,17 @@ def test_every_public_name_is_listed_with_its_file() -> None:
         assert re.search(rf"^(def|class) {public}\b", (ROOT / file).read_text(), re.MULTILINE), f"{public}: {file}"
 
 
+@pytest.mark.parametrize("room", ["methods", "attacks"])
+def test_every_method_and_attack_is_listed_and_described_on_its_page(room: str) -> None:
+    page = (DOCS / f"reference/{room}.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| .* \| `src/(\S+)\.py` \|$", page, re.MULTILINE)
+    published = [n for n in importlib.import_module(f"neuraleraser.{room}").__all__ if n not in neuraleraser.__all__]
+    constants = [n for n in published if n.isupper()]
+    assert [name for name, _ in listed] == sorted({*published} - {*constants})
+    for name, file in listed:
+        assert f"::: {file.replace('/', '.')}.{name}\n" in page, name
+
+
 def test_every_figure_is_explained() -> None:
     page = (DOCS / "reference/measuring.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)

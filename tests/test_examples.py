@@ -16,6 +16,7 @@ import neuraleraser
 from helpers.published_saes import saeuron
 from helpers.sae_files import image_sae
 from helpers.small_judges import SMALL, ClipByHeart, install_detector, small_classifier
+from neuraleraser import attacks, methods
 from neuraleraser.activations import activation_matrix
 from neuraleraser.concepts import Concept
 from neuraleraser.judges import NO_CONCEPT, unlearncanvas
@@ -49,7 +50,8 @@ ENTRIES = entries()
 def namespace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What the page says is there."""
     (block,) = re.findall(r"^```python\n(.*?)^```", INDEX.read_text(), re.DOTALL | re.MULTILINE)
-    names = {name: getattr(neuraleraser, name) for name in neuraleraser.__all__}
+    rooms = (neuraleraser, methods, attacks)
+    names = {name: getattr(room, name) for room in rooms for name in room.__all__}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("example"))
         exec(compile(block, str(INDEX), "exec"), names)

@@ -15,11 +15,6 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.activations import collect as collect
     from neuraleraser.activations import measure_loss_recovered as measure_loss_recovered
     from neuraleraser.activations import write_shards as write_shards
-    from neuraleraser.attacks import inverted_latents as inverted_latents
-    from neuraleraser.attacks import learn_embeddings as learn_embeddings
-    from neuraleraser.attacks import learned_word as learned_word
-    from neuraleraser.attacks import random_denoiser as random_denoiser
-    from neuraleraser.attacks import searched_tokens as searched_tokens
     from neuraleraser.auditing import audit as audit
     from neuraleraser.canvas.canvas_judge import CanvasJudge as CanvasJudge
     from neuraleraser.concepts import Concept as Concept
@@ -82,18 +77,9 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.judges import Judgement as Judgement
     from neuraleraser.judges import NudeNetJudge as NudeNetJudge
     from neuraleraser.judges import UnlearnCanvasJudge as UnlearnCanvasJudge
-    from neuraleraser.methods import CASteer as CASteer
-    from neuraleraser.methods import ConceptRemovalGuidance as ConceptRemovalGuidance
     from neuraleraser.methods import DoNothing as DoNothing
-    from neuraleraser.methods import DynamicNegativeGuidance as DynamicNegativeGuidance
-    from neuraleraser.methods import ErasedStableDiffusion as ErasedStableDiffusion
     from neuraleraser.methods import EraserMethod as EraserMethod
-    from neuraleraser.methods import ESDSettings as ESDSettings
-    from neuraleraser.methods import NegativePrompt as NegativePrompt
-    from neuraleraser.methods import SAeUronAsPublished as SAeUronAsPublished
-    from neuraleraser.methods import SafeLatentDiffusion as SafeLatentDiffusion
     from neuraleraser.methods import StringFilter as StringFilter
-    from neuraleraser.methods import UnifiedConceptEditing as UnifiedConceptEditing
     from neuraleraser.methods import string_filters as string_filters
     from neuraleraser.prompts import read_prompts as read_prompts
     from neuraleraser.sae import SAE as SAE
@@ -114,7 +100,6 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
 __version__ = "0.1.0"
 
 _HOME: dict[str, str] = {
-    "CASteer": "methods",
     "CanvasJudge": "canvas.canvas_judge",
     "Cell": "evaluation.protocol",
     "ClipJudge": "judges",
@@ -122,12 +107,8 @@ _HOME: dict[str, str] = {
     "ConceptError": "errors",
     "ConceptRefusedError": "errors",
     "ConceptRemainsWarning": "errors",
-    "ConceptRemovalGuidance": "methods",
     "DataError": "errors",
     "DoNothing": "methods",
-    "DynamicNegativeGuidance": "methods",
-    "ESDSettings": "methods",
-    "ErasedStableDiffusion": "methods",
     "Eraser": "eraser",
     "EraserHeader": "eraser",
     "EraserMethod": "methods",
@@ -141,16 +122,13 @@ _HOME: dict[str, str] = {
     "Judgement": "judges",
     "Method": "evaluation.method",
     "MissingDependencyError": "errors",
-    "NegativePrompt": "methods",
     "NeuralEraserError": "errors",
     "NudeNetJudge": "judges",
     "Pair": "concepts",
     "Reference": "fitting",
     "Report": "evaluation.report",
     "SAE": "sae",
-    "SAeUronAsPublished": "methods",
     "SAeUronSettings": "settings",
-    "SafeLatentDiffusion": "methods",
     "Sampling": "settings",
     "SettingsError": "errors",
     "Shards": "activations",
@@ -162,7 +140,6 @@ _HOME: dict[str, str] = {
     "StringFilter": "methods",
     "Trace": "eraser",
     "TrainSettings": "sae",
-    "UnifiedConceptEditing": "methods",
     "UnlearnCanvasJudge": "judges",
     "UnseenRouteWarning": "errors",
     "activation_matrix": "activations",
@@ -195,20 +172,15 @@ _HOME: dict[str, str] = {
     "get_active_erasers": "eraser",
     "get_list_erasers": "eraser",
     "import_reference": "fitting",
-    "inverted_latents": "attacks",
-    "learn_embeddings": "attacks",
-    "learned_word": "attacks",
     "load_eraser": "eraser",
     "make_reference": "fitting",
     "measure_loss_recovered": "activations",
     "model_card": "eraser",
     "open_pipeline": "families.opening",
-    "random_denoiser": "attacks",
     "read_certificate": "evaluation.certificate",
     "read_prompts": "prompts",
     "record": "sites",
     "redraw": "evaluation.certificate",
-    "searched_tokens": "attacks",
     "set_erasers": "eraser",
     "string_filters": "methods",
     "text_encoder_sites": "sites",
@@ -220,7 +192,6 @@ _HOME: dict[str, str] = {
 
 __all__ = [
     "SAE",
-    "CASteer",
     "CanvasJudge",
     "Cell",
     "ClipJudge",
@@ -228,12 +199,8 @@ __all__ = [
     "ConceptError",
     "ConceptRefusedError",
     "ConceptRemainsWarning",
-    "ConceptRemovalGuidance",
     "DataError",
     "DoNothing",
-    "DynamicNegativeGuidance",
-    "ESDSettings",
-    "ErasedStableDiffusion",
     "Eraser",
     "EraserHeader",
     "EraserMethod",
@@ -247,15 +214,12 @@ __all__ = [
     "Judgement",
     "Method",
     "MissingDependencyError",
-    "NegativePrompt",
     "NeuralEraserError",
     "NudeNetJudge",
     "Pair",
     "Reference",
     "Report",
-    "SAeUronAsPublished",
     "SAeUronSettings",
-    "SafeLatentDiffusion",
     "Sampling",
     "SettingsError",
     "Shards",
@@ -267,7 +231,6 @@ __all__ = [
     "StringFilter",
     "Trace",
     "TrainSettings",
-    "UnifiedConceptEditing",
     "UnlearnCanvasJudge",
     "UnseenRouteWarning",
     "activation_matrix",
@@ -300,20 +263,15 @@ __all__ = [
     "get_active_erasers",
     "get_list_erasers",
     "import_reference",
-    "inverted_latents",
-    "learn_embeddings",
-    "learned_word",
     "load_eraser",
     "make_reference",
     "measure_loss_recovered",
     "model_card",
     "open_pipeline",
-    "random_denoiser",
     "read_certificate",
     "read_prompts",
     "record",
     "redraw",
-    "searched_tokens",
     "set_erasers",
     "string_filters",
     "text_encoder_sites",
