@@ -7,6 +7,7 @@ from neuraleraser.methods.erased_stable_diffusion import ErasedStableDiffusion, 
 from neuraleraser.methods.eraser_method import EraserMethod
 from neuraleraser.methods.negative_prompt import NegativePrompt
 from neuraleraser.methods.none import DoNothing
+from neuraleraser.methods.oracle import Oracle
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
 from neuraleraser.methods.string_filter import StringFilter, string_filters
@@ -21,6 +22,7 @@ __all__ = [
     "ErasedStableDiffusion",
     "EraserMethod",
     "NegativePrompt",
+    "Oracle",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
     "StringFilter",

@@ -6,28 +6,17 @@ pictures. Where it scores as well as a method that reads activations, a table sa
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.methods.changed_prompts import PromptTrace, changed_prompts
 from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
-
-_PROMPTS = ("prompt", "prompt_2", "prompt_3")
-"""Arguments of `encode_prompt` that hold what is asked for, in all of diffusers' pipelines."""
-
-
-@dataclass(frozen=True)
-class PromptTrace:
-    """Images, counted from 0 in the order of their prompts, whose prompt the filter changes."""
-
-    fired: dict[int, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +96,7 @@ class StringFilter:
         Raises:
             SettingsError: The pipeline has no `encode_prompt`.
         """
-        return _filtered(pipe, self, change=True)
+        return changed_prompts(pipe, self.concept, self)
 
     def watched(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
         """Note which prompts would be changed.
@@ -121,7 +110,7 @@ class StringFilter:
         Raises:
             SettingsError: The pipeline has no `encode_prompt`.
         """
-        return _filtered(pipe, self, change=False)
+        return changed_prompts(pipe, self.concept, self, act=False)
 
 
 def _joined(before: str, instead: str, after: str) -> str:
@@ -135,40 +124,6 @@ def _joined(before: str, instead: str, after: str) -> str:
     if re.match(r"\s+and\s", after):
         return before + re.sub(r"^\s+and\s+", "", after)
     return before + instead + after
-
-
-@contextmanager
-def _filtered(pipe: Any, filter: StringFilter, *, change: bool) -> Iterator[PromptTrace]:
-    """Shadow `encode_prompt` on this one pipeline object. Prompts given as embeddings never pass through it."""
-    if not hasattr(pipe, "encode_prompt"):
-        raise SettingsError(f"{type(pipe).__name__} has no encode_prompt, where a filter of prompts would stand")
-    encode, before = pipe.encode_prompt, vars(pipe).get("encode_prompt")
-    signature, trace, count = inspect.signature(encode), PromptTrace(), 0
-
-    @functools.wraps(encode)  # which keeps the signature, so that filters can stand in a row
-    def filtered(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        call = signature.bind(*args, **kwargs)
-        given = {name: call.arguments[name] for name in _PROMPTS if call.arguments.get(name) is not None}
-        first = [given["prompt"]] if isinstance(given.get("prompt"), str) else given.get("prompt", [])
-        trace.fired.update({count + i: [filter.concept] for i, text in enumerate(first) if filter(text) != text})
-        count += len(first)
-        if change:
-            cleaned = {
-                name: filter(value) if isinstance(value, str) else [filter(text) for text in value]
-                for name, value in given.items()
-            }
-            call.arguments.update(cleaned)
-        return encode(*call.args, **call.kwargs)
-
-    vars(pipe)["encode_prompt"] = filtered
-    try:
-        yield trace
-    finally:
-        if before is None:
-            del vars(pipe)["encode_prompt"]
-        else:
-            vars(pipe)["encode_prompt"] = before
 
 
 def string_filters(vocabulary: Vocabulary, name: str) -> list[StringFilter]:
