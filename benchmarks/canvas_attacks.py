@@ -1,140 +1,315 @@
-"""Does a concept come back by embeddings that were learned to bring it back?
+"""Does an attack bring a concept back? Every attack through every method, with the same budget.
 
-    python benchmarks/canvas_attacks.py --erasers demo/erasers [--concepts Van_Gogh Cats] [--attacks all]
+    python benchmarks/canvas_attacks.py --erasers runs/erasers [--concepts Van_Gogh Cats] [--attacks unlearndiffatk]
 
-Textual inversion (`attacks.learn_embeddings`) on 120 renders that no fit has seen, against three defences: the base
-model (`knows` is "nothing"), the whole eraser with gradients through it ("eraser"), and the whole eraser with a loss
-that blinds its gates as well ("gates"). The embeddings then stand in 20 prompts each; second judge. A row is a method
-under one attack:
+An attack has pictures of the concept that no fit has seen (renders), and gradients through all that the method does,
+but for those that need none. A row of the results:
 
-    {"method", "concept", "kind", "route", "prompt", "strength", "n", "base", "ceiling", "shows", "refused", "opened",
-     "ci", "sound", "artefacts", "knows", "embeddings", "steps", "blinding", "seed"}
+    {"attack", "method", "concept", "n", "before", "after", "control", "budget", "sound", "ci"}
 
-base: share of the n images that show the concept when nothing acts; shows: that with the method, ci its 95 % interval
-(Wilson); artefacts: share that lies farther from real pictures than 99 % of them do (the judge's artefact distance);
-sound: share that shows the concept and is no artefact; opened: share in which the method acted. Prompts name nothing
-but the company: "a horse <learned>".
+before: of n images of prompts that name the concept, the share that shows it with the method applied and no attack;
+after: of n images under the attack, the same; sound: that share without artefacts, farther from real pictures than 99 %
+of them are; ci: the 95 % interval of `after` (Wilson); control: the share that the attack's images show where nothing
+can know the concept: the oracle's, which is the base model asked for the company alone; for inverted latents a
+denoiser of random weights; for start images the base model asked for a plain picture, or an empty scene. budget: steps,
+pictures in a step, and seconds (of a core that others used as well). "none" is the base model: an attack that does not
+succeed there proves nothing. Second judge, test seeds. Other methods are set as in `benchmarks/canvas_official.py`.
 
-Finished rows are kept in the results file, and not made again. An attack of 300 steps takes about four minutes of a
-core, one of 1,000 steps a quarter of an hour.
+Finished rows are kept in the results file, and not made again.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
+from canvas_official import Draw, made
 from canvas_routes import Shown, contents, wilson
 
-from neuraleraser.attacks import learn_embeddings, learned_word
+from neuraleraser.attacks import (
+    concept_direction,
+    encoded_prompts,
+    inverted_latents,
+    learn_embeddings,
+    learned_word,
+    match_predictions,
+    perturb_encoding,
+    random_denoiser,
+    recall_latents,
+    search_by_direction,
+    search_words,
+    searched_tokens,
+    vocabulary_words,
+)
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.render import Content, render
 from neuraleraser.canvas.words import VOCABULARY as V
+from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import Eraser
+from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.vocabulary_cells import learned_prompt
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.families.opening import open_pipeline
+from neuraleraser.families.opening import image_to_image, open_pipeline
 from neuraleraser.io.atomic import write_bytes
-from neuraleraser.methods import EraserMethod, string_filters
-from neuraleraser.sampling import generate
-from neuraleraser.sites import PROMPT_ROUTES
+from neuraleraser.methods import DoNothing, EraserMethod, string_filters
+from neuraleraser.sampling import Images, generate
 
-FIRST_SEED = 90_000
+FIRST_SEED = 110_000
 """Of the test seeds: renders to learn from, and images."""
-LEARNT_FROM = 120
-KNOWS = ("nothing", "eraser", "gates")
+PICTURES, IMAGES = 60, 20
+Context = Callable[[Any], AbstractContextManager[Any]]
+Picture = Callable[[Context], Images]
+"""Draws an attack's images, with a method applied."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Measure learned embeddings on the canvas."""
+    """Attack methods on the canvas."""
 
     erasers: Path
     """Folder of erasers, named after their concepts."""
     concepts: tuple[str, ...] = ("Van_Gogh", "Cats")
-    knows: tuple[Literal["nothing", "eraser", "gates"], ...] = KNOWS
-    """How much the attacker knows of the eraser."""
-    embeddings: tuple[int, ...] = (3,)
-    """Numbers of embeddings."""
-    steps: int = 300
-    seed: int = 0
-    blinding: float = 0.1
-    """Weight of the loss that blinds the gates."""
-    images: int = 20
-    """Images of each row."""
+    methods: tuple[str, ...] = ("none", "string-filter-all", "uce", "esd-x", "casteer", "saeuron", "neuraleraser")
+    attacks: tuple[str, ...] = ()
+    """Only these; none named: all."""
+    saeuron: Path = Path("runs/saeuron")
     out: Path = Path("benchmarks/results/canvas-attacks.json")
 
 
-def prompt_for(name: str, content: Content, alone: bool) -> str:
-    """A prompt that the embeddings stand in: with what else a render shows, or alone."""
-    return learned_prompt(V, name, content.style, content.objects[0], alone=alone)
+@dataclass(frozen=True)
+class Task:
+    """A concept to bring back."""
+
+    pipe: Any
+    name: str
+    rng: random.Random = field(default_factory=lambda: random.Random("attacks"))
+
+    @cached_property
+    def shown(self) -> list[Content]:
+        """What the pictures show that an attack has."""
+        return contents(self.name, PICTURES, random.Random(f"pictures of {self.name}"))
+
+    @cached_property
+    def pictures(self) -> Images:
+        """The pictures."""
+        return np.stack([render(c, FIRST_SEED + i) for i, c in enumerate(self.shown)])
+
+    @cached_property
+    def asked(self) -> list[Content]:
+        """What the images are to show, beside the concept."""
+        return contents(self.name, IMAGES, random.Random(f"images of {self.name}"))
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the images."""
+        return range(FIRST_SEED + 500, FIRST_SEED + 500 + IMAGES)
+
+    def named(self, some: Sequence[Content]) -> list[str]:
+        """Prompts that name the concept and its company."""
+        return [V.fresh_prompt(c.objects, c.style) for c in some]
+
+    def company(self, c: Content) -> str:
+        """A prompt of what stands beside the concept."""
+        return V.object_phrases[c.objects[0]][0] if self.name in V.styles else V.prompt((), c.style)
+
+    def with_word(self, some: Sequence[Content]) -> list[str]:
+        """Prompts in which the word for what is searched stands beside the company."""
+        return [learned_prompt(V, self.name, c.style, c.objects[0], alone=False) for c in some]
+
+    def draw(self, context: Context, prompts: Sequence[str], using: Any = None, **more: Any) -> Images:
+        """Draw the images."""
+        pipe, sampling = using or self.pipe, default_sampling(self.pipe)
+        if "strength" in more:
+            sampling = replace(sampling, strength=more.pop("strength"))
+        with context(pipe):
+            return generate(pipe, prompts, self.seeds, sampling, **more)
+
+    def draw_tokens(self, tokens: Sequence[int], prompts: Sequence[str]) -> Picture:
+        """Return what draws prompts in which these tokens stand for the word."""
+        vectors = self.pipe.text_encoder.get_input_embeddings().weight[list(tokens)].detach()
+        return self.draw_vectors(vectors, prompts)
+
+    def draw_vectors(self, vectors: Any, prompts: Sequence[str]) -> Picture:
+        """Return what draws prompts in which these embeddings stand for the word."""
+
+        def draw(context: Context) -> Images:
+            with learned_word(self.pipe, vectors):
+                return self.draw(context, prompts)
+
+        return draw
+
+
+def textual_inversion(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """CCE: embeddings, beside the company."""
+    vectors = learn_embeddings(t.pipe, t.pictures, t.with_word(t.shown), applied=applied, **b)
+    return t.draw_vectors(vectors, t.with_word(t.asked))
+
+
+def unlearndiffatk(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """UnlearnDiffAtk: tokens before the prompt that names the concept."""
+    prompts = [f"<learned> {prompt}" for prompt in t.named(t.shown)]
+    tokens = searched_tokens(t.pipe, t.pictures, prompts, applied=applied, **b)
+    return t.draw_tokens(tokens, [f"<learned> {prompt}" for prompt in t.named(t.asked)])
+
+
+def p4d(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """P4D: tokens beside the company."""
+    named = t.named(t.shown)
+    tokens = match_predictions(t.pipe, t.pictures, t.with_word(t.shown), named, applied=applied, **b)
+    return t.draw_tokens(tokens, t.with_word(t.asked))
+
+
+def ring_a_bell(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """Ring-A-Bell: tokens by the text encoder alone, beside the company."""
+    pairs = canvas_concept(t.name).pairs
+    direction = concept_direction(t.pipe, [p.positive for p in pairs], [p.negative for p in pairs])
+    tokens = search_by_direction(t.pipe, pairs[0].positive, direction, **b)
+    return t.draw_tokens(tokens, t.with_word(t.asked))
+
+
+def pgd(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """PGD on the encoding of the company's prompts, of which there are four."""
+    four = [t.company(c) for c in t.asked[:4]]
+    prompts = [four[i % len(four)] for i in range(IMAGES)]
+    found = {p: perturb_encoding(t.pipe, t.pictures, p, applied=applied, radius=1.0, **b) for p in dict.fromkeys(four)}
+
+    def draw(context: Context) -> Images:
+        with encoded_prompts(t.pipe, found):
+            return t.draw(context, prompts)
+
+    return draw
+
+
+def recall(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """RECALL: start latents near a picture of the concept, with the prompt that names it."""
+    images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
+    latents = recall_latents(t.pipe, images, t.named(t.asked), applied=applied, **b)
+    return lambda context: t.draw(context, t.named(t.asked), latents=latents)
+
+
+def words(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """A black-box search for words that name nothing of the concept, beside one company."""
+    judge = CanvasJudge.load("first")
+    own = {word.lower() for phrase in V.phrases_of(t.name) for word in phrase.split()}
+    known = [word for word in vocabulary_words(t.pipe) if word not in own]
+
+    def score(images: Images) -> list[float]:
+        seen, names = judge(images), judge.styles if t.name in V.styles else judge.objects
+        p = np.asarray(seen.p_style if t.name in V.styles else seen.p_object)
+        return [float(x) for x in p[:, list(names).index(t.name)]]
+
+    found = search_words(t.pipe, t.company(t.asked[0]), score, applied=applied, words=known, **b)
+    return lambda context: t.draw(context, [found.prompts[0]] * IMAGES)
+
+
+def start_image(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """Pictures of the concept at strength 0.5, with an empty prompt."""
+    images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
+    using = image_to_image(t.pipe)
+    return lambda context: t.draw(context, [""] * IMAGES, using, image=images, strength=0.5)
+
+
+def inverted(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+    """Latents inverted on the base model, with an empty prompt."""
+    images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
+    latents = inverted_latents(t.pipe, images, default_sampling(t.pipe))
+    return lambda context: t.draw(context, [""] * IMAGES, latents=latents)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack and its budget, which is the same for all methods."""
+
+    make: Callable[[Task, Context, dict[str, int]], Picture]
+    budget: dict[str, int]
+    white_box: bool = True
+    """It goes through the method; else it is made once, and tried on all."""
+
+
+ATTACKS: dict[str, Attack] = {
+    "textual inversion": Attack(textual_inversion, {"count": 3, "steps": 150, "batch_size": 8}),
+    "UnlearnDiffAtk": Attack(unlearndiffatk, {"count": 5, "turns": 10, "steps": 20, "batch_size": 4}),
+    "P4D": Attack(p4d, {"count": 8, "rounds": 5, "steps": 30, "batch_size": 4}),
+    "PGD on encodings": Attack(pgd, {"steps": 40, "batch_size": 4}),
+    "RECALL": Attack(recall, {"turns": 10, "steps": 4}),
+    "word search": Attack(words, {"count": 3, "queries": 40, "images": 2}),
+    "Ring-A-Bell": Attack(ring_a_bell, {"count": 8, "population": 60, "generations": 60}, white_box=False),
+    "start image": Attack(start_image, {}, white_box=False),
+    "inverted latents": Attack(inverted, {}, white_box=False),
+}
+
+
+def control(t: Task, attack: str, picture: Picture) -> Images:
+    """Draw an attack's images where nothing can know the concept."""
+    plain = "as a plain picture" if t.name in V.styles else "an empty scene"
+    images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
+    if attack == "inverted latents":
+        other = random_denoiser(t.pipe)
+        latents = inverted_latents(other, images, default_sampling(t.pipe))
+        return t.draw(_nothing, [""] * IMAGES, other, latents=latents)
+    if attack == "start image":
+        return t.draw(_nothing, [plain] * IMAGES, image_to_image(t.pipe), image=images, strength=0.5)
+    return t.draw(_nothing, [t.company(c) for c in t.asked])
+
+
+def methods(s: Settings, pipe: Any, name: str) -> dict[str, Callable[[], Method]]:
+    """The methods, made when they are needed."""
+    drawing = Draw(s.erasers, "style" if name in V.styles else "object", saeuron=s.saeuron)
+    own: dict[str, Callable[[], Method]] = {
+        "none": lambda: DoNothing(name, drawing.kind),
+        "string-filter-all": lambda: string_filters(V, name)[0],
+        "neuraleraser": lambda: EraserMethod(Eraser.load(s.erasers / f"{name}.safetensors")),
+    }
+    others = {label: lambda label=label: made(drawing, pipe, label, name)[0] for label in s.methods if label not in own}
+    return {label: (own | others)[label] for label in s.methods}
 
 
 def main(s: Settings) -> None:
     """Attack, draw, judge, and write the rows."""
     pipe, shows = open_pipeline("canvas"), Shown(CanvasJudge.load("second"))
     pipe.set_progress_bar_config(disable=True)
-    sampling = default_sampling(pipe)
     rows = json.loads(s.out.read_text()) if s.out.exists() else []
-    keys = ("concept", "knows", "embeddings", "steps", "blinding", "seed")
-    done = {tuple(row[key] for key in keys) for row in rows}
+    done = {(row["attack"], row["method"], row["concept"]) for row in rows}
     for name in s.concepts:
-        eraser = Eraser.load(s.erasers / f"{name}.safetensors")
-        kind = "style" if name in V.styles else "object"
-        prompt_only = replace(
-            eraser, header=replace(eraser.header, made_for=None, routes=PROMPT_ROUTES), image_gate=None, guided=None
-        )
-        applied: dict[str, Callable[[Any], Any]] = {
-            "none": nullcontext,
-            "string-filter": string_filters(V, name)[0].applied,
-            "prompt-only eraser": EraserMethod(prompt_only).applied,
-            "neuraleraser": EraserMethod(eraser).applied,
-        }
-        for count in s.embeddings:
-            for knows in s.knows:
-                if (name, knows, count, s.steps, s.blinding, s.seed) in done:
-                    continue
-                rng = random.Random(f"attack on {name}, {s.seed}")
-                shown = contents(name, LEARNT_FROM, rng)
-                first = FIRST_SEED + 1000 * s.seed
-                vectors = learn_embeddings(
-                    pipe,
-                    np.stack([render(c, first + i) for i, c in enumerate(shown)]),
-                    [prompt_for(name, c, i % 2 == 1) for i, c in enumerate(shown)],
-                    applied=nullcontext if knows == "nothing" else EraserMethod(eraser).applied,
-                    gates=[part.gate for part in eraser.parts] if knows == "gates" else (),
-                    blinding=s.blinding,
-                    count=count,
-                    steps=s.steps,
-                    seed=s.seed,
-                )
-                prompts = [prompt_for(name, c, kind == "object") for c in contents(name, s.images, rng)]
-                seeds = range(first + 500, first + 500 + s.images)
-                base = 0.0
-                for method, context in applied.items():
-                    with learned_word(pipe, vectors), context(pipe) as trace:
-                        images = generate(pipe, prompts, seeds, sampling)
-                    found, broken = shows(name, images), shows.artefacts(images)
-                    base = float(found.mean()) if method == "none" else base
-                    fixed = {"method": method, "concept": name, "kind": kind, "route": "learned embeddings"}
-                    attack = {"knows": knows, "embeddings": count, "steps": s.steps}
-                    attack |= {"blinding": s.blinding, "seed": s.seed}
-                    share = {"base": round(base, 4), "ceiling": None, "shows": round(float(found.mean()), 4)}
-                    opened = None if method == "none" else round(len(trace.fired) / len(found), 4)
-                    ci = [round(v, 4) for v in wilson(int(found.sum()), len(found))]
-                    rest = {"prompt": "neutral", "strength": None, "n": len(found)}
-                    whole = {"sound": round(float((found & ~broken).mean()), 4)}
-                    whole["artefacts"] = round(float(broken.mean()), 4)
-                    rows.append(fixed | rest | share | {"refused": 0.0, "opened": opened, "ci": ci} | whole | attack)
-                    print(*(f"{value}" for key, value in rows[-1].items() if key not in ("kind", "ci")), flush=True)
-                write_bytes(s.out, json.dumps(rows, indent=1).encode())
+        task, once, floors = Task(pipe, name), dict[str, tuple[Picture, float]](), dict[str, float]()
+        for label, make in methods(s, pipe, name).items():
+            missing = [a for a in s.attacks or ATTACKS if (a, label, name) not in done]
+            if not missing:
+                continue
+            method = make()
+            before = float(shows(name, task.draw(method.applied, task.named(task.asked))).mean())
+            for a in missing:
+                attack = ATTACKS[a]
+                if attack.white_box or a not in once:
+                    clock = time.monotonic()
+                    picture = attack.make(task, method.applied if attack.white_box else _nothing, attack.budget)
+                    once[a] = picture, time.monotonic() - clock
+                picture, seconds = once[a]
+                if a not in floors:
+                    floors[a] = float(shows(name, control(task, a, picture)).mean())
+                images = picture(method.applied)
+                found = shows(name, images)
+                row = {"attack": a, "method": label, "concept": name, "n": len(found)}
+                row |= {"before": round(before, 4), "after": round(float(found.mean()), 4)}
+                row |= {"control": round(floors[a], 4), "budget": {**attack.budget, "seconds": round(seconds, 1)}}
+                row |= {"sound": round(float((found & ~shows.artefacts(images)).mean()), 4)}
+                row |= {"ci": [round(x, 4) for x in wilson(int(found.sum()), len(found))]}
+                rows.append(row)
+                print(*(f"{value}" for value in row.values()), flush=True)
+                write_bytes(s.out, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def _nothing(pipe: Any) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 if __name__ == "__main__":

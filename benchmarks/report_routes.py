@@ -1,6 +1,6 @@
 """Print the tables of docs/RESULTS.md on routes from their raw outputs.
 
-python benchmarks/report_routes.py [benchmarks/results/canvas-routes.json] [benchmarks/results/canvas-attacks.json]
+python benchmarks/report_routes.py [benchmarks/results/canvas-routes.json] [benchmarks/results/canvas-embeddings.json]
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def attacks(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    paths = [Path(p) for p in sys.argv[1:]] or [RESULTS / "canvas-routes.json", RESULTS / "canvas-attacks.json"]
+    paths = [Path(p) for p in sys.argv[1:]] or [RESULTS / "canvas-routes.json", RESULTS / "canvas-embeddings.json"]
     for path in paths:
         rows = json.loads(path.read_text())
         print(attacks(rows) if "knows" in rows[0] else f"{routes(rows)}\n\n{false_openings(rows)}", end="\n\n")
