@@ -2,6 +2,8 @@
 
 from neuraleraser.methods.casteer import CASteer
 from neuraleraser.methods.concept_removal_guidance import ConceptRemovalGuidance
+from neuraleraser.methods.concept_steerers import ConceptSteerers
+from neuraleraser.methods.difference_of_means import DifferenceOfMeans
 from neuraleraser.methods.dynamic_negative_guidance import DynamicNegativeGuidance
 from neuraleraser.methods.erased_stable_diffusion import ErasedStableDiffusion, ESDSettings
 from neuraleraser.methods.eraser_method import EraserMethod
@@ -15,6 +17,8 @@ from neuraleraser.methods.unified_concept_editing import UnifiedConceptEditing
 __all__ = [
     "CASteer",
     "ConceptRemovalGuidance",
+    "ConceptSteerers",
+    "DifferenceOfMeans",
     "DoNothing",
     "DynamicNegativeGuidance",
     "ESDSettings",
