@@ -7,8 +7,10 @@ from neuraleraser.methods.difference_of_means import DifferenceOfMeans
 from neuraleraser.methods.dynamic_negative_guidance import DynamicNegativeGuidance
 from neuraleraser.methods.erased_stable_diffusion import ErasedStableDiffusion, ESDSettings
 from neuraleraser.methods.eraser_method import EraserMethod
+from neuraleraser.methods.gated_low_rank import GLoCE
 from neuraleraser.methods.negative_prompt import NegativePrompt
 from neuraleraser.methods.none import DoNothing
+from neuraleraser.methods.patch_replacement import PatchReplacement
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
 from neuraleraser.methods.string_filter import StringFilter, string_filters
@@ -24,7 +26,9 @@ __all__ = [
     "ESDSettings",
     "ErasedStableDiffusion",
     "EraserMethod",
+    "GLoCE",
     "NegativePrompt",
+    "PatchReplacement",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
     "StringFilter",

@@ -22,7 +22,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class ConceptSteerers:
     strength: float = -0.5
     negative: bool = True
     phrases: tuple[str, ...] = ()
-    learned_from: Provenance = Provenance()
+    learned_from: Provenance = field(default_factory=Provenance)
     name: str = "concept-steerers"
 
     def __post_init__(self) -> None:
