@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.concepts import Pair
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
+from neuraleraser.methods.mean_activations import sum_of_means
 from neuraleraser.methods.weights import weights_digest
 from neuraleraser.settings import Sampling, check_number
 from neuraleraser.sites import EditContext, Site, denoiser, edit, unwrap
@@ -142,8 +142,9 @@ class CASteer:
         if not names:
             raise SettingsError(f"{type(module).__name__} has no cross-attentions called attn2: CASteer reads these")
         sites = [Site(f"{denoiser_name(pipe)}.{name}") for name in names]
-        with_concept = _means(pipe, sites, [p.positive for p in pairs], seeds, sampling)
-        without = _means(pipe, sites, [p.negative for p in pairs], seeds, sampling)
+        # The length of a difference of sums does not count, so they need not be means.
+        with_concept = sum_of_means(pipe, sites, [p.positive for p in pairs], seeds, sampling)
+        without = sum_of_means(pipe, sites, [p.negative for p in pairs], seeds, sampling)
         times = sorted(next(iter(with_concept.values())))
         vectors = {
             site: torch.nn.functional.normalize(
@@ -153,20 +154,3 @@ class CASteer:
         }
         prompts = tuple(prompt for pair in pairs for prompt in (pair.positive, pair.negative))
         return cls(concept, kind, vectors, torch.tensor(times), strength, prompts, (min(seeds), max(seeds)))
-
-
-def _means(
-    pipe: Any, sites: Sequence[Site], prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling
-) -> dict[Site, dict[float, Tensor]]:
-    """Draw images; return the sum over images of the mean over positions [d] of the conditional half, by site and
-    timestep. The length of a difference of such sums does not count."""
-    sums: dict[Site, dict[float, Tensor]] = {site: {} for site in sites}
-
-    def on_activations(batch: ActivationBatch) -> None:
-        if batch.branch == CONDITIONAL:
-            mean = batch.x[: len(batch.images)].float().mean(1).sum(0).cpu()
-            seen = sums[batch.site]
-            seen[batch.timestep] = seen.get(batch.timestep, torch.zeros_like(mean)) + mean
-
-    collect(pipe, prompts, seeds, sites, on_activations, sampling)
-    return sums
