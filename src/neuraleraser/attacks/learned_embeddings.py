@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuraleraser.attacks.denoising import Context, attacked, check_one_encoder, denoising_target
 from neuraleraser.attacks.latents import latents_of
 from neuraleraser.eraser import Gate
 from neuraleraser.eraser.gate import time_bin
 from neuraleraser.errors import SettingsError
 from neuraleraser.sampling import Images
 from neuraleraser.settings import MAX_COUNT, check_whole
-from neuraleraser.sites import EditContext, Site, denoiser, record
+from neuraleraser.sites import EditContext, Site, record
 
 WORD = "<learned>"
 """Stands in prompts for the embeddings."""
@@ -29,8 +30,6 @@ _LEARNING_RATE = 0.1
 """Of Adam, in units of the vocabulary's spread."""
 _MARGIN = 0.1
 """How far below its bound a blinded gate's evidence is pushed, as a share of the bound."""
-
-Context = Callable[[Any], AbstractContextManager[Any]]
 
 
 def learn_embeddings(
@@ -87,17 +86,14 @@ def learn_embeddings(
     vectors = torch.nn.Parameter(start.clone())
     adam = torch.optim.Adam([vectors], lr=_LEARNING_RATE * spread)
     latents = latents_of(pipe, images).cpu()
-    scheduler, unet, device = pipe.scheduler, denoiser(pipe), pipe.device
-    last = int(scheduler.config["num_train_timesteps"])
+    last = int(pipe.scheduler.config["num_train_timesteps"])
     evidence: list[Tensor] = []
 
     def on_activations(site: Site, x: Tensor, context: EditContext[None]) -> None:
         evidence.extend(_above_bound(gate, x, context) for gate in gates if gate.site == site)
 
     with ExitStack() as stack:
-        stack.enter_context(frozen(pipe))
-        stack.enter_context(learned_word(pipe, vectors))
-        stack.enter_context(applied(pipe))
+        predict = stack.enter_context(attacked(pipe, applied, learned_word(pipe, vectors)))
         if blinding and gates:
             stack.enter_context(record(pipe, {gate.site for gate in gates}, on_activations))
         for step in range(steps):
@@ -105,12 +101,10 @@ def learn_embeddings(
             times = torch.randint(last, (batch_size,), generator=generator)
             noise = torch.randn(latents[some].shape, generator=generator)
             noisy, target = denoising_target(pipe, latents[some], noise, times)
-            scheduler.set_timesteps(last)  # a new schedule: a new drawing, for all that is attached
             evidence.clear()
             with torch.enable_grad():
-                text, _ = pipe.encode_prompt([prompts[i] for i in some.tolist()], device, 1, False)
-                prediction = unet(noisy, times.to(device), encoder_hidden_states=text, return_dict=False)[0]
-                loss = F.mse_loss(prediction.float(), target.float())
+                prediction = predict(noisy, times, [prompts[i] for i in some.tolist()])
+                loss = F.mse_loss(prediction, target.float())
                 if evidence:
                     loss = loss + blinding * torch.stack(evidence).mean()
                 adam.zero_grad(set_to_none=True)
@@ -168,28 +162,6 @@ def learned_word(pipe: Any, vectors: Tensor | Sequence[Tensor]) -> Iterator[None
             handle.remove()
 
 
-def denoising_target(pipe: Any, latents: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Return latents [B, c, h, w] noised to timesteps [B], in the denoiser's dtype, and what it is to predict there."""
-    scheduler, unet = pipe.scheduler, denoiser(pipe)
-    x, e, t = (v.to(pipe.device) for v in (latents, noise, times))
-    kind = scheduler.config["prediction_type"]
-    target = scheduler.get_velocity(x, e, t) if kind == "v_prediction" else x if kind == "sample" else e
-    return scheduler.add_noise(x, e, t).to(unet.dtype), target
-
-
-@contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
-    """Context manager: no gradients are made for the model's own weights."""
-    parts = [p for module in (denoiser(pipe), pipe.text_encoder) for p in module.parameters() if p.requires_grad]
-    for parameter in parts:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parts:
-            parameter.requires_grad_(True)
-
-
 def _above_bound(gate: Gate, x: Tensor, context: EditContext[None]) -> Tensor:
     """Return the mean share by which the evidence exceeds a little less than its bound."""
     low = gate.low[time_bin(gate.times, context.timestep)].to(x.device)
@@ -200,8 +172,7 @@ def _above_bound(gate: Gate, x: Tensor, context: EditContext[None]) -> Tensor:
 
 def check_inversion(pipe: Any, images: Images, prompts: Sequence[str], count: int) -> None:
     """Raise SettingsError for a pipeline of another kind, or prompts or a count that do not fit."""
-    if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
-        raise SettingsError(f"{type(pipe).__name__} has several text encoders or none: pass one of Stable Diffusion 1")
+    check_one_encoder(pipe)
     check_whole("count", count, 1, MAX_COUNT)
     if not 0 < len(images) == len(prompts):
         raise SettingsError(f"{len(images)} images, {len(prompts)} prompts: pass a prompt for each, and some")

@@ -14,18 +14,18 @@ bisection.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuraleraser.attacks.denoising import Context, attacked, denoising_target, usable_tokens
 from neuraleraser.attacks.latents import latents_of
-from neuraleraser.attacks.learned_embeddings import Context, check_inversion, denoising_target, frozen, learned_word
+from neuraleraser.attacks.learned_embeddings import check_inversion, learned_word
 from neuraleraser.sampling import Images
 from neuraleraser.settings import check_whole
-from neuraleraser.sites import denoiser
 
 _RATE, _DECAY = 0.01, 0.1
 """Of Adam, as published."""
@@ -78,20 +78,17 @@ def searched_tokens(
         check_whole(name, value, 1, 100_000)
     generator = torch.Generator().manual_seed(seed)
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
-    allowed = torch.tensor([i for i in range(len(table)) if i not in pipe.tokenizer.all_special_ids])
+    allowed = usable_tokens(pipe).cpu()
     rows = torch.nn.Parameter(project_to_simplex(torch.rand(count, len(allowed), generator=generator)))
     adam = torch.optim.Adam([rows], lr=_RATE, weight_decay=_DECAY)
-    latents, device = latents_of(pipe, images).cpu(), pipe.device
+    latents = latents_of(pipe, images).cpu()
     last = int(pipe.scheduler.config["num_train_timesteps"])
     vectors: list[Tensor] = list(table[allowed[:count]])
 
     def likeliest() -> list[int]:
         return allowed[rows.detach().argmax(1)].tolist()
 
-    with ExitStack() as stack:
-        stack.enter_context(frozen(pipe))
-        stack.enter_context(learned_word(pipe, vectors))
-        stack.enter_context(applied(pipe))
+    with attacked(pipe, applied, learned_word(pipe, vectors)) as predict:
         for turn in range(turns):
             time, losses = int((turn + 0.5) * last / turns), []
             for _ in range(steps):
@@ -99,14 +96,12 @@ def searched_tokens(
                 noise = torch.randn(latents[some].shape, generator=generator)
                 times = torch.full((batch_size,), time)
                 noisy, target = denoising_target(pipe, latents[some], noise, times)
-                pipe.scheduler.set_timesteps(last)  # a new schedule: a new drawing, for all that is attached
                 with torch.enable_grad():
                     drawn = torch.multinomial(rows.detach().clamp(min=1e-9), 1, generator=generator)[:, 0]
                     hard = F.one_hot(drawn, len(allowed)).to(rows)
                     vectors[:] = (hard + rows - rows.detach()) @ table[allowed].to(rows)
-                    text, _ = pipe.encode_prompt([prompts[i] for i in some.tolist()], device, 1, False)
-                    found = denoiser(pipe)(noisy, times.to(device), encoder_hidden_states=text, return_dict=False)[0]
-                    loss = F.mse_loss(found.float(), target.float())
+                    found = predict(noisy, times, [prompts[i] for i in some.tolist()])
+                    loss = F.mse_loss(found, target.float())
                     adam.zero_grad(set_to_none=True)
                     loss.backward()
                 assert rows.grad is not None
