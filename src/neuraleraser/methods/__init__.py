@@ -9,6 +9,8 @@ from neuraleraser.methods.negative_prompt import NegativePrompt
 from neuraleraser.methods.none import DoNothing
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
+from neuraleraser.methods.salun import SalUn, SalUnSettings
+from neuraleraser.methods.stereo import Stereo, StereoSettings
 from neuraleraser.methods.string_filter import StringFilter, string_filters
 from neuraleraser.methods.unified_concept_editing import UnifiedConceptEditing
 
@@ -23,6 +25,10 @@ __all__ = [
     "NegativePrompt",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
+    "SalUn",
+    "SalUnSettings",
+    "Stereo",
+    "StereoSettings",
     "StringFilter",
     "UnifiedConceptEditing",
     "string_filters",
