@@ -14,6 +14,8 @@ from neuraleraser.methods.oracle import Oracle
 from neuraleraser.methods.patch_replacement import PatchReplacement
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
+from neuraleraser.methods.salun import SalUn, SalUnSettings
+from neuraleraser.methods.stereo import Stereo, StereoSettings
 from neuraleraser.methods.string_filter import StringFilter, string_filters
 from neuraleraser.methods.unified_concept_editing import UnifiedConceptEditing
 
@@ -33,6 +35,10 @@ __all__ = [
     "PatchReplacement",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
+    "SalUn",
+    "SalUnSettings",
+    "Stereo",
+    "StereoSettings",
     "StringFilter",
     "UnifiedConceptEditing",
     "string_filters",

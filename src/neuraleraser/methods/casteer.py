@@ -10,7 +10,7 @@ Ours: the vector of the nearest timestep that it was measured at, so that any nu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from neuraleraser.concepts import Pair
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
 from neuraleraser.methods.mean_activations import sum_of_means
+from neuraleraser.methods.untraced import Untraced
 from neuraleraser.methods.weights import weights_digest
 from neuraleraser.settings import Sampling, check_number
 from neuraleraser.sites import EditContext, Site, denoiser, edit, unwrap
@@ -28,7 +29,7 @@ from neuraleraser.sites.modules import denoiser_name
 
 
 @dataclass(frozen=True, eq=False)
-class CASteer:
+class CASteer(Untraced):
     """CASteer: outputs of all cross-attentions are reflected where they point to the concept. Every image changes.
 
     Attributes:
@@ -84,17 +85,6 @@ class CASteer:
             A context; it yields None: the method cannot tell where it acts.
         """
         return edit(pipe, {site: self._reflect(x) for site, x in self.vectors.items()})
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it cannot tell where it would act.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
     def _reflect(self, vectors: Tensor) -> Any:
         def delta(x: Tensor, context: EditContext[Any]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.fitting.prompt_texts import prompt_texts
+from neuraleraser.methods.untraced import Untraced
 from neuraleraser.sites import FinishedForward, NoiseLevel, Rows, Step, Text, edit_prediction, noise_level
 
 
@@ -26,7 +27,7 @@ class Update(Protocol):
         ...
 
 
-class GuidanceMethod(ABC):
+class GuidanceMethod(Untraced, ABC):
     """Method that changes the conditional prediction of each step, given that for a prompt of the concept."""
 
     prompt: str
@@ -45,17 +46,6 @@ class GuidanceMethod(ABC):
             A context; it yields None: the method cannot tell where it acts.
         """
         return guided_away(pipe, self.prompt, self._update)
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it cannot tell where it would act.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
 
 @contextmanager

@@ -15,23 +15,28 @@ all of their steps. The prompts are all phrases that are passed.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from neuraleraser.errors import SettingsError
-from neuraleraser.evaluation.method import MadeWith
 from neuraleraser.fitting.prompt_texts import prompt_texts
-from neuraleraser.methods.weights import changed_weights, weights_digest
-from neuraleraser.sampling import generate
+from neuraleraser.methods.fine_tuning import (
+    DrawnState,
+    StateBatch,
+    TrainedWeights,
+    Weights,
+    check_prompts,
+    cross_attentions,
+    detached,
+    drawn_states,
+    fine_tune,
+)
+from neuraleraser.methods.weights import changed_weights
 from neuraleraser.settings import Sampling, check_number, check_whole
-from neuraleraser.sites import DenoiserCall, Text, denoiser, denoiser_calls, unwrap
-from neuraleraser.sites.finished import with_text
+from neuraleraser.sites import Text, denoiser, unwrap
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class ESDSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class ErasedStableDiffusion:
+class ErasedStableDiffusion(TrainedWeights):
     """ESD-x: cross-attentions that were trained away from the concept. Every image changes, if often little.
 
     Attributes:
@@ -86,47 +91,7 @@ class ErasedStableDiffusion:
         False
     """
 
-    concept: str
-    kind: str
-    weights: Mapping[str, Tensor]
-    prompts: tuple[str, ...] = ()
-    seeds: tuple[int, int] = (0, 0)
     name: str = "esd-x"
-
-    @property
-    def key(self) -> str:
-        """Digest of the weights."""
-        return weights_digest(self.weights)
-
-    @property
-    def made_with(self) -> MadeWith:
-        """Its prompts and seeds."""
-        return MadeWith(seeds=(self.seeds,), prompts=self.prompts)
-
-    def applied(self, pipe: Any) -> AbstractContextManager[None]:
-        """Give the denoiser the trained weights.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None: the method acts everywhere.
-
-        Raises:
-            SettingsError: The weights are of another model.
-        """
-        return changed_weights(unwrap(denoiser(pipe)), self.weights)
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it would act everywhere.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
     @classmethod
     def train(
@@ -154,72 +119,38 @@ class ErasedStableDiffusion:
             The method.
 
         Raises:
-            SettingsError: The denoiser has no cross-attentions of diffusers' names.
+            SettingsError: There are no phrases, or the denoiser has no cross-attentions of diffusers' names.
         """
         s = settings or ESDSettings()
+        check_prompts(phrases=phrases)
         module = unwrap(denoiser(pipe))
-        names = [name for name, _ in module.named_parameters() if ".attn2." in name]
-        if not names:
-            raise SettingsError(f"{type(module).__name__} has no cross-attentions called attn2: ESD-x trains these")
-        weights = {name: module.get_parameter(name).detach().clone().requires_grad_() for name in names}
-        optimizer = torch.optim.Adam(weights.values(), lr=s.learning_rate)
+        weights = cross_attentions(module, "ESD-x")
         texts = prompt_texts(pipe, ["", *phrases], sampling)
-        rng, states = random.Random(s.seed), list[_State]()
-        for step in range(s.steps):
+        rng, states = random.Random(s.seed), list[DrawnState]()
+
+        def loss(step: int) -> Tensor:
             if step % s.refresh == 0:
                 first = s.seed + step // s.refresh * s.images
+                seeds = range(first, first + s.images)
                 with changed_weights(module, weights):
-                    states = _states(pipe, phrases, range(first, first + s.images), sampling)
-            batch = rng.sample(states, min(s.batch, len(states)))
-            loss = _loss(module, weights, batch, texts, s.strength)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if progress:
-                progress((step + 1) / s.steps)
+                    states[:] = drawn_states(pipe, phrases, [seed % len(phrases) for seed in seeds], seeds, sampling)
+            some = rng.sample(states, min(s.batch, len(states)))
+            shown = [texts[1 + x.prompt] for x in some]
+            return negative_guidance_loss(StateBatch.of(module, some), weights, {}, texts[0], shown, s.strength)
+
+        fine_tune(weights, loss, s.steps, s.learning_rate, progress=progress)
         last = s.seed + ((s.steps - 1) // s.refresh + 1) * s.images - 1
-        trained = {name: x.detach() for name, x in weights.items()}
-        return cls(concept, kind, trained, tuple(phrases), (s.seed, last))
+        return cls(concept, kind, detached(weights), tuple(phrases), (s.seed, last))
 
 
-@dataclass(frozen=True)
-class _State:
-    """One image in one step of its drawing, as a call of one row, and the number of its phrase."""
-
-    call: DenoiserCall
-    phrase: int
-
-
-def _states(pipe: Any, phrases: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[_State]:
-    """Draw images of the phrases by turns and return all their states."""
-    numbers = [seed % len(phrases) for seed in seeds]
-    found: list[_State] = []
-    size = max(1, sampling.batch_size)
-    for first in range(0, len(seeds), size):
-        part = numbers[first : first + size]
-
-        def on_call(call: DenoiserCall, part: Sequence[int] = part) -> None:
-            found.extend(_State(call.rows([row]), number) for row, number in enumerate(part))
-
-        with denoiser_calls(pipe, on_call):
-            generate(pipe, [phrases[number] for number in part], seeds[first : first + size], sampling)
-    return found
-
-
-def _loss(
-    module: nn.Module, weights: Mapping[str, Tensor], batch: Sequence[_State], texts: Sequence[Text], strength: float
+def negative_guidance_loss(
+    batch: StateBatch, weights: Weights, before: Weights, empty: Text, shown: Sequence[Text], strength: float
 ) -> Tensor:
-    """Return the loss of some states; `texts` are the empty prompt's and the phrases'."""
-    state = torch.cat([s.call.state for s in batch])
-    time = torch.stack([s.call.timestep.flatten()[0] for s in batch])
-    one = batch[0].call.rows([0] * len(batch)).conditioning
-    plain = with_text(one, [texts[0]] * len(batch))
-    shown = with_text(one, [texts[1 + s.phrase] for s in batch])
+    """Return the loss of `weights` at states of images that show the concept, each with its text.
 
-    def predict(weights: Mapping[str, Tensor], conditioning: Mapping[str, Any]) -> Tensor:
-        return functional_call(module, dict(weights), (state, time), {**conditioning, "return_dict": False})[0]
-
+    before: weights whose predictions the target is made of. empty: the empty prompt's text.
+    """
     with torch.no_grad():
-        without, concept = predict({}, plain), predict({}, shown)
+        without, concept = batch.predict(before, [empty] * len(shown)), batch.predict(before, shown)
         target = without - strength * (concept - without)
-    return (predict(weights, shown) - target).float().square().mean()
+    return (batch.predict(weights, shown) - target).float().square().mean()

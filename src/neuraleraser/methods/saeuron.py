@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ from neuraleraser.eraser.corrections import Scaling
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
 from neuraleraser.methods.eraser_method import EraserMethod
+from neuraleraser.methods.untraced import Untraced
 from neuraleraser.sae import SAE
 from neuraleraser.sites import EditContext, edit
 
 
 @dataclass(frozen=True)
-class SAeUronAsPublished:
+class SAeUronAsPublished(Untraced):
     """SAeUron with three faults of its public code (cywinski/SAeUron at 1a4302a), all else as the eraser has it.
 
     The error term has the wrong sign: each activation becomes x_hat' + (x_hat - x), where x_hat is the SAE's
@@ -126,17 +127,6 @@ class SAeUronAsPublished:
 
         with edit(pipe, {table.site: published}):
             yield
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it acts in every image.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
     def competing_features(self, x: Tensor) -> Tensor:
         """Return the features of activations as SAeUron's code has them: the k largest of each position.

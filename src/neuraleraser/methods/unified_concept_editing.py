@@ -15,7 +15,7 @@ code, or all tokens from there on, the text's end and padding, to which images a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from neuraleraser.errors import SettingsError
 from neuraleraser.methods.conditional import method_key
+from neuraleraser.methods.untraced import Untraced
 from neuraleraser.methods.weights import changed_weights
 from neuraleraser.settings import check_number
 
 
 @dataclass(frozen=True)
-class UnifiedConceptEditing:
+class UnifiedConceptEditing(Untraced):
     """Unified Concept Editing: new weights of keys and values, in closed form, in which a phrase reads as another.
 
     For pipelines whose UNet reads the text by cross-attention alone. Every image changes, if often little.
@@ -95,17 +96,6 @@ class UnifiedConceptEditing:
         layers = text_projections(pipe)
         weights = self.weights(pipe, list(layers.values()))
         return changed_weights(pipe.unet, dict(zip((f"{name}.weight" for name in layers), weights, strict=True)))
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it would act everywhere.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
     def weights(self, pipe: Any, layers: Sequence[nn.Linear]) -> list[Tensor]:
         """Return the new weights of the layers, which read the text.
