@@ -11,8 +11,10 @@ phrasings, in fragments, beside another object, and from a picture of it (at str
 of it drawn anew) or its inverted latents, with an empty prompt. Test seeds, second judge. All methods share the base's
 images.
 
-"none" does nothing; "oracle" is the base model, asked for the same without the concept; the string filters know every
-phrasing, or those that methods are made with. "make_seconds" is of one core that others used as well.
+"patch-replacement" has SAeUron's features; "difference-of-means" stands behind the prompt gate of our eraser, which
+sees no picture; neither was tuned. "none" does nothing; "oracle" is the base model, asked for the same without the
+concept; the string filters know every phrasing, or those that methods are made with. "make_seconds" is of one core that
+others used as well.
 
 `draw` keeps everything in a folder, and goes on where it was stopped; the two kinds may run side by side. `join` writes
 report.json's content, with an entry in "concepts" for every method and concept, to
@@ -34,15 +36,24 @@ import tyro
 from canvas_rivals import RESULTS, RIVALS, chosen
 
 from neuraleraser.canvas.words import VOCABULARY as V
+from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.evaluation.evaluate import default_protocol, evaluate
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import IMAGE_TO_IMAGE, NEUTRAL, EvaluationProtocol
 from neuraleraser.evaluation.report import Report
 from neuraleraser.families import family_of
+from neuraleraser.families.defaults import default_sampling
 from neuraleraser.families.opening import open_pipeline
 from neuraleraser.io.atomic import write_bytes
-from neuraleraser.methods import DoNothing, EraserMethod, Oracle, string_filters
+from neuraleraser.methods import (
+    DifferenceOfMeans,
+    DoNothing,
+    EraserMethod,
+    Oracle,
+    PatchReplacement,
+    string_filters,
+)
 from neuraleraser.settings import EvaluateSettings
 
 STYLES = ("Van_Gogh", "Superstring", "On_Fire", "Neon_Lines", "Sponge_Dabbed", "Watercolor")
@@ -57,7 +68,8 @@ SETTINGS = EvaluateSettings(
 )
 FOLDER = Path("runs/official")
 OUT = Path("benchmarks/results/canvas-official.json")
-SAEURON = ("saeuron", "saeuron-published")
+SAEURON = ("saeuron", "saeuron-published", "patch-replacement")
+"""Made with one SAE of the image stream."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Draw:
     erasers: Path
     """Folder of erasers, named after their concepts."""
     kind: Literal["style", "object"]
-    methods: tuple[str, ...] = (*RIVALS, *SAEURON)
+    methods: tuple[str, ...] = (*SAEURON, "difference-of-means", *RIVALS)
     """Other methods; ours and the controls come first and always."""
     concepts: tuple[str, ...] = ()
     """Only these; none named: the six."""
@@ -107,8 +119,13 @@ def made(s: Draw, pipe: Any, label: str, name: str) -> tuple[Method, float, Any]
     clock = time.monotonic()
     if label in SAEURON:
         routes = canvas_routes.Settings(s.erasers, saeuron=s.saeuron)
-        both = canvas_routes.saeuron(routes, pipe, name)
-        return {m.name: m for m in both.values()}[label], time.monotonic() - clock, "docs/how-to/saeuron.md"
+        found = {m.name: m for m in canvas_routes.saeuron(routes, pipe, name).values()}
+        found["patch-replacement"] = PatchReplacement(Eraser.load(s.saeuron / f"{name}.safetensors"))
+        return found[label], time.monotonic() - clock, "docs/how-to/saeuron.md"
+    if label == "difference-of-means":
+        eraser, pairs = Eraser.load(s.erasers / f"{name}.safetensors"), canvas_concept(name).pairs[:24]
+        control = DifferenceOfMeans.measure(pipe, eraser, pairs, range(len(pairs)), default_sampling(pipe))
+        return control, time.monotonic() - clock, {}
     numbers = chosen(label, json.loads(RESULTS.read_text()))
     method = RIVALS[label].make(pipe, name, numbers)
     return method, time.monotonic() - clock, numbers

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,20 @@ from neuraleraser.io.atomic import write_bytes
 from neuraleraser.methods import (
     CASteer,
     ConceptRemovalGuidance,
+    ConceptSteerers,
     DynamicNegativeGuidance,
     ErasedStableDiffusion,
     ESDSettings,
+    GLoCE,
     NegativePrompt,
     SafeLatentDiffusion,
+    SalUn,
+    SalUnSettings,
+    Stereo,
+    StereoSettings,
     UnifiedConceptEditing,
 )
+from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
 
 RESULTS = Path("benchmarks/results/canvas-tuning.json")
@@ -108,6 +116,42 @@ def _esd(pipe: Any, name: str, numbers: Numbers) -> Method:
     return ErasedStableDiffusion.train(pipe, name, _kind(name), phrases, default_sampling(pipe), settings)
 
 
+def _whole_prompts(names: Sequence[str], count: int) -> list[str]:
+    """Prompts of styles and objects by turns."""
+    styles, objects = ([n for n in of if n in names] for of in (V.open_styles, V.open_objects))
+    return [V.prompt((objects[i % len(objects)],), styles[7 * i % len(styles)], i % 2) for i in range(count)]
+
+
+def _salun(pipe: Any, name: str, numbers: Numbers) -> Method:
+    pairs, others = _pairs(name, 40), [n for n in (*V.open_styles, *V.open_objects) if n != name]
+    forget, anchors = zip(*pairs, strict=True)
+    settings, sampling = SalUnSettings(**numbers), default_sampling(pipe)
+    return SalUn.train(pipe, name, _kind(name), forget, anchors, _whole_prompts(others, 40), sampling, settings)
+
+
+def _stereo(pipe: Any, name: str, numbers: Numbers) -> Method:
+    anchors = [prompt for prompt, _ in _pairs(name, 12)]
+    settings, sampling = StereoSettings(**numbers), default_sampling(pipe)
+    return Stereo.train(pipe, name, _kind(name), _phrases(name), anchors, sampling, settings)
+
+
+@cache
+def _text_sae(pipe: Any) -> SAE:
+    """The SAE of the text encoder, trained once, on prompts in the phrasings that methods are made with."""
+    prompts = [V.prompt((o,), s, i) for s in V.open_styles for o in V.open_objects for i in (0, 1)]
+    return ConceptSteerers.train_sae(pipe, prompts, phrasings=(0, 1))
+
+
+def _steerers(pipe: Any, name: str, numbers: Numbers) -> Method:
+    return ConceptSteerers.fit(pipe, name, _kind(name), _phrases(name), _text_sae(pipe), **numbers)
+
+
+def _gloce(pipe: Any, name: str, numbers: Numbers) -> Method:
+    pairs, others = canvas_concept(name).pairs[::4][:16], [n for n in (*V.open_styles, *V.open_objects) if n != name]
+    stays = _whole_prompts(others, 24)
+    return GLoCE.measure(pipe, name, _kind(name), pairs, stays, range(24), default_sampling(pipe), **numbers)
+
+
 @dataclass(frozen=True)
 class Rival:
     """A method and the settings that are tried."""
@@ -155,6 +199,12 @@ RIVALS: dict[str, Rival] = {
             *({"steps": 100, "learning_rate": 1e-4}, {"steps": 100, "learning_rate": 3e-4}),
             *({"steps": 200, "learning_rate": 3e-4}, {"steps": 100, "learning_rate": 3e-4, "strength": 3.0}),
         ),
+    ),
+    "concept-steerers": Rival(_steerers, tuple({"strength": s} for s in (-0.25, -0.5, -1.0, -2.0))),
+    "gloce": Rival(_gloce, tuple({"rank": r, "threshold": t} for r in (1, 8) for t in (1.0, 2.5))),
+    "salun": Rival(_salun, tuple({"steps": 100, "learning_rate": rate} for rate in (5e-5, 2e-4))),
+    "stereo": Rival(
+        _stereo, ({"rounds": 2, "erase_steps": 40, "attack_steps": 60, "steps": 80, "learning_rate": 3e-4},)
     ),
 }
 
