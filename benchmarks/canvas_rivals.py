@@ -171,18 +171,18 @@ RIVALS: dict[str, Rival] = {
     "negative-prompt": Rival(_guided(NegativePrompt), ({},)),
     "sld": Rival(
         _guided(SafeLatentDiffusion),
-        (  # the paper's medium, strong and max, of half as many steps; then further
-            *(_sld(1000, 0.01, 5, 0.3, 0.4), _sld(2000, 0.025, 3, 0.5, 0.7)),
-            *(_sld(5000, 1, 0, 0.5, 0.7), _sld(5000, 100, 0, 1, 0.7)),
+        (  # the paper's weak, medium, strong and max, of half as many steps
+            *(_sld(20, 0, 8, 0, 0), _sld(1000, 0.01, 5, 0.3, 0.4)),
+            *(_sld(2000, 0.025, 3, 0.5, 0.7), _sld(5000, 1, 0, 0.5, 0.7)),
         ),
     ),
     "crg": Rival(
         _guided(ConceptRemovalGuidance),
-        tuple({"strength": s, "threshold": t} for s in (2.0, 6.0) for t in (0.0, -100.0)),
+        ({"strength": 2.0}, {"strength": 6.0}),
     ),
     "dng": Rival(
         _guided(DynamicNegativeGuidance),
-        tuple({"strength": s, "prior": p} for s in (40.0, 120.0) for p in (0.01, 0.1)),
+        ({"strength": 40.0, "prior": 0.01}, {"strength": 120.0, "prior": 0.1}),
     ),
     "casteer": Rival(_casteer, tuple({"strength": s, "pairs": 24} for s in (1.0, 2.0, 4.0))),
     "uce": Rival(
@@ -197,11 +197,11 @@ RIVALS: dict[str, Rival] = {
         _esd,
         (
             *({"steps": 100, "learning_rate": 1e-4}, {"steps": 100, "learning_rate": 3e-4}),
-            *({"steps": 200, "learning_rate": 3e-4}, {"steps": 100, "learning_rate": 3e-4, "strength": 3.0}),
+            {"steps": 100, "learning_rate": 3e-4, "strength": 3.0},
         ),
     ),
     "concept-steerers": Rival(_steerers, tuple({"strength": s} for s in (-0.25, -0.5, -1.0, -2.0))),
-    "gloce": Rival(_gloce, tuple({"rank": r, "threshold": t} for r in (1, 8) for t in (1.0, 2.5))),
+    "gloce": Rival(_gloce, ({"rank": 1, "threshold": 2.5}, {"rank": 8, "threshold": 1.5})),
     "salun": Rival(_salun, tuple({"steps": 100, "learning_rate": rate} for rate in (5e-5, 2e-4))),
     "stereo": Rival(
         _stereo, ({"rounds": 2, "erase_steps": 40, "attack_steps": 60, "steps": 80, "learning_rate": 3e-4},)
