@@ -12,10 +12,19 @@ from helpers.naive_guidance import draw
 from neuraleraser.errors import SettingsError
 from neuraleraser.fitting.prompt_texts import prompt_texts
 from neuraleraser.methods import ErasedStableDiffusion, ESDSettings
-from neuraleraser.methods.erased_stable_diffusion import _loss, _states
+from neuraleraser.methods.erased_stable_diffusion import negative_guidance_loss
+from neuraleraser.methods.fine_tuning import DrawnState, StateBatch, drawn_states
 from neuraleraser.settings import Sampling
 
 S = Sampling(num_inference_steps=3, guidance_scale=3.0, batch_size=2)
+
+
+def loss_of(pipe: Any, states: list[DrawnState], weights: Any, strength: float, before: Any = None) -> float:
+    """The loss of weights at states of the prompts "x" and "x a"."""
+    empty, *texts = prompt_texts(pipe, ["", "x", "x a"], S)
+    shown = [texts[s.prompt] for s in states]
+    batch = StateBatch.of(pipe.unet, states)
+    return float(negative_guidance_loss(batch, weights, before or {}, empty, shown, strength).detach())
 
 
 def train(pipe: Any, **settings: Any) -> ErasedStableDiffusion:
@@ -32,23 +41,27 @@ def train(pipe: Any, **settings: Any) -> ErasedStableDiffusion:
 @torch.no_grad()
 def test_the_loss_is_its_formula():
     pipe = pipelines.stable_diffusion().to(torch.float64)
-    states = _states(pipe, ["x", "x a"], range(3), S)
-    assert len(states) == 9 and [s.phrase for s in states[:3]] == [0, 1, 0], "each image in each step"
+    states = drawn_states(pipe, ["x", "x a"], [0, 1, 0], range(3), S)
+    assert len(states) == 9 and [s.prompt for s in states[:3]] == [0, 1, 0], "each image in each step"
     batch = [states[0], states[4], states[8]]
-    texts = prompt_texts(pipe, ["", "x", "x a"], S)
     name = next(n for n, _ in pipe.unet.named_parameters() if n.endswith("attn2.to_k.weight"))
     changed = {name: pipe.unet.get_parameter(name) + 0.5}
     total = 0.0
     for s in batch:
         without, shown = (
             pipe.unet(s.call.state, s.call.timestep, pipe.encode_prompt([text], "cpu", 1, False)[0]).sample
-            for text in ("", ["x", "x a"][s.phrase])
+            for text in ("", ["x", "x a"][s.prompt])
         )
         pipe.unet.get_parameter(name).data += 0.5
-        own = pipe.unet(s.call.state, s.call.timestep, pipe.encode_prompt([["x", "x a"][s.phrase]], "cpu", 1, False)[0])
+        own = pipe.unet(s.call.state, s.call.timestep, pipe.encode_prompt([["x", "x a"][s.prompt]], "cpu", 1, False)[0])
         pipe.unet.get_parameter(name).data -= 0.5
         total += float((own.sample - (without - 2 * (shown - without))).square().mean()) / 3
-    assert float(_loss(pipe.unet, changed, batch, texts, 2.0)) == pytest.approx(total, rel=1e-6)
+    assert loss_of(pipe, batch, changed, 2.0) == pytest.approx(total, rel=1e-6)
+    both = {name: pipe.unet.get_parameter(name) + 0.2}
+    once = loss_of(pipe, batch, {}, 2.0, before=both)
+    pipe.unet.get_parameter(name).data += 0.2
+    again = loss_of(pipe, batch, {name: pipe.unet.get_parameter(name) - 0.2}, 2.0)
+    assert once == pytest.approx(again, rel=1e-6), "the target is of the weights before"
 
 
 def test_training_lowers_it_and_leaves_the_pipeline_as_it_was():
@@ -57,9 +70,10 @@ def test_training_lowers_it_and_leaves_the_pipeline_as_it_was():
     base = draw(pipe, "x a")
     method = train(pipe, steps=40, learning_rate=1e-2)
     assert all(torch.equal(x, before[name]) for name, x in pipe.unet.state_dict().items())
+    assert all(x.requires_grad and x.grad is None for x in pipe.unet.parameters())
     assert method.weights and all(".attn2." in name for name in method.weights)
-    states, texts = _states(pipe, ["x", "x a"], range(9, 12), S), prompt_texts(pipe, ["", "x", "x a"], S)
-    trained, own = (float(_loss(pipe.unet, w, states, texts, 1.0).detach()) for w in (method.weights, {}))
+    states = drawn_states(pipe, ["x", "x a"], [0, 1, 0], range(9, 12), S)
+    trained, own = (loss_of(pipe, states, weights, 1.0) for weights in (method.weights, {}))
     assert trained < 0.8 * own
     with method.applied(pipe):
         assert not torch.equal(draw(pipe, "x a"), base)

@@ -129,7 +129,9 @@ class StateBatch:
     def predict(self, weights: Weights, texts: Sequence[Text]) -> Tensor:
         """Return the predictions [B, ...] with these weights, of each state with its text."""
         given = {forward_arguments(self.module)[0]: self.state, "timestep": self.time, "return_dict": False}
-        return functional_call(self.module, dict(weights), (), given | with_text(self.conditioning, texts))[0]
+        # Its own weights without gradients: training is to leave none behind on them.
+        held = {name: x.detach() for name, x in self.module.named_parameters()} | dict(weights)
+        return functional_call(self.module, held, (), given | with_text(self.conditioning, texts))[0]
 
 
 def fine_tune(
