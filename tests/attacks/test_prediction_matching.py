@@ -86,7 +86,7 @@ def test_the_tokens_of_the_least_loss_are_kept(pipe: Any) -> None:
         return False
 
     found = match(
-        pipe, count=2, rounds=4, steps=4, rate=0.5, succeeds=keep, on_round=lambda r, loss: losses.append(loss)
+        pipe, count=2, rounds=4, steps=4, rate=0.5, seed=3, succeeds=keep, on_round=lambda r, loss: losses.append(loss)
     )
     best = int(np.argmin(losses))
     assert torch.equal(tried[best], pipe.text_encoder.get_input_embeddings().weight[found])

@@ -63,7 +63,7 @@ def test_each_word_in_turn_is_climbed_to_the_best(pipe: Any, monkeypatch: pytest
         # The first quarter are drawn whole, then one word changes.
         assert number < 10 or sum(x != y for x, y in zip(one, other, strict=True)) == 1, number
         held = text if sum(map(ord, other)) >= sum(map(ord, one)) else held
-    assert {sum(x != y for x, y in zip(a.split(), b.split(), strict=True)) for a, b in zip(asked, asked[1:10])} >= {2}
+    assert len({text.split()[1] for text in asked[:10]}) > 2 and len({text.split()[2] for text in asked[:10]}) > 2
 
 
 def test_a_small_world_is_searched_to_its_end(pipe: Any) -> None:
