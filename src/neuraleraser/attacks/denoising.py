@@ -32,7 +32,7 @@ def attacked(pipe: Any, applied: Context, *inputs: AbstractContextManager[Any]) 
     def predict(noisy: Tensor, times: Tensor, prompts: Sequence[str]) -> Tensor:
         scheduler.set_timesteps(last)  # a new schedule: a new drawing, for all that is attached
         text, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, False)
-        unet = denoiser(pipe)
+        unet: Any = denoiser(pipe)
         x = noisy.to(pipe.device, unet.dtype)
         return unet(x, times.to(pipe.device), encoder_hidden_states=text, return_dict=False)[0].float()
 
@@ -70,6 +70,12 @@ def denoising_target(pipe: Any, latents: Tensor, noise: Tensor, times: Tensor) -
     return scheduler.add_noise(x, e, t).to(unet.dtype), target
 
 
+def chosen(prompts: Sequence[str], some: Tensor) -> list[str]:
+    """Return some of the prompts, by number."""
+    numbers: list[int] = some.tolist()
+    return [prompts[i] for i in numbers]
+
+
 def usable_tokens(pipe: Any) -> Tensor:
     """Return all tokens but special ones [v], in order, on the pipeline's device."""
     special, size = {*pipe.tokenizer.all_special_ids}, len(pipe.text_encoder.get_input_embeddings().weight)
@@ -85,6 +91,8 @@ def check_one_encoder(pipe: Any) -> None:
 def check_lessons(images: Images, **prompts: Sequence[str]) -> None:
     """Raise SettingsError where there are no images or not as many prompts, DataError for other images."""
     check_pictures("images", images)
+    if not len(images):
+        raise SettingsError("there are no images: pass pictures of the concept")
     for name, some in prompts.items():
-        if isinstance(some, str) or not 0 < len(images) == len(some):
-            raise SettingsError(f"{len(images)} images, {len(some)} {name}: pass one for each, and some")
+        if isinstance(some, str) or len(images) != len(some):
+            raise SettingsError(f"{len(images)} images, {len(some)} {name}: pass one for each")

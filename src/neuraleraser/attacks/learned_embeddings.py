@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuraleraser.attacks.denoising import Context, attacked, check_one_encoder, denoising_target
+from neuraleraser.attacks.denoising import Context, attacked, check_one_encoder, chosen, denoising_target
 from neuraleraser.attacks.latents import latents_of
 from neuraleraser.eraser import Gate
 from neuraleraser.eraser.gate import time_bin
@@ -103,7 +103,7 @@ def learn_embeddings(
             noisy, target = denoising_target(pipe, latents[some], noise, times)
             evidence.clear()
             with torch.enable_grad():
-                prediction = predict(noisy, times, [prompts[i] for i in some.tolist()])
+                prediction = predict(noisy, times, chosen(prompts, some))
                 loss = F.mse_loss(prediction, target.float())
                 if evidence:
                     loss = loss + blinding * torch.stack(evidence).mean()

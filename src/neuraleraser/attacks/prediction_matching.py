@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuraleraser.attacks.denoising import Context, Predict, attacked, check_lessons, usable_tokens
+from neuraleraser.attacks.denoising import Context, Predict, attacked, check_lessons, chosen, usable_tokens
 from neuraleraser.attacks.latents import latents_of
 from neuraleraser.attacks.learned_embeddings import check_inversion, learned_word
 from neuraleraser.eraser import check_nothing_acts
@@ -138,13 +138,13 @@ def nearest(vectors: Tensor, table: Tensor, allowed: Tensor) -> Tensor:
 class _Lesson:
     """Noised pictures, and what the base model predicts there for the concept's prompt."""
 
-    some: list[int]
+    some: Tensor
     noisy: Tensor
     times: Tensor
     target: Tensor
 
     def loss(self, predict: Predict, prompts: Sequence[str]) -> Tensor:
-        return F.mse_loss(predict(self.noisy, self.times, [prompts[i] for i in self.some]), self.target)
+        return F.mse_loss(predict(self.noisy, self.times, chosen(prompts, self.some)), self.target)
 
 
 def _lesson(
@@ -154,4 +154,4 @@ def _lesson(
     times = torch.randint(int(pipe.scheduler.config["num_train_timesteps"]), (size,), generator=generator)
     noise = torch.randn(latents[some].shape, generator=generator)
     noisy = pipe.scheduler.add_noise(latents[some], noise, times)
-    return _Lesson(some.tolist(), noisy, times, base(noisy, times, [targets[i] for i in some.tolist()]))
+    return _Lesson(some, noisy, times, base(noisy, times, chosen(targets, some)))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuraleraser.attacks.denoising import Context, attacked, denoising_target, usable_tokens
+from neuraleraser.attacks.denoising import Context, attacked, chosen, denoising_target, usable_tokens
 from neuraleraser.attacks.latents import latents_of
 from neuraleraser.attacks.learned_embeddings import check_inversion, learned_word
 from neuraleraser.sampling import Images
@@ -100,7 +100,7 @@ def searched_tokens(
                     drawn = torch.multinomial(rows.detach().clamp(min=1e-9), 1, generator=generator)[:, 0]
                     hard = F.one_hot(drawn, len(allowed)).to(rows)
                     vectors[:] = (hard + rows - rows.detach()) @ table[allowed].to(rows)
-                    found = predict(noisy, times, [prompts[i] for i in some.tolist()])
+                    found = predict(noisy, times, chosen(prompts, some))
                     loss = F.mse_loss(found, target.float())
                     adam.zero_grad(set_to_none=True)
                     loss.backward()

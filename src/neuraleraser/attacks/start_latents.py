@@ -9,8 +9,8 @@ strength 0.8 is tried, and the first success ends it.
 Kept: one reference an image, a start mixed of it and noise, gradients of predictions through the method, and turns that
 success ends. Ours: no picture enters the call. The latents are the noise that sampling starts from, for
 `generate(latents=...)`, and two latents that are noised alike say little about it: on the canvas the published loss,
-gone down to nothing, drew no reference. So the noise e itself is searched, with Adam: on the straight way from e to z the
-guided prediction is to be, at random timesteps, what leads to z. Where it is, sampling from e ends in z.
+gone down to nothing, drew no reference. So the noise e itself is searched, with Adam: on the straight way from e to z
+the guided prediction is to be, at random timesteps, what leads to z. Where it is, sampling from e ends in z.
 """
 
 from __future__ import annotations

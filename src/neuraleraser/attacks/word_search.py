@@ -1,7 +1,8 @@
 """Black-box search for words: an attacker who can only draw, and score what is drawn.
 
-Ours; coordinate search, as simple as such an attacker may be. Words stand behind a prompt. A query replaces one of
-them, each in turn, by one drawn at random, and keeps it where the score does not fall. SneakyPrompt (Yang et al., IEEE
+Ours; coordinate search, as simple as such an attacker may be. Words stand behind a prompt. The first quarter of the
+queries are words drawn at random. From the best of these, a query replaces one word, each in turn, by one drawn at
+random, and keeps it where the score does not fall. SneakyPrompt (Yang et al., IEEE
 S&P 2024, arXiv 2305.12082) searches words for a prompt with queries alone, too, by reinforcement learning.
 """
 
@@ -20,6 +21,8 @@ from neuraleraser.sampling import Images, generate
 from neuraleraser.settings import Sampling, check_seed, check_whole
 
 _LEAST_LETTERS = 3
+_FRESH = 0.25
+"""Share of the queries whose words are all drawn: one word, once it draws something clear, holds the others down."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ def search_words(
         best, place, again = query(chosen), 0, 0
         # A prompt met again costs no query; many in a row: all there are have been met.
         while len(scores) < queries and best < enough and again < 100 * count:
-            tried, before = list(chosen), len(scores)
-            tried[place] = draw()
+            fresh, before = len(scores) < _FRESH * queries, len(scores)
+            tried = [draw() if fresh or k == place else word for k, word in enumerate(chosen)]
             if (found := query(tried)) >= best:
                 chosen, best = tried, found
             place, again = (place + 1) % count, 0 if len(scores) > before else again + 1
