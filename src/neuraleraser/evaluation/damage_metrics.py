@@ -81,7 +81,7 @@ def lookalikes(t: PairedResults) -> list[tuple[str, float]]:
     Raises DataError if fewer than two other classes of the domain have images that count, or no base image asks for the
     concept (and, if it is an object, for that alone).
     """
-    names, counted = t.base.judge.classes(t.kind), _right_in_base(t, t.kind)[0].any(0)
+    names, counted = t.base.judge.classes(t.kind), np.any(_right_in_base(t, t.kind)[0], axis=0)
     others = [i for i, name in enumerate(names) if counted[i] and name != t.concept]
     single = np.array([len(objects) == 1 for objects in t.base.cell_objects], dtype=bool)
     rows = is_target(t.base, t.concept) & (single | (t.kind == "style"))

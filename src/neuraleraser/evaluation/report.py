@@ -20,6 +20,7 @@ import numpy as np
 
 from neuraleraser.errors import DataError
 from neuraleraser.evaluation.damage_metrics import ClassDamage, LookAlikes
+from neuraleraser.evaluation.feature_distances import FeatureDistance
 from neuraleraser.evaluation.figures import GatePanel, ImagePair, spaced_sample
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
@@ -77,6 +78,8 @@ class ErasureReport:
     """Of every other style and object, the share that is still right."""
     lookalikes: LookAlikes | None = None
     """Classes that look like the concept, and how much more they lose than the rest of its domain."""
+    distance: FeatureDistance | None = None
+    """Distances of its images without the concept from the base model's; None from a judge without features."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +191,7 @@ def report(
     judge: Judge,
     settings: EvaluateSettings,
     pipe: Any,
+    distances: Mapping[tuple[str, str], FeatureDistance],
 ) -> Report:
     """Put the report together. All pictures are shown of the first method of each concept, as those below it are
     controls; a few are shown of every method, side by side."""
@@ -203,6 +207,7 @@ def report(
             route_figures=e.route_figures,
             damage=e.damage,
             lookalikes=e.lookalikes,
+            distance=distances.get((e.method, e.concept)),
         )
         pictures = _Pictures(e, results, run, protocol)
         if e.concept not in concepts[:i]:
@@ -329,6 +334,7 @@ def _entry_json(entry: ErasureReport) -> dict[str, Any]:
             {"name": d.name, "kind": d.kind, **_figures({"still_right": d.still_right}, f"{where}, {d.name!r}")}
             for d in entry.damage
         ],
+        "distance": None if entry.distance is None else _figures(vars(entry.distance), f"{where}, distance"),
         "lookalikes": None if entry.lookalikes is None else _lookalikes_json(entry.lookalikes, where),
     }
 

@@ -33,6 +33,9 @@ def figures_csv(report: Report) -> str:
         for d in e.damage:
             name = f"still_right_{d.name}"
             writer.writerow([e.concept, e.kind, e.method, "", "", name, *_numbers(d.still_right)])
+        if e.distance is not None:
+            for name, figure in vars(e.distance).items():
+                writer.writerow([e.concept, e.kind, e.method, "", "", name, *_numbers(figure)])
         if e.lookalikes is not None:
             writer.writerow([e.concept, e.kind, e.method, "", "", "lookalike_gap", *_numbers(e.lookalikes.gap)])
     return text.getvalue()
