@@ -70,6 +70,11 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     assert gate.title == "Prompt gate" and gate.features and gate.features[0].heatmaps and report.erasures[0].pairs
     assert "They are not made to see what comes in by a start image" in report.erasures[0].routes
     assert not report.erasures[1].pairs and not report.erasures[1].gates
+    ours, everywhere, _, nothing = (entry.beside for entry in report.erasures[:4])
+    places = [[(p.prompt, p.seed) for p in some] for some in (ours, everywhere, nothing)]
+    assert places[0] == places[1] == places[2] and len(places[0]) == 4 and "Gogh" not in places[0][-1][0]
+    assert all(p.identical for p in nothing) and not any(p.identical for p in everywhere[:3])
+    assert all(np.array_equal(a.before, b.before) for a, b in zip(ours, everywhere, strict=True))
     results = everything(tmp_path)
     cells = canvas_protocol(["Van_Gogh", "Cats"], S).cells
     for e in erasers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from PIL import Image
 
 from neuraleraser.errors import DataError, FileError
 from neuraleraser.evaluation.columns import TABLES
+from neuraleraser.evaluation.damage_metrics import ClassDamage, LookAlikes
 from neuraleraser.evaluation.figures import (
     FeaturePanel,
     GatePanel,
@@ -22,6 +24,8 @@ from neuraleraser.evaluation.figures import (
     contact_sheet,
     difference,
     overlay,
+    png,
+    reduced,
     spaced_sample,
 )
 from neuraleraser.evaluation.html import page, save_html
@@ -71,8 +75,11 @@ def full() -> Report:
         gates=gates,
         routes=EVIL,
         became=[("Seed_Images", HALF), (EVIL, HALF)],
+        beside=[PAIR, SAME],
+        damage=[ClassDamage(EVIL, "style", HALF), ClassDamage("Cats", "object", HALF)],
+        lookalikes=LookAlikes(((EVIL, 0.25),), Estimate(0.0, 60, -0.1, 0.1)),
     )
-    control = entry(method="string filter")
+    control = entry(method="string filter", beside=[SAME, PAIR])
     other = entry(concept=EVIL, kind="object", method=EVIL, pairs=[ImagePair(EVIL, 1, RED, BLUE)])
     findings = [Finding("error", f"base images differ {EVIL}")]
     return report(whole, control, other, versions={EVIL: EVIL}, title=EVIL, intro=EVIL, findings=findings)
@@ -193,7 +200,8 @@ def test_the_page_is_well_formed_and_needs_nothing_else():
     style = re.search("<style>(.*)</style>", text, re.DOTALL)
     assert style and not re.search(r"url\(|@import|@font-face|https?:", style[1])
     pictures = [attrs for name, attrs in tags if name == "img"]
-    assert len(pictures) == 2 * 3 + 3 + 2 * 2 + 2 + 3, "of the first method of each concept"
+    others, beside = 2 + 3, 2 + 2 * 2  # differences where there are any, and no second picture of the same bits
+    assert len(pictures) == 2 * 3 + 3 + others + 2 + 3 + beside, "but for those, of the first method of each concept"
     assert all(attrs["alt"] and attrs["width"] == "16" for attrs in pictures)
 
 
@@ -252,6 +260,16 @@ def test_difference_is_four_times_the_gap_either_way():
     pair = ImagePair("p", 0, flat(10, 100, 0), flat(0, 110, 255))
     assert difference(pair)[0, 0].tolist() == [40, 40, 255]
     assert not difference(SAME).any() and SAME.identical and not PAIR.identical
+
+
+def test_large_pictures_are_reduced_in_the_page():
+    noise = np.random.default_rng(0).integers(0, 256, (600, 300, 3), dtype=np.uint8)
+    small = reduced(noise, 256)
+    assert small.shape == (256, 128, 3) and reduced(RED, 256) is RED
+    halves = noise[:512, :256].astype(float).reshape(256, 2, 128, 2, 3).mean((1, 3))
+    assert np.abs(reduced(noise[:512, :256], 256) - halves).max() <= 1
+    text = page(report(entry(pairs=[ImagePair("p", 0, noise, noise[::-1].copy())])))
+    assert base64.b64encode(png(small)).decode() in text and 'width="300" height="600"' in text
 
 
 def test_the_contact_sheet_shows_before_left_of_after(tmp_path: Path):

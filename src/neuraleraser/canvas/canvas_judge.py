@@ -75,3 +75,18 @@ class CanvasJudge:
         check(images, SIZE)
         p_style, p_object, artefact = self._judge(images)
         return Judgement(p_style.numpy(), p_object.numpy(), None if artefact is None else artefact.numpy())
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return what the judge's last layer reads.
+
+        Args:
+            images: RGB images, uint8 [N, 64, 64, 3]; one or more.
+
+        Returns:
+            Features, [N, 256] of the first judge and [N, 160] of the second.
+
+        Raises:
+            DataError: `images` is anything else.
+        """
+        check(images, SIZE)
+        return self._judge.features(images).numpy()

@@ -171,6 +171,13 @@ class TrainedJudge:
                 apart.append(self.artefact(image_features(x, maps)))
         return torch.cat(styles), torch.cat(objects), torch.cat(apart) if self.artefact else None
 
+    @torch.no_grad()
+    def features(self, images: Images, batch: int = 100) -> Tensor:
+        """uint8 [N, 64, 64, 3], N above 0 -> what the heads read, [N, 256] or [N, 160]."""
+        net: Any = self.net
+        parts = [to_tensor(images[i : i + batch]) for i in range(0, len(images), batch)]
+        return torch.cat([net.pool(net(x)[2][-1]) for x in parts])
+
 
 @torch.no_grad()
 def _logits_and_features(

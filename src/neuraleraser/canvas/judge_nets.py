@@ -36,8 +36,12 @@ class Plain(nn.Module):
             maps.append(x)
             if i in (0, 2):
                 x = F.max_pool2d(x, 2)
-        h = torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
+        h = self.pool(x)
         return self.style(h), self.objects(h), maps
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The last map -> what the heads read: [B, 256]."""
+        return torch.cat([x.amax((2, 3)), x.mean((2, 3))], 1)
 
 
 class Block(nn.Module):
@@ -78,8 +82,12 @@ class ResNet(nn.Module):
         for block in self.blocks:
             x = block(x)
             maps.append(x)
-        h = F.relu(self.norm(x)).mean((2, 3))
+        h = self.pool(x)
         return self.style(h), self.objects(h), maps
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The last map -> what the heads read: [B, 160]."""
+        return F.relu(self.norm(x)).mean((2, 3))
 
 
 def build_judge(which: Which) -> Plain | ResNet:

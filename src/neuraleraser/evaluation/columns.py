@@ -164,6 +164,18 @@ TABLES = (
         ),
     ),
     Table(
+        "Look-alikes",
+        (
+            Column(
+                "lookalike_loss",
+                "look-alikes lose",
+                "Images that ask for one of the classes that the base model's own images of the concept are most "
+                "mistaken for, and show it in the base model: the share that no longer does.",
+            ),
+            Column("rest_loss", "rest loses", "The same of all other classes of the concept's domain."),
+        ),
+    ),
+    Table(
         "Cost",
         (
             Column("make_seconds", "made in", "Seconds it took to make the eraser."),

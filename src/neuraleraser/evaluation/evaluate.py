@@ -10,6 +10,7 @@ from typing import Any
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.evaluation.draw import draw
+from neuraleraser.evaluation.feature_distances import distances
 from neuraleraser.evaluation.measure import Finding, measure
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import EvaluationProtocol
@@ -20,7 +21,7 @@ from neuraleraser.evaluation.vocabulary_cells import check_open, vocabulary_prot
 from neuraleraser.families import Family, family_of
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.io.dependencies import import_optional
-from neuraleraser.judges import Judge, JudgeSpec
+from neuraleraser.judges import FeatureJudge, Judge, JudgeSpec
 from neuraleraser.settings import EvaluateSettings
 
 
@@ -82,11 +83,14 @@ def evaluate(
         raise ConceptError(f"the protocol has no cells for {', '.join(lacking)}: pass one that has")
     notes = [note for m in methods for note in check_split(m, protocol)]
     import_optional("pyarrow", "a measurement, whose results are Parquet files,", "evaluate")
+    if isinstance(judge, FeatureJudge):  # an error now, and not after all is drawn
+        import_optional("torchmetrics.image.fid", "a distance in a judge's features", "evaluate")
     run = open_run(Path(folder), pipe, methods, protocol, s, spec)
     results = draw(pipe, methods, protocol, s, judge, run)
     figures = measure(results)
     findings = [*figures.findings, *(Finding("note", text) for text in dict.fromkeys(notes))]  # errors come first
-    return report(replace(figures, findings=findings), results, run, protocol, judge, s, pipe)
+    apart = distances(figures.erasures, run, protocol, judge) if isinstance(judge, FeatureJudge) else {}
+    return report(replace(figures, findings=findings), results, run, protocol, judge, s, pipe, apart)
 
 
 def default_judge(pipe: Any) -> Judge:

@@ -94,6 +94,17 @@ def spaced_sample(items: Sequence[T], count: int) -> list[T]:
     return [items[int((i + i * _GOLDEN_RATIO % 1) * len(items) / count)] for i in range(count)] if items else []
 
 
+def reduced(image: np.ndarray, side: int) -> np.ndarray:
+    """Return `image` with its longer side at most `side` pixels: as it is, or the means of what falls on each pixel."""
+    from PIL import Image
+
+    scale = side / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+
+
 def png(image: np.ndarray) -> bytes:
     """Return `image` as a PNG file's bytes."""
     from PIL import Image

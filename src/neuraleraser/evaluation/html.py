@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.evaluation.columns import ROUTES, TABLES
-from neuraleraser.evaluation.figures import DIFFERENCE_GAIN, difference, png
+from neuraleraser.evaluation.damage_grid import damage_grids
+from neuraleraser.evaluation.figures import DIFFERENCE_GAIN, difference, png, reduced
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import Number, Report, value_of
+from neuraleraser.evaluation.tradeoff import tradeoffs
 from neuraleraser.io.atomic import write_bytes
 
+PICTURE_SIDE = 256
+"""Pixels of the longer side of a picture in a page, at most: a page of a real model's images is to stay small."""
 INTRO = (
     "Each concept below was taken out of an image model. Every picture after erasure stands beside the one that the "
     "untouched model draws for the same prompt and seed, and the figures come from comparing many such twins. Below "
@@ -43,7 +47,11 @@ def page(report: Report) -> str:
         return resources.files(__package__ or "neuraleraser.evaluation").joinpath(name).read_text(encoding="utf-8")
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(read),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "said": _setting_text,
@@ -55,13 +63,15 @@ def page(report: Report) -> str:
     concepts: dict[str, list[Any]] = {}
     for entry in report.erasures:
         concepts.setdefault(entry.concept, []).append(entry)
-    return environment.from_string(read("page.html.jinja")).render(
+    return environment.get_template("page.html.jinja").render(
         report=report,
         intro=report.intro or INTRO,
         style=read("page.css"),
         tables=[(title, columns, rows) for title, columns, rows in tables if columns],
         routes=ROUTES if any(entry.route_figures for entry in report.erasures) else None,
         concepts=concepts,
+        grids=damage_grids(report.erasures),
+        plots=tradeoffs(report.erasures),
         tiles=_tiles(report),
         data=_data_url,
         difference=difference,
@@ -86,7 +96,7 @@ def _tiles(report: Report) -> list[tuple[str, Number]]:
 
 def _data_url(image: np.ndarray) -> str:
     """Return an image as the address of a picture that lies in the page."""
-    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png(reduced(image, PICTURE_SIDE))).decode()}"
 
 
 def _scale_position(value: float) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from neuraleraser.errors import DataError
 from neuraleraser.evaluation import metrics
+from neuraleraser.evaluation.damage_metrics import DAMAGE_METRICS, ClassDamage, LookAlikes, damage, lookalike_damage
 from neuraleraser.evaluation.intervals import Estimate, proportion
 from neuraleraser.evaluation.metrics import PairedResults, estimate_or_none, pair_with_base
 from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
@@ -42,6 +43,8 @@ class ErasureFigures:
     figures: Mapping[str, Estimate | None]
     became: Sequence[tuple[str, Estimate]]
     route_figures: Sequence[RouteFigures] = ()
+    damage: Sequence[ClassDamage] = ()
+    lookalikes: LookAlikes | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def _erasure_figures(t: PairedResults, results: Results) -> ErasureFigures:
     """Return all figures of one erasure: of the main groups, of each other group, the official ones, and of routes."""
     main = _rows_of_groups(t, *MAIN_GROUPS)
     figures = metrics.erasure_metrics(main)
+    figures |= {name: estimate_or_none(metric, main) for name, metric in DAMAGE_METRICS.items()}
     figures["idle_identical"] = estimate_or_none(metrics.idle_identical, t)  # of all groups
     for suffix, (group, wanted) in GROUP_FIGURES.items():
         part = _rows_of_groups(t, group)
@@ -103,7 +107,9 @@ def _erasure_figures(t: PairedResults, results: Results) -> ErasureFigures:
         became = metrics.became(main)
     except DataError:  # the base shows the concept nowhere
         became = []
-    return ErasureFigures(t.method, t.concept, t.kind, figures, became, route_figures(results, t))
+    return ErasureFigures(
+        t.method, t.concept, t.kind, figures, became, route_figures(results, t), damage(main), lookalike_damage(main)
+    )
 
 
 def _acted_unsaid(t: PairedResults) -> list[Finding]:

@@ -106,7 +106,7 @@ def classes_right(results: Results, kind: str) -> np.ndarray:
     Only for the classes that the prompt asks for does that mean right.
     """
     names, values = _domain(results, kind)
-    count = _asked_classes(results, kind).sum(1)[:, None]
+    count = asked_classes(results, kind).sum(1)[:, None]
     ahead = [(values >= values[:, [i]]).sum(1) - 1 for i in range(len(names))]
     leads = np.stack(ahead, 1) < count if ahead else np.zeros_like(values, dtype=bool)
     return (values > _thresholds(results, names)) & leads
@@ -114,7 +114,7 @@ def classes_right(results: Results, kind: str) -> np.ndarray:
 
 def all_classes_right(results: Results, kind: str) -> np.ndarray:
     """Tell whether every class of the domain that is asked for is right; False if none is: bool [n]."""
-    asked = _asked_classes(results, kind)
+    asked = asked_classes(results, kind)
     return asked.any(axis=1) & np.all(classes_right(results, kind) | ~asked, axis=1)
 
 
@@ -261,7 +261,7 @@ def became(t: PairedResults, *, seed: int = 0) -> list[tuple[str, Estimate]]:
     names, values = _domain(after, t.kind)
     values = np.where(values > _thresholds(after, names), values, -1.0)
     if t.kind == "object":
-        values = np.where(_asked_classes(after, "object"), -1.0, values)
+        values = np.where(asked_classes(after, "object"), -1.0, values)
     best = values.argmax(axis=1)
     labels = np.array([*names, NO_CLASS], dtype=object)[np.where(values.max(axis=1) < 0, len(names), best)]
     labels[shows_concept(after, t.kind, t.concept)] = t.concept
@@ -325,7 +325,7 @@ def accuracy_by_class(results: Results, kind: str, *, seed: int = 0) -> dict[str
 
     Beside a second object, an object is judged alone here; `accuracy` wants both.
     """
-    good, asked = classes_right(results, kind), _asked_classes(results, kind)
+    good, asked = classes_right(results, kind), asked_classes(results, kind)
     return {
         name: proportion(good[:, i], asked[:, i], f"images that ask for {name!r}", seed)
         for i, name in enumerate(results.judge.classes(kind))
@@ -354,7 +354,7 @@ def _thresholds(results: Results, names: tuple[str, ...]) -> np.ndarray:
     return np.array([results.judge.thresholds[name] for name in names], dtype=np.float32)
 
 
-def _asked_classes(results: Results, kind: str) -> np.ndarray:
+def asked_classes(results: Results, kind: str) -> np.ndarray:
     """Classes that each prompt asks for: bool [n, classes]."""
     asked = [(style,) for style in results.cell_style] if kind == "style" else results.cell_objects
     names = results.judge.classes(kind)
@@ -378,7 +378,7 @@ def _bystanders(t: PairedResults) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     def other_is_right(results: Results) -> np.ndarray:
         names, values = _domain(results, "object")
-        stays = _asked_classes(results, "object") & (np.array(names) != t.concept)
+        stays = asked_classes(results, "object") & (np.array(names) != t.concept)
         values = np.where(np.array(names) == t.concept, -1, values)
         own = np.where(stays, values, -1).max(axis=1, initial=-1)
         others = np.where(stays, -1, values).max(axis=1, initial=-1)

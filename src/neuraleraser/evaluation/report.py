@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.errors import DataError
+from neuraleraser.evaluation.damage_metrics import ClassDamage, LookAlikes
+from neuraleraser.evaluation.feature_distances import FeatureDistance
 from neuraleraser.evaluation.figures import GatePanel, ImagePair, spaced_sample
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.measure import ErasureFigures, Figures, Finding
@@ -35,6 +37,8 @@ from neuraleraser.sites.routes import NAMED
 Number = Estimate | float | None
 TARGET_PAIRS, STARTED_PAIRS, OTHER_PAIRS = 6, 3, 8
 """Images that name the concept, that start from a picture of it, and of others, that a report shows of a method."""
+BESIDE_TARGET, BESIDE_OTHER = 3, 1
+"""Images that name the concept, and of others, that a report shows of every method, at equal prompts and seeds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +66,20 @@ class ErasureReport:
     """Images that start from a picture of the concept, with an empty prompt."""
     others: Sequence[ImagePair] = ()
     """Images of other concepts, which should not change."""
+    beside: Sequence[ImagePair] = ()
+    """Images at the prompts and seeds at which all methods of the concept are shown; () if there is one method."""
     gates: Sequence[GatePanel] = ()
     """Gates of an eraser, with what they read."""
     routes: str = ""
     """Routes that an eraser sees and does not see, in words."""
     route_figures: Sequence[RouteFigures] = ()
     """Figures of images that start from a picture of the concept, or hold embeddings that were learned for it."""
+    damage: Sequence[ClassDamage] = ()
+    """Of every other style and object, the share that is still right."""
+    lookalikes: LookAlikes | None = None
+    """Classes that look like the concept, and how much more they lose than the rest of its domain."""
+    distance: FeatureDistance | None = None
+    """Distances of its images without the concept from the base model's; None from a judge without features."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,14 +191,30 @@ def report(
     judge: Judge,
     settings: EvaluateSettings,
     pipe: Any,
+    distances: Mapping[tuple[str, str], FeatureDistance],
 ) -> Report:
-    """Put the report together. Pictures are shown of the first method of each concept: those below it are controls."""
-    first: set[str] = set()
+    """Put the report together. All pictures are shown of the first method of each concept, as those below it are
+    controls; a few are shown of every method, side by side."""
+    concepts = [e.concept for e in figures.erasures]
     entries = []
-    for e in figures.erasures:
-        entry = ErasureReport(e.method, e.concept, e.kind, e.figures, e.became, route_figures=e.route_figures)
-        entries.append(entry if e.concept in first else _add_images(entry, e, results, run, protocol))
-        first.add(e.concept)
+    for i, e in enumerate(figures.erasures):
+        entry = ErasureReport(
+            e.method,
+            e.concept,
+            e.kind,
+            e.figures,
+            e.became,
+            route_figures=e.route_figures,
+            damage=e.damage,
+            lookalikes=e.lookalikes,
+            distance=distances.get((e.method, e.concept)),
+        )
+        pictures = _Pictures(e, results, run, protocol)
+        if e.concept not in concepts[:i]:
+            entry = pictures.added_to(entry)
+        if concepts.count(e.concept) > 1:
+            entry = replace(entry, beside=pictures.beside())
+        entries.append(entry)
     spec = run.judge
     return Report(
         base=figures.base,
@@ -210,36 +238,42 @@ def _count_images(results: Results) -> int:
     return int(((results.method == "base") | results.compared).sum())
 
 
-def _add_images(
-    entry: ErasureReport, e: ErasureFigures, results: Results, run: RunFolder, protocol: EvaluationProtocol
-) -> ErasureReport:
-    """Return the entry with pairs of images that show the concept, and pairs that do not."""
-    t = pair_with_base(results, e.method, e.concept)
-    visible = shows_concept(t.base, e.kind, e.concept)
-    shown = {key[2:] for key in t.after.where(visible).keys()}
-    cells = protocol.cells[e.concept]
-    target = [c for c in cells if c.key in shown and c.group in MAIN_GROUPS and c.asks_for(e.concept)]
-    started = [c for c in cells if c.key in shown and c.group == EMPTY]
-    others = [c for c in cells if c.group == GRID and not c.asks_for(e.concept)]
+class _Pictures:
+    """Pairs of images of one method and concept, in its run's folder."""
 
-    def pairs(some: Sequence[Cell], count: int) -> list[ImagePair]:
+    def __init__(self, e: ErasureFigures, results: Results, run: RunFolder, protocol: EvaluationProtocol) -> None:
+        t = pair_with_base(results, e.method, e.concept)
+        shown = {key[2:] for key in t.after.where(shows_concept(t.base, e.kind, e.concept)).keys()}
+        cells = protocol.cells[e.concept]
+        self._run, self._place = run, (e.method, e.concept)
+        self._target = [c for c in cells if c.key in shown and c.group in MAIN_GROUPS and c.asks_for(e.concept)]
+        self._started = [c for c in cells if c.key in shown and c.group == EMPTY]
+        self._others = [c for c in cells if c.group == GRID and not c.asks_for(e.concept)]
+
+    def added_to(self, entry: ErasureReport) -> ErasureReport:
+        """Return the entry with pairs of images that show the concept, and pairs that do not."""
+        return replace(
+            entry,
+            pairs=self._pairs(self._target, TARGET_PAIRS),
+            started=self._pairs(self._started, STARTED_PAIRS),
+            others=self._pairs(self._others, OTHER_PAIRS),
+        )
+
+    def beside(self) -> list[ImagePair]:
+        """Return pairs at prompts and seeds that the concept and the base alone decide."""
+        return self._pairs(self._target, BESIDE_TARGET) + self._pairs(self._others, BESIDE_OTHER)
+
+    def _pairs(self, some: Sequence[Cell], count: int) -> list[ImagePair]:
         return [
             ImagePair(
                 c.prompt,
                 c.seed,
-                run.image("base", "", c),
-                run.image(e.method, e.concept, c),
+                self._run.image("base", "", c),
+                self._run.image(*self._place, c),
                 "" if c.route == NAMED else c.route,
             )
             for c in dict.fromkeys(spaced_sample(some, count))
         ]
-
-    return replace(
-        entry,
-        pairs=pairs(target, TARGET_PAIRS),
-        started=pairs(started, STARTED_PAIRS),
-        others=pairs(others, OTHER_PAIRS),
-    )
 
 
 def versions(pipe: Any) -> dict[str, str]:
@@ -296,7 +330,18 @@ def _entry_json(entry: ErasureReport) -> dict[str, Any]:
         **_figures(entry.figures, where),
         "became": shares,
         "route_figures": routes,
+        "damage": [
+            {"name": d.name, "kind": d.kind, **_figures({"still_right": d.still_right}, f"{where}, {d.name!r}")}
+            for d in entry.damage
+        ],
+        "distance": None if entry.distance is None else _figures(vars(entry.distance), f"{where}, distance"),
+        "lookalikes": None if entry.lookalikes is None else _lookalikes_json(entry.lookalikes, where),
     }
+
+
+def _lookalikes_json(found: LookAlikes, where: str) -> dict[str, Any]:
+    names = [{"name": name, "probability": _to_json(p, f"{where}, {name!r}")} for name, p in found.names]
+    return {"names": names, **_figures({"gap": found.gap}, f"{where}, look-alikes")}
 
 
 def _figures(figures: Mapping[str, Number], where: str) -> dict[str, Any]:

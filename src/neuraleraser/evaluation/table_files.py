@@ -30,6 +30,14 @@ def figures_csv(report: Report) -> str:
         for route in e.route_figures:
             for name, figure in route.figures.items():
                 writer.writerow([e.concept, e.kind, e.method, route.group, route.strength, name, *_numbers(figure)])
+        for d in e.damage:
+            name = f"still_right_{d.name}"
+            writer.writerow([e.concept, e.kind, e.method, "", "", name, *_numbers(d.still_right)])
+        if e.distance is not None:
+            for name, figure in vars(e.distance).items():
+                writer.writerow([e.concept, e.kind, e.method, "", "", name, *_numbers(figure)])
+        if e.lookalikes is not None:
+            writer.writerow([e.concept, e.kind, e.method, "", "", "lookalike_gap", *_numbers(e.lookalikes.gap)])
     return text.getvalue()
 
 

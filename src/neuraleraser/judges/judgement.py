@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,28 @@ class Judge(Protocol):
 
         Returns:
             The probabilities.
+        """
+        ...
+
+
+@runtime_checkable
+class FeatureJudge(Protocol):
+    """A judge that also shows the features that it judges by, in which sets of images are compared (KID, FID).
+
+    Examples:
+        >>> from neuraleraser.judges import FeatureJudge
+        >>> isinstance(CanvasJudge.load("second"), FeatureJudge)
+        True
+    """
+
+    def features(self, images: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        """Return the features of images.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3].
+
+        Returns:
+            Features, [N, D].
         """
         ...
 
