@@ -197,7 +197,7 @@ RIVALS: dict[str, Rival] = {
         _esd,
         (
             *({"steps": 100, "learning_rate": 1e-4}, {"steps": 100, "learning_rate": 3e-4}),
-            {"steps": 100, "learning_rate": 3e-4, "strength": 3.0},
+            *({"steps": 100, "learning_rate": 2e-4}, {"steps": 100, "learning_rate": 3e-4, "strength": 3.0}),
         ),
     ),
     "concept-steerers": Rival(_steerers, tuple({"strength": s} for s in (-0.25, -0.5, -1.0, -2.0))),
