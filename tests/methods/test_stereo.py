@@ -115,6 +115,21 @@ def test_erasures_are_of_the_last_word_and_stage_two_starts_from_the_model(monke
     assert changed.key != method.key, "and the last is of both"
 
 
+def test_an_erasure_goes_on_from_the_last(monkeypatch: pytest.MonkeyPatch):
+    attacks, pipe, targets = spy_on_attacks(monkeypatch), pipelines.stable_diffusion(), list[Tensor]()
+    plain, name = stereo.negative_guidance_loss, next(n for n, _ in pipe.unet.named_parameters() if ".attn2." in n)
+
+    def spy(batch: Any, weights: Any, before: Any, *rest: Any) -> Tensor:
+        targets.append(before[name])
+        return plain(batch, weights, before, *rest)
+
+    monkeypatch.setattr(stereo, "negative_guidance_loss", spy)
+    train(pipe, erase_rate=1e-2)
+    first, second = pipe.unet.get_parameter(name), attacks[0]["weight"]
+    assert all(torch.equal(x, first) for x in targets[:3]) and all(torch.equal(x, second) for x in targets[3:])
+    assert len(targets) == 6 and not torch.equal(first, second)
+
+
 def test_every_group_is_drawn_however_few_the_images(monkeypatch: pytest.MonkeyPatch):
     spy_on_attacks(monkeypatch)
     drawn: list[tuple[str, ...]] = []
@@ -125,9 +140,9 @@ def test_every_group_is_drawn_however_few_the_images(monkeypatch: pytest.MonkeyP
         return plain(pipe, prompts, numbers, seeds, sampling)
 
     monkeypatch.setattr(stereo, "drawn_states", spy)
-    train(pipelines.stable_diffusion(), templates=[f"{WORD} b"], images=1, refresh=1, erase_steps=1, steps=6)
-    assert [prompts[0] for prompts in drawn[:2]] == ["x", f"{WORD} b"]
-    assert sorted(prompts[0] for prompts in drawn[2:]) == [f"{WORD} b"] * 4 + ["x"] * 2
+    train(pipelines.stable_diffusion(), templates=[f"{WORD} b"], images=2, refresh=1, erase_steps=1, steps=3)
+    assert [prompts[0] for prompts in drawn[:4]] == ["x", "x", f"{WORD} b", f"{WORD} b"], "the last word alone"
+    assert sorted(prompts[0] for prompts in drawn[4:]) == [f"{WORD} b"] * 4 + ["x"] * 2
 
 
 def test_its_seeds_are_all_that_it_drew(monkeypatch: pytest.MonkeyPatch):

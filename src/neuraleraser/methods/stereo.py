@@ -61,7 +61,7 @@ class StereoSettings:
 
     Examples:
         >>> StereoSettings(rounds=3).last_seed  # of the images that it is trained on
-        159
+        151
     """
 
     rounds: int = 2
