@@ -11,6 +11,7 @@ from neuraleraser.methods.gated_low_rank import GLoCE
 from neuraleraser.methods.negative_prompt import NegativePrompt
 from neuraleraser.methods.none import DoNothing
 from neuraleraser.methods.patch_replacement import PatchReplacement
+from neuraleraser.methods.random_features import RandomFeatures
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
 from neuraleraser.methods.string_filter import StringFilter, string_filters
@@ -29,6 +30,7 @@ __all__ = [
     "GLoCE",
     "NegativePrompt",
     "PatchReplacement",
+    "RandomFeatures",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
     "StringFilter",
