@@ -44,10 +44,14 @@ def layer(pipe: Any) -> torch.nn.Module:
 def activations(pipe: Any, text: str) -> Tensor:
     """What the layer makes of a text [tokens, d]."""
     found: list[Tensor] = []
-    hook = layer(pipe).register_forward_hook(lambda m, a, out: found.append(out[0] if out.ndim == 3 else out))
+
+    def keep(m: Any, a: Any, out: Any) -> None:
+        found.append(out[0].detach())
+
+    hook = layer(pipe).register_forward_hook(keep)
     pipe.encode_prompt([text], "cpu", 1, False)
     hook.remove()
-    return found[0].detach()
+    return found[0]
 
 
 def test_vectors_are_what_loops_make(pipe: Any, sae: SAE) -> None:
@@ -162,7 +166,7 @@ def test_what_cannot_be_is_refused(pipe: Any, sae: SAE) -> None:
     with pytest.raises(SettingsError, match="no phrases of 'c'"):
         ConceptSteerers.fit(pipe, "c", "style", [], sae)
     with pytest.raises(SettingsError, match="does not name its site"):
-        ConceptSteerers.fit(pipe, "c", "style", PHRASES, SAE(*sae.parameters()))
+        ConceptSteerers.fit(pipe, "c", "style", PHRASES, SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold))
     narrow = SAE(sae.W_enc[:, :8], sae.b_enc, sae.W_dec.roll(1, 0)[:, :8] * 0 + 8**-0.5, sae.b_dec[:8], sae.threshold)
     narrow.header["site"] = LAYER
     with pytest.raises(SettingsError, match="16 wide, and the SAE takes 8"):

@@ -118,25 +118,36 @@ def test_the_gate_is_steep_beside_what_stays(method: GLoCE) -> None:
         assert torch.sigmoid(torch.tensor(layer.slope * side * 0.25 * spread)) == pytest.approx(wanted, abs=1e-4)
 
 
+def acted(pipe: Any, method: GLoCE) -> list[bool]:
+    """In which steps of a drawing the method changes what its first layer gives."""
+    found: list[bool] = []
+    plain: list[Tensor] = []
+    module = pipe.unet.get_submodule(next(iter(method.layers)).path.removeprefix("unet."))
+
+    def keep(m: Any, a: Any, out: Tensor) -> None:
+        plain.append(out.clone())
+
+    def compare(m: Any, a: Any, out: Tensor) -> None:
+        found.append(not torch.equal(out, plain[-1]))
+
+    before = module.register_forward_hook(keep)
+    with method.applied(pipe):
+        after = module.register_forward_hook(compare)
+        generate(pipe, ["x a"], [5], ONE)
+    for hook in (before, after):
+        hook.remove()
+    return found
+
+
 def test_it_acts_from_a_timestep_on_and_leaves_nothing(pipe: Any, method: GLoCE) -> None:
     base = generate(pipe, ["x a", "b"], [5, 6], S)
     with method.applied(pipe):
         found = generate(pipe, ["x a", "b"], [5, 6], S)
     assert (found != base).any()
-    acted: list[bool] = []
     site, layer = next(iter(method.layers.items()))
-    half_open = {site: replace(layer, slope=1.0)}
-    later = replace(method, layers=half_open, last_timestep=method.last_timestep - 1)  # all but the first step
-    name = site.path.removeprefix("unet.")
-    plain: list[Tensor] = []
-    module = pipe.unet.get_submodule(name)
-    first = module.register_forward_hook(lambda m, a, out: plain.append(out.clone()))
-    with later.applied(pipe):
-        second = module.register_forward_hook(lambda m, a, out: acted.append(not torch.equal(out, plain[-1])))
-        generate(pipe, ["x a"], [5], ONE)
-    for hook in (first, second):
-        hook.remove()
-    assert acted == [False, True, True]
+    open_wide = replace(method, layers={site: replace(layer, slope=1.0)})
+    later = replace(open_wide, last_timestep=method.last_timestep - 1)
+    assert acted(pipe, open_wide) == [True, True, True] and acted(pipe, later) == [False, True, True]
     with replace(method, last_timestep=-1.0).applied(pipe):
         assert (generate(pipe, ["x a", "b"], [5, 6], S) == base).all()
     with pytest.raises(ZeroDivisionError), method.applied(pipe):

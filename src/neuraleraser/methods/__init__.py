@@ -12,6 +12,7 @@ from neuraleraser.methods.negative_prompt import NegativePrompt
 from neuraleraser.methods.none import DoNothing
 from neuraleraser.methods.oracle import Oracle
 from neuraleraser.methods.patch_replacement import PatchReplacement
+from neuraleraser.methods.random_features import RandomFeatures
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
 from neuraleraser.methods.salun import SalUn, SalUnSettings
@@ -33,6 +34,7 @@ __all__ = [
     "NegativePrompt",
     "Oracle",
     "PatchReplacement",
+    "RandomFeatures",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
     "SalUn",

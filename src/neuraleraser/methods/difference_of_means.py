@@ -22,9 +22,10 @@ from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
 from neuraleraser.methods.eraser_method import EraserMethod
 from neuraleraser.methods.mean_activations import sum_of_means
+from neuraleraser.methods.prompt_part import prompt_part
 from neuraleraser.methods.weights import weights_digest
 from neuraleraser.settings import Sampling, check_number
-from neuraleraser.sites import PROMPT_ROUTES, Site
+from neuraleraser.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +107,7 @@ class DifferenceOfMeans:
             bias = -self.strength * self.differences[c.site].float()
             nothing = torch.zeros(*bias.shape, 1)  # of rank 1: a correction has to have one
             corrections.append(LowRank(c.site, self.times.float(), nothing, nothing.mT.contiguous(), bias, c.also))
-        header = self.eraser.header
-        picture = self.eraser.gate.picture
-        routes = header.routes if picture else tuple(route for route in header.routes if route in PROMPT_ROUTES)
-        made = header.made_for and replace(header.made_for, shapes="")  # these are of the image gate's site, too
-        header = replace(header, routes=routes, least_strength=None, image_separation=(), made_for=made)
-        return replace(self.eraser, corrections=tuple(corrections), header=header, image_gate=None, guided=None)
+        return replace(prompt_part(self.eraser), corrections=tuple(corrections))
 
     def applied(self, pipe: Any) -> AbstractContextManager[Trace]:
         """Subtract the differences where the gate opens.

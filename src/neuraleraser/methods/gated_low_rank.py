@@ -17,7 +17,7 @@ threshold * spread beside the centre. All ranks are 1 and threshold 2.5 for arti
 
 Ours: one concept, so no largest gate of several. The first steps are a share of the timesteps, not a count of calls.
 Statistics are of single positions; the code adds maps that are averaged over 2, 4 and 8 positions. Who measures names
-what stays. s is never exactly 0, so every image changes.
+what stays. s is 0 only where it is too small for float32, so most images change.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def gate_evidence(x: Tensor, origin: Tensor, axes: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GLoCE:
-    """GLoCE: outputs of all cross-attentions are replaced where they look like the concept's. Every image changes.
+    """GLoCE: outputs of all cross-attentions are replaced where they look like the concept's.
 
     Attributes:
         concept: Name of the concept.
