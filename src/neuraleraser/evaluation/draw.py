@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from neuraleraser.attacks import inverted_latents, learned_word, random_denoiser
 from neuraleraser.errors import SettingsError, UnseenRouteWarning
+from neuraleraser.evaluation.base_check import check_readable
 from neuraleraser.evaluation.embeddings import learned_once
 from neuraleraser.evaluation.method import ActionTrace, Method
 from neuraleraser.evaluation.protocol import INVERTED_CONTROL, Cell, EvaluationProtocol, StartImage
@@ -48,11 +49,15 @@ def draw(
     judge: Judge,
     run: RunFolder,
 ) -> Results:
-    """Draw and judge everything that is not in `run` yet; returns all rows of this protocol and these methods."""
+    """Draw and judge everything that is not in `run` yet; returns all rows of this protocol and these methods.
+
+    Raises SettingsError if the judge cannot read the base's images, before any method is drawn.
+    """
     sampling, folder = evaluation_sampling(pipe, settings), run.folder / "embeddings"
     artist = _Artist(pipe, protocol, sampling, judge, folder, settings.embedding_steps)
     cells = protocol.all_cells()
     _draw_base(artist, methods, cells, run)
+    check_readable(_rows_of_cells(run.results(BASE), cells), (m.kind for m in methods))
     _draw_unhooked(artist, cells, settings.unhooked_checks, run)
     for m in methods:
         _draw_method(artist, m, protocol.cells[m.concept], settings.idle_checks, run)

@@ -58,7 +58,8 @@ def evaluate(
         SplitError: A method was made with what it would be tested with, or erases a sealed concept.
         ConceptError: The judge does not know a concept, or the protocol has no cells for it.
         SettingsError: An eraser acts on the pipeline, a method is there twice, the folder is of another run, or the
-            pipeline has no judge or vocabulary and none is passed.
+            pipeline has no judge or vocabulary and none is passed; or the judge is right in less than half of the base
+            model's images, so that it reads another model.
 
     Examples:
         >>> methods = [EraserMethod(eraser), DoNothing("Van_Gogh", "style")]
