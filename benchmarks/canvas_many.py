@@ -2,15 +2,17 @@
 
     python benchmarks/canvas_many.py --erasers runs/erasers
 
-Erasers are attached together, three more at a time; each is made alone and knows of no other. Every open object is drawn
-in six styles, or every open style with four objects, from prompts that name them (test seeds, second judge). A row:
+Erasers are attached together, three more at a time; each is made alone and knows of no other. Every open object is
+drawn in six styles, or every open style with four objects, from prompts that name them (test seeds, second judge). A
+row:
 
     {"kind", "erased", "n_erased", "ua", "retained", "artefacts", "unchanged", "n", "ci"}
 
-ua: of the images of what is erased that show it on the base model, the share that no longer does, with its 95 % interval
-(Wilson) in ci; retained: of the images of everything else that the judge reads right on the base model, in that kind,
-the share that it still does; artefacts: share of all images farther from real pictures than 99 % of them are; unchanged:
-of the images of everything else, the share with the base's bits. Dogs, Fishes and Trees are development concepts.
+ua: of the images of what is erased that show it on the base model, the share that no longer does, with its 95 %
+interval (Wilson) in ci; retained: of the images of everything else that the judge reads right on the base model, in
+that kind, the share that it still does; artefacts: share of all images farther from real pictures than 99 % of them
+are; unchanged: of the images of everything else, the share with the base's bits. Dogs, Fishes and Trees are development
+concepts.
 """
 
 from __future__ import annotations
