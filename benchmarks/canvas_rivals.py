@@ -201,7 +201,13 @@ RIVALS: dict[str, Rival] = {
         ),
     ),
     "concept-steerers": Rival(_steerers, tuple({"strength": s} for s in (-0.25, -0.5, -1.0, -2.0))),
-    "gloce": Rival(_gloce, ({"rank": 1, "threshold": 2.5}, {"rank": 8, "threshold": 1.5})),
+    "gloce": Rival(
+        _gloce,
+        tuple(
+            {"rank": r, "gate_rank": g, "threshold": t, "untouched": u}
+            for r, g, t, u in ((1, 1, 2.5, 0.2), (8, 1, 1.5, 0.2), (4, 4, 1.5, 0.0), (1, 1, 1.5, 0.0))
+        ),
+    ),
     "salun": Rival(_salun, tuple({"steps": 100, "learning_rate": rate} for rate in (5e-5, 2e-4))),
     "stereo": Rival(
         _stereo, ({"rounds": 2, "erase_steps": 40, "attack_steps": 60, "steps": 80, "learning_rate": 3e-4},)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from typing import Any
 
@@ -94,3 +95,13 @@ def test_modular_pipelines_are_refused_in_one_sentence() -> None:
     for call in (lambda: attach(pipe, eraser).__enter__(), lambda: load_eraser(pipe, eraser)):
         with pytest.raises(SiteError, match="modular pipelines are not supported"):
             call()
+
+
+def test_a_call_with_wrong_arguments_is_one_error(monkeypatch: pytest.MonkeyPatch):
+    second: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", second.append)
+    wrong: dict[str, Any] = {"strenght": 1}
+    with pytest.raises(TypeError, match="strenght"):
+        attach(None, [], **wrong)
+    gc.collect()
+    assert second == []

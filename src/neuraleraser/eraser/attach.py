@@ -286,5 +286,5 @@ class attach:
             attachment.close()
 
     def __del__(self) -> None:
-        if not self._entered:
+        if not getattr(self, "_entered", True):  # not there after a call with wrong arguments
             warnings.warn("attach(...) did nothing: write `with attach(pipe, eraser):`", stacklevel=2)
