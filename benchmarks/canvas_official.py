@@ -10,7 +10,8 @@ those of `evaluate`, of eight styles and eight objects: each with each, and of t
 phrasings, in fragments, beside another object, and from a picture of it (at strength 0.3, 0.5 or 0.7 by turns, and half
 of it drawn anew) or its inverted latents, with an empty prompt. Test seeds, second judge. All methods share the base's
 images. Ours and the controls are drawn on all six concepts and all cells; other methods, which change every image, on
-the first three (those that are trained: two) and on every second cell of the grid that does not ask for the concept.
+fewer concepts, on every second cell of the grid that does not ask for the concept, and without inpainting and inverted
+latents.
 
 "patch-replacement" has SAeUron's features; "difference-of-means" stands behind the prompt gate of our eraser, which
 sees no picture; neither was tuned. "none" does nothing; "oracle" is the base model, asked for the same without the
@@ -41,7 +42,7 @@ from neuraleraser.concepts import canvas_concept
 from neuraleraser.eraser import Eraser
 from neuraleraser.evaluation.evaluate import default_protocol, evaluate
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import GRID, IMAGE_TO_IMAGE, NEUTRAL, Cell, EvaluationProtocol
+from neuraleraser.evaluation.protocol import GRID, HALF, IMAGE_TO_IMAGE, INVERTED, NEUTRAL, Cell, EvaluationProtocol
 from neuraleraser.evaluation.report import Report
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling
@@ -99,13 +100,14 @@ class Join:
 
 def protocol_of(pipe: Any, concepts: Sequence[str], *, half: bool = False) -> EvaluationProtocol:
     """Return the cells; of those that start from a picture, the ones whose prompt says nothing. `half`: of the grid,
-    those of the concept and every second other one."""
+    those of the concept and every second other one; and no inpainting or inverted latents, whose few images cost a
+    batch of twenty each."""
     whole = default_protocol(family_of(pipe), concepts, SETTINGS)
 
     def taken(c: Cell, name: str) -> bool:
         other = c.group == GRID and not c.asks_for(name)
         at = SETTINGS.styles.index(c.style) + SETTINGS.objects.index(c.objects[0]) if other else 0
-        return c.group not in (IMAGE_TO_IMAGE, NEUTRAL) and not (half and at % 2)
+        return c.group not in (IMAGE_TO_IMAGE, NEUTRAL) and not (half and (at % 2 or c.group in (HALF, INVERTED)))
 
     return replace(whole, cells={name: [c for c in cells if taken(c, name)] for name, cells in whole.cells.items()})
 
