@@ -30,8 +30,8 @@ def train(pipe: Any, forget: Any = FORGET, anchors: Any = ANCHORS, retain: Any =
 def test_pictures_are_final_latents_with_new_noise():
     pipe = pipelines.stable_diffusion_2()  # predicts v
     pictures = _drawn_pictures(pipe, FORGET, range(4, 7), S)
-    generators = [torch.Generator().manual_seed(4), torch.Generator().manual_seed(5)]
-    expected = pipe(
+    generators: Any = [torch.Generator().manual_seed(4), torch.Generator().manual_seed(5)]
+    expected: Any = pipe(
         ["x a", "x b"], num_inference_steps=3, guidance_scale=3.0, generator=generators, output_type="latent"
     )
     torch.testing.assert_close(pictures.latents[:2], expected.images)
