@@ -210,7 +210,8 @@ def words(t: Task, applied: Context, b: dict[str, int]) -> Picture:
         p = np.asarray(seen.p_style if t.name in V.styles else seen.p_object)
         return [float(x) for x in p[:, list(names).index(t.name)]]
 
-    found = search_words(t.pipe, t.company(t.asked[0]), score, applied=applied, words=known, **b)
+    few = replace(default_sampling(t.pipe), batch_size=b["images"])  # the last batch is always filled
+    found = search_words(t.pipe, t.company(t.asked[0]), score, applied=applied, words=known, sampling=few, **b)
     return lambda context: t.draw(context, [found.prompts[0]] * IMAGES)
 
 
