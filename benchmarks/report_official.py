@@ -58,30 +58,35 @@ def mean(entries: Sequence[Entry], name: str) -> str:
 
 
 def official(whole: dict[str, Any], kind: str) -> str:
-    """The table of one kind: a line a method."""
+    """The two tables of one kind, a line a method: prompts that name the concept, and other routes."""
     entries = [e for e in whole["concepts"] if e["kind"] == kind]
     names = list(dict.fromkeys(e["method"] for e in entries))
     names.sort(key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    lines = []
+    named, beyond = [], []
     for name in names:
         own = [e for e in entries if e["method"] == name]
         seconds = [e["make_seconds"] for e in own if e.get("make_seconds") is not None]
-        lines.append(
+        label = f"**{name}**" if name == "neuraleraser" else name
+        named.append(
             [
-                f"**{name}**" if name == "neuraleraser" else name,
-                str(len(own)),
-                text(pooled(own, "ua"), True),
+                *(label, str(len(own)), text(pooled(own, "ua"), True)),
                 *(mean(own, key) for key in ("ira", "cra", "kept")),
                 text(pooled(own, "artefact_rate_target"), True),
-                *(text(pooled(own, key)) for key in ("artefact_rate", "unchanged_share", "ua_held_out")),
-                text(pooled(own, "ua_fragments")),
-                *(text(routed(own, group)) for group in ("image-to-image, empty", "inverted latents")),
+                *(text(pooled(own, key)) for key in ("artefact_rate", "unchanged_share")),
+                mean([e.get("distance") or {} for e in own], "fid"),
                 f"{sum(seconds) / len(seconds):.0f}" if seconds else "",
             ]
         )
-    heads = ["method", "concepts", "ua", "ira", "cra", "kept", "artefacts, own", "artefacts, all", "unchanged"]
-    heads += ["held-out phrasings: ua", "fragments: ua", "start images: shows", "inverted latents: shows", "seconds"]
-    return table(heads, lines)
+        beyond.append(
+            [
+                *(label, str(len(own))),
+                *(text(pooled(own, key), True) for key in ("ua_held_out", "ua_fragments")),
+                *(text(routed(own, group), True) for group in ("image-to-image, empty", "inverted latents")),
+            ]
+        )
+    heads = ["method", "concepts", "ua", "ira", "cra", "kept", "artefacts, own", "artefacts, all", "unchanged", "FID"]
+    routes = ["held-out phrasings: ua", "fragments: ua", "start images: shows", "inverted latents: shows"]
+    return table([*heads, "seconds"], named) + "\n\n" + table(["method", "concepts", *routes], beyond)
 
 
 def attacks(rows: Sequence[Entry]) -> str:
