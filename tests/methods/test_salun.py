@@ -23,8 +23,8 @@ FORGET, ANCHORS, RETAIN = ["x a", "x b"], ["a", "b"], ["c", "d", "e"]
 
 
 def train(pipe: Any, forget: Any = FORGET, anchors: Any = ANCHORS, retain: Any = RETAIN, **settings: Any) -> SalUn:
-    given = SalUnSettings(**{"steps": 3, "batch": 2, "images": 3} | settings)
-    return SalUn.train(pipe, "x", "style", forget, anchors, retain, S, given)
+    given: dict[str, Any] = {"steps": 3, "batch": 2, "images": 3, **settings}
+    return SalUn.train(pipe, "x", "style", forget, anchors, retain, S, SalUnSettings(**given))
 
 
 def test_pictures_are_final_latents_with_new_noise():
