@@ -47,7 +47,8 @@ def search_start_latents(
     """Search the noise from which a prompt, through the method, draws each of these pictures.
 
     Noise can make many a denoiser draw many a picture: beside an attack's share stand that of its start (`steps=0`)
-    and that of `random_denoiser`, which on the canvas draws the pictures of 60 steps no worse than the model does. All images are in one batch, and none depends on the others but for rounding.
+    and that of `random_denoiser`, which on the canvas, after 60 steps, draws the pictures no worse than the model does.
+    All images are in one batch, and none depends on the others but for rounding.
 
     Args:
         pipe: A pipeline with one text encoder, as Stable Diffusion 1 and 2 are.
