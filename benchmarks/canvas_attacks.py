@@ -242,7 +242,7 @@ class Attack:
 ATTACKS: dict[str, Attack] = {
     "textual inversion": Attack(textual_inversion, {"count": 3, "steps": 150, "batch_size": 8}),
     "UnlearnDiffAtk": Attack(unlearndiffatk, {"count": 5, "turns": 10, "steps": 20, "batch_size": 4}),
-    "P4D": Attack(p4d, {"count": 8, "rounds": 5, "steps": 30, "batch_size": 4}),
+    "P4D": Attack(p4d, {"count": 3, "rounds": 8, "steps": 20, "batch_size": 4}),
     "PGD on encodings": Attack(pgd, {"steps": 40, "batch_size": 4}),
     "start latents": Attack(recall, {"turns": 5, "steps": 10}),
     "word search": Attack(words, {"count": 3, "queries": 40, "images": 2}),

@@ -180,7 +180,9 @@ def join(s: Join) -> None:
             whole.setdefault("concepts", []).extend(report["concepts"])
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     whole["numbers"] = {label: chosen(label, rows) for label in {row["method"] for row in rows}}
-    write_bytes(s.out, (json.dumps(whole, indent=1) + "\n").encode())
+    lines = [f'"{key}": {json.dumps(value)}' for key, value in whole.items() if key != "concepts"]
+    entries = ",\n".join(json.dumps(entry) for entry in whole["concepts"])  # one a line
+    write_bytes(s.out, ("{" + ",\n".join([*lines, f'"concepts": [\n{entries}\n]']) + "}\n").encode())
 
 
 if __name__ == "__main__":
