@@ -101,7 +101,7 @@ def attacks(rows: Sequence[Entry]) -> str:
         shares = [f"{by[n]['after']:.2f} / {by[n]['sound']:.2f}" if n in by else "" for n in names]
         lines.append([attack, concept.replace("_", " "), str(some["n"]), f"{some['control']:.2f}", *shares])
     before = [
-        f"{next((r['before'] for r in rows if (r['method'], r['concept']) == (n, c)), float('nan')):.2f}"
+        next((f"{r['before']:.2f}" for r in rows if (r["method"], r["concept"]) == (n, c)), "")
         for c in dict.fromkeys(row["concept"] for row in rows)
         for n in names
     ]
