@@ -871,13 +871,31 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/methods/test_conditional.py::test_guidance_in_one_batch_and_in_two_passes",),
     ),
     Mutation(
+        "judge-not-read",
+        "a judge that cannot read the base model's images is taken",
+        (Text("src/neuraleraser/evaluation/base_check.py", "READABLE = 0.5", "READABLE = 0.0"),),
+        ("tests/evaluation/test_base_check.py::test_a_shuffled_judge_is_refused_before_a_method_is_drawn",),
+    ),
+    Mutation(
+        "oracle-asks",
+        "the oracle asks for the concept",
+        (
+            Text(
+                "src/neuraleraser/methods/oracle.py",
+                "objects = tuple(name for name in cell.objects if name != concept)",
+                "objects = tuple(cell.objects)",
+            ),
+        ),
+        ("tests/methods/test_oracle.py::test_no_prompt_that_stands_instead_names_the_concept",),
+    ),
+    Mutation(
         "attack-one-drawing",
         "all steps of an attack are one drawing",
         (
             Text(
-                "src/neuraleraser/attacks/learned_embeddings.py",
-                "            scheduler.set_timesteps(last)  #",
-                "            #",
+                "src/neuraleraser/attacks/denoising.py",
+                "        scheduler.set_timesteps(last)  #",
+                "        #",
             ),
         ),
         ("tests/attacks/test_learned_embeddings.py::test_every_step_is_a_drawing_of_its_own",),
@@ -887,8 +905,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "an attack makes gradients for the model's weights",
         (
             Text(
-                "src/neuraleraser/attacks/learned_embeddings.py",
-                "        stack.enter_context(frozen(pipe))\n",
+                "src/neuraleraser/attacks/denoising.py",
+                "            stack.enter_context(frozen(pipe))\n",
                 "",
             ),
         ),
