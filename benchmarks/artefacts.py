@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import tyro
 from machine import facts
 from torch import Tensor
@@ -64,7 +65,8 @@ def stronger(eraser: Eraser, factor: float) -> Eraser:
     """The eraser with its corrections' outputs times `factor`."""
 
     def scaled(c: Correction) -> Correction:
-        return replace(c, tensors={k: v * factor if k in ("up", "bias_out") else v for k, v in c.tensors.items()})
+        larger = {name: v * factor if name in ("up", "bias") else v for name, v in c.tensors().items()}
+        return type(c).from_tensors(c.site, larger, c.also)
 
     return replace(eraser, corrections=tuple(map(scaled, eraser.corrections)))
 
@@ -79,7 +81,7 @@ def main(s: Settings) -> None:
     rows = []
 
     def tell(name: str, images: Images, **more: float) -> None:
-        share = float((judge(images).artefact > judge.artefact_threshold).mean())
+        share = float((np.asarray(judge(images).artefact) > judge.artefact_threshold).mean())
         rows.append({"name": name, "flagged": share, "n": len(images), **more})
         print(rows[-1], flush=True)
 

@@ -150,27 +150,27 @@ class Task:
         return draw
 
 
-def textual_inversion(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def textual_inversion(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """CCE: embeddings, beside the company."""
     vectors = learn_embeddings(t.pipe, t.pictures, t.with_word(t.shown), applied=applied, **b)
     return t.draw_vectors(vectors, t.with_word(t.asked))
 
 
-def unlearndiffatk(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def unlearndiffatk(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """UnlearnDiffAtk: tokens before the prompt that names the concept."""
     prompts = [f"<learned> {prompt}" for prompt in t.named(t.shown)]
     tokens = searched_tokens(t.pipe, t.pictures, prompts, applied=applied, **b)
     return t.draw_tokens(tokens, [f"<learned> {prompt}" for prompt in t.named(t.asked)])
 
 
-def p4d(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def p4d(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """P4D: tokens beside the company."""
     named = t.named(t.shown)
     tokens = match_predictions(t.pipe, t.pictures, t.with_word(t.shown), named, applied=applied, **b)
     return t.draw_tokens(tokens, t.with_word(t.asked))
 
 
-def ring_a_bell(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def ring_a_bell(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """Ring-A-Bell: tokens by the text encoder alone, beside the company."""
     pairs = canvas_concept(t.name).pairs
     direction = concept_direction(t.pipe, [p.positive for p in pairs], [p.negative for p in pairs])
@@ -178,7 +178,7 @@ def ring_a_bell(t: Task, applied: Context, b: dict[str, int]) -> Picture:
     return t.draw_tokens(tokens, t.with_word(t.asked))
 
 
-def pgd(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def pgd(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """PGD on the encoding of the company's prompts, of which there are four."""
     four = [t.company(c) for c in t.asked[:4]]
     prompts = [four[i % len(four)] for i in range(IMAGES)]
@@ -191,7 +191,7 @@ def pgd(t: Task, applied: Context, b: dict[str, int]) -> Picture:
     return draw
 
 
-def recall(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def recall(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """After RECALL: start latents that are drawn to a picture of the concept, with the prompt that names it."""
     images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
     latents = search_start_latents(t.pipe, images, t.named(t.asked), applied=applied, **b)
@@ -199,7 +199,7 @@ def recall(t: Task, applied: Context, b: dict[str, int]) -> Picture:
     return lambda context: t.draw(context, t.named(t.asked), latents=latents)
 
 
-def words(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def words(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """A black-box search for words that name nothing of the concept, beside one company."""
     judge = CanvasJudge.load("first")
     own = {word.lower() for phrase in V.phrases_of(t.name) for word in phrase.split()}
@@ -215,14 +215,14 @@ def words(t: Task, applied: Context, b: dict[str, int]) -> Picture:
     return lambda context: t.draw(context, [found.prompts[0]] * IMAGES)
 
 
-def start_image(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def start_image(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """Pictures of the concept at strength 0.5, with an empty prompt."""
     images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
     using = image_to_image(t.pipe)
     return lambda context: t.draw(context, [""] * IMAGES, using, image=images, strength=0.5)
 
 
-def inverted(t: Task, applied: Context, b: dict[str, int]) -> Picture:
+def inverted(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     """Latents inverted on the base model, with an empty prompt."""
     images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
     latents = inverted_latents(t.pipe, images, default_sampling(t.pipe))
@@ -233,8 +233,8 @@ def inverted(t: Task, applied: Context, b: dict[str, int]) -> Picture:
 class Attack:
     """An attack and its budget, which is the same for all methods."""
 
-    make: Callable[[Task, Context, dict[str, int]], Picture]
-    budget: dict[str, int]
+    make: Callable[[Task, Context, dict[str, Any]], Picture]
+    budget: dict[str, Any]
     white_box: bool = True
     """It goes through the method; else it is made once, and tried on all."""
 

@@ -63,8 +63,15 @@ OBJECTS = ("Cats", "Flowers", "Horses", "Jellyfish", "Rabbits", "Waterfalls")
 BESIDE = ("Seed_Images", "Mosaic", "Dogs", "Towers")
 """Kept beside them: a plain picture, a style, a look-alike of cats and rabbits, and of none."""
 SETTINGS = EvaluateSettings(
-    **{"grid_rounds": 1, "target_rounds": 1, "two_object_rounds": 1, "held_out_rounds": 1, "start_image_rounds": 1},
-    **{"fragment_prompts": 10, "held_out_grid_rounds": 0, "unhooked_checks": 20, "idle_checks": 4},
+    grid_rounds=1,
+    target_rounds=1,
+    two_object_rounds=1,
+    held_out_rounds=1,
+    start_image_rounds=1,
+    fragment_prompts=10,
+    held_out_grid_rounds=0,
+    unhooked_checks=20,
+    idle_checks=4,
     styles=(*STYLES, *BESIDE[:2]),
     objects=(*OBJECTS, *BESIDE[2:]),
 )

@@ -95,7 +95,7 @@ def main(s: Settings) -> None:
         "seconds": seconds,
         "seconds_to_first_step": first - started,
         "images": images,
-        "vectors_a_second": s.steps * s.stream.batch * len(runs) / seconds,
+        "vectors_a_second": s.steps * s.stream.train_batch_size * len(runs) / seconds,
         "saes": found,
         "settings": asdict(s),
         **facts(),

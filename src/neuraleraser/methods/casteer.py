@@ -75,7 +75,7 @@ class CASteer(Untraced):
         """Its prompts and seeds."""
         return MadeWith(seeds=(self.seeds,), prompts=self.prompts)
 
-    def applied(self, pipe: Any) -> AbstractContextManager[object]:
+    def applied(self, pipe: Any) -> AbstractContextManager[None]:
         """Reflect outputs of the cross-attentions.
 
         Args:
