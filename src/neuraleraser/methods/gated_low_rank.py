@@ -43,7 +43,7 @@ from neuraleraser.sites.modules import denoiser_name
 
 @dataclass(frozen=True, eq=False)
 class GatedReplacement:
-    """Replacement of one layer: x -> (1 - s) x + s (instead + (x - shown) down up), s the gate of each position.
+    """Replacement at one layer: x -> (1 - s) x + s (instead + (x - shown) down up), s the gate of each position.
 
     instead, shown, origin [d]: means of what stands in the concept's place, of the concept, and of general prompts.
     down [d, r], up [r, d]. axes [d, g]: what the gate projects on. centre, slope: of its sigmoid.

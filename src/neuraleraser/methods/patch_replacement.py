@@ -7,7 +7,7 @@ which they do not; nothing is scaled, so activations stay where the model knows 
 
 Ours: each detected patch draws its own source, evenly of all that are not detected; the draws depend on the seed, the
 timestep and the position alone, never on the other images of a batch. Where every patch is detected there is no source,
-and the map is left alone, as it is for most of a picture in a style: the paper erases objects.
+and the map is left alone, as may be that of a picture in a style: the paper erases objects.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class PatchReplacement:
     Features are those that the eraser scales, at the timesteps and above the thresholds at which it does
     (`fit_saeuron`); of an eraser with another correction, those of its gate that speak for the concept. They are looked
     for where its gate is open; as everywhere, a prompt gate leaves negative prompts alone, an image gate does not. The
-    eraser's corrections do not act. A map without a detected patch keeps its bits.
+    eraser's corrections do not act. A map without a detected patch, or with nothing else, keeps its bits: so it is with
+    a prompt gate whose feature fires at every position.
 
     Attributes:
         eraser: The eraser whose features detect.
@@ -45,13 +46,14 @@ class PatchReplacement:
         SettingsError: The seed is out of range.
 
     Examples:
-        >>> method = PatchReplacement(eraser)
+        >>> settings = SAeUronSettings(num_images=2)
+        >>> near, sae = ["mosaic style"], "image-sae.safetensors"
+        >>> detects = fit_saeuron(pipe, concept, neighbours=near, sae=sae, settings=settings, sampling=quick)
+        >>> method = PatchReplacement(detects)
         >>> with method.applied(pipe):
         ...     erased = generate(pipe, prompts, [0, 1], quick)
-        >>> erased.shape  # the prompt without the concept keeps its bits
-        (2, 64, 64, 3)
-        >>> np.array_equal(erased[1], images[1])
-        True
+        >>> np.array_equal(erased, images)
+        False
     """
 
     eraser: Eraser
