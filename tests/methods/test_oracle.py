@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,14 @@ def test_what_stands_beside_the_concept_is_still_asked_for(name: str) -> None:
         beside = [n for n in (cell.style, *cell.objects) if n not in ("", name, V.plain)]
         if cell.asks_for(name):
             assert all(any(phrase in oracle(cell.prompt) for phrase in V.phrases_of(n)) for n in beside), cell
+
+
+def test_a_learned_word_is_left_out() -> None:
+    for name in ("Van_Gogh", "Cats"):
+        cells = vocabulary_protocol(V, [name], replace(SMALL, embedding_steps=1)).cells[name]
+        learned = [c.prompt for c in cells if c.group == "learned embeddings"]
+        oracle = Oracle.of(V, name, cells)
+        assert learned and not any("<learned>" in oracle(prompt) for prompt in learned)
 
 
 def test_start_images_are_asked_to_be_plain() -> None:

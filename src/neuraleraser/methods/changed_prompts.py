@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,44 @@ class PromptTrace:
     """Images, counted from 0 in the order of their prompts, whose prompt is changed."""
 
     fired: dict[int, list[str]] = field(default_factory=dict)
+
+
+class PromptControl(ABC):
+    """Method that changes prompts, and nothing else."""
+
+    concept: str
+
+    @abstractmethod
+    def __call__(self, prompt: str) -> str:
+        """Return the prompt as it is encoded."""
+
+    def applied(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
+        """Change what `pipe.encode_prompt` is given.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields a trace of the prompts that were changed.
+
+        Raises:
+            SettingsError: The pipeline has no `encode_prompt`.
+        """
+        return changed_prompts(pipe, self.concept, self)
+
+    def watched(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
+        """Note which prompts would be changed.
+
+        Args:
+            pipe: The diffusers pipeline.
+
+        Returns:
+            A context; it yields a trace of the prompts that would be changed.
+
+        Raises:
+            SettingsError: The pipeline has no `encode_prompt`.
+        """
+        return changed_prompts(pipe, self.concept, self, act=False)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from neuraleraser.eraser import Provenance
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
 from neuraleraser.fitting.unlabelled_sae import sae_provenance
+from neuraleraser.methods.untraced import Untraced
 from neuraleraser.methods.weights import weights_digest
 from neuraleraser.sae import SAE, TrainSettings, pool_batches, train
 from neuraleraser.settings import check_number
@@ -46,7 +47,7 @@ _PER_NUMBER = 4
 
 
 @dataclass(frozen=True, eq=False)
-class ConceptSteerers:
+class ConceptSteerers(Untraced):
     """Concept Steerers: features of the concept's text are taken from every prompt, in the text encoder.
 
     Every image changes. For pipelines whose `encode_prompt` runs the text encoder, of a text of fixed length.
@@ -134,17 +135,6 @@ class ConceptSteerers:
 
         with _watched_prompts(pipe, asked), edit(pipe, {self.site: steer}):
             yield
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it would act everywhere.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
     @staticmethod
     def train_sae(

@@ -7,7 +7,6 @@ Where it does as well as the eraser, the eraser owes its figures to its gate, no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,20 +15,20 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Pair
-from neuraleraser.eraser import Eraser, Trace, attach, check_nothing_acts
+from neuraleraser.eraser import Eraser, check_nothing_acts
 from neuraleraser.eraser.corrections import LowRank
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
+from neuraleraser.methods.eraser_control import EraserControl, prompt_part
 from neuraleraser.methods.eraser_method import EraserMethod
 from neuraleraser.methods.mean_activations import sum_of_means
-from neuraleraser.methods.prompt_part import prompt_part
 from neuraleraser.methods.weights import weights_digest
 from neuraleraser.settings import Sampling, check_number
 from neuraleraser.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
-class DifferenceOfMeans:
+class DifferenceOfMeans(EraserControl):
     """An eraser's gate, and behind it the difference of means as correction.
 
     While the gate is open, strength times (mean with the concept - mean without) is subtracted from every position at
@@ -74,16 +73,6 @@ class DifferenceOfMeans:
             )
 
     @property
-    def concept(self) -> str:
-        """The concept's name."""
-        return self.eraser.name
-
-    @property
-    def kind(self) -> str:
-        """ "style", "object" or "other"."""
-        return EraserMethod(self.eraser).kind
-
-    @property
     def key(self) -> str:
         """Digest of the eraser, the differences, their timesteps and the strength."""
         tensors = {str(site): x for site, x in self.differences.items()} | {"times": self.times}
@@ -108,28 +97,6 @@ class DifferenceOfMeans:
             nothing = torch.zeros(*bias.shape, 1)  # of rank 1: a correction has to have one
             corrections.append(LowRank(c.site, self.times.float(), nothing, nothing.mT.contiguous(), bias, c.also))
         return replace(prompt_part(self.eraser), corrections=tuple(corrections))
-
-    def applied(self, pipe: Any) -> AbstractContextManager[Trace]:
-        """Subtract the differences where the gate opens.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields the trace.
-        """
-        return attach(pipe, self.control)
-
-    def watched(self, pipe: Any) -> AbstractContextManager[Trace]:
-        """Note where the gate opens, and change nothing.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields the trace.
-        """
-        return attach(pipe, self.control, action="detect")
 
     @classmethod
     def measure(

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.concepts import Pair
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
+from neuraleraser.methods.untraced import Untraced
 from neuraleraser.methods.weights import weights_digest
 from neuraleraser.settings import Sampling, check_number, check_whole
 from neuraleraser.sites import EditContext, Site, denoiser, edit, unwrap
@@ -82,7 +83,7 @@ def gate_evidence(x: Tensor, origin: Tensor, axes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class GLoCE:
+class GLoCE(Untraced):
     """GLoCE: outputs of all cross-attentions are replaced where they look like the concept's.
 
     Attributes:
@@ -134,17 +135,6 @@ class GLoCE:
             SiteError: The pipeline does not have the cross-attentions.
         """
         return edit(pipe, {site: self._replace(layer) for site, layer in self.layers.items()})
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing: it would act everywhere.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
     def _replace(self, layer: GatedReplacement) -> Callable[[Tensor, EditContext[Any]], Tensor]:
         def replaced(x: Tensor, context: EditContext[Any]) -> Tensor:

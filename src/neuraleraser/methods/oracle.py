@@ -7,19 +7,17 @@ unasked; where a start image still shows the concept, its strength is too low fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 from neuraleraser.errors import ConceptError
 from neuraleraser.evaluation.protocol import FRAGMENTS, LEARNED, Cell
-from neuraleraser.methods.changed_prompts import PromptTrace, changed_prompts
+from neuraleraser.methods.changed_prompts import PromptControl
 from neuraleraser.methods.conditional import method_key
 from neuraleraser.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
-class Oracle:
+class Oracle(PromptControl):
     """The base model, with each prompt replaced by that for the same without the concept.
 
     Attributes:
@@ -56,34 +54,6 @@ class Oracle:
             What stands in its place; the prompt itself where it does not bring the concept.
         """
         return self.instead.get(prompt, prompt)
-
-    def applied(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
-        """Replace prompts.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields a trace of the prompts that were replaced.
-
-        Raises:
-            SettingsError: The pipeline has no `encode_prompt`.
-        """
-        return changed_prompts(pipe, self.concept, self)
-
-    def watched(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
-        """Note which prompts would be replaced.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields a trace of the prompts that would be replaced.
-
-        Raises:
-            SettingsError: The pipeline has no `encode_prompt`.
-        """
-        return changed_prompts(pipe, self.concept, self, act=False)
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, concept: str, cells: Sequence[Cell]) -> Oracle:

@@ -12,7 +12,7 @@ and the map is left alone, as may be that of a picture in a style: the paper era
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ from neuraleraser.eraser.corrections import Scaling
 from neuraleraser.eraser.gate import time_bin
 from neuraleraser.evaluation.method import MadeWith
 from neuraleraser.methods.eraser_method import EraserMethod
+from neuraleraser.methods.untraced import Untraced
 from neuraleraser.settings import check_seed
 from neuraleraser.sites import EditContext, edit
 
 
 @dataclass(frozen=True)
-class PatchReplacement:
+class PatchReplacement(Untraced):
     """PER: patches in which an eraser's features fire are replaced by others of the same feature map.
 
     Features are those that the eraser scales, at the timesteps and above the thresholds at which it does
@@ -100,17 +101,6 @@ class PatchReplacement:
             SiteError: The pipeline does not have the gate's site.
         """
         return edit(pipe, {self.eraser.gate.site: self._replace})
-
-    def watched(self, pipe: Any) -> AbstractContextManager[None]:
-        """Note nothing.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields None.
-        """
-        return nullcontext(None)
 
     def detected(self, x: Tensor, timestep: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Return where features fire while the gate is open.

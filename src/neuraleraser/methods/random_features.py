@@ -6,26 +6,24 @@ several.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuraleraser.eraser import Eraser, Trace, attach
+from neuraleraser.eraser import Eraser
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
 from neuraleraser.fitting.reference import Reference
 from neuraleraser.fitting.trajectories import SHARES
+from neuraleraser.methods.eraser_control import EraserControl, prompt_part
 from neuraleraser.methods.eraser_method import EraserMethod
-from neuraleraser.methods.prompt_part import prompt_part
 from neuraleraser.settings import check_seed, check_whole
 
 
 @dataclass(frozen=True)
-class RandomFeatures:
+class RandomFeatures(EraserControl):
     """An eraser's corrections behind a gate of random features that fire as often as its own.
 
     For each feature of the gate one is drawn among those of the reference that are nearest in firing rate (the share
@@ -80,16 +78,6 @@ class RandomFeatures:
             )
 
     @property
-    def concept(self) -> str:
-        """The concept's name."""
-        return self.eraser.name
-
-    @property
-    def kind(self) -> str:
-        """ "style", "object" or "other"."""
-        return EraserMethod(self.eraser).kind
-
-    @property
     def key(self) -> str:
         """Digest of the eraser with its random gate."""
         return self.control.content_hash[:16]
@@ -137,25 +125,3 @@ class RandomFeatures:
         share = min(range(len(SHARES)), key=lambda i: abs(SHARES[i] - self.eraser.gate.share))
         pooled = self.reference.pooled[:, :, share].flatten(0, 1)
         return (pooled > 0).float().mean(0), pooled.float().mean(0)
-
-    def applied(self, pipe: Any) -> AbstractContextManager[Trace]:
-        """Correct where the random gate opens.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields the trace.
-        """
-        return attach(pipe, self.control)
-
-    def watched(self, pipe: Any) -> AbstractContextManager[Trace]:
-        """Note where the random gate opens, and change nothing.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields the trace.
-        """
-        return attach(pipe, self.control, action="detect")

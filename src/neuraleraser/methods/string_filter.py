@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from neuraleraser.errors import ConceptError, SettingsError
-from neuraleraser.methods.changed_prompts import PromptTrace, changed_prompts
+from neuraleraser.methods.changed_prompts import PromptControl
 from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
 
 
 @dataclass(frozen=True)
-class StringFilter:
+class StringFilter(PromptControl):
     """Replaces phrases of a concept in prompts.
 
     Of several phrases that start at one place the longest counts, in whole words and in any case.
@@ -83,34 +81,6 @@ class StringFilter:
     def _pattern(self) -> re.Pattern[str]:
         every = sorted({*self._own, *(phrase.lower() for phrase in self.others)}, key=len, reverse=True)
         return re.compile(rf"\b(?:{'|'.join(map(re.escape, every))})\b", re.IGNORECASE)
-
-    def applied(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
-        """Filter what `pipe.encode_prompt` is given.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields a trace of the prompts that were changed.
-
-        Raises:
-            SettingsError: The pipeline has no `encode_prompt`.
-        """
-        return changed_prompts(pipe, self.concept, self)
-
-    def watched(self, pipe: Any) -> AbstractContextManager[PromptTrace]:
-        """Note which prompts would be changed.
-
-        Args:
-            pipe: The diffusers pipeline.
-
-        Returns:
-            A context; it yields a trace of the prompts that would be changed.
-
-        Raises:
-            SettingsError: The pipeline has no `encode_prompt`.
-        """
-        return changed_prompts(pipe, self.concept, self, act=False)
 
 
 def _joined(before: str, instead: str, after: str) -> str:
