@@ -92,7 +92,7 @@ class Bench:
     pipe: Any
     run: Callable[[], Any]
     gate: Site
-    edits: list[tuple[Site, ...]]
+    edits: tuple[Site, ...]
     factor: float = 1.0
     features: int = 64
 
@@ -211,7 +211,7 @@ def widths(bench: Bench) -> dict[Site, tuple[int, int]]:
     def note(site: Site) -> Callable[[Tensor, EditContext[None]], None]:
         return lambda x, call: seen.update({site: (x.shape[1], x.shape[2])})
 
-    with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, *(s[0] for s in bench.edits)}}):
+    with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, bench.edits[0]}}):
         bench.run()
     return seen
 
@@ -228,14 +228,13 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
     low = torch.full((BINS,), NEVER_REACHED) if shut else torch.zeros(BINS)
     gate = Gate(
         bench.gate, torch.arange(f), random(f, d), torch.zeros(f), torch.zeros(f), torch.ones(f), 1.0,
-        times, low, 2 * low + 1e-3,
+        times, low, 2 * low + 1e-3, holds=True,
     )  # fmt: skip
-    edits = []
-    for site, *also in bench.edits:
-        w = shapes[site][1]
-        down, up, bias = random(1, w, RANK) / w**0.5, 1e-4 * random(1, RANK, w), 1e-4 * random(1, w)
-        edits.append(LowRank(site, times[:1], down, up, bias, tuple(also)))
-    return Eraser(gate, tuple(edits), EraserHeader(str(seed)))
+    site, *also = bench.edits
+    w = shapes[site][1]
+    down, up, bias = random(1, w, RANK) / w**0.5, 1e-4 * random(1, RANK, w), 1e-4 * random(1, w)
+    correction = LowRank(site, times[:1], down, up, bias, tuple(also))
+    return Eraser(gate, (correction,), EraserHeader(str(seed)))
 
 
 class FullSAE:
@@ -371,8 +370,9 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
             traces, actions = OneTrace(Trace(erasers)), ["erase"] * count
             runtime = ErasureRuntime(erasers, torch.ones(count, 1), device, traces, actions)
             flops = 2.0 * rows * positions * d * bench.features * count
-            if not shut or device.type != "cpu":  # a CPU knows that a gate is shut
-                flops += sum(4.0 * rows * p * w * RANK * count for p, w in (shapes[x[0]] for x in bench.edits))
+            if not shut:
+                tokens, width = shapes[bench.edits[0]]
+                flops += 4.0 * rows * tokens * width * RANK * count
             tensors = [t for e in erasers for t in _tensors(e)]
             file = None
             if count == 1:

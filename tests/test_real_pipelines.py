@@ -23,7 +23,6 @@ from neuraleraser.sites import (
     cross_attention_sites,
     denoiser,
     edit,
-    edits_for,
     record,
     text_encoder_sites,
     text_streams,
@@ -57,10 +56,11 @@ class Case:
 
     def eraser(self, kind: str = "low_rank", seed: int = 0, concept: str = "Cats", **gate: Any) -> Eraser:
         """A gate at the first candidate, corrections at the last and at a cross-attention where there is one, and
-        low-rank ones of the prompt that all but the first read."""
+        low-rank ones of the prompt that all but the first read, or the last where it is a stream."""
         first, *_, last = candidate_sites(self.pipe)
         acts = [(last,), *((at,) for at in cross_attention_sites(self.pipe)[-1:])]
-        acts += edits_for(self.pipe, first) if kind == "low_rank" else []
+        reads = [Site(b.path, "input", "text") for b in candidate_sites(self.pipe)[1:]]
+        acts += ([tuple(reads[-1:] if text_streams(self.pipe) else reads)]) if kind == "low_rank" else []
         times = [self.scale * t for t in (100.0, 500.0, 900.0)]
         edits = tuple(
             make_correction(at, self.seen[at].shape[2], kind, seed=seed, times=times, also=tuple(also))

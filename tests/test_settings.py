@@ -51,8 +51,7 @@ def test_there_are_numbers_to_look_at():
     [
         (lambda: FitSettings(num_pairs=0), "pairs is 0"),
         (lambda: FitSettings(rank=0), "rank is 0"),
-        (lambda: FitSettings(train_batch_size=0), "train_batch_size is 0"),
-        (lambda: FitSettings(learning_rate=0), "learning_rate is 0"),
+        (lambda: FitSettings(guided_weight=0), "guided_weight is 0"),
         (lambda: FitSettings(seed=990), "tests are generated with seeds above 999"),
         (lambda: FitSettings(seed=10_000), "tests are generated with seeds above 999"),
         (lambda: Sampling(num_inference_steps=1001), "steps is 1001"),
@@ -74,7 +73,7 @@ def test_whole_numbers_of_other_libraries_are_whole_numbers():
     import numpy as np
 
     assert Sampling(num_inference_steps=np.int64(3), guidance_scale=np.float32(2)).num_inference_steps == 3
-    assert FitSettings(seed=940).seed == 940 and FitSettings(learning_rate=1).learning_rate == 1
+    assert FitSettings(seed=970).seed == 970 and FitSettings(guided_weight=1).guided_weight == 1
 
 
 def test_more_steps_than_the_schedule_has():

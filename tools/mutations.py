@@ -96,24 +96,49 @@ _SAMPLING = "src/neuraleraser/sampling.py"
 _METRICS = "src/neuraleraser/evaluation/metrics.py"
 _CELLS = "src/neuraleraser/evaluation/vocabulary_cells.py"
 _ROWS = "src/neuraleraser/sites/rows.py"
-_OWN = "    examples = [TrainingExample(a, b.prediction) for a, b in zip(replayed, plain, strict=True)] * 2\n"
-_DRAWN = "[TrainingExample(a, _matched_prediction(pipe, a, b)) for a, b in zip(shown, plain, strict=True)]\n"
+_TEXT = "src/neuraleraser/fitting/text_correction.py"
+_DECISIONS = "src/neuraleraser/eraser/decisions.py"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "targets",
-        "the edit is fitted to the concept's own predictions, so it learns nothing",
-        (
-            Text(_FITTING, _OWN, _OWN.replace("b.prediction", "a.prediction")),
-            Text(_FITTING, _DRAWN, _DRAWN.replace("_matched_prediction(pipe, a, b)", "a.prediction")),
-        ),
-        (f"{FIT}::test_targets_are_the_matched_prompt_s_predictions", PRODUCT),
+        "the text moves away from that without the concept",
+        (Text(_TEXT, "(wanted - shown).flatten(0, 1), rank)", "(shown - wanted).flatten(0, 1), rank)"),),
+        ("tests/fitting/test_text_correction.py", PRODUCT),
     ),
     Mutation(
-        "targets-drawn-with",
-        "at states drawn with the concept the target is its own prediction",
-        (Text(_FITTING, _DRAWN, _DRAWN.replace("_matched_prediction(pipe, a, b)", "a.prediction")),),
-        (f"{FIT}::test_targets_are_the_matched_prompt_s_predictions",),
+        "unaligned",
+        "tokens are matched by their number, wherever the words stand",
+        (
+            Text(
+                _TEXT, "    return y.gather(1, align(x, y).unsqueeze(2).expand(-1, -1, y.shape[2]))\n", "    return y\n"
+            ),
+        ),
+        ("tests/fitting/test_text_correction.py::test_texts_are_what_the_first_block_reads",),
+    ),
+    Mutation(
+        "held-on",
+        "what was decided of one text stands for another",
+        (Text(_DECISIONS, "{part: opening * same.to(opening) for", "{part: opening for"),),
+        ("tests/eraser/test_holding.py::test_a_new_text_is_decided_anew",),
+    ),
+    Mutation(
+        "not-again",
+        "the step in which a gate opens is not taken again",
+        (Text(_RUNTIME, "            if again is not None:\n", "            if again is not None and False:\n"),),
+        ("tests/eraser/test_holding.py::test_erasers_of_two_attachments_act_together",),
+    ),
+    Mutation(
+        "others-left-out",
+        "in a step that is taken again other attachments do not act",
+        (
+            Text(
+                "src/neuraleraser/sites/forwards.py",
+                "if hooks is self or (hooks.active and hooks.guard.repeats)]",
+                "if hooks is self]",
+            ),
+        ),
+        ("tests/eraser/test_holding.py::test_an_edit_beside_it_acts_in_the_step_that_is_taken_again",),
     ),
     Mutation(
         "negatives",
@@ -133,29 +158,17 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "[p.positive for p in pairs], seeds, *recording",
-                "[p.positive for p in pairs], [seed + 500 for seed in seeds], *recording",
+                "[p.positive for p in pairs], seeds, sampling)",
+                "[p.positive for p in pairs], [seed + 500 for seed in seeds], sampling)",
             ),
         ),
         (f"{FIT}::test_a_pair_is_drawn_from_the_same_noise",),
     ),
     Mutation(
-        "crossed",
-        "the gate is fitted without the states drawn without the concept",
-        (
-            Text(
-                _FITTING,
-                "torch.cat([conditional_rows(pooled_shown), pooled_replayed])[:, nearest_step]",
-                "conditional_rows(pooled_shown)[:, nearest_step]",
-            ),
-        ),
-        (f"{FIT}::test_the_gate_is_fitted_to_states_drawn_without_the_concept_too",),
-    ),
-    Mutation(
         "own-matches",
         "the concept's matched prompts are no background of its gate",
         (Text(_FITTING, "    lacks = torch.cat([lacks, plain_rows])\n", ""),),
-        (f"{FIT}::test_the_gate_is_fitted_to_states_drawn_without_the_concept_too",),
+        (f"{FIT}::test_the_concept_s_matched_prompts_are_background",),
     ),
     Mutation(
         "reference",
@@ -166,7 +179,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "matches-said",
         "an eraser's header leaves out the matched prompts it was made with",
-        (Text(_FITTING, "for prompt in (pair.positive, pair.negative)]", "for prompt in (pair.positive,)]"),),
+        (Text(_FITTING, "for prompt in (pair.positive, pair.negative))),", "for prompt in (pair.positive,))),"),),
         (f"{FIT}::test_the_whole_fit",),
     ),
     Mutation(
@@ -370,7 +383,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "branches-swapped",
         "the negative prompt's rows are taken for the prompt's",
         (Text("src/neuraleraser/sites/rows.py", "            if not negative:\n", "            if negative:\n"),),
-        ("tests/fitting/test_trajectories.py::test_states_are_the_conditional_half_of_every_step",),
+        ("tests/activations/test_loss_recovered.py",),
     ),
     Mutation(
         "one-seed",

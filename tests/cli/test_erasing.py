@@ -83,7 +83,7 @@ def test_an_eraser_as_saeuron_makes_it(
     out = ["generate", "a d", "--model", model, "--num-inference-steps", "2", "--out", "image.png"]
     assert main([*out, "--erasers", "a-d.safetensors"]) == 0
     assert "a d: acted at" in capsys.readouterr().out
-    for wrong in (["--reference", "x"], ["--steps", "3"], ["--num-images", "7"]):
+    for wrong in (["--reference", "x"], ["--rank", "3"], ["--num-images", "7"]):
         assert "saeuron reads no reference" in refused([*argv, *wrong], capsys)
     for wrong in (["--sae", str(sae)], ["--saeuron.multiplier", "-3"]):
         assert "are for saeuron alone" in refused([*short_erase("a d", model), *wrong], capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -110,7 +111,7 @@ def test_a_change_that_later_blocks_repeat_is_in_the_graph(small: Any) -> None:
         block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
     ).eval()
     first = candidate_sites(small)[0]
-    (read,) = edits_for(small, first)
+    read = edits_for(small, first)[1:]
     many = [
         Eraser(
             make_gate(first, 16, seed=seed),
@@ -129,6 +130,30 @@ def test_a_change_that_later_blocks_repeat_is_in_the_graph(small: Any) -> None:
     before = graphs()
     for plan, image in zip(([1.0, 0.5], [0.0, 2.0]), want, strict=True):
         set_erasers(small, ["0", "30"], plan)
+        torch.testing.assert_close(pipelines.run(small, 0), image)
+    disable_erasers(small)
+    assert torch.equal(pipelines.run(small, 0), base) and graphs() == before
+
+
+@pytest.mark.slow
+@compiled
+def test_a_gate_that_holds_is_in_the_graph(small: Any) -> None:
+    """Shut, opening and held: one graph."""
+    small.unet = pipelines.unet(
+        block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    ).eval()
+    at = candidate_sites(small)[1]
+    read = edits_for(small, at)
+    gate = dataclasses.replace(make_gate(at, 16), holds=True)
+    eraser = Eraser(gate, (make_correction(read[0], pipelines.WIDTH, also=read[1:]),), EraserHeader("x"))
+    base, want = pipelines.run(small, 0), [attached(small, eraser, plan) for plan in (1.0, 0.5)]
+    assert not torch.equal(want[0], base)
+    load_eraser(small, eraser)
+    small.unet.compile(backend="eager", fullgraph=True)
+    pipelines.run(small, 0)
+    before = graphs()
+    for strength, image in zip((1.0, 0.5), want, strict=True):
+        set_erasers(small, ["x"], [strength])
         torch.testing.assert_close(pipelines.run(small, 0), image)
     disable_erasers(small)
     assert torch.equal(pipelines.run(small, 0), base) and graphs() == before

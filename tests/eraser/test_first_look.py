@@ -13,7 +13,17 @@ from helpers import pipelines
 from helpers.erasers import SHUT, SITES, make_eraser, with_picture
 from neuraleraser import ConceptRefusedError, attach
 from neuraleraser.eraser import Eraser
-from neuraleraser.sites import Call, DenoiserCall, FinishedForward, HookedEdits, Rows, denoiser, denoiser_calls, record
+from neuraleraser.sites import (
+    Begin,
+    Call,
+    DenoiserCall,
+    FinishedForward,
+    HookedEdits,
+    Rows,
+    denoiser,
+    denoiser_calls,
+    record,
+)
 from neuraleraser.sites.edit import FunctionEdit
 
 TASKS = {
@@ -135,13 +145,16 @@ class Watcher:
     calls: list[Call] = field(default_factory=list)
     finished: list[FinishedForward] = field(default_factory=list)
 
-    def new_state(self) -> None: ...
+    repeats = False
+
+    def new_state(self, begin: Begin) -> None: ...
 
     def on_call_start(self, call: Call) -> None:
         self.calls.append(call)
         self.finished.clear()
 
-    def on_forward_start(self, call: None, rows: Rows) -> None: ...
+    def on_forward_start(self, call: None, rows: Rows, text: Tensor | None, compiled: bool) -> Begin:
+        return {}
 
     def on_forward_end(self, call: None, rows: Rows, state: None, finished: FinishedForward) -> None:
         self.finished.append(finished)

@@ -43,12 +43,12 @@ headers = st.builds(
     prompts=_texts,
     seeds=st.none() | _spans,
     settings=st.none()
-    | st.builds(FitSettings, rank=st.integers(1, 256), learning_rate=st.floats(1e-6, 10))
+    | st.builds(FitSettings, rank=st.integers(1, 256), guided_weight=st.floats(1e-6, 100))
     | st.builds(SAeUronSettings, num_features=st.none() | st.integers(1, 99), multiplier=st.floats(-99, 0)),
     sampling=st.none() | st.builds(Sampling, guidance_scale=st.floats(0, 99), pad_last_batch=st.booleans()),
     separation=_numbers,
     open_share=st.none() | _shares,
-    loss=_numbers,
+    text_left=st.none() | _shares,
     seconds=st.none() | st.floats(0, 1e9),
     method=_lines,
     made_for=st.none() | st.builds(Fingerprint, _lines, _lines, _lines, _weights),

@@ -101,8 +101,9 @@ class Eraser(HubFile):
             }
             picture["guided"] = {"weight": self.guided.weight, "prompts": list(self.guided.prompts)}
         gate = {"site": str(self.gate.site), "share": self.gate.share, "text_tokens": self.gate.text_tokens}
+        flags = {name: True for name in ("picture", "holds") if getattr(self.gate, name)}
         return {
-            "gate": gate | ({"picture": True} if self.gate.picture else {}),
+            "gate": gate | flags,
             **picture,
             "corrections": [
                 {"kind": c.KIND, "site": str(c.site)} | ({"also": [str(s) for s in c.also]} if c.also else {})
@@ -241,8 +242,11 @@ def gate_error(g: Gate) -> str | None:
         return "threshold is negative"
     if not (0 < g.share <= 1 and bool((g.low >= 0).all()) and bool((g.high > g.low).all())):
         return "its share is outside 0 to 1, or its bounds are not 0 <= low < high"
-    if not isinstance(g.picture, bool):
-        return f"picture is {printable(g.picture)}, expected true or false"
+    for name, flag in (("picture", g.picture), ("holds", g.holds)):
+        if not isinstance(flag, bool):
+            return f"{name} is {printable(flag)}, expected true or false"
+    if g.picture and g.holds:
+        return "it reads pictures, and holds: only what a prompt decided can stand"
     if g.text_tokens is not None and g.text_tokens < 1:
         return f"it is for texts of {g.text_tokens} tokens, expected at least 1"
     if not 1 <= g.window <= MAX_WINDOW or g.window % 2 == 0 or g.rows.shape[1] % g.window**2:
@@ -280,6 +284,7 @@ def _read_gate(name: str, said: Mapping[str, Any], parts: dict[str, dict[str, Te
         text_tokens=None if tokens is None else int(tokens),
         picture=picture or said.get("picture", False),
         window=window,
+        holds=said.get("holds", False),
         **found,
     )
 

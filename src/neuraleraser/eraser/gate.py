@@ -73,6 +73,10 @@ class Gate:
 
     text_tokens: length of the prompts that the bounds were set with; a longer text is read in parts of that length, and
     the strongest counts, as each part is then seen as a short prompt is. None: texts of any length are read whole.
+
+    holds: True for a gate whose decision stands as long as the image has the same prompt, so that corrections may act
+    before it: in the step in which it opens, which is taken again for that, and in all later ones from their start.
+    False: it decides anew at each step, and only what comes after it in the denoiser is corrected.
     """
 
     site: Site
@@ -88,6 +92,7 @@ class Gate:
     text_tokens: int | None = None
     picture: bool = False
     window: int = 1
+    holds: bool = False
 
     AXES: ClassVar[Mapping[str, str]] = {
         "features": "f", "rows": "fd", "bias": "f", "threshold": "f", "weight": "f",

@@ -80,8 +80,8 @@ class EraserHeader:
     pictures; 1: it saw it at each that was tried; None: not measured."""
     open_share: float | None = None
     """Share of the time bins where the gate can open."""
-    loss: tuple[float, ...] = ()
-    """Loss of the corrections at the start and at the end of the fit."""
+    text_left: float | None = None
+    """Share of the squared distance between its prompts' texts with the concept and without that is left corrected."""
     seconds: float | None = None
     """Time that the fit took."""
     method: str = ""
@@ -236,7 +236,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "image_separation": _numbers,
     "least_strength": _share,
     "open_share": _share,
-    "loss": _numbers,
+    "text_left": _share,
     "seconds": _seconds,
     "method": _line,
     "made_for": Fingerprint.parse,

@@ -66,13 +66,14 @@ class Plan:
     """Plan of every site, with tensors on `device`.
 
     guided: corrections of the prediction, by part. first_look: timesteps at which image gates are shown start images
-    before any is drawn.
+    before any is drawn. holding: parts that correct, and whose gates hold.
     """
 
     device: torch.device
     sites: Mapping[Site, SitePlan]
     guided: Mapping[int, Guided]
     first_look: tuple[float, ...]
+    holding: frozenset[int]
 
 
 def make_plan(parts: Sequence[Part], actions: Sequence[str], order: Sequence[int], device: torch.device) -> Plan:
@@ -120,7 +121,9 @@ def make_plan(parts: Sequence[Part], actions: Sequence[str], order: Sequence[int
         part for part, action in zip(parts, actions, strict=True) if part.guided is not None or action != "erase"
     ]
     times = {time for part in looks_first if part.gate.picture for time in part.gate.times[:LOOKS].tolist()}
-    return Plan(device, sites, {i: found for i, found in guided.items() if found is not None}, tuple(sorted(times)))
+    holding = frozenset(i for i in order if actions[i] == "erase" and placed[i].gate.holds)
+    found = {i: correction for i, correction in guided.items() if correction is not None}
+    return Plan(device, sites, found, tuple(sorted(times)), holding)
 
 
 def _groups(
@@ -156,10 +159,10 @@ def _tokens(erasers: Sequence[Part], device: torch.device) -> tuple[tuple[int, T
 
 def _same_features(erasers: Sequence[Part], actions: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Return groups of columns whose gates read the same features, and which erase (law 11)."""
-    groups: dict[frozenset[bytes], list[int]] = {}
+    groups: dict[tuple[bool, frozenset[bytes]], list[int]] = {}
     for column, (e, action) in enumerate(zip(erasers, actions, strict=True)):
         if action == "erase":
-            groups.setdefault(gate_features(e.gate), []).append(column)
+            groups.setdefault((e.gate.holds, gate_features(e.gate)), []).append(column)
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from neuraleraser.eraser.decisions import Decisions
 from neuraleraser.eraser.eraser import Eraser
 from neuraleraser.eraser.guided import HELD
 from neuraleraser.eraser.plan import Plan, make_plan
-from neuraleraser.eraser.site_edit import ErasureForward, SiteEdit
+from neuraleraser.eraser.site_edit import ErasureForward, SiteEdit, scales_at
 from neuraleraser.eraser.trace import Opening, Trace, TracedCall
 from neuraleraser.eraser.traces import Traces
 from neuraleraser.errors import (
@@ -25,7 +26,7 @@ from neuraleraser.errors import (
     SettingsError,
     UnseenRouteWarning,
 )
-from neuraleraser.sites import Call, FinishedForward, Rows, Step, match_rows
+from neuraleraser.sites import Begin, Call, FinishedForward, Rows, Step, match_rows
 
 ERASING = ("erase", "erase_or_refuse")
 """Actions that correct."""
@@ -39,7 +40,7 @@ class ErasureCall:
     delta: change of the prediction in that step [images, ...], None for none. Where guidance takes two forwards, the
     second repeats what the first found, so that both move alike.
     held: part -> how far its image gate has been open for each image [images], at most, times the strength. warned:
-    parts whose concept stays in a start image, of which was warned.
+    parts whose concept stays in a start image, of which was warned. decisions: of prompt gates that hold.
     """
 
     call: Call
@@ -51,6 +52,7 @@ class ErasureCall:
     held: dict[int, Tensor] = field(default_factory=dict)
     warned: set[int] = field(default_factory=set)
     looked: bool = False  # at its start images
+    decisions: Decisions = field(default_factory=Decisions)
 
 
 class ErasureRuntime:
@@ -97,9 +99,12 @@ class ErasureRuntime:
 
     # --- calls: the observer of `HookedEdits`
 
-    def new_state(self) -> ErasureForward:
-        """Return the state of a new forward."""
-        return ErasureForward()
+    repeats = True
+    """Its corrections act in a forward that another attachment takes again, too."""
+
+    def new_state(self, begin: Begin) -> ErasureForward:
+        """Return the state of a new forward, in which gates that hold are as far open as `on_forward_start` said."""
+        return ErasureForward(dict(begin), {i for i in self.plan.holding if i not in begin})
 
     def on_call_start(self, call: Call) -> ErasureCall:
         """Number the images of a new call in its trace."""
@@ -121,11 +126,30 @@ class ErasureRuntime:
                 )
         self.named_routes |= routes
 
-    def on_forward_start(self, call: ErasureCall, rows: Rows) -> None:
-        """SettingsError where strengths by image meet a call that draws another number of images."""
+    def on_forward_start(self, call: ErasureCall, rows: Rows, text: Tensor | None, compiled: bool) -> Begin:
+        """Return strength times opening [rows] of each part whose gate holds and was open; of all such if compiled.
+
+        SettingsError where strengths by image meet a call that draws another number of images.
+        """
         images = self.strengths_cpu.shape[1]
         if images > 1 and rows.images != images:
             raise SettingsError(f"strengths for {images} images, but this call draws {rows.images}: {_STRENGTHS_HINT}")
+        if self.plan.holding:
+            call.decisions.follow(rows, text)
+        return self._begin(call, rows, compiled)
+
+    def _begin(self, call: ErasureCall, rows: Rows, compiled: bool = False) -> Begin:
+        """Return what a forward's edits begin with: see `on_forward_start`."""
+        begin: dict[int, Tensor] = {}
+        known = call.decisions.openings
+        held = self.plan.holding if compiled else [i for i in known if not self.zero_strength[i]]
+        for plan in self.plan.sites.values() if held else ():
+            parts = plan.gate_erasers
+            if set(parts).intersection(held):
+                opening = call.decisions.by_row(rows, parts, self.plan.device)
+                table = scales_at(plan, self.scaled_openings(parts, opening, rows))
+                begin |= {i: table[:, column] for column, i in enumerate(parts) if i in held}
+        return begin
 
     def on_forward_end(
         self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward
@@ -134,7 +158,37 @@ class ErasureRuntime:
 
         Raises ConceptRefusedError where a refusing eraser fired, as soon as it does, in a pipeline's call.
         """
+        state, delta = self._take_again(call, rows, state, finished)
+        guided = self._guided(call, rows, state, finished)
+        if delta is None or guided is None:
+            return delta if guided is None else guided
+        return delta + guided
+
+    def _take_again(
+        self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward
+    ) -> tuple[ErasureForward, Tensor | None]:
+        """Note what fired. Take a forward in which gates that hold opened again, corrected from its first block on.
+
+        Returns the edits' state, and the change of the prediction [rows, ...], None for none.
+        """
+        change: Tensor | None = None
+        if state.found:
+            again = call.decisions.add(rows, state.found, self.strengths_cpu > 0)
+            if again is not None:
+                # What others found before the correction does not count, but where one refuses.
+                seen = [o for o in state.openings if self.refusing or not self.plan.holding.isdisjoint(o.erasers)]
+                self._note(call, rows, ErasureForward(openings=seen))
+                state, change = finished.take_again(self._begin(call, rows), again)
+                state.openings = [o for o in state.openings if self.plan.holding.isdisjoint(o.erasers)]
+        parts = tuple(i for i in self.plan.holding if i in call.decisions.openings and not self.zero_strength[i])
+        if parts:
+            opening = call.decisions.by_row(rows, parts, finished.call.state.device)
+            state.openings.append(Opening(parts, finished.call.timestep.float().view(-1), opening))
         self._note(call, rows, state)
+        return state, change
+
+    def _guided(self, call: ErasureCall, rows: Rows, state: ErasureForward, finished: FinishedForward) -> Tensor | None:
+        """Return the change of the prediction [rows, ...] that open image gates make; None for none."""
         if any(len(held) != rows.images for held in call.held.values()):  # a loop of one's own that stopped guiding
             call.held = {}
         if self.plan.first_look and call.call.start is not None and not call.looked:

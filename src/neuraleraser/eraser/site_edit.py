@@ -25,12 +25,14 @@ class ErasureForward:
 
     Parts of erasers (`Eraser.parts`) go by their numbers.
 
-    scales: part -> strength times opening [rows], of those that may act. closed: parts that are known not to.
+    scales: part -> strength times opening [rows], of those that may act. closed: parts that are known not to. Of gates
+    that hold both are known from the start, and what they find in this forward is in `found`: part -> opening [rows].
     deltas: by number of its group, what was made at one site and is added at others, too. openings: for the trace.
     """
 
     scales: dict[int, Tensor] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
+    found: dict[int, Tensor] = field(default_factory=dict)
     deltas: dict[int, Tensor] = field(default_factory=dict)
     openings: list[Opening] = field(default_factory=list)
 
@@ -142,14 +144,14 @@ class SiteEdit:
         known = not compiling and x.device.type == "cpu"  # what is in a tensor; to ask would stall a GPU
         lows = plan.gates.lows_at(timestep) if known else []
         if known and min(lows) >= SHUT_BOUND:
-            forward.closed.update(erasers)
+            forward.closed.update(i for i in erasers if i not in forward.scales)
             return None
         evidence, pre = plan.gates.evidence(x, context.grid)
         for tokens, columns in plan.gate_tokens:
             if context.text_tokens is not None and context.text_tokens > tokens:
                 evidence = self._read_in_parts(plan.gates, tokens, columns, context, evidence)
         if known and all(most <= low for most, low in zip(evidence.amax(0).tolist(), lows, strict=True)):
-            forward.closed.update(erasers)
+            forward.closed.update(i for i in erasers if i not in forward.scales)
             return evidence
         low, width = plan.gates.bounds_at(timestep)
         opening = ((evidence - low) / width).clamp(0, 1)
@@ -162,12 +164,13 @@ class SiteEdit:
             if runtime.traces.heat:
                 heat = torch.where(opening.unsqueeze(1) > 0, plan.gates.evidence_by_position(pre), 0)
             forward.openings.append(Opening(erasers, timestep, opening, heat))
-            table = runtime.scaled_openings(erasers, opening, context.rows)
-            for group in plan.same_features:
-                table = _largest_alone(table, group)
+            table = scales_at(plan, runtime.scaled_openings(erasers, opening, context.rows))
             for column, i in enumerate(erasers):
                 if opened[column] and (compiling or not runtime.zero_strength[i]):
-                    forward.scales[i] = table[:, column]
+                    if i in runtime.plan.holding:
+                        forward.found[i] = opening[:, column]
+                    else:
+                        forward.scales[i] = table[:, column]
         if not compiling:
             forward.closed |= {i for i in erasers if i not in forward.scales}
         return evidence
@@ -202,6 +205,13 @@ class SiteEdit:
         if not torch.compiler.is_compiling():
             self.mask = rows, mask
         return mask
+
+
+def scales_at(plan: SitePlan, table: Tensor) -> Tensor:
+    """Return strengths times openings [rows, erasers] of a site's gates, of those that are to act."""
+    for group in plan.same_features:
+        table = _largest_alone(table, group)
+    return table
 
 
 def _largest_alone(table: Tensor, columns: Sequence[int]) -> Tensor:

@@ -15,9 +15,9 @@ from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_for_eraser
 from neuraleraser.fitting.detector import gate_bounds
-from neuraleraser.fitting.trajectories import branches_as_rows, measure_site, record_calls
+from neuraleraser.fitting.trajectories import branches_as_rows, measure_site
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import PROMPT_ROUTES, EditContext, Site, is_denoiser, made_for, record, replay
+from neuraleraser.sites import PROMPT_ROUTES, denoiser_calls, is_denoiser, made_for
 
 
 def calibrate(
@@ -85,17 +85,10 @@ def calibrate(
     def evidence(x: Tensor) -> Tensor:
         return gate.evidence(x).float().cpu()
 
-    plain, without, times = record_calls(pipe, [p.negative for p in some], seeds, s, gate.site, evidence)
-    shown, on, _ = record_calls(pipe, [p.positive for p in some], seeds, s, gate.site, evidence)
-    seen: list[Tensor] = []
-
-    def note(site: Site, x: Tensor, call: EditContext[None]) -> None:
-        seen.append(evidence(x))
-
-    # The prompts with the concept at the states drawn without it: where a finished eraser will stand.
-    with record(pipe, [gate.site], note), torch.no_grad():
-        for a, b in zip(plain, shown, strict=True):
-            replay(pipe, a.state, a.timestep, b.conditioning)
+    tokens: list[int | None] = []
+    with denoiser_calls(pipe, lambda call: tokens.append(call.text_tokens)):
+        without, times, _ = measure_site(pipe, gate.site, evidence, [p.negative for p in some], seeds, s)
+    on, _, _ = measure_site(pipe, gate.site, evidence, [p.positive for p in some], seeds, s)
     lacks = [branches_as_rows(without)]
     others = [c.pairs[i % len(c.pairs)].positive for i, c in enumerate(near) if c.name != concept.name]
     if others:
@@ -103,7 +96,7 @@ def calibrate(
         lacks.append(branches_as_rows(values))
     # For each of the gate's bins the pass at the nearest time.
     nearest_step = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
-    shows, off = torch.cat([on[:, :, -1], torch.stack(seen, 1)])[:, nearest_step], torch.cat(lacks)[:, nearest_step]
+    shows, off = on[:, nearest_step, -1], torch.cat(lacks)[:, nearest_step]
     low, high = gate_bounds(shows, off)
     separation = (shows > off.amax(0)).float().mean(0)
     opens = float((low < SHUT_BOUND).float().mean())
@@ -129,5 +122,5 @@ def calibrate(
         image_separation=(),
         least_strength=None,
     )
-    fitted = replace(eraser.gate, low=low, high=high, text_tokens=plain[0].text_tokens)
+    fitted = replace(eraser.gate, low=low, high=high, text_tokens=tokens[0])
     return Eraser(fitted, eraser.corrections, header)

@@ -1,4 +1,4 @@
-"""The states that an eraser is fitted on: recorded denoiser calls, and the features seen along the way."""
+"""The features seen along the way of sampling, pooled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import DenoiserCall, Site, denoiser_calls
+from neuraleraser.sites import Site
 
 SHARES = (1.0, 1 / 16)
 """Ways to pool a feature over positions: the mean, for what fills a picture, and the strongest sixteenth, for
@@ -103,64 +103,3 @@ def branches_as_rows(values: Tensor) -> Tensor:
 def conditional_rows(values: Pooled) -> Tensor:
     """[N, T, shares, n] of the conditional branch."""
     return values.values[:, :, -1 if values.values.shape[2] > CONDITIONAL else 0]
-
-
-def record_trajectories(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    sampling: Sampling,
-    sae: SAE,
-    site: Site,
-    image: Images | None = None,
-) -> tuple[list[DenoiserCall], Pooled]:
-    """Draw the images -> the conditional half of every denoiser call, all images in a row, and the pooled features
-    at `site`."""
-    calls, values, times = record_calls(pipe, prompts, seeds, sampling, site, feature_pools(sae), image)
-    return calls, Pooled(values, times)
-
-
-def record_calls(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    sampling: Sampling,
-    site: Site,
-    measure: Callable[[Tensor], Tensor],
-    image: Images | None = None,
-) -> tuple[list[DenoiserCall], Tensor, Tensor]:
-    """Draw the images; keep the conditional half of every denoiser call, all images in a row -> calls, and values
-    and times as `measure_site` gives them."""
-    batches: list[list[DenoiserCall]] = []
-    real = 0
-
-    def begin(first: int, count: int) -> None:
-        nonlocal real
-        batches.append([])
-        real = count
-
-    def on(call: DenoiserCall) -> None:
-        assert call.layout is not None
-        index = call.layout.first_conditional()
-        if index is not None:  # None: a pass over the negative prompt
-            batches[-1].append(call.rows(torch.tensor(index[:real], device=call.state.device)))
-
-    with denoiser_calls(pipe, on):
-        values, times, _ = measure_site(pipe, site, measure, prompts, seeds, sampling, image, begin)
-    return [join_calls(parts) for parts in zip(*batches, strict=True)], values, times
-
-
-def join_calls(calls: Sequence[DenoiserCall]) -> DenoiserCall:
-    """Calls of one step, of several batches, as one."""
-
-    def cat(values: Sequence[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {k: cat([v[k] for v in values]) for k in values[0]}
-        return torch.cat(list(values)) if isinstance(values[0], Tensor) and values[0].ndim else values[0]
-
-    return DenoiserCall(
-        cat([c.state for c in calls]),
-        calls[0].timestep.flatten()[:1],
-        cat([dict(c.conditioning) for c in calls]),
-        cat([c.prediction for c in calls]),
-    )

@@ -34,6 +34,7 @@ from neuraleraser.sites.edit import Change, Edit, EditContext, EditFunction
 from neuraleraser.sites.edits import HookedEdits, edit, record, remove_copied_hooks
 from neuraleraser.sites.fingerprint import Fingerprint, find_difference, made_for
 from neuraleraser.sites.finished import TEXT_ARGUMENTS, FinishedForward, Step, Text, text_of
+from neuraleraser.sites.forwards import Begin
 from neuraleraser.sites.guard import Call, Observer
 from neuraleraser.sites.modules import components, denoiser, denoisers, is_denoiser, unwrap
 from neuraleraser.sites.prediction import OnForward, edit_prediction
@@ -67,6 +68,7 @@ __all__ = [
     "START_IMAGE",
     "TEXT_ARGUMENTS",
     "Batch",
+    "Begin",
     "Call",
     "Change",
     "DenoiserCall",

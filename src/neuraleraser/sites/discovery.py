@@ -198,25 +198,17 @@ def _has_text(pipe: Any, site: Site) -> bool:
     return True
 
 
-def edits_for(pipe: Any, site: Site, most: int = 3) -> list[tuple[Site, ...]]:
-    """Return where an eraser that looks at `site` edits: what the blocks after its own read of the prompt.
+def edits_for(pipe: Any, site: Site) -> tuple[Site, ...]:
+    """Return where an eraser whose gate looks at `site` edits: what blocks read of the prompt, from the first on.
 
-    Each tuple of sites is for one correction.
-
-    In a UNet, PixArt or Sana all blocks read the same prompt, so one correction serves all that follow. In SD3 and FLUX
-    the text changes from block to block, and what is written into it stays: corrections of their own for at most so
-    many blocks, evenly spread, the last among them. Where no block follows, what the site's own block returns.
+    In a UNet, PixArt or Sana all blocks read the same prompt, and one correction serves them all. In SD3 and FLUX the
+    text changes from block to block, and what is written into it stays: there it is what the first block reads.
 
     Raises SiteError for a site that is in no text-conditioned block.
     """
     blocks = candidate_sites(pipe)
-    at = [i for i, b in enumerate(blocks) if f"{site.path}.".startswith(f"{b.path}.")]
-    if not at:
+    if not any(f"{site.path}.".startswith(f"{b.path}.") for b in blocks):
         raise SiteError(f"{site} is in none of the blocks that are known: pass the sites to edit")
-    after = [Site(b.path, "input", "text") for b in blocks[at[0] + 1 :]]
-    if not after:
-        return [(site,)]
-    if not text_streams(pipe):
-        return [tuple(after)]
-    count = min(most, len(after))
-    return [(after[-(-len(after) * (k + 1) // count) - 1],) for k in range(count)]
+    component = site.path.partition(".")[0]
+    read = [Site(b.path, "input", "text") for b in blocks if b.path.partition(".")[0] == component]
+    return tuple(read[:1] if text_streams(pipe) else read)

@@ -63,11 +63,12 @@ def record(
         >>> shapes  # two steps, two guidance branches of two images
         [torch.Size([4, 64, 128]), torch.Size([4, 64, 128])]
     """
-    return edit(pipe, {site: _Recorder(site, on_activations) for site in sites})
+    return _hooked(pipe, {site: _Recorder(site, on_activations) for site in sites}, Unobserved(no_state, repeats=False))
 
 
-@contextmanager
-def edit(pipe: Any, edits: Mapping[Site, EditFunction[F]], new_state: Callable[[], F] = no_state) -> Iterator[None]:
+def edit(
+    pipe: Any, edits: Mapping[Site, EditFunction[F]], new_state: Callable[[], F] = no_state
+) -> AbstractContextManager[None]:
     """Context manager that adds to each site what its function returns.
 
     The delta is cast to the output's dtype, and where it is 0 the output keeps its bits. Adding to an update is adding
@@ -91,7 +92,13 @@ def edit(pipe: Any, edits: Mapping[Site, EditFunction[F]], new_state: Callable[[
         >>> np.array_equal(changed, images)
         False
     """
-    hooked = HookedEdits(pipe, {site: FunctionEdit(f) for site, f in edits.items()}, Unobserved(new_state))
+    return _hooked(pipe, edits, Unobserved(new_state))
+
+
+@contextmanager
+def _hooked(pipe: Any, edits: Mapping[Site, EditFunction[F]], observer: Unobserved[F]) -> Iterator[None]:
+    """Context manager in which functions edit."""
+    hooked = HookedEdits(pipe, {site: FunctionEdit(f) for site, f in edits.items()}, observer)
     try:
         yield
         hooked.check()

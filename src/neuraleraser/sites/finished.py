@@ -86,12 +86,15 @@ class FinishedForward:
     """A denoiser's forward that is over.
 
     run: runs the denoiser on a state, a timestep and a conditioning, without hooks of ours. look_at: the same with the
-    hooks of this attachment, for rows of some layout; it returns the edits' state.
+    hooks of this attachment, for rows of some layout; it returns the edits' state. take_again: runs this forward again,
+    with the hooks of all attachments that edit; it takes what the edits begin with, by numbers of their owner's, and
+    which rows are wanted, bool [rows]; it returns the edits' state and the change of the prediction [rows, ...].
     """
 
     call: DenoiserCall
     run: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
     look_at: Callable[[Tensor, Tensor, Mapping[str, Any], Rows], Any]
+    take_again: Callable[[Mapping[int, Tensor], Tensor], tuple[Any, Tensor]]
 
     @property
     def step(self) -> Step:

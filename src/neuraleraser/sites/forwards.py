@@ -8,7 +8,7 @@ traces them without a break.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from neuraleraser.errors import EraserNotAppliedError
-from neuraleraser.sites.denoiser_calls import call_of, predicted
+from neuraleraser.sites.denoiser_calls import DenoiserCall, call_of, predicted
 from neuraleraser.sites.finished import FinishedForward
 from neuraleraser.sites.layout import replace_tensor
 from neuraleraser.sites.modules import forward_arguments
 from neuraleraser.sites.rows import Rows
 from neuraleraser.sites.threads import PerThread
+
+Begin = Mapping[int, Tensor]
+"""Tensors that the edits of a forward begin with, by numbers of their owner's."""
 
 
 @dataclass
@@ -52,6 +55,8 @@ class ComponentState:
     """State of one component in one thread."""
 
     rows: Rows | None = None  # of the forward in progress, decoded where Python runs
+    begin: Begin = field(default_factory=dict)  # the same, what its edits begin with
+    predicted: Tensor | None = None  # in the last forward by the denoiser as it is edited, with nothing added
     forward: Forward | None = None  # in progress; of a compiled one, the last
     outside: Forward | None = None  # of hooks that run outside a forward, as in a VAE, of which decode is called
     guarded: bool = False  # a boundary outside the compiled graph is open
@@ -63,14 +68,23 @@ class ComponentState:
 class Boundary(Protocol):
     """Observer of a component's forwards, outside compiled graphs."""
 
-    def new_state(self) -> Any:
+    @property
+    def repeats(self) -> bool:
+        """True if the edits act in a forward that another attachment takes again, too."""
+        ...
+
+    def new_state(self, begin: Begin) -> Any:
         """Return the edits' state for a new forward."""
         ...
 
     def on_forward_start(
-        self, hooks: ComponentHooks, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Rows:
-        """Return the layout of the rows of a forward that begins."""
+        self, hooks: ComponentHooks, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+    ) -> tuple[Rows, Begin]:
+        """Return the layout of the rows of a forward that begins, and what its edits begin with."""
+        ...
+
+    def on_repeat(self, rows: Rows, text: Tensor | None) -> Begin:
+        """Return what the edits begin with in a forward that another attachment takes again."""
         ...
 
     def on_forward_end(self, rows: Rows, state: Any, finished: FinishedForward) -> Tensor | None:
@@ -108,10 +122,10 @@ class ComponentHooks:
         thread = self.thread.get()
         if not thread.guarded:
             if torch.compiler.is_compiling():
-                thread.rows = None
+                thread.rows, thread.begin = None, {}
             else:
                 thread.forward = None
-                thread.rows = self.guard.on_forward_start(self, module, args, kwargs)
+                thread.rows, thread.begin = self.guard.on_forward_start(self, module, args, kwargs, False)
         timestep = None
         if self.timestep_index is not None:
             timestep = argument_of(args, kwargs, "timestep", self.timestep_index)
@@ -122,10 +136,14 @@ class ComponentHooks:
         if rows is None:  # a forward that was compiled with the hooks in it, and that nothing guards
             rows = Rows(len(first) if isinstance(first, Tensor) else 1)
         text = self.argument("encoder_hidden_states", args, kwargs)
-        thread.forward = Forward(
+        thread.forward = self._new_forward(first, timestep, text, rows, thread.begin)
+
+    def _new_forward(self, first: Any, timestep: Tensor | None, text: Any, rows: Rows, begin: Begin) -> Forward:
+        """Return a forward of which no hook has run yet, from the component's first argument and its text."""
+        return Forward(
             timestep,
             rows,
-            self.guard.new_state(),
+            self.guard.new_state(begin),
             [False] * len(self.sites),
             [None] * len(self.sites),
             self._image_tokens(first),
@@ -146,7 +164,8 @@ class ComponentHooks:
     def open_boundary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a compiled forward, outside its graph."""
         thread = self.thread.get()
-        thread.forward, thread.rows = None, self.guard.on_forward_start(self, module, args, kwargs)
+        thread.forward = None
+        thread.rows, thread.begin = self.guard.on_forward_start(self, module, args, kwargs, True)
         thread.guarded = True
 
     def close_boundary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -166,6 +185,31 @@ class ComponentHooks:
         thread = self.thread.get()
         forward, thread.forward = thread.forward, None
         rows, thread.rows = thread.rows, None
+        self._check_ran(forward)
+        if self.timestep_index is None or rows is None:
+            return None
+        old = predicted(output)
+        first = next((hooks for hooks in _attached(module) if hooks.active), self).thread.get()
+        if first is thread or first.predicted is None:
+            first.predicted = old
+        # Without sites nothing need run inside, so a forward that was compiled before is seen from outside alone.
+        state = forward.state if forward is not None else self.guard.new_state({})
+        call = call_of(module, args, kwargs, output)
+        finished = FinishedForward(
+            call,
+            partial(_run_without_hooks, module),
+            partial(self._look, module),
+            partial(self._take_again, module, call, rows, first),
+        )
+        delta = self.guard.on_forward_end(rows, state, finished)
+        if delta is None:
+            return None
+        # As in `add_keeping_bits`: rows whose change is 0 keep their bits.
+        return replace_tensor(output, old, (old - (0 - delta)).to(old.dtype))
+
+    def _check_ran(self, forward: Forward | None) -> None:
+        """Raise EraserNotAppliedError where a hook did not run in a forward, or met NaN or infinity."""
+        thread = self.thread.get()
         ran = forward.ran if forward is not None else [False] * len(self.sites)
         self.ever_ran |= {number for number, did in enumerate(ran) if did}
         self.raise_missed([name for name, did in zip(self.sites, ran, strict=True) if not did])
@@ -173,41 +217,53 @@ class ComponentHooks:
             if probe is not None:
                 thread.pending[number] = thread.pending[number] + probe if number in thread.pending else probe
         self.check_finite(on="cpu")
-        if self.timestep_index is None or rows is None:
-            return None
-        # Without sites nothing need run inside, so a forward that was compiled before is seen from outside alone.
-        state = forward.state if forward is not None else self.guard.new_state()
-        finished = FinishedForward(
-            call_of(module, args, kwargs, output), partial(_run_without_hooks, module), partial(self._look, module)
-        )
-        delta = self.guard.on_forward_end(rows, state, finished)
-        if delta is None:
-            return None
-        old = predicted(output)
-        # As in `add_keeping_bits`: rows whose change is 0 keep their bits.
-        return replace_tensor(output, old, old - (0 - delta.to(old.dtype)))
 
     def _look(
         self, module: nn.Module, state: Tensor, timestep: Tensor, conditioning: Mapping[str, Any], rows: Rows
     ) -> Any:
         """Run the denoiser on a state of its own, with no other attachment's hooks; return the edits' state."""
-        thread, count = self.thread.get(), len(self.sites)
-        text = conditioning.get("encoder_hidden_states")
-        thread.forward = Forward(
-            timestep.float(),
-            rows,
-            self.guard.new_state(),
-            [False] * count,
-            [None] * count,
-            self._image_tokens(state),
-            text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None,
-            self._latent_size(state),
-        )
+        thread, text = self.thread.get(), conditioning.get("encoder_hidden_states")
+        thread.forward = self._new_forward(state, timestep.float(), text, rows, {})
         try:
-            _run_without_hooks(module, state, timestep, conditioning, but=self)
+            _run_without_hooks(module, state, timestep, conditioning, but=(self,))
             return thread.forward.state
         finally:
             thread.forward = None
+
+    def _take_again(
+        self, module: nn.Module, call: DenoiserCall, rows: Rows, first: ComponentState, begin: Begin, again: Tensor
+    ) -> tuple[Any, Tensor]:
+        """Take a forward again, in which the edits begin with `begin`, and those of other attachments act as well.
+
+        first: knows what was predicted before. again: the rows that are wanted, bool [rows].
+
+        Returns the edits' state, and the change of what was predicted in these rows, 0 in others.
+        """
+        text = call.conditioning.get("encoder_hidden_states")
+        read = text if isinstance(text, Tensor) and text.ndim == 3 else None
+        acting = [hooks for hooks in _attached(module) if hooks is self or (hooks.active and hooks.guard.repeats)]
+        kept = [(thread, thread.forward) for thread in (hooks.thread.get() for hooks in acting)]
+        try:
+            for hooks in acting:
+                own = begin if hooks is self else hooks.guard.on_repeat(rows, read)
+                time = call.timestep.float()
+                hooks.thread.get().forward = hooks._new_forward(call.state, time, text, rows, own)
+            prediction = _run_without_hooks(module, call.state, call.timestep, call.conditioning, but=acting)
+            forward = self.thread.get().forward
+            assert forward is not None
+            self._check_ran(forward)
+            before = first.predicted
+            assert before is not None
+            change = torch.where(
+                again.to(prediction.device).view(-1, *[1] * (prediction.ndim - 1)),
+                prediction.float() - before.float(),
+                0,
+            )
+            first.predicted = before + change.to(before.dtype)
+            return forward.state, change
+        finally:
+            for thread, before in kept:
+                thread.forward = before
 
     def raise_missed(self, names: list[str], where: str = "a forward of {name}") -> None:
         """EraserNotAppliedError if there are names of hooks that did not run."""
@@ -264,7 +320,7 @@ class ComponentHooks:
             )
         if thread.outside is None:
             count = len(self.sites)
-            thread.outside = Forward(None, Rows(1), self.guard.new_state(), [False] * count, [None] * count)
+            thread.outside = Forward(None, Rows(1), self.guard.new_state({}), [False] * count, [None] * count)
         return thread.outside
 
     def _latent_size(self, latents: Any) -> tuple[int, int] | None:
@@ -285,16 +341,21 @@ class ComponentHooks:
         return tokens * (latents.shape[2] // frames) if latents.ndim == 5 else tokens
 
 
+def _attached(module: nn.Module) -> list[ComponentHooks]:
+    """Return the hooks of all attachments to a component, in the order in which they end a forward."""
+    found = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return [hooks for hooks in found if isinstance(hooks, ComponentHooks)]
+
+
 def _run_without_hooks(
     module: nn.Module,
     state: Tensor,
     timestep: Tensor,
     conditioning: Mapping[str, Any],
-    but: ComponentHooks | None = None,
+    but: Sequence[ComponentHooks] = (),
 ) -> Tensor:
-    """Return the denoiser's prediction, in which no attachment but one reads or edits anything."""
-    found = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-    threads = [hooks.thread.get() for hooks in found if isinstance(hooks, ComponentHooks) and hooks is not but]
+    """Return the denoiser's prediction, in which no attachment but some reads or edits anything."""
+    threads = [hooks.thread.get() for hooks in _attached(module) if hooks not in but]
     given = {forward_arguments(module)[0]: state, "timestep": timestep}
     for thread in threads:
         thread.paused = True

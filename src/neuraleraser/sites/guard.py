@@ -21,7 +21,7 @@ from neuraleraser.sites.caches import check_caches
 from neuraleraser.sites.caller import Caller, CallIdentity, find_caller
 from neuraleraser.sites.edit import F
 from neuraleraser.sites.finished import FinishedForward
-from neuraleraser.sites.forwards import ComponentHooks
+from neuraleraser.sites.forwards import Begin, ComponentHooks
 from neuraleraser.sites.modules import components, is_text_encoder, unwrap
 from neuraleraser.sites.routes import INPAINTING, START_IMAGE, routes_of
 from neuraleraser.sites.rows import Batch, CallFacts, Rows, decode_rows
@@ -55,16 +55,25 @@ class Call:
 class Observer(Protocol[F, C]):
     """Owner of an attachment's edits, which learns of the calls that run them. May raise in each method."""
 
-    def new_state(self) -> F:
-        """Return the edits' state for a new forward."""
+    @property
+    def repeats(self) -> bool:
+        """True if its edits act in a forward that another attachment takes again, too."""
+        ...
+
+    def new_state(self, begin: Begin) -> F:
+        """Return the edits' state for a new forward, which begins with what `on_forward_start` returned."""
         ...
 
     def on_call_start(self, call: Call) -> C:
         """Return the state of a new call."""
         ...
 
-    def on_forward_start(self, call: C, rows: Rows) -> None:
-        """Look at a denoiser's forward before it runs."""
+    def on_forward_start(self, call: C, rows: Rows, text: Tensor | None, compiled: bool) -> Begin:
+        """Look at a denoiser's forward before it runs, and return what its edits begin with.
+
+        text: what it reads [rows, tokens, d], None where that is not known. compiled: the same tensors must be there
+        in each forward, as the edits are in a graph.
+        """
         ...
 
     def on_forward_end(self, call: C, rows: Rows, state: F, finished: FinishedForward) -> Tensor | None:
@@ -81,16 +90,18 @@ class Unobserved(Generic[F]):
     """Observer that looks at nothing."""
 
     make_state: Callable[[], F]
+    repeats: bool = True
 
-    def new_state(self) -> F:
+    def new_state(self, begin: Begin) -> F:
         """Return the state of a new forward."""
         return self.make_state()
 
     def on_call_start(self, call: Call) -> None:
         """Do nothing."""
 
-    def on_forward_start(self, call: None, rows: Rows) -> None:
-        """Do nothing."""
+    def on_forward_start(self, call: None, rows: Rows, text: Tensor | None, compiled: bool) -> Begin:
+        """Return nothing."""
+        return {}
 
     def on_forward_end(self, call: None, rows: Rows, state: F, finished: FinishedForward) -> None:
         """Do nothing."""
@@ -127,29 +138,40 @@ class CallGuard(Generic[F, C]):
         """Guard these components."""
         self.components = components
 
-    def new_state(self) -> F:
+    @property
+    def repeats(self) -> bool:
+        """True if the edits act in a forward that another attachment takes again, too."""
+        return self.observer.repeats
+
+    def new_state(self, begin: Begin) -> F:
         """Return the edits' state for a new forward."""
-        return self.observer.new_state()
+        return self.observer.new_state(begin)
 
     def on_forward_start(
-        self, hooks: ComponentHooks, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Rows:
-        """Begin a call or go on with it; return the layout of the forward's rows."""
+        self, hooks: ComponentHooks, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
+    ) -> tuple[Rows, Begin]:
+        """Begin a call or go on with it; return the layout of the forward's rows, and what its edits begin with."""
         thread, first = self.thread.get(), hooks.first_argument(args, kwargs)
         size = len(first) if isinstance(first, Tensor) and first.ndim else 1
         caller = find_caller()
         if hooks.timestep_index is None:  # a text encoder, before its call's first step
             thread.encoders.add(hooks.name)
             self._check_modules(caller)
-            return Rows(size)
+            return Rows(size), {}
         schedule = getattr(caller.pipeline if caller else self.pipeline.get(), "scheduler", None)
-        rows = self._rows(thread, caller, size, hooks.argument("encoder_hidden_states", args, kwargs))
+        text = hooks.argument("encoder_hidden_states", args, kwargs)
+        text = text if isinstance(text, Tensor) and text.ndim == 3 else None
+        rows = self._rows(thread, caller, size, text)
         self._begin_if_new(thread, caller, getattr(schedule, "timesteps", None), rows)
         if hooks.name not in thread.checked:
             check_caches(hooks.name, module)
             thread.checked.add(hooks.name)
-        self.observer.on_forward_start(thread.state, rows)
-        return rows
+        return rows, self.observer.on_forward_start(thread.state, rows, text, compiled)
+
+    def on_repeat(self, rows: Rows, text: Tensor | None) -> Begin:
+        """Return what the edits begin with in a forward of this thread's call that another attachment takes again."""
+        thread = self.thread.get()
+        return {} if thread.identity is None else self.observer.on_forward_start(thread.state, rows, text, False)
 
     def _begin_if_new(self, thread: _ThreadCall, caller: Caller | None, schedule: Any, rows: Rows) -> None:
         """Begin a new call where this forward belongs to none that is known."""
@@ -181,10 +203,9 @@ class CallGuard(Generic[F, C]):
         thread.state = self.observer.on_call_start(call)
         thread.identity = identity
 
-    def _rows(self, thread: _ThreadCall, caller: Caller | None, size: int, text: Any) -> Rows:
+    def _rows(self, thread: _ThreadCall, caller: Caller | None, size: int, text: Tensor | None) -> Rows:
         """Return the rows of this forward, decoded once for each text."""
         facts = caller.facts if caller else CallFacts()
-        text = text if isinstance(text, Tensor) else None
         tensors = (text, facts.prompt_text, facts.negative_text)
         known = (size, facts.images, facts.guidance)
         if thread.known and thread.rows and known == thread.known[:3]:

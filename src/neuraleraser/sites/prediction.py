@@ -12,6 +12,7 @@ from torch import Tensor
 from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites.edits import HookedEdits
 from neuraleraser.sites.finished import FinishedForward
+from neuraleraser.sites.forwards import Begin
 from neuraleraser.sites.guard import Call
 from neuraleraser.sites.rows import Rows
 
@@ -57,16 +58,18 @@ class _PredictionEdit:
     """Observer that changes predictions. The state of a call is the function that its start returned."""
 
     start_call: Callable[[Call], OnForward]
+    repeats: bool = False  # what it adds to a prediction stays
 
-    def new_state(self) -> None:
+    def new_state(self, begin: Begin) -> None:
         """Return nothing: there are no edits."""
 
     def on_call_start(self, call: Call) -> OnForward:
         """Begin a drawing."""
         return self.start_call(call)
 
-    def on_forward_start(self, call: OnForward, rows: Rows) -> None:
-        """Do nothing."""
+    def on_forward_start(self, call: OnForward, rows: Rows, text: Tensor | None, compiled: bool) -> Begin:
+        """Return nothing."""
+        return {}
 
     def on_forward_end(self, call: OnForward, rows: Rows, state: None, finished: FinishedForward) -> Tensor | None:
         """Return the change of the prediction."""

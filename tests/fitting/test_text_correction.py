@@ -1,0 +1,103 @@
+"""Corrections of the text: aligned as by a naive search, and the best map of its rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers import pipelines
+from helpers.erasers import random
+from neuraleraser.concepts import Pair
+from neuraleraser.fitting import text_correction
+from neuraleraser.fitting.text_correction import align, fit_text_correction, reduced_rank_map
+from neuraleraser.settings import Sampling
+from neuraleraser.sites import candidate_sites, edits_for
+
+
+def paths(n: int, m: int) -> list[list[tuple[int, int]]]:
+    """All ways to go from the first pair of tokens to the last."""
+    if (n, m) == (1, 1):
+        return [[(0, 0)]]
+    before = [(n - i, m - j) for i, j in ((1, 1), (1, 0), (0, 1)) if n > i and m > j]
+    return [[*path, (n - 1, m - 1)] for a, b in before for path in paths(a, b)]
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
+def test_tokens_are_aligned_at_the_least_distance(n: int, m: int, seed: int) -> None:
+    x, y = random(3, n, 2, seed=seed), random(3, m, 2, seed=seed + 1)
+    found = align(x, y)
+    for a, b, index in zip(x.double(), y.double(), found.tolist(), strict=True):
+        costs = (a[:, None] - b[None]).square().sum(2)
+        best = min(paths(n, m), key=lambda path: sum(float(costs[cell]) for cell in path))
+        assert index == [max(j for i, j in best if i == token) for token in range(n)]
+
+
+def test_what_two_texts_share_is_aligned_with_itself() -> None:
+    words = random(9, 4, seed=3)
+    shown, plain = words[[0, 1, 7, 8, 2, 3]][None], words[[0, 1, 2, 3]][None]
+    index = align(shown, plain)[0].tolist()
+    assert index[:2] == [0, 1] and index[-2:] == [2, 3]
+    assert torch.equal(align(plain, plain), torch.arange(4)[None])
+
+
+def test_the_map_is_the_best_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a penalty, as by the singular vectors of the best fit; and what is of that rank is found exactly."""
+    monkeypatch.setattr(text_correction, "RIDGE", 0.0)
+    x = random(60, 6, seed=1)
+    delta = x @ random(6, 6, seed=2) + random(60, 6, seed=3) + 2
+    down, up, bias = reduced_rank_map(x, delta, 2)
+    inputs, outputs = (v.double().numpy() - v.double().numpy().mean(0) for v in (x, delta))
+    best = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
+    axes = np.linalg.svd(inputs @ best)[2][:2].T
+    want = inputs @ best @ axes @ axes.T + delta.double().numpy().mean(0)
+    np.testing.assert_allclose((x @ down @ up + bias).numpy(), want, atol=1e-4)
+    low = x @ random(6, 2, seed=4) @ random(2, 6, seed=5) + 1
+    down, up, bias = reduced_rank_map(x, low, 2)
+    torch.testing.assert_close(x @ down @ up + bias, low, atol=1e-4, rtol=1e-4)
+
+
+def test_the_penalty_keeps_the_map_small() -> None:
+    """In a direction in which the texts hardly differ nothing is changed."""
+    x = random(200, 4, seed=1) * torch.tensor([1.0, 1.0, 1.0, 1e-4])
+    delta = 10 * random(200, 4, seed=2)
+    down, up, _ = reduced_rank_map(x, delta, 4)
+    assert float((down @ up)[3].abs().max()) < 10
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux", "pixart"])
+def test_texts_with_the_concept_become_those_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe: Any = pipelines.EVERY[name]()
+    words = {word: random(1, pipelines.WORDS, pipelines.WIDTH, seed=ord(word)) for word in "abcd"}
+    sites = edits_for(pipe, candidate_sites(pipe)[0])
+    shift = random(pipelines.WIDTH, seed=9)
+
+    def measured(pipe: Any, site: Any, measure: Any, prompts: Any, seeds: Any, sampling: Any) -> Any:
+        assert site == sites[0] and sampling.num_inference_steps == 1
+        rows: Tensor = torch.cat([words[p[0]] + ("x" in p) * shift for p in prompts])
+        return rows[:, None, None], torch.tensor([999.0]), None
+
+    monkeypatch.setattr(text_correction, "measure_site", measured)
+    pairs = [Pair(f"{word} x", word) for word in "abcd"]
+    made = fit_text_correction(pipe, sites, pairs, 500.0, Sampling(), rank=4)
+    assert made.left < 0.01 and made.tokens == pipelines.WORDS
+    assert (made.correction.site, *made.correction.also) == sites
+    shown = words["a"] + shift
+    moved = shown + made.correction.delta(shown, torch.tensor([500.0]))
+    assert (moved - words["a"]).abs().mean() < 0.1 * shift.abs().mean()
+
+
+def test_texts_are_what_the_first_block_reads() -> None:
+    pipe = pipelines.stable_diffusion()
+    pairs = [Pair("a x", "a"), Pair("b x", "b")]
+    sites = edits_for(pipe, candidate_sites(pipe)[-1])
+    made = fit_text_correction(pipe, sites, pairs, 500.0, Sampling(batch_size=3), rank=8)
+    shown, plain = (pipe.encode_prompt(some, "cpu", 1, False)[0].detach() for some in (["a x", "b x"], ["a", "b"]))
+    wanted = plain.gather(1, align(shown, plain)[..., None].expand_as(shown))
+    left = wanted - shown - made.correction.delta(shown, torch.tensor([500.0, 500.0]))
+    assert float(left.square().sum() / (wanted - shown).square().sum()) == pytest.approx(made.left, rel=1e-3)
