@@ -191,10 +191,13 @@ def both(first: Any, second: Any) -> Iterator[None]:
 def test_an_edit_beside_it_acts_in_the_step_that_is_taken_again(sd: Any) -> None:
     eraser = holding(sd)
     site = candidate_sites(sd)[-1]
-    strange = edit(sd, {site: lambda x, context: 0.5 * x}), edit(sd, {site: lambda x, context: 0.5 * x})
-    with both(corrected(sd, eraser), strange[0]):
+
+    def strange() -> Any:
+        return edit(sd, {site: lambda x, context: torch.linspace(-2, 2, x.shape[2]).expand_as(x)})
+
+    with both(corrected(sd, eraser), strange()):
         want = pipelines.run(sd, 3, steps=1)
-    with both(strange[1], attach(sd, eraser)):
+    with both(strange(), attach(sd, eraser)):
         torch.testing.assert_close(pipelines.run(sd, 3, steps=1), want, atol=1e-4, rtol=1e-4)
 
 

@@ -94,10 +94,12 @@ def test_texts_with_the_concept_become_those_without(name: str, monkeypatch: pyt
 
 def test_texts_are_what_the_first_block_reads() -> None:
     pipe = pipelines.stable_diffusion()
-    pairs = [Pair("a x", "a"), Pair("b x", "b")]
+    pairs = [Pair("x x a b c", "a b c"), Pair("x x d e f", "d e f")]
     sites = edits_for(pipe, candidate_sites(pipe)[-1])
     made = fit_text_correction(pipe, sites, pairs, 500.0, Sampling(batch_size=3), rank=8)
-    shown, plain = (pipe.encode_prompt(some, "cpu", 1, False)[0].detach() for some in (["a x", "b x"], ["a", "b"]))
+    prompts = [p.positive for p in pairs], [p.negative for p in pairs]
+    shown, plain = (pipe.encode_prompt(some, "cpu", 1, False)[0].detach() for some in prompts)
+    assert not torch.equal(align(shown, plain), torch.arange(shown.shape[1]).expand(2, -1)), "words stand elsewhere"
     wanted = plain.gather(1, align(shown, plain)[..., None].expand_as(shown))
     left = wanted - shown - made.correction.delta(shown, torch.tensor([500.0, 500.0]))
     assert float(left.square().sum() / (wanted - shown).square().sum()) == pytest.approx(made.left, rel=1e-3)
