@@ -100,7 +100,7 @@ def eraser(sampling: Sampling | None = None) -> Eraser:
 
 def fitting(pipe: Any, folder: Path) -> None:
     known = reference_from_sae(pipe, sae(), AT, [(p, frozenset()) for p in PROMPTS], default_sampling(pipe))
-    settings = FitSettings(num_pictures=0, num_pairs=2, rank=1)
+    settings = FitSettings(num_pictures=0, num_pairs=2, rank=1, steps=2)
     assert fit(pipe, CONCEPT, settings, reference=known).header.sampling == default_sampling(pipe)
 
 

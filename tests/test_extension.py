@@ -161,7 +161,7 @@ def test_a_family(add: Add, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert family_of(pipe) is walls and default_sampling(pipe) == walls.sampling
     site = default_gate_site(pipe, "object")
     assert site == walls.sites[0].site
-    fit = FitSettings(num_pictures=0, num_pairs=2, num_context_pairs=1, rank=1)
+    fit = FitSettings(num_pictures=0, num_pairs=2, num_context_pairs=1, rank=1, steps=2)
     eraser = neuraleraser.erase(pipe, "crimson", num_images=10, settings=fit, folder=tmp_path / "references")
     assert (eraser.name, eraser.header.kind, eraser.gate.site) == ("Red", "object", site)
     assert eraser.header.sampling == walls.sampling

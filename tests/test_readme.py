@@ -35,7 +35,7 @@ def commands() -> list[list[str]]:
 
 def small_fit(pipe: Any, concept: Any, settings: Any, progress: Any, *, reference: Any, sampling: Sampling) -> Eraser:
     """A fit of seconds: as the real one, of fewer pictures and steps."""
-    few = FitSettings(num_pictures=0, num_pairs=6, num_context_pairs=0)
+    few = FitSettings(num_pictures=0, num_pairs=6, num_context_pairs=0, steps=2)
     return fit(pipe, concept, few, progress, reference=reference, sampling=replace(sampling, num_inference_steps=6))
 
 

@@ -114,7 +114,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 _TEXT, "    return y.gather(1, align(x, y).unsqueeze(2).expand(-1, -1, y.shape[2]))\n", "    return y\n"
             ),
         ),
-        ("tests/fitting/test_text_correction.py::test_texts_are_what_the_first_block_reads",),
+        ("tests/fitting/test_text_correction.py::test_tokens_are_matched_as_they_are_aligned",),
     ),
     Mutation(
         "held-on",

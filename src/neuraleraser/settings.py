@@ -172,7 +172,7 @@ class FitSettings:
         SettingsError: A value is out of range, or the fit would need more seeds than there are selection seeds.
 
     Examples:
-        >>> small = FitSettings(num_pairs=2, num_context_pairs=0, num_pictures=0, rank=4)
+        >>> small = FitSettings(num_pairs=2, num_context_pairs=0, num_pictures=0, rank=4, steps=2)
         >>> fit(pipe, concept, small, sampling=quick).header.settings.rank
         4
     """
@@ -180,8 +180,8 @@ class FitSettings:
     num_pairs: int = 24
     """Pairs of prompts whose images the prompt gate is chosen by."""
     num_context_pairs: int = 36
-    """Prompts of something that stands beside the object in others ('a dog', for 'a cat and a dog'): what their texts
-    are is to be kept."""
+    """Prompts of something that stands beside the object in others ('a dog', for 'a cat and a dog'), to learn what is
+    to be kept."""
     num_pictures: int = 800
     """Pictures of the concept that the image gate learns from, beside one and a half times as many of other things; of
     what is no style two and a half times as many, or, where pictures are rendered (the canvas), twice as many of the
@@ -190,6 +190,8 @@ class FitSettings:
     """Weight of the guided correction, which acts while the image gate is open; twice that of what is no style."""
     rank: int = 32
     """Rank of a correction."""
+    steps: int = 80
+    """Gradient steps of a correction whose closed form leaves more than a tenth of the distance between texts."""
     seed: int = 0
     """First of the selection seeds (0 to 999) that images are generated with."""
 
@@ -201,11 +203,13 @@ class FitSettings:
             raise SettingsError(f"num_pictures is {self.num_pictures}: pass 8 or more, or 0 for no image gate")
         check_number("guided_weight", self.guided_weight, 0, 100, above=True)
         check_whole("rank", self.rank, 1, 256)
+        check_whole("steps", self.steps, 0, MAX_COUNT)
         check_whole("seed", self.seed, 0, MAX_SEED)
-        if self.seed + self.num_pairs > SELECTION_SEEDS.stop:
+        if self.seed + 2 * self.num_pairs + self.num_context_pairs > SELECTION_SEEDS.stop:
             raise SettingsError(
-                f"seed is {self.seed}, and {self.num_pairs} pairs take one each: pass fewer or a lower seed, as tests "
-                f"are generated with seeds above {SELECTION_SEEDS.stop - 1}"
+                f"seed is {self.seed}, and {self.num_pairs} pairs take two each and {self.num_context_pairs} context "
+                f"pairs one: pass fewer or a lower seed, as tests are generated with seeds above "
+                f"{SELECTION_SEEDS.stop - 1}"
             )
 
 

@@ -186,7 +186,7 @@ class Erased:
 
 def erased(pipe: Any, known: Reference, name: str, own: range) -> Erased:
     """Fit an eraser to half of the usual images, and draw its own cells and those of neither concept with it."""
-    settings = FitSettings(num_pictures=0, num_pairs=12, num_context_pairs=12)
+    settings = FitSettings(num_pictures=0, num_pairs=12, num_context_pairs=12, steps=40)
     eraser = fit(pipe, canvas_concept(name), settings, reference=known, sampling=SAMPLING)
     others = range(24, 36)
     cells = [*own, *others]

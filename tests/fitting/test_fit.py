@@ -73,11 +73,11 @@ def test_a_damaged_reference(known: Reference, tmp_path: Path) -> None:
 def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     base = generate(pipe, ["a x", "b"], [1, 2], SAMPLING)
     told: list[float] = []
-    settings = FitSettings(num_pictures=0, num_pairs=3, rank=2)
+    settings = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=2)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), reference=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
-    assert eraser.header.seeds == (0, 2) and set(eraser.header.prompts) == {"a x", "b x", "c x", "a", "b", "c"}
+    assert eraser.header.seeds == (0, 5) and set(eraser.header.prompts) == {"a x", "b x", "c x", "a", "b", "c"}
     assert eraser.header.reference == known.provenance.in_short()
     assert eraser.header.routes == ("named", "paraphrased")
     assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
@@ -93,7 +93,7 @@ def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
 def test_a_fit_with_pictures(pipe: Any, known: Reference, tmp_path: Path) -> None:
     """Its eraser has an image gate, and says so; what it does to prompts is what it would do without."""
     told: list[float] = []
-    plain = FitSettings(num_pictures=0, num_pairs=3, rank=2)
+    plain = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=2)
     settings = replace(plain, num_pictures=8, guided_weight=2.0)
     eraser = fit(pipe, CONCEPT, settings, lambda what, share: told.append(share), reference=known, sampling=SAMPLING)
     assert told == sorted(told) and told[-1] == 1.0
@@ -123,7 +123,7 @@ def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> Non
         fit(
             pipe,
             CONCEPT,
-            FitSettings(num_pictures=0, num_pairs=3, rank=1),
+            FitSettings(num_pictures=0, num_pairs=3, rank=1, steps=2),
             reference=known,
             sampling=SAMPLING,
         )
@@ -133,7 +133,7 @@ def test_a_pair_is_drawn_from_the_same_noise(pipe: Any, known: Reference) -> Non
 
 
 def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: Reference) -> None:
-    settings = FitSettings(num_pictures=0, num_pairs=3, rank=8)
+    settings = FitSettings(num_pictures=0, num_pairs=3, rank=8, steps=2)
     eraser = fit(pipe, CONCEPT, settings, reference=known, sampling=SAMPLING)
     (correction,) = eraser.corrections
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -153,7 +153,7 @@ def test_the_edit_brings_predictions_to_the_matched_prompt_s(pipe: Any, known: R
 
 def test_rows_that_show_the_concept_are_no_background(pipe: Any, known: Reference) -> None:
     """By label or by the words of their prompts: with them the reference makes the same gate as without."""
-    settings = FitSettings(num_pictures=0, num_pairs=3, rank=1)
+    settings = FitSettings(num_pictures=0, num_pairs=3, rank=1, steps=2)
 
     def gate(reference: Reference) -> Any:
         return fit(pipe, CONCEPT, settings, reference=reference, sampling=SAMPLING).gate
@@ -185,7 +185,7 @@ def test_the_concept_s_matched_prompts_are_background(pipe: Any) -> None:
     w = torch.nn.functional.normalize(torch.stack([shown - plain, plain - shown]), dim=1)
     sae = SAE(w, torch.zeros(2), w, (plain + shown) / 2, torch.zeros(2))
     known = reference_from_sae(pipe, sae, site, [("b c", frozenset()), ("d e", frozenset())], four)
-    settings = FitSettings(num_pictures=0, num_pairs=3, rank=1)
+    settings = FitSettings(num_pictures=0, num_pairs=3, rank=1, steps=2)
     gate = fit(pipe, concept, settings, reference=known, sampling=four).gate
     off, on = (pooled_features(pipe, sae, site, p, [0, 1, 2], four)[0] for p in prompts)
     at = [off.times.tolist().index(t) for t in known.times.tolist()]
@@ -220,10 +220,10 @@ def test_no_reference_is_taken_for_another_pipeline_s(pipe: Any, known: Referenc
 
 def test_what_stands_beside_the_concept_is_learnt_from(pipe: Any, known: Reference) -> None:
     beside = (Pair("x and y", "y"), Pair("y and x", "y"), Pair("x and z", "z"), Pair("x and w", "w"))
-    settings = FitSettings(num_pictures=0, num_pairs=3, num_context_pairs=2, rank=2)
+    settings = FitSettings(num_pictures=0, num_pairs=3, num_context_pairs=2, rank=2, steps=2)
     alone = fit(pipe, CONCEPT, settings, reference=known, sampling=SAMPLING)
     both = fit(pipe, replace(CONCEPT, context_pairs=beside), settings, reference=known, sampling=SAMPLING)
-    assert both.header.seeds == (0, 2)  # only texts are read of what stays
+    assert both.header.seeds == (0, 7)  # two prompts of what stays, beside those without the concept
     assert both.header.prompts[6:] == ("x and y", "y", "y and x", "x and z", "z")
     assert both.gate.features.tolist() == alone.gate.features.tolist()  # the gate is chosen by the concept alone
     assert not torch.equal(both.corrections[0].tensors()["up"], alone.corrections[0].tensors()["up"])

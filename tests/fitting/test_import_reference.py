@@ -57,7 +57,7 @@ def test_published_dictionaries_become_erasers(
     eraser = fit(
         pipe,
         CONCEPT,
-        FitSettings(num_pictures=0, num_pairs=3, rank=2),
+        FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=2),
         reference=known,
         sampling=S,
     )

@@ -9,15 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from helpers import pipelines
 from helpers.erasers import random
 from neuraleraser.concepts import Pair
 from neuraleraser.fitting import text_correction
 from neuraleraser.fitting.text_correction import align, fit_text_correction, reduced_rank_map
-from neuraleraser.settings import Sampling
-from neuraleraser.sites import candidate_sites, edits_for
+from neuraleraser.sites import Site, edits_for
 
 
 def paths(n: int, m: int) -> list[list[tuple[int, int]]]:
@@ -70,36 +68,27 @@ def test_the_penalty_keeps_the_map_small() -> None:
     assert float((down @ up)[3].abs().max()) < 10
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "flux", "pixart"])
-def test_texts_with_the_concept_become_those_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe: Any = pipelines.EVERY[name]()
-    words = {word: random(1, pipelines.WORDS, pipelines.WIDTH, seed=ord(word)) for word in "abcd"}
-    sites = edits_for(pipe, candidate_sites(pipe)[0])
+def test_texts_with_the_concept_become_those_without() -> None:
+    words = {word: random(pipelines.WORDS, pipelines.WIDTH, seed=ord(word)) for word in "abcd"}
     shift = random(pipelines.WIDTH, seed=9)
-
-    def measured(pipe: Any, site: Any, measure: Any, prompts: Any, seeds: Any, sampling: Any) -> Any:
-        assert site == sites[0] and sampling.num_inference_steps == 1
-        rows: Tensor = torch.cat([words[p[0]] + ("x" in p) * shift for p in prompts])
-        return rows[:, None, None], torch.tensor([999.0]), None
-
-    monkeypatch.setattr(text_correction, "measure_site", measured)
-    pairs = [Pair(f"{word} x", word) for word in "abcd"]
-    made = fit_text_correction(pipe, sites, pairs, 500.0, Sampling(), rank=4)
-    assert made.left < 0.01 and made.tokens == pipelines.WORDS
-    assert (made.correction.site, *made.correction.also) == sites
-    shown = words["a"] + shift
-    moved = shown + made.correction.delta(shown, torch.tensor([500.0]))
-    assert (moved - words["a"]).abs().mean() < 0.1 * shift.abs().mean()
+    texts = words | {f"{word} x": text + shift for word, text in words.items()}
+    sites = edits_for(pipelines.stable_diffusion(), Site("unet.mid_block.attentions.0"))
+    made = fit_text_correction(sites, [Pair(f"{word} x", word) for word in "abcd"], texts, 500.0, rank=4)
+    assert made.left < 0.01 and (made.correction.site, *made.correction.also) == sites
+    moved = texts["a x"] + made.correction.delta(texts["a x"][None], torch.tensor([500.0]))[0]
+    assert (moved - texts["a"]).abs().mean() < 0.1 * shift.abs().mean()
 
 
-def test_texts_are_what_the_first_block_reads() -> None:
-    pipe = pipelines.stable_diffusion()
+def test_tokens_are_matched_as_they_are_aligned() -> None:
+    """Words that stand elsewhere are no distance."""
+    pipe: Any = pipelines.stable_diffusion()
     pairs = [Pair("x x a b c", "a b c"), Pair("x x d e f", "d e f")]
-    sites = edits_for(pipe, candidate_sites(pipe)[-1])
-    made = fit_text_correction(pipe, sites, pairs, 500.0, Sampling(batch_size=3), rank=8)
     prompts = [p.positive for p in pairs], [p.negative for p in pairs]
     shown, plain = (pipe.encode_prompt(some, "cpu", 1, False)[0].detach() for some in prompts)
-    assert not torch.equal(align(shown, plain), torch.arange(shown.shape[1]).expand(2, -1)), "words stand elsewhere"
-    wanted = plain.gather(1, align(shown, plain)[..., None].expand_as(shown))
+    index = align(shown, plain)
+    assert not torch.equal(index, torch.arange(shown.shape[1]).expand(2, -1)), "else there is nothing to align"
+    texts = dict(zip([*prompts[0], *prompts[1]], [*shown, *plain], strict=True))
+    made = fit_text_correction(edits_for(pipe, Site("unet.mid_block.attentions.0")), pairs, texts, 500.0, rank=8)
+    wanted = plain.gather(1, index[..., None].expand_as(shown))
     left = wanted - shown - made.correction.delta(shown, torch.tensor([500.0, 500.0]))
     assert float(left.square().sum() / (wanted - shown).square().sum()) == pytest.approx(made.left, rel=1e-3)

@@ -30,6 +30,6 @@ def said(model: str, capsys: pytest.CaptureFixture[str], *argv: str) -> list[str
 
 def short_erase(concept: str, model: str) -> list[str]:
     """Options of an `erase` of seconds, beside one neighbour."""
-    fit = ["--num-pairs", "4", "--num-context-pairs", "1", "--rank", "1"]
+    fit = ["--num-pairs", "4", "--num-context-pairs", "1", "--steps", "2", "--rank", "1"]
     images = ["--num-images", "10", "--num-pictures", "8"]
     return ["erase", concept, "--model", model, "--neighbours", "a b", *images, *fit, *SAMPLING]

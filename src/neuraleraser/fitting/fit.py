@@ -22,8 +22,8 @@ from neuraleraser.fitting.detector import Detector, build_gate, choose_features,
 from neuraleraser.fitting.image_gate import CORRECTED, fit_image_part
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.least_strength import least_strength
+from neuraleraser.fitting.prompt_correction import fit_prompt_correction
 from neuraleraser.fitting.reference import Reference, shipped_reference
-from neuraleraser.fitting.text_correction import fit_text_correction
 from neuraleraser.fitting.trajectories import (
     branches_as_rows,
     conditional_rows,
@@ -53,6 +53,7 @@ def fit(
        everything that lacks it.
     3. Fit a low-rank correction of the text that all blocks read, in closed form: the text of a prompt with the concept
        becomes that of the prompt without; and where something else stands beside the concept, that of the other alone.
+       Where that leaves much, train it on, so that the predictions become those for the prompt without.
     4. Fit an image gate on pictures, noised as a start image is; while it is open, the prediction moves from the
        concept's phrase to what stands in its place. Left out where `settings.num_pictures` is 0, or the pipeline has no
        image-to-image form.
@@ -100,12 +101,18 @@ def fit(
     plain_rows = branches_as_rows(plain.values)[:, nearest_step]
     lacks = torch.cat([lacks, plain_rows])
     detector = choose_features(shows, lacks)
-    report_progress("reading texts", 0.5)
-    texts = [*dict.fromkeys(concept.pairs), *_context_pairs(concept, s.num_context_pairs)]
-    time_of_all = float(reference.times.mean())
-    text = fit_text_correction(pipe, edit_sites, texts, time_of_all, sampling, s.rank, s.seed)
     low, high = gate_bounds(_evidence(shows, detector), _evidence(lacks, detector))
     gate = build_gate(reference.sae, reference.site, detector, reference.times, low, high)
+    text = fit_prompt_correction(
+        pipe,
+        concept,
+        edit_sites,
+        float(reference.times.mean()),
+        seeds[-1] + 1,
+        s,
+        sampling,
+        lambda share: report_progress("fitting the correction", 0.4 + 0.2 * share),
+    )
     gate = dataclasses.replace(gate, text_tokens=text.tokens, holds=True)
     header = EraserHeader(
         concept=concept.name,
@@ -113,8 +120,8 @@ def fit(
         routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
-        prompts=tuple(dict.fromkeys(prompt for pair in texts for prompt in (pair.positive, pair.negative))),
-        seeds=(seeds[0], seeds[-1]),
+        prompts=text.prompts,
+        seeds=(seeds[0], seeds[-1] + text.seeds),
         settings=s,
         sampling=sampling,
         separation=tuple(round(float(v), 4) for v in detector.separation),
@@ -173,12 +180,6 @@ def _check_width(pipe: Any, reference: Reference, sampling: Sampling) -> None:
             f"{reference.site} of this {type(pipe).__name__} is {width} wide, and the reference's SAE takes "
             f"{reference.sae.d_in}: pass a reference that was made for this pipeline"
         )
-
-
-def _context_pairs(concept: Concept, count: int) -> list[Pair]:
-    """Return the pairs of the first `count` prompts of what stays: each with all that show the concept beside it."""
-    stays = list(dict.fromkeys(pair.negative for pair in concept.context_pairs))[:count]
-    return [pair for pair in concept.context_pairs if pair.negative in stays]
 
 
 def _sample_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:

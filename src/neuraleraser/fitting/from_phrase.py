@@ -43,9 +43,9 @@ def erase(
 ) -> Eraser:
     """Make an eraser of a concept for a pipeline.
 
-    `pipe` is not changed: pass the result to `attach` or `load_eraser`. With a reference at hand 48 images are
-    generated, some hundred texts read, and an image gate learnt from pictures: one to three minutes for the canvas on
-    two CPU cores. It is silent unless `progress` is given.
+    `pipe` is not changed: pass the result to `attach` or `load_eraser`. With a reference at hand some 50 to 110 images
+    are generated, some hundred texts read, and an image gate learnt from pictures: one to three minutes for the canvas
+    on two CPU cores. It is silent unless `progress` is given.
 
     Args:
         pipe: The diffusers pipeline.

@@ -4,7 +4,7 @@ matched prompt without it does."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from neuraleraser.concepts import Pair
 from neuraleraser.eraser import LowRank
 from neuraleraser.fitting.trajectories import measure_site
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site
+from neuraleraser.sites import DenoiserCall, Site, denoiser_calls
 
 RIDGE = 1e-2
 """Weight of the penalty on the map, relative to the texts' mean variance of a dimension (docs/LOG.md)."""
@@ -24,41 +24,64 @@ _AT_ONCE = 32
 
 
 @dataclass(frozen=True)
+class ReadPrompts:
+    """Prompts as the denoiser reads them: the text [n, d] at a site, and a call of one row with its conditioning, by
+    prompt."""
+
+    texts: Mapping[str, Tensor]
+    calls: Mapping[str, DenoiserCall]
+
+
+def read_prompts(pipe: Any, site: Site, prompts: Sequence[str], sampling: Sampling, seed: int = 0) -> ReadPrompts:
+    """Read prompts in one step of sampling each."""
+    some = list(dict.fromkeys(prompts))
+    once = dataclasses.replace(sampling, num_inference_steps=1)
+    calls: list[DenoiserCall] = []
+    batch = range(0)
+
+    def begin(first: int, real: int) -> None:
+        nonlocal batch
+        batch = range(first, first + real)
+
+    def on(call: DenoiserCall) -> None:
+        assert call.layout is not None
+        for row, _ in zip(call.layout.first_conditional() or (), batch, strict=False):  # what is beyond is padding
+            calls.append(call.rows(torch.tensor([row], device=call.state.device)))
+
+    with denoiser_calls(pipe, on):
+        texts, _, _ = measure_site(pipe, site, torch.clone, some, [seed] * len(some), once, on_batch_start=begin)
+    conditional = texts[:, 0, -1].float()
+    return ReadPrompts(dict(zip(some, conditional, strict=True)), dict(zip(some, calls, strict=True)))
+
+
+@dataclass(frozen=True)
 class TextFit:
-    """A correction of the text; the share of the squared distance between the prompts' texts that it leaves; and the
-    texts' tokens."""
+    """A correction of the text, and the share of the squared distance between the prompts' texts that it leaves."""
 
     correction: LowRank
     left: float
-    tokens: int
 
 
 def fit_text_correction(
-    pipe: Any, sites: Sequence[Site], pairs: Sequence[Pair], time: float, sampling: Sampling, rank: int, seed: int = 0
+    sites: Sequence[Site], pairs: Sequence[Pair], texts: Mapping[str, Tensor], time: float, rank: int
 ) -> TextFit:
     """Fit delta(x) = x V U + b, so that the text x of a prompt with the concept becomes that of the one without.
 
-    As images attend to all of a text, with the same weights at all blocks that read it, each token of the one prompt
-    is aligned with a token of the other (`align`); then this is ridge regression of reduced rank (Izenman 1975).
-    UCE (arXiv 2308.14761) maps the text in closed form as well, by phrases alone, and for all prompts.
+    Images attend to all tokens of a text. So each token of the one prompt is aligned with a token of the other
+    (`align`); then this is ridge regression of reduced rank (Izenman 1975). UCE (arXiv 2308.14761) maps the text in
+    closed form as well, by phrases alone, and for all prompts.
 
     Args:
-        pipe: The diffusers pipeline.
-        sites: Sites that read the text, the first of which is recorded.
+        sites: Sites that read the text.
         pairs: Prompts with the concept, and without.
+        texts: The text [n, d] of each prompt at the first site.
         time: A timestep, for the correction's only time bin.
-        sampling: How the texts are drawn; of its steps the first is enough.
         rank: Rank of the map.
-        seed: Seed of what is drawn.
 
     Returns:
         The correction, and what it leaves.
     """
-    prompts = list(dict.fromkeys(prompt for pair in pairs for prompt in (pair.positive, pair.negative)))
-    once = dataclasses.replace(sampling, num_inference_steps=1)
-    texts, _, _ = measure_site(pipe, sites[0], torch.clone, prompts, [seed] * len(prompts), once)
-    text = dict(zip(prompts, texts[:, 0, -1].float(), strict=True))  # of the conditional branch
-    shown, plain = (torch.stack([text[prompt] for prompt in some]) for some in zip(*_prompts(pairs), strict=True))
+    shown, plain = (torch.stack([texts[prompt] for prompt in some]) for some in zip(*_prompts(pairs), strict=True))
     wanted = torch.cat([_aligned(x, y) for x, y in zip(shown.split(_AT_ONCE), plain.split(_AT_ONCE), strict=True)])
     down, up, bias = reduced_rank_map(shown.flatten(0, 1), (wanted - shown).flatten(0, 1), rank)
     left = wanted - shown - (shown @ down @ up + bias)
@@ -66,7 +89,7 @@ def fit_text_correction(
     first, *others = sites
     correction = LowRank(first, times, down[None], up[None], bias[None], also=tuple(others))
     apart = (wanted - shown).square().sum()
-    return TextFit(correction, float(left.square().sum() / apart) if apart > 0 else 0.0, shown.shape[1])
+    return TextFit(correction, float(left.square().sum() / apart) if apart > 0 else 0.0)
 
 
 def _prompts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
