@@ -254,11 +254,9 @@ class ComponentHooks:
             self._check_ran(forward)
             before = first.predicted
             assert before is not None
-            change = torch.where(
-                again.to(prediction.device).view(-1, *[1] * (prediction.ndim - 1)),
-                prediction.float() - before.float(),
-                0,
-            )
+            wide = torch.promote_types(prediction.dtype, torch.float32)
+            wanted = again.to(prediction.device).view(-1, *[1] * (prediction.ndim - 1))
+            change = torch.where(wanted, prediction.to(wide) - before.to(wide), 0)
             first.predicted = before + change.to(before.dtype)
             return forward.state, change
         finally:
