@@ -55,12 +55,14 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.evaluation.certificate import redraw as redraw
     from neuraleraser.evaluation.comparison import compare_reports as compare_reports
     from neuraleraser.evaluation.evaluate import evaluate as evaluate
+    from neuraleraser.evaluation.i2p_cells import i2p_protocol as i2p_protocol
     from neuraleraser.evaluation.method import Method as Method
     from neuraleraser.evaluation.protocol import Cell as Cell
     from neuraleraser.evaluation.protocol import EvaluationProtocol as EvaluationProtocol
     from neuraleraser.evaluation.protocol import StartImage as StartImage
     from neuraleraser.evaluation.report import Report as Report
     from neuraleraser.evaluation.report_files import write_report as write_report
+    from neuraleraser.evaluation.unlearncanvas_cells import unlearncanvas_protocol as unlearncanvas_protocol
     from neuraleraser.families import Family as Family
     from neuraleraser.families.defaults import default_sampling as default_sampling
     from neuraleraser.families.opening import open_pipeline as open_pipeline
@@ -171,6 +173,7 @@ _HOME: dict[str, str] = {
     "generate": "sampling",
     "get_active_erasers": "eraser",
     "get_list_erasers": "eraser",
+    "i2p_protocol": "evaluation.i2p_cells",
     "import_reference": "fitting",
     "load_eraser": "eraser",
     "make_reference": "fitting",
@@ -184,6 +187,7 @@ _HOME: dict[str, str] = {
     "set_erasers": "eraser",
     "string_filters": "methods",
     "text_encoder_sites": "sites",
+    "unlearncanvas_protocol": "evaluation.unlearncanvas_cells",
     "unload_erasers": "eraser",
     "write_report": "evaluation.report_files",
     "write_shards": "activations",
@@ -262,6 +266,7 @@ __all__ = [
     "generate",
     "get_active_erasers",
     "get_list_erasers",
+    "i2p_protocol",
     "import_reference",
     "load_eraser",
     "make_reference",
@@ -275,6 +280,7 @@ __all__ = [
     "set_erasers",
     "string_filters",
     "text_encoder_sites",
+    "unlearncanvas_protocol",
     "unload_erasers",
     "write_report",
     "write_shards",

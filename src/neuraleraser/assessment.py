@@ -12,7 +12,7 @@ from neuraleraser.eraser.sight import routes_text
 from neuraleraser.evaluation.evaluate import default_protocol, evaluate
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import MAIN_GROUPS
+from neuraleraser.evaluation.protocol import MAIN_GROUPS, EvaluationProtocol
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.evaluation.timing import overhead
 from neuraleraser.families import family_of
@@ -32,19 +32,24 @@ def evaluate_erasers(
     folder: str | Path = "runs/evaluate",
     *,
     judge: Judge | None = None,
+    protocol: EvaluationProtocol | None = None,
     sealed: bool = False,
 ) -> Report:
     """Measure `erasers` on `pipe`, each beside its controls; add what they cost and what their gates see.
 
+    `judge` and `protocol` are those of the pipeline's family unless given; filters of words are controls where the
+    protocol's vocabulary is known.
     `folder`/erasers then holds them with their figures in the header, where a model card finds them. Called again with
     the same settings it goes on where it was stopped; costs are timed anew. Raises as `evaluate` does.
     """
     s, folder = settings or EvaluateSettings(), Path(folder)
+    s = replace(s, sampling=evaluation_sampling(pipe, s, protocol.sampling if protocol else None))
     methods = [EraserMethod(e) for e in erasers]
     family = family_of(pipe)
-    every = [method for m in methods for method in (m, *controls(m, family.vocabulary))]
-    report = evaluate(pipe, every, s, folder, judge=judge, sealed=sealed)
-    cells = default_protocol(family, [m.concept for m in methods], s, sealed=sealed).cells
+    vocabulary = protocol.vocabulary if protocol else family.vocabulary
+    every = [method for m in methods for method in (m, *controls(m, vocabulary))]
+    report = evaluate(pipe, every, s, folder, judge=judge, protocol=protocol, sealed=sealed)
+    cells = (protocol or default_protocol(family, [m.concept for m in methods], s, sealed=sealed)).cells
     for m in methods:
         own = cells[m.concept]
         path = folder / "erasers" / f"{file_name(m.concept)}.safetensors"

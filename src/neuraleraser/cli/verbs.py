@@ -27,14 +27,20 @@ class MachineOptions:
     """Number format of the pipeline; None: bfloat16 on a GPU, float32 on a CPU (the canvas: bfloat16 where that is
     fast)."""
 
+    @property
+    def device_name(self) -> str:
+        """Name of the device."""
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
     def open_pipeline(self, model: str) -> Any:
         """Open a pipeline by its name. Raises as `families.opening.open_pipeline` does."""
         import torch
 
         from neuraleraser.families.opening import open_pipeline
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return open_pipeline(model, getattr(torch, self.dtype) if self.dtype else None, device=device)
+        return open_pipeline(model, getattr(torch, self.dtype) if self.dtype else None, device=self.device_name)
 
 
 Machine = Annotated[MachineOptions, Flat]

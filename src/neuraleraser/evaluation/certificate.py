@@ -230,7 +230,7 @@ def redraw(
         own = own or [c for c in cells if (BASE, "", c.group, c.seed, c.prompt) in stated]
         chosen.setdefault(m.concept, []).extend(rng.sample(own, min(len(own), max(1, round(share * len(own))))))
     some = {concept: list(dict.fromkeys(cells)) for concept, cells in chosen.items()}
-    small = EvaluationProtocol(some, (), protocol.vocabulary, protocol.start_images, protocol.lessons)
+    small = replace(protocol, cells=some, base_only=())
     run = open_run(Path(folder), pipe, methods, small, settings, JudgeSpec.of(judge))
     for name in ("model", "judge"):
         if _json_of(run.folder / "run.json")[name] != content["run"][name]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.evaluation.detections import detection_counts
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.feature_distances import distances
 from neuraleraser.evaluation.measure import Finding, measure
@@ -21,8 +22,8 @@ from neuraleraser.evaluation.vocabulary_cells import check_open, vocabulary_prot
 from neuraleraser.families import Family, family_of
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.io.dependencies import import_optional
-from neuraleraser.judges import FeatureJudge, Judge, JudgeSpec
-from neuraleraser.settings import EvaluateSettings
+from neuraleraser.judges import CountingJudge, FeatureJudge, Judge, JudgeSpec
+from neuraleraser.settings import EvaluateSettings, Sampling
 
 
 def evaluate(
@@ -44,9 +45,10 @@ def evaluate(
     Args:
         pipe: The diffusers pipeline.
         methods: The methods to measure.
-        settings: Numbers of images, and how they are generated; None: the defaults.
+        settings: Numbers of images, and how they are generated; None: the defaults, or as the protocol was published.
         folder: Folder of the images and results.
-        judge: Judge of the images; None: that of the pipeline's family.
+        judge: Judge of the images; None: that of the pipeline's family. Figures that it cannot give (of artefacts, of a
+            domain that it does not know) are left out, and a note of the report says so.
         protocol: Images to generate; None: the cells of the vocabulary of the pipeline's family.
         sealed: Open the vocabulary's sealed concepts. Only `evaluate --sealed` passes it, which keeps the record that
             law 12 (docs/explanation/laws.md) asks for.
@@ -70,7 +72,8 @@ def evaluate(
     check_nothing_acts(pipe, "measuring")
     _check_shape(methods)
     s = settings or EvaluateSettings()
-    s = replace(s, sampling=evaluation_sampling(pipe, s))  # what the folder's record says
+    published = protocol.sampling if protocol else None
+    s = replace(s, sampling=evaluation_sampling(pipe, s, published))  # what the folder's record says
     family = family_of(pipe)
     vocabulary = protocol.vocabulary if protocol else family.vocabulary
     if vocabulary and not sealed:
@@ -83,6 +86,7 @@ def evaluate(
     if lacking := [name for name in concepts if not protocol.cells.get(name)]:
         raise ConceptError(f"the protocol has no cells for {', '.join(lacking)}: pass one that has")
     notes = [note for m in methods for note in check_split(m, protocol)]
+    notes += [*_deviations(protocol, s.sampling), *protocol.notes, *_left_out(spec)]
     import_optional("pyarrow", "a measurement, whose results are Parquet files,", "evaluate")
     if isinstance(judge, FeatureJudge):  # an error now, and not after all is drawn
         import_optional("torchmetrics.image.fid", "a distance in a judge's features", "evaluate")
@@ -91,7 +95,8 @@ def evaluate(
     figures = measure(results)
     findings = [*figures.findings, *(Finding("note", text) for text in dict.fromkeys(notes))]  # errors come first
     apart = distances(figures.erasures, run, protocol, judge) if isinstance(judge, FeatureJudge) else {}
-    return report(replace(figures, findings=findings), results, run, protocol, judge, s, pipe, apart)
+    counts = detection_counts(figures.erasures, run, protocol, judge) if isinstance(judge, CountingJudge) else {}
+    return report(replace(figures, findings=findings), results, run, protocol, judge, s, pipe, apart, counts)
 
 
 def default_judge(pipe: Any) -> Judge:
@@ -115,6 +120,27 @@ def default_protocol(
     if family.vocabulary is None:
         raise SettingsError("the world of this pipeline is not known: pass a protocol with cells of your own")
     return vocabulary_protocol(family.vocabulary, concepts, settings, sealed=sealed, render=family.render)
+
+
+def _deviations(protocol: EvaluationProtocol, sampling: Sampling | None) -> list[str]:
+    """Return a sentence where images are generated otherwise than a published protocol says; the batch is free."""
+    if protocol.sampling is None or sampling is None:
+        return []
+    names = ("num_inference_steps", "guidance_scale", "height", "width")
+    given = {name: (getattr(sampling, name), getattr(protocol.sampling, name)) for name in names}
+    differ = [f"{name} {mine:g} instead of {theirs:g}" for name, (mine, theirs) in given.items() if mine != theirs]
+    return (
+        [f"{protocol.name or 'the protocol'} is sampled otherwise than it was published: {', '.join(differ)}"]
+        if differ
+        else []
+    )
+
+
+def _left_out(judge: JudgeSpec) -> list[str]:
+    """Return a sentence on the figures that a judge cannot give."""
+    lacking = [f"no {kind}" for kind in ("style", "object") if not judge.classes(kind)]
+    lacking += ["no artefacts"] if judge.artefact_threshold is None else []
+    return [f"the judge knows {' and '.join(lacking)}, so figures of them are left out"] if lacking else []
 
 
 def _check_shape(methods: Sequence[Method]) -> None:
@@ -142,5 +168,6 @@ def _check_methods(methods: Sequence[Method], judge: JudgeSpec) -> None:
         if m.kind not in ("style", "object") or m.concept not in judge.classes(m.kind):
             raise ConceptError(
                 f"{m.name!r} of {m.concept!r} (kind {m.kind!r}) cannot be measured: the judge knows the styles "
-                f"{list(judge.styles)} and the objects {list(judge.objects)}"
+                f"{list(judge.styles)} and the objects {list(judge.objects)}; make the method of one of them, with the "
+                "judge's name and kind"
             )

@@ -13,7 +13,15 @@ from neuraleraser.evaluation.damage_metrics import DAMAGE_METRICS, ClassDamage, 
 from neuraleraser.evaluation.intervals import Estimate, proportion
 from neuraleraser.evaluation.metrics import PairedResults, estimate_or_none, pair_with_base
 from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
-from neuraleraser.evaluation.protocol import FRAGMENTS, GRID, HELD_OUT, HELD_OUT_GRID, IMAGE_TO_IMAGE, MAIN_GROUPS
+from neuraleraser.evaluation.protocol import (
+    FRAGMENTS,
+    GRID,
+    HELD_OUT,
+    HELD_OUT_GRID,
+    IMAGE_TO_IMAGE,
+    MAIN_GROUPS,
+    PROMPTS,
+)
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results
 from neuraleraser.evaluation.route_metrics import RouteFigures, route_figures
 
@@ -102,7 +110,8 @@ def _erasure_figures(t: PairedResults, results: Results) -> ErasureFigures:
         if len(part):
             figures |= {f"{name}_{suffix}": estimate_or_none(metric, part) for name, metric in wanted.items()}
     for source, official in (("unlearncanvas", unlearncanvas), ("saeuron", saeuron)):
-        figures |= {f"{source}_{name}": value for name, value in official(main).items()}
+        answers = main.where(main.after.group != PROMPTS)  # a file's prompts are no answer set of styles and objects
+        figures |= {f"{source}_{name}": value for name, value in official(answers).items()}
     try:
         became = metrics.became(main)
     except DataError:  # the base shows the concept nowhere

@@ -1,6 +1,7 @@
 """Cells: images to generate to measure an erasure, as plain data.
 
-Every cell has a seed of its own, so that no two images share their noise and errors are independent.
+Every cell of a vocabulary has a seed of its own, so that no two images share their noise and errors are independent.
+Published protocols take the same few seeds for all prompts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from neuraleraser.settings import Sampling
 from neuraleraser.sites.routes import (
     IMAGE_ROUTES,
     INPAINTING,
@@ -39,6 +41,7 @@ INVERTED = "inverted latents"
 INVERTED_CONTROL = "inverted latents, control"
 LEARNED = "learned embeddings"
 LESSON = "learned embeddings, lesson"
+PROMPTS = "prompts"
 
 GROUPS = (
     *(GRID, TARGET, TWO_OBJECTS, HELD_OUT, IMAGE_TO_IMAGE, HELD_OUT_GRID, FRAGMENTS),
@@ -52,9 +55,10 @@ without the concept. `INVERTED` starts from the noise that such a picture is run
 control, drawn by a denoiser of random weights, has seeds of the same block.
 
 `LEARNED` has seeds of the fragments' block: its prompts hold a word for embeddings that were learned on the base model.
-A `LESSON` is a picture and a prompt that they are learned on, and is not drawn.
+A `LESSON` is a picture and a prompt that they are learned on, and is not drawn. `PROMPTS` are of a file, with the seeds
+that stand there.
 """
-MAIN_GROUPS = (GRID, TARGET, TWO_OBJECTS)
+MAIN_GROUPS = (GRID, TARGET, TWO_OBJECTS, PROMPTS)
 """The groups that the metrics of a concept are computed on; the others have figures of their own."""
 
 ROUTE_OF_GROUP = {
@@ -166,6 +170,11 @@ class EvaluationProtocol:
             cells of the routes "start image", "inpainting" and "inverted latents" start.
         lessons: Cells that the embeddings of a concept are learned on, by its name: their start images, and prompts
             that hold the word "<learned>".
+        name: Name of a published protocol, whose prompts and seeds are given: where a method was made with one of
+            these seeds, the report says so; "" for cells of one's own, which such a method is refused on.
+        sampling: How the published protocol generates images; the settings of `evaluate` come before it. None: as
+            the pipeline is usually sampled.
+        notes: Sentences for the report on how this differs from what was published.
 
     Examples:
         >>> prompt = "a cat as a Van Gogh painting"
@@ -181,6 +190,9 @@ class EvaluationProtocol:
     vocabulary: Vocabulary | None = field(default=None, compare=False)
     start_images: Callable[[Sequence[StartImage], int], NDArray[np.uint8]] | None = field(default=None, compare=False)
     lessons: Mapping[str, Sequence[Cell]] = field(default_factory=dict)
+    name: str = ""
+    sampling: Sampling | None = None
+    notes: Sequence[str] = ()
 
     def all_cells(self) -> list[Cell]:
         """Return every cell once, in a fixed order."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from neuraleraser.errors import DataError
 from neuraleraser.evaluation.damage_metrics import ClassDamage, LookAlikes
+from neuraleraser.evaluation.detections import DetectionCounts
 from neuraleraser.evaluation.feature_distances import FeatureDistance
 from neuraleraser.evaluation.figures import GatePanel, ImagePair, spaced_sample
 from neuraleraser.evaluation.intervals import Estimate
@@ -80,6 +81,8 @@ class ErasureReport:
     """Classes that look like the concept, and how much more they lose than the rest of its domain."""
     distance: FeatureDistance | None = None
     """Distances of its images without the concept from the base model's; None from a judge without features."""
+    detections: DetectionCounts | None = None
+    """Detections before and after; None from a judge that does not count."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +195,7 @@ def report(
     settings: EvaluateSettings,
     pipe: Any,
     distances: Mapping[tuple[str, str], FeatureDistance],
+    counts: Mapping[tuple[str, str], DetectionCounts],
 ) -> Report:
     """Put the report together. All pictures are shown of the first method of each concept, as those below it are
     controls; a few are shown of every method, side by side."""
@@ -208,6 +212,7 @@ def report(
             damage=e.damage,
             lookalikes=e.lookalikes,
             distance=distances.get((e.method, e.concept)),
+            detections=counts.get((e.method, e.concept)),
         )
         pictures = _Pictures(e, results, run, protocol)
         if e.concept not in concepts[:i]:
@@ -228,7 +233,9 @@ def report(
         },
         erasures=entries,
         findings=figures.findings,
-        settings=asdict(settings) | {"images in all": len(results), "images drawn": _count_images(results)},
+        settings=asdict(settings)
+        | ({"protocol": protocol.name} if protocol.name else {})
+        | {"images in all": len(results), "images drawn": _count_images(results)},
         versions=versions(pipe),
     )
 
@@ -336,6 +343,16 @@ def _entry_json(entry: ErasureReport) -> dict[str, Any]:
         ],
         "distance": None if entry.distance is None else _figures(vars(entry.distance), f"{where}, distance"),
         "lookalikes": None if entry.lookalikes is None else _lookalikes_json(entry.lookalikes, where),
+        "detections": None if entry.detections is None else _detections_json(entry.detections),
+    }
+
+
+def _detections_json(found: DetectionCounts) -> dict[str, Any]:
+    rows = [{"name": name, "base": base, "after": after} for name, base, after in found.rows()]
+    return {
+        "images": found.images,
+        "classes": rows[:-1],
+        "total": {"base": rows[-1]["base"], "after": rows[-1]["after"]},
     }
 
 

@@ -1,7 +1,7 @@
 """The folder of one evaluation: everything is on disk after each batch, so that a killed run goes on where it was.
 
-run.json                                              settings, model, judge, and each method's key
-images/base/{style}/{objects}/{seed}.png              base twins
+run.json                                              settings, model, judge, each method's key, a protocol's name
+images/base/{style}/{objects}/{seed}.png              base twins; of a file's prompts {seed}-{digits of the prompt}.png
 images/{method}/{concept}/{style}/{objects}/...       images drawn with a method applied
 results/method=.../concept=.../part-00000.parquet     one row per image, one part per batch
 embeddings/{concept}.safetensors                      what prompts of learned embeddings hold, if there are any
@@ -25,7 +25,7 @@ import numpy as np
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.evaluation.figures import png
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol
+from neuraleraser.evaluation.protocol import PROMPTS, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, Results, Row, concat, load_part, part_folder
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.reading import read_bytes
@@ -100,10 +100,7 @@ class RunFolder:
             return None
         drawn = part.compared | (part.method == BASE)
         there = np.array(
-            [
-                not drawn[i] or self._image_path(*place, part.cell_style[i], part.cell_objects[i], seed).exists()
-                for i, seed in enumerate(part.seed.tolist())
-            ],
+            [not drawn[i] or self._image_path(*place, _cell_of(part, i)).exists() for i in range(len(part))],
             dtype=bool,
         )
         if there.all():
@@ -123,15 +120,15 @@ class RunFolder:
     def put_images(self, method: str, concept: str, cells: Sequence[Cell], images: Images) -> None:
         """Keep the images of `cells` as PNG files."""
         for cell, image in zip(cells, images, strict=True):
-            write_bytes(self._image_path(method, concept, cell.style, cell.objects, cell.seed), png(image))
+            write_bytes(self._image_path(method, concept, cell), png(image))
 
     def image(self, method: str, concept: str, cell: Cell) -> np.ndarray:
         """Return uint8 [H, W, 3], of the base where the method's was not drawn. Raises FileError."""
         from PIL import Image
 
-        path = self._image_path(method, concept, cell.style, cell.objects, cell.seed)
+        path = self._image_path(method, concept, cell)
         if not path.exists():
-            path = self._image_path(BASE, "", cell.style, cell.objects, cell.seed)
+            path = self._image_path(BASE, "", cell)
         data = read_bytes(path, _MAX_PICTURE_BYTES)
         try:
             with warnings.catch_warnings():
@@ -145,9 +142,17 @@ class RunFolder:
         folder = self.folder / "images" / quote(method, safe="")
         return folder / quote(concept, safe="") if concept else folder
 
-    def _image_path(self, method: str, concept: str, style: str, objects: Sequence[str], seed: int) -> Path:
-        shown = (style or "none", "+".join(objects) or "none")
-        return self._image_folder(method, concept).joinpath(*(quote(name, safe="+ ") for name in shown), f"{seed}.png")
+    def _image_path(self, method: str, concept: str, cell: Cell) -> Path:
+        shown = (cell.style or "none", "+".join(cell.objects) or "none")
+        # Prompts of a file ask for the same thing, some of them with the same seed.
+        own = f"-{zlib.crc32(cell.prompt.encode()):08x}" if cell.group == PROMPTS else ""
+        folder = self._image_folder(method, concept).joinpath(*(quote(name, safe="+ ") for name in shown))
+        return folder / f"{cell.seed}{own}.png"
+
+
+def _cell_of(part: Results, i: int) -> Cell:
+    """Return the cell of a row, without its start image."""
+    return Cell(part.prompt[i], int(part.seed[i]), part.cell_style[i], part.cell_objects[i], part.group[i])
 
 
 def open_run(
@@ -160,14 +165,15 @@ def open_run(
 ) -> RunFolder:
     """Begin an evaluation in `folder`, or go on with it. Drawings of a method that has changed since are dropped.
 
-    Raises SettingsError if the folder holds a run of other settings, model or judge; FileError if it cannot be
-    written or its record is damaged.
+    Raises SettingsError if the folder holds a run of other settings, model, judge or published protocol; FileError if
+    it cannot be written or its record is damaged.
     """
     path = folder / "run.json"
     now = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "model": _fingerprint(pipe),
         "judge": json.loads(json.dumps(asdict(judge))),
+        **({"protocol": protocol.name} if protocol.name else {}),
     }
     keys: dict[str, dict[str, str]] = {}
     if path.exists():
@@ -176,7 +182,7 @@ def open_run(
             keys = {str(method): dict(concepts) for method, concepts in dict(before.pop("methods")).items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise FileError(f"{path} is damaged ({error}): delete the folder and evaluate again") from error
-        differ = [name for name in now if before.get(name) != now[name]]
+        differ = [name for name in (*now, *(before.keys() - now.keys())) if before.get(name) != now.get(name)]
         if differ:
             raise SettingsError(
                 f"{folder} holds an evaluation with other {' and '.join(differ)}: pass another folder, or delete it"

@@ -36,6 +36,9 @@ def figures_csv(report: Report) -> str:
         if e.distance is not None:
             for name, figure in vars(e.distance).items():
                 writer.writerow([e.concept, e.kind, e.method, "", "", name, *_numbers(figure)])
+        for name, base, after in e.detections.rows() if e.detections else ():
+            for when, count in (("base", base), ("after", after)):
+                writer.writerow([e.concept, e.kind, e.method, "", "", f"detections_{when}_{name}", count, "", "", ""])
         if e.lookalikes is not None:
             writer.writerow([e.concept, e.kind, e.method, "", "", "lookalike_gap", *_numbers(e.lookalikes.gap)])
     return text.getvalue()

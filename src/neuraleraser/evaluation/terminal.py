@@ -20,7 +20,7 @@ def terminal_tables(report: Report) -> str:
     """
     parts = [f"{finding.level.upper()}: {finding.text}" for finding in report.findings]
     parts += [text for table in TABLES if (text := _table(table, report.erasures))]
-    return "\n\n".join(part for part in (*parts, _routes(report.erasures)) if part)
+    return "\n\n".join(part for part in (*parts, _routes(report.erasures), _detections(report.erasures)) if part)
 
 
 def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
@@ -63,6 +63,17 @@ def _routes(entries: Sequence[ErasureReport]) -> str:
             strength = f" {r.strength:.1f}" if r.strength else ""
             rows.append([f"  {_shorten(r.group, _ROUTE_LABEL - 6)}{strength}", *values])
     return text_table(rows, [ROUTES.title, *(c.head for c in ROUTES.columns)], width=120) if rows else ""
+
+
+def _detections(entries: Sequence[ErasureReport]) -> str:
+    """Return detections before and after as text, a line a class; "" from a judge that does not count."""
+    rows: list[list[str]] = []
+    for entry in entries:
+        if entry.detections:
+            head = f"{entry.concept}, {entry.method}"
+            rows.append([_shorten(head, _ROUTE_LABEL), "", "", f"{entry.detections.images} images"])
+            rows += [[f"  {name}", str(base), str(after), ""] for name, base, after in entry.detections.rows()]
+    return text_table(rows, ["Detections", "before", "after", ""], width=120) if rows else ""
 
 
 def _shorten(text: str, width: int) -> str:

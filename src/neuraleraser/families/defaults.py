@@ -64,9 +64,10 @@ def default_sampling(
     return replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
-def evaluation_sampling(pipe: Any, settings: EvaluateSettings) -> Sampling:
-    """Return how the images of an evaluation are generated: as its settings say, else as `pipe` is usually sampled."""
-    return settings.sampling or default_sampling(pipe)
+def evaluation_sampling(pipe: Any, settings: EvaluateSettings, published: Sampling | None = None) -> Sampling:
+    """Return how the images of an evaluation are generated: as its settings say, else as its protocol was `published`,
+    else as `pipe` is usually sampled."""
+    return settings.sampling or published or default_sampling(pipe)
 
 
 def sampling_for_eraser(pipe: Any, fitted: Sampling | None) -> Sampling:

@@ -6,7 +6,7 @@ and NudeNet's detector.
 """
 
 from neuraleraser.judges.clip import CLIP, MIN_ACCURACY, MIN_IMAGES, NO_CONCEPT, Clip, ClipJudge, clip_sentence
-from neuraleraser.judges.judgement import FeatureJudge, Judge, Judgement, JudgeSpec, check
+from neuraleraser.judges.judgement import CountingJudge, FeatureJudge, Judge, Judgement, JudgeSpec, check
 from neuraleraser.judges.nudenet import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge
 from neuraleraser.judges.unlearncanvas import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge
 
@@ -21,6 +21,7 @@ __all__ = [
     "UNLEARNCANVAS_STYLES",
     "Clip",
     "ClipJudge",
+    "CountingJudge",
     "FeatureJudge",
     "Judge",
     "JudgeSpec",

@@ -94,6 +94,34 @@ class FeatureJudge(Protocol):
         ...
 
 
+@runtime_checkable
+class CountingJudge(Protocol):
+    """A judge that also counts: how often each of its classes is in an image, above its threshold.
+
+    Attributes:
+        classes: Names of what it counts, in the order of the columns.
+
+    Examples:
+        >>> from neuraleraser.judges import CountingJudge
+        >>> isinstance(NudeNetJudge(), CountingJudge), isinstance(CanvasJudge.load("second"), CountingJudge)
+        (True, False)
+    """
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    def count(self, images: NDArray[np.uint8], /) -> NDArray[np.int64]:
+        """Count detections in images.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3].
+
+        Returns:
+            Detections of each class in each image, [N, classes].
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class JudgeSpec:
     """Names and thresholds of a judge's classes, checked: all that is needed to read stored probabilities.
