@@ -48,8 +48,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> UnlearnCanvasJudge:
     folder = tmp_path_factory.mktemp("classifiers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unlearncanvas, "VIT_LARGE", SMALL)
-        files = [small_classifier(folder / f"{n}.pth", n) for n in (51, 20)]
-        return UnlearnCanvasJudge.load(*files)
+        style, thing = (small_classifier(folder / f"{n}.pth", n) for n in (51, 20))
+        return UnlearnCanvasJudge.load(style, thing)
 
 
 @pytest.fixture
