@@ -64,6 +64,11 @@ def read(path: Path, **settings: Any) -> list[tuple[str, int, bool]]:
 # --- the file
 
 
+@pytest.fixture(autouse=True, scope="module")
+def family() -> None:
+    """The small pipeline is of its own family here, a Stable Diffusion."""
+
+
 def test_prompts_and_seeds_are_those_of_the_file(tmp_path: Path):
     path = written(tmp_path / "i2p.csv")
     assert read(path) == [

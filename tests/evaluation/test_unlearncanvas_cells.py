@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.canvas_cells import WITH_TINY
 from helpers.erasers import open_eraser
 from helpers.pipelines import stable_diffusion
 from helpers.small_judges import SMALL, small_classifier
+from neuraleraser import families
 from neuraleraser.assessment import evaluate_erasers
 from neuraleraser.eraser import Provenance
 from neuraleraser.errors import ConceptError, NeuralEraserError, SettingsError, SplitError
@@ -41,6 +43,11 @@ PART: dict[str, Any] = {"styles": ("Van_Gogh", "Mosaic"), "objects": ("Cats", "D
 """Fewer than twenty images that ask for a style: whether the judge can read them is not decided by so few."""
 SEEN: dict[str, Any] = {**PART, "styles": ("Abstractionism", "Watercolor"), "objects": ("Human", "Sandwiches", "Bears")}
 """Names that the small classifiers give to images of the small pipeline, so that some are right."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def family() -> None:
+    """The small pipeline is of its own family here, a Stable Diffusion."""
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +261,13 @@ def test_seeds_that_the_benchmark_gives_are_said_and_prompts_refused(
     assert said == [
         "'neuraleraser' of 'Cats' was made with seeds that UnlearnCanvas, official gives (188, 288), on other prompts"
     ]
+
+
+def test_sealed_concepts_of_the_canvas_are_not_drawn_under_the_benchmark_s_names(
+    pipe: Any, judge: UnlearnCanvasJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(families, "FAMILIES", WITH_TINY)
+    protocol = unlearncanvas_protocol("Cats", **{**PART, "styles": ("Bricks", "Mosaic"), "objects": ("Cats", "Bears")})
+    with pytest.raises(SplitError, match="Bears, Bricks: sealed"):
+        evaluate(pipe, [DoNothing("Cats", "object")], S, tmp_path, judge=judge, protocol=protocol)
+    assert not list(tmp_path.iterdir())

@@ -83,6 +83,8 @@ def evaluate(
     _check_methods(methods, spec)
     concepts = list(dict.fromkeys(m.concept for m in methods))
     protocol = protocol or default_protocol(family, concepts, s, sealed=sealed)
+    if protocol.name and family.vocabulary and not sealed:  # the canvas has names of the benchmark's
+        check_open(family.vocabulary, (name for c in protocol.all_cells() for name in (c.style, *c.objects)))
     if lacking := [name for name in concepts if not protocol.cells.get(name)]:
         raise ConceptError(f"the protocol has no cells for {', '.join(lacking)}: pass one that has")
     notes = [note for m in methods for note in check_split(m, protocol)]
