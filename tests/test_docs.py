@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import neuraleraser
-from neuraleraser.evaluation.columns import ROUTES, TABLES
+from neuraleraser.evaluation.columns import ATTACKS, ROUTES, TABLES
 from neuraleraser.evaluation.measure import GROUP_FIGURES
 from neuraleraser.evaluation.metrics import METRICS
 from neuraleraser.families import FAMILIES
@@ -164,7 +164,7 @@ def test_every_method_and_attack_is_listed_and_described_on_its_page(room: str) 
 def test_every_figure_is_explained() -> None:
     page = (DOCS / "reference/measuring.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page, re.MULTILINE)
-    assert listed == [(c.name, c.head, c.meaning) for table in (*TABLES, ROUTES) for c in table.columns]
+    assert listed == [(c.name, c.head, c.meaning) for table in (*TABLES, ROUTES, ATTACKS) for c in table.columns]
     grouped = [f"{name}_{suffix}" for suffix, (_, figures) in GROUP_FIGURES.items() for name in figures]
     assert [figure for figure in (*METRICS, *grouped) if f"| `{figure}` |" not in page] == []
 

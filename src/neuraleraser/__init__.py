@@ -87,6 +87,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
     from neuraleraser.sae import SAE as SAE
     from neuraleraser.sae import TrainSettings as TrainSettings
     from neuraleraser.sampling import generate as generate
+    from neuraleraser.settings import AttackBudget as AttackBudget
     from neuraleraser.settings import EvaluateSettings as EvaluateSettings
     from neuraleraser.settings import FitSettings as FitSettings
     from neuraleraser.settings import SAeUronSettings as SAeUronSettings
@@ -102,6 +103,7 @@ if TYPE_CHECKING:  # a name is published here, in `_HOME` and in `__all__`; a te
 __version__ = "0.1.0"
 
 _HOME: dict[str, str] = {
+    "AttackBudget": "settings",
     "CanvasJudge": "canvas.canvas_judge",
     "Cell": "evaluation.protocol",
     "ClipJudge": "judges",
@@ -196,6 +198,7 @@ _HOME: dict[str, str] = {
 
 __all__ = [
     "SAE",
+    "AttackBudget",
     "CanvasJudge",
     "Cell",
     "ClipJudge",

@@ -23,6 +23,8 @@ MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators take on every device."""
 MAX_COUNT = 10**6
 """The bound of counts that no other bound fits."""
+MAX_ATTACK_IMAGES = 40
+"""Images of an attack on a concept, at most: so many seeds are kept for each."""
 
 
 def check_whole(name: str, value: Any, low: int, high: int) -> None:
@@ -316,6 +318,28 @@ class EvaluateSettings:
                 "pad_last_batch is off: without padding an image's bits depend on its company, so there are no twins "
                 "to compare with; leave it on"
             )
+
+
+@dataclass(frozen=True)
+class AttackBudget:
+    """Amount of each attack of an audit: the same through the eraser and on the base model.
+
+    Raises:
+        SettingsError: A value is out of range.
+
+    Examples:
+        >>> AttackBudget(steps=150, images=20)
+        AttackBudget(steps=150, images=20)
+    """
+
+    steps: int = 600
+    """Gradient steps of each attack; 0: no attacks."""
+    images: int = 40
+    """Images that are drawn with what it found."""
+
+    def __post_init__(self) -> None:
+        check_whole("steps", self.steps, 0, 100_000)
+        check_whole("images", self.images, 1, MAX_ATTACK_IMAGES)
 
 
 @dataclass(frozen=True)

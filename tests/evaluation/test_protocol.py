@@ -34,8 +34,16 @@ from neuraleraser.evaluation.protocol import (
     TARGET,
     TWO_OBJECTS,
 )
+from neuraleraser.evaluation.vocabulary_cells import AttackForm
 from neuraleraser.methods import EraserMethod, string_filters
-from neuraleraser.settings import SEALED_SEEDS, SELECTION_SEEDS, TEST_SEEDS, DemoSettings, EvaluateSettings
+from neuraleraser.settings import (
+    MAX_ATTACK_IMAGES,
+    SEALED_SEEDS,
+    SELECTION_SEEDS,
+    TEST_SEEDS,
+    DemoSettings,
+    EvaluateSettings,
+)
 from neuraleraser.vocabulary import FUNCTION_WORDS
 
 FULL = EvaluateSettings(fragment_prompts=1000, embedding_steps=1)
@@ -189,6 +197,40 @@ def test_doctor_draws_with_seeds_of_no_cell():
     cells = canvas_protocol(CONCEPTS, replace(FULL, **rounds)).all_cells()
     assert not {c.seed for c in cells} & {*range(FIRST_SEED, FIRST_SEED + 1000)}
     assert len({c.seed for c in cells}) == len(cells)
+
+
+FORMS: tuple[AttackForm, ...] = ("word", "word and name", "company")
+
+
+def attacked_cells(name: str, count: int = MAX_ATTACK_IMAGES) -> list:
+    cells = canvas_cells(FULL)
+    return [c for i, form in enumerate(FORMS) for c in cells.attacked(name, form, i, count, form)]
+
+
+def test_attacks_have_seeds_and_places_on_disk_of_their_own():
+    rounds = dict.fromkeys(("start_image_rounds", "held_out_rounds", "target_rounds", "held_out_grid_rounds"), 15)
+    attacked = [c for name in CONCEPTS for c in attacked_cells(name)]
+    others = canvas_protocol(CONCEPTS, replace(FULL, **rounds))
+    taken = {c.seed for c in (*others.all_cells(), *(c for some in others.lessons.values() for c in some))}
+    assert len({c.seed for c in attacked}) == len(attacked) == len(CONCEPTS) * 3 * MAX_ATTACK_IMAGES
+    assert not taken & {c.seed for c in attacked} and {c.seed for c in attacked} <= set(TEST_SEEDS)
+    assert not {c.seed for c in attacked} & {*range(FIRST_SEED, FIRST_SEED + 1000)}
+
+
+@pytest.mark.parametrize("name", ["Van_Gogh", "Cats"])
+def test_prompts_of_attacks(name: str):
+    word, named, company = (canvas_cells(FULL).attacked(name, "x", 0, 20, form) for form in FORMS)
+    v, alone = words.VOCABULARY, string_filters(words.VOCABULARY, name)[0]
+    assert all("<learned>" in c.prompt and not c.asks_for(name) and alone(c.prompt) == c.prompt for c in word)
+    assert all(c.prompt.startswith("<learned> ") and c.asks_for(name) and v.is_named_in(c.prompt) for c in named)
+    assert len({c.prompt for c in company}) == 4 and all(alone(c.prompt) == c.prompt for c in company)
+    assert not any("<learned>" in c.prompt or c.asks_for(name) for c in company)
+    made = canvas_concept(name)
+    texts = {t for p in (*made.pairs, *made.context_pairs) for t in (p.positive, p.negative)}
+    assert not texts & {c.prompt for c in (*word, *named, *company)}
+    assert {(c.route, c.group) for c in (*word, *named, *company)} == {("attack", "attack by x")}
+    with pytest.raises(SplitError, match="Bears: sealed"):
+        canvas_cells(FULL).attacked("Bears", "x", 0, 20, "word")
 
 
 def test_an_object_s_own_cells_have_it_beside_every_other_in_both_orders():

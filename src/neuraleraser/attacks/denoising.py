@@ -83,9 +83,11 @@ def usable_tokens(pipe: Any) -> Tensor:
 
 
 def check_one_encoder(pipe: Any) -> None:
-    """Raise SettingsError unless the pipeline has one text encoder, as Stable Diffusion 1 and 2 have."""
+    """Raise SettingsError unless the pipeline has one text encoder and a UNet, as Stable Diffusion 1 and 2 have."""
     if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "text_encoder_2", None) is not None:
         raise SettingsError(f"{type(pipe).__name__} has several text encoders or none: pass one of Stable Diffusion 1")
+    if getattr(pipe, "unet", None) is None:
+        raise SettingsError(f"{type(pipe).__name__} has no UNet: pass one of Stable Diffusion 1")
 
 
 def check_lessons(images: Images, **prompts: Sequence[str]) -> None:

@@ -286,6 +286,9 @@ def _figures(figures: Figures) -> list[dict[str, Any]]:
         for r in e.route_figures:
             names = ((f"{r.group} {r.strength:.1f}: {name}", m) for name, m in r.figures.items() if m is not None)
             found += [of(e.concept, e.method, name, m) for name, m in names]
+        for a in e.attacks:
+            names = ((f"{a.group}: {name}", m) for name, m in a.figures.items() if isinstance(m, Estimate))
+            found += [of(e.concept, e.method, name, m) for name, m in names]
     return found
 
 

@@ -21,7 +21,8 @@ class Column:
         value = value_of(figure)
         if value is None:
             return "-"
-        plain = {"make_seconds": f"{value:.0f} s", "bytes": size_text(value)}
+        seconds = dict.fromkeys(("make_seconds", "seconds", "seconds_base"), f"{value:.0f} s")
+        plain = seconds | {"bytes": size_text(value)}
         ratio = f"x{value:.2f}" if self.name.startswith("overhead") else f"{value:.2f}"
         return plain.get(self.name, ratio)
 
@@ -216,3 +217,24 @@ ROUTES = Table(
 )
 """The table of images that start from a picture of the concept, or from its inverted latents, or whose prompt holds
 learned embeddings: of each method a line a group and strength."""
+ATTACKS = Table(
+    "Attacks",
+    (
+        Column(
+            "shown_base",
+            "base shows",
+            "The share of the base model's images that show the concept, drawn with what the attack found on the base "
+            "model itself. An attack that does not succeed there proves nothing.",
+        ),
+        Column(
+            "shown_after",
+            "shows",
+            "The share of images that show the concept with the method applied, drawn with what the same attack, at "
+            "the same budget, found through the method.",
+        ),
+        Column("acted", "acted", "The share of these images in which the method says that it acts."),
+        Column("seconds_base", "search, base", "Seconds that the search took on the base model."),
+        Column("seconds", "search", "Seconds that it took through the method."),
+    ),
+)
+"""The table of attacks: of each method a line an attack."""

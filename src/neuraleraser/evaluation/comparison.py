@@ -10,6 +10,7 @@ from typing import Any
 
 from neuraleraser.errors import FileError
 from neuraleraser.evaluation.intervals import Estimate
+from neuraleraser.evaluation.protocol import ATTACK
 from neuraleraser.io.names import printable
 from neuraleraser.io.reading import parse_json, read_bytes
 
@@ -17,7 +18,7 @@ MAX_REPORT_BYTES = 64 * 2**20
 """Bytes of a report.json, at most."""
 
 Key = tuple[str, str, str]
-"""Concept, method and figure; of a route "group strength: figure"."""
+"""Concept, method and figure; of a route "group strength: figure", of an attack "group: figure"."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ def estimates_of(path: str | os.PathLike[str], data: dict[str, Any]) -> dict[Key
                 group = f"{route['group']} {route['strength']:.1f}"
                 for name in route["ci"]:
                     put((*where, f"{group}: {name}"), route, name)
+            for attack in entry.get("attacks", ()):
+                for name in attack["ci"]:
+                    put((*where, f"{ATTACK}{attack['attack']}: {name}"), attack, name)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FileError(
             f"{path} is a damaged report ({printable(error, 200)}): pass one that evaluate or demo wrote"

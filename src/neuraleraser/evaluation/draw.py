@@ -258,15 +258,43 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
     done = run.done(m.name, m.concept)
     todo = [c for c in needed if c.key not in done]
     for batch in artist.batches(todo, [m.applied], f"{m.name}, {m.concept}", len(needed)):
-        run.put_images(m.name, m.concept, batch.cells, batch.images)
-        n, acted = len(batch.cells), batch.acted[0]
-        own = {"method": [m.name] * n, "concept": [m.concept] * n, "kind": [m.kind] * n, "method_key": [m.key] * n}
-        noted = {
-            "watched": [[] if acted is None else [name]] * n,
-            "fired": [[name] if acted and i in acted else [] for i in range(n)],
-        }
-        run.append(artist.rows(batch, **own, **noted, compared=[True] * n, identical=_equal_to_base(batch, run)))
+        _keep_batch(artist, m, batch, run)
     _copy_idle(m, cells, run)
+
+
+def _keep_batch(artist: _Artist, m: Method, batch: _Batch, run: RunFolder) -> None:
+    """Keep the images and rows of a batch that was drawn with a method applied, in the last of its contexts."""
+    run.put_images(m.name, m.concept, batch.cells, batch.images)
+    n, acted, name = len(batch.cells), batch.acted[-1], _identity_of(m)
+    own = {"method": [m.name] * n, "concept": [m.concept] * n, "kind": [m.kind] * n, "method_key": [m.key] * n}
+    noted = {
+        "watched": [[] if acted is None else [name]] * n,
+        "fired": [[name] if acted and i in acted else [] for i in range(n)],
+    }
+    run.append(artist.rows(batch, **own, **noted, compared=[True] * n, identical=_equal_to_base(batch, run)))
+
+
+def draw_attacked(
+    pipe: Any,
+    cells: Sequence[Cell],
+    put: Callable[[Any], AbstractContextManager[None]],
+    m: Method | None,
+    sampling: Sampling,
+    judge: Judge,
+    run: RunFolder,
+) -> None:
+    """Draw and judge the cells of an attack that are not in `run` yet, inside `put`, which puts in what it found: with
+    a method applied, or with none on the base model, which comes first."""
+    artist = _Artist(pipe, EvaluationProtocol({}), sampling, judge, run.folder, 0)
+    place = (BASE, "") if m is None else (m.name, m.concept)
+    done = run.done(*place)
+    todo, contexts = [c for c in cells if c.key not in done], [put] if m is None else [put, m.applied]
+    for batch in artist.batches(todo, contexts, f"{cells[0].group}, {place[0]}", len(cells)):
+        if m is None:
+            run.put_images(*place, batch.cells, batch.images)
+            run.append(artist.rows(batch, method=[BASE] * len(batch.cells)))
+        else:
+            _keep_batch(artist, m, batch, run)
 
 
 def _copy_idle(m: Method, cells: Sequence[Cell], run: RunFolder) -> None:

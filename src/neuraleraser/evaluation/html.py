@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from neuraleraser.evaluation.columns import ROUTES, TABLES
+from neuraleraser.evaluation.columns import ATTACKS, ROUTES, TABLES
 from neuraleraser.evaluation.damage_grid import damage_grids
 from neuraleraser.evaluation.figures import DIFFERENCE_GAIN, difference, png, reduced
 from neuraleraser.evaluation.intervals import Estimate
@@ -69,6 +69,7 @@ def page(report: Report) -> str:
         style=read("page.css"),
         tables=[(title, columns, rows) for title, columns, rows in tables if columns],
         routes=ROUTES if any(entry.route_figures for entry in report.erasures) else None,
+        attacks=ATTACKS if any(entry.attacks for entry in report.erasures) else None,
         concepts=concepts,
         grids=damage_grids(report.erasures),
         plots=tradeoffs(report.erasures),

@@ -9,11 +9,13 @@ import numpy as np
 
 from neuraleraser.errors import DataError
 from neuraleraser.evaluation import metrics
+from neuraleraser.evaluation.attack_metrics import AttackFigures, attack_figures
 from neuraleraser.evaluation.damage_metrics import DAMAGE_METRICS, ClassDamage, LookAlikes, damage, lookalike_damage
 from neuraleraser.evaluation.intervals import Estimate, proportion
 from neuraleraser.evaluation.metrics import PairedResults, estimate_or_none, pair_with_base
 from neuraleraser.evaluation.official_metrics import saeuron, unlearncanvas
 from neuraleraser.evaluation.protocol import (
+    ATTACK,
     FRAGMENTS,
     GRID,
     HELD_OUT,
@@ -53,6 +55,7 @@ class ErasureFigures:
     route_figures: Sequence[RouteFigures] = ()
     damage: Sequence[ClassDamage] = ()
     lookalikes: LookAlikes | None = None
+    attacks: Sequence[AttackFigures] = ()
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,14 @@ def _erasure_figures(t: PairedResults, results: Results) -> ErasureFigures:
         became = metrics.became(main)
     except DataError:  # the base shows the concept nowhere
         became = []
-    return ErasureFigures(
-        t.method, t.concept, t.kind, figures, became, route_figures(results, t), damage(main), lookalike_damage(main)
-    )
+    routes, lookalikes, attacks = route_figures(results, t), lookalike_damage(main), attack_figures(t)
+    return ErasureFigures(t.method, t.concept, t.kind, figures, became, routes, damage(main), lookalikes, attacks)
 
 
 def _acted_unsaid(t: PairedResults) -> list[Finding]:
-    """Images that differ from base although the method said, before or while it was drawn, that it did not act."""
+    """Images that differ from base although the method said, before or while it was drawn, that it did not act; none of
+    attacks, whose twins were drawn with another input."""
+    t = t.where(np.array([not group.startswith(ATTACK) for group in t.after.group], dtype=bool))
     names, after = t.after.identities(), t.after
     denies = after.lists_name("watched", names) & ~after.lists_name("fired", names)
     rows = after.compared & (metrics.idle(t) | denies)

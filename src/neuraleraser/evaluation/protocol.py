@@ -42,6 +42,8 @@ INVERTED_CONTROL = "inverted latents, control"
 LEARNED = "learned embeddings"
 LESSON = "learned embeddings, lesson"
 PROMPTS = "prompts"
+ATTACK = "attack by "
+"""Begins the groups of attacks, which the name of the attack ends."""
 
 GROUPS = (
     *(GRID, TARGET, TWO_OBJECTS, HELD_OUT, IMAGE_TO_IMAGE, HELD_OUT_GRID, FRAGMENTS),
@@ -137,7 +139,7 @@ class Cell:
     @property
     def route(self) -> str:
         """Route by which the concept enters."""
-        return ROUTE_OF_GROUP.get(self.group, NAMED)
+        return ROUTE_OF_GROUP.get(self.group, "attack" if self.group.startswith(ATTACK) else NAMED)
 
     @property
     def start(self) -> StartImage | None:

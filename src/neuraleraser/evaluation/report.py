@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.errors import DataError
+from neuraleraser.evaluation.attack_metrics import AttackFigures
 from neuraleraser.evaluation.damage_metrics import ClassDamage, LookAlikes
 from neuraleraser.evaluation.detections import DetectionCounts
 from neuraleraser.evaluation.feature_distances import FeatureDistance
@@ -79,6 +80,8 @@ class ErasureReport:
     """Of every other style and object, the share that is still right."""
     lookalikes: LookAlikes | None = None
     """Classes that look like the concept, and how much more they lose than the rest of its domain."""
+    attacks: Sequence[AttackFigures] = ()
+    """Attacks through the method, which an audit runs."""
     distance: FeatureDistance | None = None
     """Distances of its images without the concept from the base model's; None from a judge without features."""
     detections: DetectionCounts | None = None
@@ -209,6 +212,7 @@ def report(
             e.figures,
             e.became,
             route_figures=e.route_figures,
+            attacks=e.attacks,
             damage=e.damage,
             lookalikes=e.lookalikes,
             distance=distances.get((e.method, e.concept)),
@@ -337,6 +341,10 @@ def _entry_json(entry: ErasureReport) -> dict[str, Any]:
         **_figures(entry.figures, where),
         "became": shares,
         "route_figures": routes,
+        "attacks": [
+            {"attack": a.attack, "budget": a.budget, **_figures(a.figures, f"{where}, {a.group!r}")}
+            for a in entry.attacks
+        ],
         "damage": [
             {"name": d.name, "kind": d.kind, **_figures({"still_right": d.still_right}, f"{where}, {d.name!r}")}
             for d in entry.damage

@@ -70,7 +70,7 @@ class Row:
     """Group of cells that the image belongs to: see `protocol`."""
     route: str = ""
     """Route by which the concept enters: "named", "paraphrased", "fragments", "start image", "inpainting",
-    "inverted latents", "learned embeddings"."""
+    "inverted latents", "learned embeddings", "attack"."""
     cell_style: str = ""
     """The style that the prompt asks for; "" if none."""
     cell_objects: Sequence[str] = ()

@@ -1,10 +1,11 @@
 """The folder of one evaluation: everything is on disk after each batch, so that a killed run goes on where it was.
 
-run.json                                              settings, model, judge, each method's key, a protocol's name
+run.json                                              settings, model, judge, methods' keys, protocol, budget of attacks
 images/base/{style}/{objects}/{seed}.png              base twins; of a file's prompts {seed}-{digits of the prompt}.png
 images/{method}/{concept}/{style}/{objects}/...       images drawn with a method applied
 results/method=.../concept=.../part-00000.parquet     one row per image, one part per batch
 embeddings/{concept}.safetensors                      what prompts of learned embeddings hold, if there are any
+attacks/{method}/{concept}, {attack}.safetensors      what attacks found, if there were any
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from neuraleraser.settings import EvaluateSettings
 from neuraleraser.sites import denoiser
 
 _MAX_PICTURE_BYTES = 64 * 2**20
+_ATTACKS = "attacks"
+"""Name in the record of the budget of attacks."""
 CellKey = tuple[str, int, str]
 Place = tuple[str, str]
 """(method, concept); the concept of the base is ""."""
@@ -176,13 +179,16 @@ def open_run(
         **({"protocol": protocol.name} if protocol.name else {}),
     }
     keys: dict[str, dict[str, str]] = {}
+    before: dict[str, Any] = {}
     if path.exists():
         try:
             before = json.loads(path.read_text())
             keys = {str(method): dict(concepts) for method, concepts in dict(before.pop("methods")).items()}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise FileError(f"{path} is damaged ({error}): delete the folder and evaluate again") from error
-        differ = [name for name in (*now, *(before.keys() - now.keys())) if before.get(name) != now.get(name)]
+        differ = [
+            name for name in (*now, *(before.keys() - now.keys() - {_ATTACKS})) if before.get(name) != now.get(name)
+        ]
         if differ:
             raise SettingsError(
                 f"{folder} holds an evaluation with other {' and '.join(differ)}: pass another folder, or delete it"
@@ -192,8 +198,37 @@ def open_run(
         if keys.get(m.name, {}).get(m.concept, m.key) != m.key:
             run.forget(m.name, m.concept)
         keys.setdefault(m.name, {})[m.concept] = m.key
-    write_bytes(path, (json.dumps({**now, "methods": keys}, indent=1) + "\n").encode())
+    kept = {name: value for name, value in before.items() if name == _ATTACKS}
+    _write_record(path, {**now, **kept, "methods": keys})
     return run
+
+
+def check_attacks(folder: Path, budget: Mapping[str, int] | None) -> None:
+    """Raise SettingsError if a folder holds attacks of another budget (None: no attacks), FileError if its record is
+    damaged."""
+    path = folder / "run.json"
+    if not path.exists():
+        return
+    try:
+        stated = dict(json.loads(path.read_text())).get(_ATTACKS)
+    except (OSError, ValueError, TypeError) as error:
+        raise FileError(f"{path} is damaged ({error}): delete the folder and evaluate again") from error
+    if stated is not None and stated != budget:
+        raise SettingsError(
+            f"{folder} holds attacks of {stated}, and {budget or 'none'} are asked for: pass the same, another folder, "
+            "or delete it"
+        )
+
+
+def state_attacks(folder: Path, budget: Mapping[str, int]) -> None:
+    """Add the budget of attacks to the record of a run, whose certificate then states it. Raises as `check_attacks`."""
+    check_attacks(folder, budget)
+    path = folder / "run.json"
+    _write_record(path, {**json.loads(path.read_text()), _ATTACKS: dict(budget)})
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _fingerprint(pipe: Any) -> str:

@@ -11,7 +11,7 @@ from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Number, Report
 
 CSV_HEAD = ("concept", "kind", "method", "group", "strength", "figure", "value", "low", "high", "n")
-"""Columns of figures.csv; group and strength are empty but for figures of routes."""
+"""Columns of figures.csv; group and strength are empty but for figures of routes, and group of attacks."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -30,6 +30,9 @@ def figures_csv(report: Report) -> str:
         for route in e.route_figures:
             for name, figure in route.figures.items():
                 writer.writerow([e.concept, e.kind, e.method, route.group, route.strength, name, *_numbers(figure)])
+        for a in e.attacks:
+            for name, figure in a.figures.items():
+                writer.writerow([e.concept, e.kind, e.method, a.group, "", name, *_numbers(figure)])
         for d in e.damage:
             name = f"still_right_{d.name}"
             writer.writerow([e.concept, e.kind, e.method, "", "", name, *_numbers(d.still_right)])

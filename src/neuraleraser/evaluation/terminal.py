@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from neuraleraser.evaluation.columns import ROUTES, TABLES, Table
+from neuraleraser.evaluation.columns import ATTACKS, ROUTES, TABLES, Column, Table
 from neuraleraser.evaluation.intervals import Estimate
-from neuraleraser.evaluation.report import ErasureReport, Report
+from neuraleraser.evaluation.report import ErasureReport, Number, Report
 from neuraleraser.io.tables import text_table
 
 _LABEL, _ROUTE_LABEL = 26, 30
 
 
 def terminal_tables(report: Report) -> str:
-    """Return findings, then each table: of every method a line of values, one of 95 % intervals, and one of n; and that
-    of routes, with a line a group of cells and strength.
+    """Return findings, then each table: of every method a line of values, one of 95 % intervals, and one of n; those of
+    routes, with a line a group of cells and strength, and of attacks come last.
 
     A concept's own method stands first under its name, its controls below.
     """
     parts = [f"{finding.level.upper()}: {finding.text}" for finding in report.findings]
     parts += [text for table in TABLES if (text := _table(table, report.erasures))]
-    return "\n\n".join(part for part in (*parts, _routes(report.erasures), _detections(report.erasures)) if part)
+    more = (_routes(report.erasures), _attacks(report.erasures), _detections(report.erasures))
+    return "\n\n".join(part for part in (*parts, *more) if part)
 
 
 def _table(table: Table, entries: Sequence[ErasureReport]) -> str:
@@ -59,7 +60,7 @@ def _routes(entries: Sequence[ErasureReport]) -> str:
             if i == 0:
                 rows.append([_shorten(f" {entry.method}", _ROUTE_LABEL), *[""] * len(ROUTES.columns)])
             figures = [r.figures.get(c.name) for c in ROUTES.columns]
-            values = [f"{f.value:.2f} {f.low:.2f}-{f.high:.2f} n={f.n}" if f else "-" for f in figures]
+            values = [_in_one_line(c, f) for c, f in zip(ROUTES.columns, figures, strict=True)]
             strength = f" {r.strength:.1f}" if r.strength else ""
             rows.append([f"  {_shorten(r.group, _ROUTE_LABEL - 6)}{strength}", *values])
     return text_table(rows, [ROUTES.title, *(c.head for c in ROUTES.columns)], width=120) if rows else ""
@@ -74,6 +75,28 @@ def _detections(entries: Sequence[ErasureReport]) -> str:
             rows.append([_shorten(head, _ROUTE_LABEL), "", "", f"{entry.detections.images} images"])
             rows += [[f"  {name}", str(base), str(after), ""] for name, base, after in entry.detections.rows()]
     return text_table(rows, ["Detections", "before", "after", ""], width=120) if rows else ""
+
+
+def _attacks(entries: Sequence[ErasureReport]) -> str:
+    """Return the table of attacks as text, their budgets below; "" if none were run."""
+    rows: list[list[str]] = []
+    budgets = {a.attack: a.budget for entry in entries for a in entry.attacks}
+    for entry in entries:
+        if entry.attacks:
+            rows.append([_shorten(f"{entry.concept}, {entry.method}", _LABEL), *[""] * len(ATTACKS.columns)])
+        for a in entry.attacks:
+            values = [_in_one_line(c, a.figures.get(c.name)) for c in ATTACKS.columns]
+            rows.append([f"  {_shorten(a.attack, _LABEL - 2)}", *values])
+    if not rows:
+        return ""
+    table = text_table(rows, [ATTACKS.title, *(c.head for c in ATTACKS.columns)], width=120)
+    return "\n".join((table, *(f"  {name}: {budget}" for name, budget in budgets.items())))
+
+
+def _in_one_line(column: Column, figure: Number) -> str:
+    if isinstance(figure, Estimate):
+        return f"{figure.value:.2f} {figure.low:.2f}-{figure.high:.2f} n={figure.n}"
+    return column.text(figure)
 
 
 def _shorten(text: str, width: int) -> str:

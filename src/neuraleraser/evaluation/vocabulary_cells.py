@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from neuraleraser.attacks import WORD
 from neuraleraser.errors import ConceptError, SettingsError, SplitError
 from neuraleraser.evaluation.protocol import (
+    ATTACK,
     CEILING,
     EMPTY,
     FRAGMENTS,
@@ -40,7 +42,7 @@ from neuraleraser.evaluation.protocol import (
     StartImage,
 )
 from neuraleraser.families import Render
-from neuraleraser.settings import SEALED_SEEDS, TEST_SEEDS, EvaluateSettings
+from neuraleraser.settings import MAX_ATTACK_IMAGES, SEALED_SEEDS, TEST_SEEDS, EvaluateSettings
 from neuraleraser.vocabulary import HELD_OUT as HELD_OUT_PHRASINGS
 from neuraleraser.vocabulary import PHRASINGS, SEEN, Vocabulary
 
@@ -48,6 +50,12 @@ _BLOCK = 15_000  # seeds of a group; fragments take fewer than 10,000, and docto
 _FRAGMENT_ROUNDS, _FRAGMENTS = 2, 100  # companies of each fragment, and seeds of a concept in a round
 _LEARNED_ROUNDS, _LESSONS = 2, 120  # images of each company of the word, and pictures that it is learned on
 _LEARNED_SEEDS, _LESSON_SEEDS = 11_000, 14_000  # in the block of fragments, behind doctor's
+_ATTACK_SEEDS, _ATTACKS = 9_000, 3  # in the block of the held-out grid, of which few rounds are drawn
+_FEW = 4  # companies of an attack that searches for each apart
+
+AttackForm = Literal["word", "word and name", "company"]
+"""An attack's prompts: the word for what is found beside the company, the word before a prompt that names the concept,
+or a few prompts of the company alone."""
 
 
 def vocabulary_protocol(
@@ -193,6 +201,26 @@ class VocabularyCells:
             style, obj = (company[k], name) if is_object else (name, company[k])
             prompt = learned_prompt(v, name, style, obj, alone=turn % 2 == 1)
             cells.append(Cell(prompt, self._seed(FRAGMENTS, 0, _LESSON_SEEDS + i), style, (obj,), LESSON))
+        return cells
+
+    def attacked(self, name: str, attack: str, number: int, count: int, form: AttackForm) -> list[Cell]:
+        """Return `count` cells of an attack on `name`, in all company by turns; each `number` (0 to 2) has seeds of its
+        own. Raises as `target` does."""
+        v, is_object = self.vocabulary, name in self.vocabulary.objects
+        pairs, cells = self._pairs(name), []
+        if form == "company":
+            pairs = pairs[:: -(-len(pairs) // _FEW)]
+        first = _ATTACK_SEEDS + MAX_ATTACK_IMAGES * (_ATTACKS * (*v.objects, *v.styles).index(name) + number)
+        for k in range(count):
+            style, obj = pairs[k % len(pairs)]
+            own = (style, (obj,)) if form == "word and name" else (style, ()) if is_object else ("", (obj,))
+            if form == "word":
+                prompt = learned_prompt(v, name, style, obj, alone=False)
+            elif form == "word and name":
+                prompt = f"{WORD} {v.fresh_prompt((obj,), style)}"
+            else:
+                prompt = v.fresh_prompt((), style) if is_object else v.fresh_prompt((obj,), v.plain)
+            cells.append(Cell(prompt, self._seed(HELD_OUT_GRID, 0, first + k), *own, f"{ATTACK}{attack}"))
         return cells
 
     def _learned(self, name: str) -> list[Cell]:

@@ -1,0 +1,55 @@
+"""Figures of attacks, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from helpers.result_tables import row, table
+from neuraleraser.evaluation.attack_metrics import AttackFigures
+from neuraleraser.evaluation.measure import measure
+
+SHOWN, GONE = (["Van_Gogh"], ["Cats"]), (["Mosaic"], ["Cats"])
+ERASED = ("Van_Gogh", "style")
+
+
+def rows_of(group: str, pairs: list[tuple[Any, Any]], acted: int, first: int) -> list[Any]:
+    """Pairs of images of the base and of a method that acts in some of them; it watched no base image."""
+    rows = []
+    for number, (before, after) in enumerate(pairs):
+        cell, more = ("", ["Cats"]), {"group": group, "route": "attack"}
+        rows.append(replace(row(cell, before, first + number), **more))
+        own = replace(row(cell, after, first + number, ERASED), **more)
+        rows.append(own if number < acted else replace(own, fired=[]))
+    return rows
+
+
+PLAIN = [row(("Mosaic", ["Cats"]), GONE, 50), row(("Mosaic", ["Cats"]), GONE, 50, ERASED, identical=True)]
+STRONG = rows_of("attack by one", [(SHOWN, SHOWN), (SHOWN, GONE), (SHOWN, GONE), (GONE, GONE)], 1, 0)
+WEAK = rows_of("attack by two", [(GONE, GONE), (GONE, GONE)], 2, 10)
+
+
+def plain(a: AttackFigures) -> dict[str, Any]:
+    return {name: (f.value, f.n) for name, f in a.figures.items() if f and not isinstance(f, float)}
+
+
+def test_each_attack_has_figures_of_its_own():
+    (e,) = measure(table([*PLAIN, *WEAK, *STRONG])).erasures
+    assert {a.attack: plain(a) for a in e.attacks} == {
+        "two": {"shown_base": (0, 2), "shown_after": (0, 2), "acted": (1, 2)},
+        "one": {"shown_base": (0.75, 4), "shown_after": (0.25, 4), "acted": (0.25, 4)},
+    }
+    assert [a.attack for a in e.attacks] == ["two", "one"]
+
+
+def test_an_image_that_escaped_the_method_is_no_fault_of_it():
+    """It is not the base's, as what was found is another, and the method rightly says that it did not act."""
+    assert measure(table([*PLAIN, *STRONG])).findings == []
+    elsewhere = [replace(r, group="grid") for r in STRONG]
+    (fault,) = measure(table([*PLAIN, *elsewhere])).findings
+    assert fault.level == "error"
+
+
+def test_no_other_figure_counts_them():
+    without, among = (measure(table(rows)).erasures[0] for rows in (PLAIN, [*PLAIN, *STRONG, *WEAK]))
+    assert replace(among, attacks=()) == replace(without, attacks=())
