@@ -183,6 +183,12 @@ def test_a_killed_audit_goes_on_and_repeats_no_finished_attack(
     monkeypatch.setattr(attacking, "perturb_encoding", killed)
     again = audit(reader(), eraser(), tmp_path, S, attacks=FEW, judge=(judge := StampJudge()))
     assert judge.calls == 0 and len(again.erasures[0].attacks) == 3
+    record = (tmp_path / "run.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(auditing, "run_attacks", killed)
+        with pytest.raises(KeyboardInterrupt):
+            audit(reader(), eraser(), tmp_path, S, attacks=FEW, judge=StampJudge())
+    assert json.loads((tmp_path / "run.json").read_text()) == json.loads(record), "an evaluation forgets no budget"
 
 
 def test_a_damaged_input_is_searched_again(attacked: Path, tmp_path: Path):
