@@ -179,7 +179,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "matches-said",
         "an eraser's header leaves out the matched prompts it was made with",
-        (Text(_FITTING, "for prompt in (pair.positive, pair.negative))),", "for prompt in (pair.positive,))),"),),
+        (
+            Text(
+                "src/neuraleraser/fitting/prompt_correction.py",
+                "tuple(read.texts), seeds)",
+                "tuple(pair.positive for pair in pairs), seeds)",
+            ),
+        ),
         (f"{FIT}::test_the_whole_fit",),
     ),
     Mutation(

@@ -26,7 +26,7 @@ from neuraleraser.settings import Sampling
 from neuraleraser.sites import DenoiserCall, EditContext, denoiser, denoiser_calls, edit, replay
 
 EVERY = 3
-"""Of the steps of an image one in so many is kept."""
+"""Of the steps of an image one in so many is kept, the first among them."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def draw_lessons(pipe: Any, pairs: Sequence[Pair], seed: int, sampling: Sampling
     passes = 0
 
     def begin(first: int, real: int) -> None:
-        nonlocal batch
-        batch = range(first, first + real)
+        nonlocal batch, passes
+        batch, passes = range(first, first + real), 0
 
     def on(call: DenoiserCall) -> None:
         nonlocal passes
@@ -59,7 +59,7 @@ def draw_lessons(pipe: Any, pairs: Sequence[Pair], seed: int, sampling: Sampling
         if index is None:  # a pass over the negative prompt
             return
         passes += 1
-        if passes % EVERY == 0:
+        if passes % EVERY == 1:
             for row, image in zip(index, batch, strict=False):  # what is beyond the batch is padding
                 one = call.rows(torch.tensor([row], device=call.state.device))
                 lessons.append(Lesson(one, shown[prompts[image]]))
@@ -76,7 +76,7 @@ def train_correction(
     conditioning: Mapping[str, DenoiserCall],
     *,
     steps: int,
-    batch: int = 24,
+    batch: int,
     lr: float = 4e-3,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,

@@ -72,6 +72,7 @@ def fit_prompt_correction(
             lessons,
             read.calls,
             steps=settings.steps,
+            batch=sampling.batch_size,
             seed=settings.seed,
             on_step=lambda step, loss: progress(0.5 + 0.5 * (step + 1) / settings.steps),
         )
