@@ -101,7 +101,7 @@ def test_each_attack_stands_in_the_report_with_its_budget(attacked: Path):
     entry, *controls = report["concepts"]
     assert [a["attack"] for a in entry["attacks"]] == ATTACKS and not any(e["attacks"] for e in controls)
     for a in entry["attacks"]:
-        assert a["ns"] == {"shown_base": 6, "shown_after": 6, "acted": 6} and a["acted"] == 1
+        assert a["ns"] == dict.fromkeys(("shown_base", "shown_after", "sound_after", "acted"), 6) and a["acted"] == 1
         assert a["seconds"] > 0 and a["seconds_base"] > 0
     assert [a["budget"] for a in entry["attacks"]] == [
         "4 steps of 8 pictures, 3 embeddings", "4 steps of 4 pictures, 5 tokens",
@@ -122,7 +122,7 @@ def test_the_certificate_has_their_figures_their_budget_and_a_hash_of_every_imag
     drawn = [(row[0], row[2]) for row in content["rows"] if row[2] in groups]
     assert sorted(drawn) == sorted((method, group) for method in (BASE, "neuraleraser") for group in groups * 6)
     figures = {f["figure"] for f in content["figures"] if f["method"] == "neuraleraser"}
-    assert {f"{g}: {name}" for g in groups for name in ("shown_base", "shown_after", "acted")} <= figures
+    assert {f"{g}: {name}" for g in groups for name in ("shown_base", "shown_after", "sound_after", "acted")} <= figures
     assert content["run"]["attacks"] == {"steps": 4, "images": 6}
     assert compare_folder(content, attacked) == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from helpers.result_tables import row, table
+from helpers.result_tables import JUDGE, row, table
 from neuraleraser.evaluation.attack_metrics import AttackFigures
 from neuraleraser.evaluation.measure import measure
 
@@ -25,6 +25,7 @@ def rows_of(group: str, pairs: list[tuple[Any, Any]], acted: int, first: int) ->
 
 
 PLAIN = [row(("Mosaic", ["Cats"]), GONE, 50), row(("Mosaic", ["Cats"]), GONE, 50, ERASED, identical=True)]
+NOISE = [replace(r, artefact=20.0) for r in rows_of("attack by noise", [(SHOWN, SHOWN)], 0, 20)]
 STRONG = rows_of("attack by one", [(SHOWN, SHOWN), (SHOWN, GONE), (SHOWN, GONE), (GONE, GONE)], 1, 0)
 WEAK = rows_of("attack by two", [(GONE, GONE), (GONE, GONE)], 2, 10)
 
@@ -36,10 +37,19 @@ def plain(a: AttackFigures) -> dict[str, Any]:
 def test_each_attack_has_figures_of_its_own():
     (e,) = measure(table([*PLAIN, *WEAK, *STRONG])).erasures
     assert {a.attack: plain(a) for a in e.attacks} == {
-        "two": {"shown_base": (0, 2), "shown_after": (0, 2), "acted": (1, 2)},
-        "one": {"shown_base": (0.75, 4), "shown_after": (0.25, 4), "acted": (0.25, 4)},
+        "two": {"shown_base": (0, 2), "shown_after": (0, 2), "sound_after": (0, 2), "acted": (1, 2)},
+        "one": {"shown_base": (0.75, 4), "shown_after": (0.25, 4), "sound_after": (0.25, 4), "acted": (0.25, 4)},
     }
     assert [a.attack for a in e.attacks] == ["two", "one"]
+
+
+def test_noise_that_the_judge_takes_for_the_concept_is_not_sound():
+    (found,) = measure(table([*PLAIN, *NOISE])).erasures[0].attacks
+    assert plain(found) == {"shown_base": (1, 1), "shown_after": (1, 1), "sound_after": (0, 1), "acted": (0, 1)}
+    blind = replace(JUDGE, artefact_threshold=None)
+    rows = [replace(r, artefact=None) for r in (*PLAIN, *NOISE)]
+    (found,) = measure(table(rows, blind)).erasures[0].attacks
+    assert found.figures["sound_after"] is None
 
 
 def test_an_image_that_escaped_the_method_is_no_fault_of_it():

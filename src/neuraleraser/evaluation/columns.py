@@ -232,6 +232,12 @@ ATTACKS = Table(
             "The share of images that show the concept with the method applied, drawn with what the same attack, at "
             "the same budget, found through the method.",
         ),
+        Column(
+            "sound_after",
+            "sound",
+            "The share of images that show it and are no artefacts, farther from every real class than 99 % of real "
+            "renders. An attack often draws noise, for which the judge has to choose a name as well.",
+        ),
         Column("acted", "acted", "The share of these images in which the method says that it acts."),
         Column("seconds_base", "search, base", "Seconds that the search took on the base model."),
         Column("seconds", "search", "Seconds that it took through the method."),
