@@ -8,6 +8,8 @@ from typing import Any
 from helpers.result_tables import JUDGE, row, table
 from neuraleraser.evaluation.attack_metrics import AttackFigures
 from neuraleraser.evaluation.measure import measure
+from neuraleraser.evaluation.report import ErasureReport, Report
+from neuraleraser.evaluation.terminal import terminal_tables
 
 SHOWN, GONE = (["Van_Gogh"], ["Cats"]), (["Mosaic"], ["Cats"])
 ERASED = ("Van_Gogh", "style")
@@ -63,3 +65,15 @@ def test_an_image_that_escaped_the_method_is_no_fault_of_it():
 def test_no_other_figure_counts_them():
     without, among = (measure(table(rows)).erasures[0] for rows in (PLAIN, [*PLAIN, *STRONG, *WEAK]))
     assert replace(among, attacks=()) == replace(without, attacks=())
+
+
+def test_the_terminal_has_a_line_an_attack_and_its_budget():
+    (e,) = measure(table([*PLAIN, *STRONG, *NOISE])).erasures
+    attacks = [
+        replace(a, figures={**a.figures, "seconds": 12.3, "seconds_base": 45.6}, budget="9 steps") for a in e.attacks
+    ]
+    entry = ErasureReport(e.method, e.concept, e.kind, {}, attacks=attacks)
+    lines = terminal_tables(Report(base={}, judge={}, erasures=[entry])).splitlines()
+    assert lines[0].split()[:2] == ["Attacks", "n"] and lines[2].strip() == "Van_Gogh, eraser"
+    assert lines[3].split() == "one 4 0.75 0.25-1.00 0.25 0.00-0.75 0.25 0.00-0.75 0.25 0.00-0.75 46 s 12 s".split()
+    assert lines[5:] == ["  one: 9 steps", "  noise: 9 steps"] and max(map(len, lines)) <= 120

@@ -83,13 +83,15 @@ def _attacks(entries: Sequence[ErasureReport]) -> str:
     budgets = {a.attack: a.budget for entry in entries for a in entry.attacks}
     for entry in entries:
         if entry.attacks:
-            rows.append([_shorten(f"{entry.concept}, {entry.method}", _LABEL), *[""] * len(ATTACKS.columns)])
+            rows.append([_shorten(f"{entry.concept}, {entry.method}", _LABEL), *[""] * (len(ATTACKS.columns) + 1)])
         for a in entry.attacks:
-            values = [_in_one_line(c, a.figures.get(c.name)) for c in ATTACKS.columns]
-            rows.append([f"  {_shorten(a.attack, _LABEL - 2)}", *values])
+            shown = a.figures.get("shown_after")
+            n = str(shown.n) if isinstance(shown, Estimate) else "-"
+            values = [_in_one_line(c, a.figures.get(c.name)).partition(" n=")[0] for c in ATTACKS.columns]
+            rows.append([f"  {_shorten(a.attack, _LABEL - 2)}", n, *values])
     if not rows:
         return ""
-    table = text_table(rows, [ATTACKS.title, *(c.head for c in ATTACKS.columns)], width=120)
+    table = text_table(rows, [ATTACKS.title, "n", *(c.head for c in ATTACKS.columns)], width=120)
     return "\n".join((table, *(f"  {name}: {budget}" for name, budget in budgets.items())))
 
 
