@@ -23,7 +23,7 @@ class MadeWith:
 
     Examples:
         >>> EraserMethod(eraser).made_with.seeds  # its own, and its reference's
-        ((0, 1), (100, 499), (500, 999))
+        ((0, 3), (100, 499), (500, 999))
     """
 
     seeds: tuple[tuple[int, int], ...] = ()
