@@ -32,8 +32,9 @@ def test_a_model_without_a_reference_gets_its_own(
     assert drawn is not None and (drawn.num_inference_steps, drawn.batch_size) == (2, 2)
     (folder,) = Path("runs/references").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == ["background.safetensors", "sae.safetensors"]
-    assert main(argv) == 0  # the second time it is there
-    assert "Making a reference" not in capsys.readouterr().out
+    assert main([*argv, "--out", "two words.safetensors"]) == 0  # the second time it is there
+    out = capsys.readouterr().out
+    assert "Making a reference" not in out and out.rstrip().endswith("--erasers 'two words.safetensors'")
     assert "images is 3: pass a whole number from 5" in refused([*argv[:4], "--num-images", "3"], capsys)
 
 

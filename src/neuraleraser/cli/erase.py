@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -114,7 +115,7 @@ def erase(
     if said := separability_warning(eraser):
         print(said)
     example = concept.pairs[0].positive
-    print(f'Try it: neuraleraser generate "{example}" --model {model} --erasers {path}')
+    print(f'Try it: neuraleraser generate "{example}" --model {quote(model)} --erasers {quote(str(path))}')
 
 
 def _check_method(
