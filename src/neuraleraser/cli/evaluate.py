@@ -53,8 +53,6 @@ def evaluate(
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
         batch_size: Images generated together; None: 4, on the canvas 20.
     """
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
     from neuraleraser.assessment import evaluate_erasers
     from neuraleraser.eraser import Eraser
     from neuraleraser.evaluation.i2p_cells import i2p_protocol
@@ -106,6 +104,8 @@ def evaluate(
     else:
         sampling = replace(protocol.sampling, **{name: value for name, value in given.items() if value is not None})
         if unlearncanvas and variant == "saeuron":
+            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     settings = replace(settings, sampling=sampling)
     measured = [run_calibrate(pipe, e) for e in loaded] if calibrate else loaded

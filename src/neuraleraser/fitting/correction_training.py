@@ -20,10 +20,11 @@ from neuraleraser.concepts import Pair
 from neuraleraser.eraser import LowRank
 from neuraleraser.eraser.corrections.correction import sites_of
 from neuraleraser.families import known_names
+from neuraleraser.fitting.trajectories import calls_by_image
 from neuraleraser.precision import fast_dtype
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import DenoiserCall, EditContext, denoiser, denoiser_calls, edit, replay
+from neuraleraser.sites import DenoiserCall, EditContext, denoiser, edit, replay
 
 EVERY = 3
 """Of the steps of an image one in so many is kept, the first among them."""
@@ -43,29 +44,16 @@ def draw_lessons(pipe: Any, pairs: Sequence[Pair], seed: int, sampling: Sampling
     shown: dict[str, list[str]] = {}
     for pair in pairs:
         shown.setdefault(pair.negative, []).append(pair.positive)
-    prompts = list(shown)
+    prompts, seen = list(shown), [0] * len(shown)
     lessons: list[Lesson] = []
-    batch = range(0)
-    passes = 0
 
-    def begin(first: int, real: int) -> None:
-        nonlocal batch, passes
-        batch, passes = range(first, first + real), 0
+    def on(image: int, call: DenoiserCall) -> None:
+        if seen[image] % EVERY == 0:
+            lessons.append(Lesson(call, shown[prompts[image]]))
+        seen[image] += 1
 
-    def on(call: DenoiserCall) -> None:
-        nonlocal passes
-        assert call.layout is not None
-        index = call.layout.first_conditional()
-        if index is None:  # a pass over the negative prompt
-            return
-        passes += 1
-        if passes % EVERY == 1:
-            for row, image in zip(index, batch, strict=False):  # what is beyond the batch is padding
-                one = call.rows(torch.tensor([row], device=call.state.device))
-                lessons.append(Lesson(one, shown[prompts[image]]))
-
-    with denoiser_calls(pipe, on):
-        generate(pipe, prompts, range(seed, seed + len(prompts)), sampling, on_batch_start=begin)
+    with calls_by_image(pipe, on):
+        generate(pipe, prompts, range(seed, seed + len(prompts)), sampling)
     return lessons
 
 

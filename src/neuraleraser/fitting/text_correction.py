@@ -13,9 +13,9 @@ from torch import Tensor
 
 from neuraleraser.concepts import Pair
 from neuraleraser.eraser import LowRank
-from neuraleraser.fitting.trajectories import measure_site
+from neuraleraser.fitting.trajectories import calls_by_image, measure_site
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import DenoiserCall, Site, denoiser_calls
+from neuraleraser.sites import DenoiserCall, Site
 
 RIDGE = 1e-2
 """Weight of the penalty on the map, relative to the texts' mean variance of a dimension (docs/LOG.md)."""
@@ -36,22 +36,10 @@ def read_prompts(pipe: Any, site: Site, prompts: Sequence[str], sampling: Sampli
     """Read prompts in one step of sampling each."""
     some = list(dict.fromkeys(prompts))
     once = dataclasses.replace(sampling, num_inference_steps=1)
-    calls: list[DenoiserCall] = []
-    batch = range(0)
-
-    def begin(first: int, real: int) -> None:
-        nonlocal batch
-        batch = range(first, first + real)
-
-    def on(call: DenoiserCall) -> None:
-        assert call.layout is not None
-        for row, _ in zip(call.layout.first_conditional() or (), batch, strict=False):  # what is beyond is padding
-            calls.append(call.rows(torch.tensor([row], device=call.state.device)))
-
-    with denoiser_calls(pipe, on):
-        texts, _, _ = measure_site(pipe, site, torch.clone, some, [seed] * len(some), once, on_batch_start=begin)
-    conditional = texts[:, 0, -1].float()
-    return ReadPrompts(dict(zip(some, conditional, strict=True)), dict(zip(some, calls, strict=True)))
+    calls: dict[str, DenoiserCall] = {}
+    with calls_by_image(pipe, lambda image, call: calls.update({some[image]: call})):
+        texts, _, _ = measure_site(pipe, site, torch.clone, some, [seed] * len(some), once)
+    return ReadPrompts(dict(zip(some, texts[:, 0, -1].float(), strict=True)), calls)  # of the conditional branch
 
 
 @dataclass(frozen=True)
@@ -81,7 +69,8 @@ def fit_text_correction(
     Returns:
         The correction, and what it leaves.
     """
-    shown, plain = (torch.stack([texts[prompt] for prompt in some]) for some in zip(*_prompts(pairs), strict=True))
+    shown = torch.stack([texts[pair.positive] for pair in pairs])
+    plain = torch.stack([texts[pair.negative] for pair in pairs])
     wanted = torch.cat([_aligned(x, y) for x, y in zip(shown.split(_AT_ONCE), plain.split(_AT_ONCE), strict=True)])
     down, up, bias = reduced_rank_map(shown.flatten(0, 1), (wanted - shown).flatten(0, 1), rank)
     left = wanted - shown - (shown @ down @ up + bias)
@@ -90,10 +79,6 @@ def fit_text_correction(
     correction = LowRank(first, times, down[None], up[None], bias[None], also=tuple(others))
     apart = (wanted - shown).square().sum()
     return TextFit(correction, float(left.square().sum() / apart) if apart > 0 else 0.0)
-
-
-def _prompts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
-    return [(pair.positive, pair.negative) for pair in pairs]
 
 
 def _aligned(x: Tensor, y: Tensor) -> Tensor:

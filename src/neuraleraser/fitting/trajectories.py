@@ -1,8 +1,9 @@
-"""The features seen along the way of sampling, pooled."""
+"""Calls of the denoiser and pooled features, along the way of sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import Images
 from neuraleraser.settings import Sampling
-from neuraleraser.sites import Site
+from neuraleraser.sites import DenoiserCall, Site, current_batch, denoiser_calls
 
 SHARES = (1.0, 1 / 16)
 """Ways to pool a feature over positions: the mean, for what fills a picture, and the strongest sixteenth, for
@@ -103,3 +104,19 @@ def branches_as_rows(values: Tensor) -> Tensor:
 def conditional_rows(values: Pooled) -> Tensor:
     """[N, T, shares, n] of the conditional branch."""
     return values.values[:, :, -1 if values.values.shape[2] > CONDITIONAL else 0]
+
+
+@contextmanager
+def calls_by_image(pipe: Any, on_call: Callable[[int, DenoiserCall], None]) -> Iterator[None]:
+    """Context manager: calls `on_call(image, call)` with each denoiser call of each image that `generate` draws, as a
+    call of the one row that the prompt is asked of."""
+
+    def on(call: DenoiserCall) -> None:
+        batch = current_batch()
+        assert call.layout is not None and batch is not None
+        rows = call.layout.first_conditional() or ()  # none in a pass over the negative prompt
+        for image, row in enumerate(rows[: batch.real], batch.first):  # what is beyond is padding
+            on_call(image, call.rows(torch.tensor([row], device=call.state.device)))
+
+    with denoiser_calls(pipe, on):
+        yield

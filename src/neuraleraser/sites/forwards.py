@@ -56,7 +56,7 @@ class ComponentState:
 
     rows: Rows | None = None  # of the forward in progress, decoded where Python runs
     begin: Begin = field(default_factory=dict)  # the same, what its edits begin with
-    predicted: Tensor | None = None  # in the last forward by the denoiser as it is edited, with nothing added
+    predicted: Tensor | None = None  # in this forward by the denoiser as it is edited, with nothing added
     forward: Forward | None = None  # in progress; of a compiled one, the last
     outside: Forward | None = None  # of hooks that run outside a forward, as in a VAE, of which decode is called
     guarded: bool = False  # a boundary outside the compiled graph is open
@@ -124,7 +124,7 @@ class ComponentHooks:
             if torch.compiler.is_compiling():
                 thread.rows, thread.begin = None, {}
             else:
-                thread.forward = None
+                thread.forward = thread.predicted = None
                 thread.rows, thread.begin = self.guard.on_forward_start(self, module, args, kwargs, False)
         timestep = None
         if self.timestep_index is not None:
@@ -164,7 +164,7 @@ class ComponentHooks:
     def open_boundary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a compiled forward, outside its graph."""
         thread = self.thread.get()
-        thread.forward = None
+        thread.forward = thread.predicted = None
         thread.rows, thread.begin = self.guard.on_forward_start(self, module, args, kwargs, True)
         thread.guarded = True
 
@@ -190,7 +190,7 @@ class ComponentHooks:
             return None
         old = predicted(output)
         first = next((hooks for hooks in _attached(module) if hooks.active), self).thread.get()
-        if first is thread or first.predicted is None:
+        if first.predicted is None:  # whichever attachment ends first
             first.predicted = old
         # Without sites nothing need run inside, so a forward that was compiled before is seen from outside alone.
         state = forward.state if forward is not None else self.guard.new_state({})
