@@ -17,9 +17,12 @@ from helpers.erasers import SHUT, make_correction, make_gate
 from helpers.prompted_calls import LOUD, QUIET, hears, prompts
 from neuraleraser import ConceptRefusedError, attach
 from neuraleraser.eraser import Eraser, EraserHeader, LowRank
+from neuraleraser.eraser.decisions import Decisions
+from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import EraserNotAppliedError
 from neuraleraser.sites import (
     DenoiserCall,
+    Rows,
     Site,
     candidate_sites,
     denoiser,
@@ -153,12 +156,13 @@ def test_a_new_text_is_decided_anew(sd: Any) -> None:
         torch.testing.assert_close(predict(loud.clone()), changed)  # held now, and no other than when it opened
 
 
-def test_a_decision_stands_when_the_gate_is_shut_again(sd: Any) -> None:
+@pytest.mark.parametrize("bound", [1e6, SHUT_BOUND])
+def test_a_decision_stands_when_the_gate_is_shut_again(sd: Any, bound: float) -> None:
     """Later bounds that nothing reaches do not undo it, and earlier ones leave the step to the base."""
     eraser = hears_and_holds(sd)
     low = eraser.gate.low.clone()
-    shut_late = replace(eraser.gate, times=torch.tensor([0.0, 900.0]), low=torch.stack([low[0] * 0 + 1e6, low[0]]))
-    shut_late = replace(shut_late, high=shut_late.low + 0.1)
+    shut_late = replace(eraser.gate, times=torch.tensor([0.0, 900.0]), low=torch.stack([low[0] * 0 + bound, low[0]]))
+    shut_late = replace(shut_late, high=torch.where(shut_late.low > 100, 2 * shut_late.low, shut_late.low + 0.1))
     shut_early = replace(shut_late, low=shut_late.low.flip(0), high=shut_late.high.flip(0))
     with attach(sd, eraser):
         want = prompts(sd, LOUD, num_inference_steps=4)
@@ -168,6 +172,41 @@ def test_a_decision_stands_when_the_gate_is_shut_again(sd: Any) -> None:
     with attach(sd, replace(eraser, gate=shut_early)) as trace:
         prompts(sd, LOUD, num_inference_steps=4)
     assert 0 < len(trace.fired[0]["Cats"]) < 4
+
+
+def test_of_gates_with_the_same_features_the_larger_acts(sd: Any) -> None:
+    """Law 11, in all steps: what a gate decided is no reason to add both."""
+    one = holding(sd)
+    other = replace(one, header=EraserHeader("Dogs"), corrections=(replace_bias(one),))
+    with attach(sd, other):
+        want = pipelines.run(sd, 3, n=2, steps=3)
+    with attach(sd, [one, other], [0.5, 1.0]):
+        assert torch.equal(pipelines.run(sd, 3, n=2, steps=3), want)
+
+
+def test_a_gate_that_holds_leaves_room_for_one_that_does_not(sd: Any) -> None:
+    """Of the same features: they act at different times, and both do."""
+    holds = holding(sd)
+    anew = replace(holds, gate=replace(holds.gate, holds=False), header=EraserHeader("Dogs"))
+    anew = replace(anew, corrections=(make_correction(candidate_sites(sd)[-1], 16),))
+    alone = []
+    for eraser in (holds, anew):
+        with attach(sd, eraser):
+            alone.append(pipelines.run(sd, 3, n=2, steps=1))
+    with attach(sd, [holds, anew]):
+        found = pipelines.run(sd, 3, n=2, steps=1)
+    assert not any(torch.allclose(found, image, atol=1e-3) for image in alone)
+
+
+def test_another_number_of_images_is_decided_anew() -> None:
+    """Though nothing is known of the text."""
+    decisions, rows = Decisions(), Rows(2)
+    acting = torch.ones(1, 1, dtype=torch.bool)
+    assert decisions.add(rows, {0: torch.tensor([0.5, 0.0])}, acting).tolist() == [True, False]  # type: ignore[union-attr]
+    decisions.follow(rows, None)
+    assert decisions.by_row(rows, [0], torch.device("cpu")).tolist() == [[0.5], [0.0]]
+    decisions.follow(Rows(3), None)
+    assert decisions.by_row(Rows(3), [0], torch.device("cpu")).tolist() == [[0.0]] * 3
 
 
 def test_erasers_of_two_attachments_act_together(sd: Any) -> None:

@@ -12,7 +12,7 @@ from helpers.erasers import make_correction
 from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import LowRank
 from neuraleraser.fitting.correction_training import EVERY, Lesson, draw_lessons, train_correction
-from neuraleraser.fitting.prompt_correction import fit_prompt_correction
+from neuraleraser.fitting.prompt_correction import _context_pairs, fit_prompt_correction
 from neuraleraser.fitting.text_correction import read_prompts
 from neuraleraser.sampling import generate
 from neuraleraser.settings import FitSettings, Sampling
@@ -95,6 +95,13 @@ def test_training_repeats_and_leaves_the_model_as_it_was(pipe: Any) -> None:
     assert [p.requires_grad for p in pipe.unet.parameters()] == needs and not pipe.unet._forward_hooks
     assert all(p.grad is None for p in pipe.unet.parameters())
     assert (generate(pipe, ["a", "b"], [1, 2], SAMPLING) == base).all()
+
+
+def test_prompts_of_what_stays_are_spread_over_all() -> None:
+    context = tuple(Pair(f"x and {c}{way}", c) for c in "abcdef" for way in "12")
+    concept = Concept("x", "other", (Pair("a x", "a"),), context)
+    assert [pair.negative for pair in _context_pairs(concept, 3)] == ["a", "a", "c", "c", "e", "e"]
+    assert _context_pairs(concept, 100) == list(context) and not _context_pairs(concept, 0)
 
 
 def test_it_is_trained_only_where_the_closed_form_leaves_much(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

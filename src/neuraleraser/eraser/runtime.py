@@ -179,7 +179,6 @@ class ErasureRuntime:
                 seen = [o for o in state.openings if self.refusing or not self.plan.holding.isdisjoint(o.erasers)]
                 self._note(call, rows, ErasureForward(openings=seen))
                 state, change = finished.take_again(self._begin(call, rows), again)
-                state.openings = [o for o in state.openings if self.plan.holding.isdisjoint(o.erasers)]
         parts = tuple(i for i in self.plan.holding if i in call.decisions.openings and not self.zero_strength[i])
         if parts:
             opening = call.decisions.by_row(rows, parts, finished.call.state.device)
