@@ -194,6 +194,9 @@ class FitSettings:
     """Rank of a correction."""
     steps: int = 80
     """Gradient steps of a correction whose closed form leaves more than a tenth of the distance between texts."""
+    false_openings: float = 0.005
+    """Damage that may be done: the share of images without the concept on which either gate may open. A larger one lets
+    the gates open on weaker evidence; the header's `tradeoff` says what that brings."""
     seed: int = 0
     """First of the selection seeds (0 to 999) that images are generated with."""
 
@@ -206,6 +209,7 @@ class FitSettings:
         check_number("guided_weight", self.guided_weight, 0, 100, above=True)
         check_whole("rank", self.rank, 1, 256)
         check_whole("steps", self.steps, 0, MAX_COUNT)
+        check_number("false_openings", self.false_openings, 0, 0.5)
         check_whole("seed", self.seed, 0, MAX_SEED)
         if self.seed + 2 * self.num_pairs + self.num_context_pairs > SELECTION_SEEDS.stop:
             raise SettingsError(

@@ -76,6 +76,7 @@ def test_an_image_gate_is_left_out_and_the_header_says_so(pipe: Any, eraser: Era
     )
     assert fitted.image_gate is None and fitted.guided is None
     assert fitted.routes == PROMPT_ROUTES and fitted.header.image_separation == ()
+    assert fitted.header.tradeoff == ()
     assert fitted.header.least_strength is None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from torch import Tensor
 from helpers.erasers import random
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import ConceptError
-from neuraleraser.fitting.detector import build_gate, choose_features, gate_bounds
+from neuraleraser.fitting.detector import BUDGETS, build_gate, choose_features, gate_bounds, trade_off
 from neuraleraser.fitting.trajectories import SHARES, pool
 from neuraleraser.sae import SAE
 from neuraleraser.sites import Site
@@ -96,6 +98,27 @@ def test_bounds_part_what_is_apart() -> None:
     low, high = gate_bounds(shows, lacks)
     assert bool(((lacks > low).float().mean(0) <= 0.005).all()) and bool(((shows > low).float().mean(0) > 0.9).all())
     assert bool((high < shows.quantile(0.9, 0)).all())  # and most rows open it wide
+
+
+@given(st.lists(st.floats(0, 0.5), min_size=2, max_size=2), st.integers(0, 100))
+def test_a_gate_keeps_to_the_damage_that_it_may_do_and_a_larger_one_lets_it_see_more(
+    some: list[float], seed: int
+) -> None:
+    shows, lacks = 1 + random(40, 3, seed=seed), random(300, 3, seed=seed + 1)
+    less, more = sorted(some)
+    (low, _), (lower, _) = gate_bounds(shows, lacks, less), gate_bounds(shows, lacks, more)
+    assert bool(((lacks > low).float().mean(0) <= less).all()) and bool((lower <= low).all())
+
+
+def test_the_trade_off_says_what_each_setting_gives() -> None:
+    shows, lacks = 1.5 + random(60, 3, seed=1), random(400, 3, seed=2)
+    found = trade_off(shows, lacks)
+    budget, seen, other = found[-1]
+    low, _ = gate_bounds(shows, lacks, budget)
+    assert seen == pytest.approx(float((shows > low).any(1).float().mean()), abs=1e-4)
+    assert other == pytest.approx(float((lacks > low).any(1).float().mean()), abs=1e-4)
+    assert [row[0] for row in found] == list(BUDGETS) and found[0][2] == 0.0
+    assert all(b[1] >= a[1] and b[2] >= a[2] for a, b in pairwise(found)) and seen > found[0][1]
 
 
 def test_some_of_the_evidence_opens_it_where_nothing_else_comes_near() -> None:

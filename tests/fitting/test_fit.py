@@ -19,7 +19,7 @@ from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.eraser.provenance import Provenance
 from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.fitting import Reference, fit
-from neuraleraser.fitting.detector import gate_bounds
+from neuraleraser.fitting.detector import BUDGETS, gate_bounds
 from neuraleraser.fitting.fit import _labels, _sample_pairs
 from neuraleraser.fitting.reference import reference_from_sae
 from neuraleraser.fitting.trajectories import SHARES, branches_as_rows, conditional_rows, pooled_features
@@ -90,6 +90,21 @@ def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     assert (generate(pipe, ["a x", "b"], [1, 2], SAMPLING) == base).all()
 
 
+def test_a_fit_keeps_to_the_damage_that_it_may_do(pipe: Any, known: Reference) -> None:
+    """One in five rows of a large background stands out: the bound lies above all of it, or below half of it."""
+    times = -(-300 // len(known.pooled))
+    pooled = known.pooled.repeat(times, 1, 1, 1)
+    pooled[::5] *= 8
+    many = replace(known, pooled=pooled, prompts=known.prompts * times, labels=known.labels * times)
+    plain = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=2)
+    strict, loose = (
+        fit(pipe, CONCEPT, replace(plain, false_openings=share), reference=many, sampling=SAMPLING)
+        for share in (0.0, 0.5)
+    )
+    assert bool((loose.gate.low < strict.gate.low).any())
+    assert strict.header.tradeoff == loose.header.tradeoff and strict.header.tradeoff[0][2] == 0.0
+
+
 def test_a_fit_with_pictures(pipe: Any, known: Reference, tmp_path: Path) -> None:
     """Its eraser has an image gate, and says so; what it does to prompts is what it would do without."""
     told: list[float] = []
@@ -101,6 +116,7 @@ def test_a_fit_with_pictures(pipe: Any, known: Reference, tmp_path: Path) -> Non
     assert eraser.header.routes == ("named", "paraphrased", "start image", "inpainting")
     assert len(eraser.header.image_separation) == len(eraser.image_gate.times)
     assert eraser.header.seeds == (0, 11)  # those of the images that are corrected, too
+    assert [row[0] for row in eraser.header.tradeoff] == list(BUDGETS)
     without = fit(pipe, CONCEPT, plain, reference=known, sampling=SAMPLING)
     assert without.image_gate is None and torch.equal(without.gate.low, eraser.gate.low)
     for name, x in without.corrections[0].tensors().items():

@@ -19,8 +19,8 @@ from neuraleraser.eraser import attach
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.families.opening import has_image_to_image, image_to_image
+from neuraleraser.fitting.detector import FALSE_OPENINGS
 from neuraleraser.fitting.image_gate import (
-    FALSE_OPENINGS,
     corrected_states,
     differing_words,
     fit_guided,
@@ -161,7 +161,7 @@ def test_features_find_a_pattern_of_neighbours() -> None:
     on, off = (evidence_of(found, planted(60, s, 3)) for s in (True, False))
     assert float((on[:, None] > off[None]).float().mean()) > 0.95
     assert found.window == 3
-    gate, seen, doubt = fit_image_gate(AT, "object", shows, lacks, planted(80, False, 4))
+    gate, seen, doubt = fit_image_gate(AT, "object", shows, lacks, planted(80, False, 4), FitSettings())
     assert gate.picture and gate.share == 1 / 64 and seen.shape == (4,)
     lacking = gate.evidence(planted(200, False, 5).values[:, 2].float(), GRID)
     assert 0.03 < float((lacking > doubt).float().mean()) < 0.25
@@ -173,7 +173,7 @@ def test_features_find_a_pattern_of_neighbours() -> None:
 
 def test_a_gate_has_the_evidence_it_was_fitted_with() -> None:
     shows, lacks = planted(40, True, 1), planted(80, False, 2)
-    gate, seen, _ = fit_image_gate(AT, "style", shows, lacks, planted(80, False, 4))
+    gate, seen, _ = fit_image_gate(AT, "style", shows, lacks, planted(80, False, 4), FitSettings())
     flat = shows.values.flatten(0, 1).float()
     opening = gate(flat, TIMES.repeat(40), GRID).view(40, 3)
     torch.testing.assert_close((opening > 0).float().mean(0), seen[1:])
@@ -195,15 +195,21 @@ def test_what_is_mistaken_most_is_learnt_from_too() -> None:
 def test_a_corrected_image_keeps_the_gate_shut_and_one_that_is_not_does_not_count() -> None:
     """What the image stream holds of the text of a corrected prompt is no picture of the concept."""
     shows, lacks, others = planted(40, True, 1), planted(80, False, 2), planted(80, False, 4)
-    plain, _, _ = fit_image_gate(AT, "object", shows, lacks, others)
+    plain, _, _ = fit_image_gate(AT, "object", shows, lacks, others, FitSettings())
     seen_noisy = planted(12, True, 5)
     seen_noisy.values[:, 2] = 0  # seen in noise, gone at the end
-    gate, seen, _ = fit_image_gate(AT, "object", shows, lacks, others, seen_noisy)
+    gate, seen, _ = fit_image_gate(AT, "object", shows, lacks, others, FitSettings(), seen_noisy)
     x = seen_noisy.values.flatten(0, 1).float()
     assert bool(plain(x, TIMES.repeat(12), GRID).any())
     assert not bool(gate(x, TIMES.repeat(12), GRID).any())
     assert float(seen[3]) > 0.9  # at the cleanest level nothing was corrected
-    still, _, _ = fit_image_gate(AT, "object", shows, lacks, others, planted(12, True, 5))
+    allowed = FitSettings(false_openings=0.2)
+    for states in (None, seen_noisy):
+        loose, strict = (
+            fit_image_gate(AT, "object", shows, lacks, others, s, states)[0] for s in (allowed, FitSettings())
+        )
+        assert bool((loose.low < strict.low).any())
+    still, _, _ = fit_image_gate(AT, "object", shows, lacks, others, FitSettings(), planted(12, True, 5))
     assert torch.equal(still.low, plain.low)
 
 
@@ -255,6 +261,8 @@ def test_bounds_keep_pictures_without_the_concept_shut(seed: int, t: int, scale:
     assert float(opened) <= FALSE_OPENINGS + 1 / 300
     assert bool((high > low).all()) and bool((low >= 0).all())
     assert bool((image_bounds(list(lacks.T), lacks)[0] >= SHUT_BOUND).all())  # no telling them apart
+    looser, _ = image_bounds(shows, lacks, None, 0.1)
+    assert float(opened) < float((lacks > looser).any(1).float().mean()) <= 0.1 + 1e-6
 
 
 def test_a_level_that_cannot_tell_is_shut_and_asks_nothing_of_the_others() -> None:

@@ -73,6 +73,9 @@ class EraserHeader:
     """Sampling of the images that it was fitted on."""
     separation: tuple[float, ...] = ()
     """Share of the rows with the concept above all rows without, by time bin, when its features were chosen."""
+    tradeoff: tuple[tuple[float, float, float], ...] = ()
+    """What other settings of `false_openings` would have given, in the prompts that its prompt gate was fitted to: the
+    setting, the share of images with the concept that open the gate, the share of those without."""
     image_separation: tuple[float, ...] = ()
     """Share of the pictures with the concept at which the image gate opened, by level of noise, the noisiest first."""
     least_strength: float | None = None
@@ -186,6 +189,13 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return tuple(value)
 
 
+def _tradeoff(value: Any) -> tuple[tuple[float, float, float], ...]:
+    _expect(isinstance(value, list | tuple) and len(value) <= MAX_COUNT, "a list of [setting, share, share]")
+    for row in value:
+        _expect(isinstance(row, list | tuple) and len(row) == 3, "a list of [setting, share, share]")
+    return tuple((_share(a), _share(b), _share(c)) for a, b, c in value)
+
+
 def _share(value: Any) -> float:
     _expect(is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
     return value
@@ -233,6 +243,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "settings": _settings(FitSettings, SAeUronSettings),
     "sampling": _settings(Sampling),
     "separation": _numbers,
+    "tradeoff": _tradeoff,
     "image_separation": _numbers,
     "least_strength": _share,
     "open_share": _share,

@@ -82,6 +82,14 @@ def least_strength_text(header: EraserHeader) -> str:
     return f"its own pictures lost the concept, in the gate's eyes, from strength {least:g} on; below it some stays"
 
 
+def tradeoff_text(header: EraserHeader) -> str:
+    """Return what each setting of `false_openings` gives: shares of images with the concept, and without."""
+    return "; ".join(
+        f"{seen:.1%} with the concept and {other:.1%} without, for false_openings {budget:g}"
+        for budget, seen, other in header.tradeoff
+    )
+
+
 def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, str]]:
     """Return (fact, value) of each gate of an eraser and of its guided correction, for a table."""
     rows: list[tuple[str, str]] = []
@@ -98,6 +106,8 @@ def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, s
             rows.append((f"{name}: looks first", f"at start images noised to t = {first}, in one more forward a call"))
             rows.append(("guided correction", f"from {shown!r} to {without!r}, weight {part.guided.weight:g}"))
             rows.append(("guided correction: cost", GUIDED_COST))
+        elif header.tradeoff:
+            rows.append((f"{name}: opens on", tradeoff_text(header)))
     return rows
 
 

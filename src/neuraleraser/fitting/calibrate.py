@@ -16,7 +16,7 @@ from neuraleraser.errors import ConceptError, SettingsError
 from neuraleraser.families.defaults import model_name, sampling_for_eraser
 from neuraleraser.fitting.detector import gate_bounds
 from neuraleraser.fitting.trajectories import branches_as_rows, measure_site
-from neuraleraser.settings import Sampling
+from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import PROMPT_ROUTES, denoiser_calls, is_denoiser, made_for
 
 
@@ -97,7 +97,9 @@ def calibrate(
     # For each of the gate's bins the pass at the nearest time.
     nearest_step = (times[None] - eraser.gate.times.cpu()[:, None]).abs().argmin(1)
     shows, off = on[:, nearest_step, -1], torch.cat(lacks)[:, nearest_step]
-    low, high = gate_bounds(shows, off)
+    made = eraser.header.settings
+    allowed = made.false_openings if isinstance(made, FitSettings) else FitSettings.false_openings
+    low, high = gate_bounds(shows, off, allowed)
     separation = (shows > off.amax(0)).float().mean(0)
     opens = float((low < SHUT_BOUND).float().mean())
     if not opens:
@@ -119,6 +121,7 @@ def calibrate(
         measured={},  # it was on other weights
         # An image gate would need pictures to be fitted to: it is left out, and what it saw with it.
         routes=tuple(route for route in eraser.routes if eraser.image_gate is None or route in PROMPT_ROUTES),
+        tradeoff=(),
         image_separation=(),
         least_strength=None,
     )

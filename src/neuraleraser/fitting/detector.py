@@ -13,6 +13,7 @@ from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import ConceptError
 from neuraleraser.fitting.trajectories import SHARES
 from neuraleraser.sae import SAE
+from neuraleraser.settings import FitSettings
 from neuraleraser.sites import Site
 
 MAX_GATE_FEATURES = 64
@@ -21,6 +22,9 @@ MIN_FIRING_RATE = 0.005
 """A feature that fires on a smaller share of rows is no candidate."""
 SINGLE_FEATURE_SEPARATION = 0.95
 """Share of rows that one feature must separate by itself to be a gate."""
+FALSE_OPENINGS = FitSettings.false_openings
+BUDGETS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+"""Shares of false openings that the trade-off is reported for."""
 MIN_ROWS_FOR_QUANTILE = 200
 """Rows without the concept that show the 99.5th percentile of their evidence."""
 
@@ -108,20 +112,31 @@ def logistic_weights(on: Tensor, off: Tensor, steps: int = 150, penalty: float =
     return weight.detach() / spread
 
 
-def gate_bounds(shows: Tensor, lacks: Tensor) -> tuple[Tensor, Tensor]:
+def gate_bounds(shows: Tensor, lacks: Tensor, false_openings: float = FALSE_OPENINGS) -> tuple[Tensor, Tensor]:
     """Return low and high [T], between which the gate opens, from evidence with the concept [N, T] and without [M, T].
 
-    low is the 99.5th percentile without the concept, or a fifth of the first decile with it if that is larger (a
-    concept that shares its image with another can be that weak). With fewer than `MIN_ROWS_FOR_QUANTILE` rows without,
-    it is their maximum, or half of that decile. high lies 0.15 of the way from low to the median with the concept.
+    low is what the share `false_openings` of those without the concept exceeds, or a fifth of the first decile with it
+    if that is larger (a concept that shares its image with another can be that weak). With fewer than
+    `MIN_ROWS_FOR_QUANTILE` rows without, it is their maximum, or half of that decile. high lies 0.15 of the way from
+    low to the median with the concept.
     Where that median lies below low the gate stays shut: it could not tell.
     """
     typical, weak = shows.median(0).values, shows.quantile(0.1, 0)
     least = 0.2 if len(lacks) >= MIN_ROWS_FOR_QUANTILE else 0.5
-    low = torch.maximum(lacks.quantile(0.995, 0, interpolation="higher"), least * weak).clamp(min=1e-6)
+    low = torch.maximum(lacks.quantile(1 - false_openings, 0, interpolation="higher"), least * weak).clamp(min=1e-6)
     high = low + 0.15 * (typical - low).clamp(min=1e-3)
     shut = typical <= low
     return torch.where(shut, SHUT_BOUND, low), torch.where(shut, 2 * SHUT_BOUND, high)
+
+
+def trade_off(shows: Tensor, lacks: Tensor) -> tuple[tuple[float, float, float], ...]:
+    """Return what a gate would give for each of `BUDGETS`: (false_openings, share of the rows with the concept
+    [N, T] on which it opens at some timestep, share of those without [M, T])."""
+    found = []
+    for budget in BUDGETS:
+        low, _ = gate_bounds(shows, lacks, budget)
+        found.append((budget, *(round(float((x > low).any(1).float().mean()), 4) for x in (shows, lacks))))
+    return tuple(found)
 
 
 def build_gate(sae: SAE, site: Site, detector: Detector, times: Tensor, low: Tensor, high: Tensor) -> Gate:

@@ -18,7 +18,7 @@ from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.families.opening import has_image_to_image
 from neuraleraser.fitting.background import rows_without
-from neuraleraser.fitting.detector import Detector, build_gate, choose_features, gate_bounds
+from neuraleraser.fitting.detector import Detector, build_gate, choose_features, gate_bounds, trade_off
 from neuraleraser.fitting.image_gate import CORRECTED, fit_image_part
 from neuraleraser.fitting.import_reference import shapes_of
 from neuraleraser.fitting.least_strength import least_strength
@@ -101,7 +101,8 @@ def fit(
     plain_rows = branches_as_rows(plain.values)[:, nearest_step]
     lacks = torch.cat([lacks, plain_rows])
     detector = choose_features(shows, lacks)
-    low, high = gate_bounds(_evidence(shows, detector), _evidence(lacks, detector))
+    evidence, other_evidence = _evidence(shows, detector), _evidence(lacks, detector)
+    low, high = gate_bounds(evidence, other_evidence, s.false_openings)
     gate = build_gate(reference.sae, reference.site, detector, reference.times, low, high)
     text = fit_prompt_correction(
         pipe,
@@ -125,6 +126,7 @@ def fit(
         settings=s,
         sampling=sampling,
         separation=tuple(round(float(v), 4) for v in detector.separation),
+        tradeoff=trade_off(evidence, other_evidence),
         open_share=round(float((low < SHUT_BOUND).float().mean()), 3),
         text_left=round(text.left, 4),
         seconds=round(time.monotonic() - started, 1),

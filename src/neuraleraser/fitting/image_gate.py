@@ -14,6 +14,7 @@ from neuraleraser.concepts import Concept, Pair
 from neuraleraser.eraser import Eraser, Gate, Guided, attach
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.eraser.guided import MAX_WEIGHT
+from neuraleraser.fitting.detector import FALSE_OPENINGS
 from neuraleraser.fitting.learnt_features import evidence_of, learn_features, most_mistaken
 from neuraleraser.fitting.noised_pictures import NoisedStates, in_half_precision, noised_states
 from neuraleraser.fitting.pictures import Pictures, has_renders, pictures_for
@@ -31,8 +32,6 @@ LEVELS_EACH = 2
 """Levels of noise at which a picture is learnt from: more pictures teach more than more levels of each."""
 LEAST_SEEN = 0.2
 """Share of the concept's states that a gate must see at a level of noise: else it is shut there."""
-FALSE_OPENINGS = 0.005
-"""Share of the pictures without the concept at which the gate may open at some level of noise."""
 FIRST_EPOCHS = 4
 """Passes over the pictures in the fit that only chooses more of them."""
 CORRECTED = 12
@@ -91,7 +90,14 @@ def fit_image_part(
     corrected = corrected_states(pipe, eraser, named, seeds, sampling, on)
     progress(0.8)
     gate, seen, doubt = fit_image_gate(
-        site, concept.kind, on, off, bounding, corrected, settings.seed, _part(progress, 0.8, 1.0)
+        site,
+        concept.kind,
+        on,
+        off,
+        bounding,
+        settings,
+        corrected,
+        _part(progress, 0.8, 1.0),
     )
     weight = min(MAX_WEIGHT, settings.guided_weight * (LOCAL_WEIGHT if local else 1))
     guided = fit_guided(pipe, concept, sampling, weight)
@@ -139,8 +145,8 @@ def fit_image_gate(
     shows: NoisedStates,
     lacks: NoisedStates,
     bounding: NoisedStates,
+    settings: FitSettings,
     corrected: NoisedStates | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Gate, Tensor, float]:
     """Fit a gate to states of pictures that show a concept of this kind, and of pictures that lack it.
@@ -154,12 +160,13 @@ def fit_image_gate(
     at the lowest level.
     """
     share = SHARE_OF_KIND.get(kind, LOCAL_SHARE)
-    found = learn_features(shows, lacks, share, seed=seed, on_step=progress)
+    found = learn_features(shows, lacks, share, seed=settings.seed, on_step=progress)
     on, off = (evidence_of(found, states) for states in (shows, bounding))
     on_by_level = [shows.of_level(on, level) for level in range(len(shows.times))]
-    low, high = image_bounds(on_by_level, off)
+    low, high = image_bounds(on_by_level, off, None, settings.false_openings)
     if corrected is not None:
-        low, high = image_bounds(on_by_level, off, highest_corrected(evidence_of(found, corrected), corrected, low))
+        above = highest_corrected(evidence_of(found, corrected), corrected, low)
+        low, high = image_bounds(on_by_level, off, above, settings.false_openings)
     seen = torch.stack([(x > bound).float().mean() for x, bound in zip(on_by_level, low, strict=True)])
     # Shut beyond the noisiest level: no states are known there, and evidence rises without the concept (docs/LOG.md).
     times, seen = torch.cat([_beyond(shows.times), shows.times]), torch.cat([seen.new_zeros(1), seen])
@@ -194,19 +201,24 @@ def highest_corrected(evidence: Tensor, states: NoisedStates, low: Tensor) -> Te
     return torch.stack([x.max() if len(x) else x.new_zeros(()) for x in found])
 
 
-def image_bounds(shows: Sequence[Tensor], lacks: Tensor, above: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def image_bounds(
+    shows: Sequence[Tensor],
+    lacks: Tensor,
+    above: Tensor | None = None,
+    false_openings: float = FALSE_OPENINGS,
+) -> tuple[Tensor, Tensor]:
     """Return low and high [T], between which the gate opens, from evidence with the concept, [n] of each of T levels of
     noise, and without [M, T]; and `above` [T], evidence at which it must be shut whatever it costs.
 
-    low keeps all but `FALSE_OPENINGS` of the pictures without the concept shut at all levels together: those that stand
-    out most at some level are given up, and low lies a little above (`MARGIN`) all others at each level. high lies just
-    above, a fiftieth of the way from low to what `LEAST_SEEN` of those with the concept exceed: half of the correction
-    would leave half of the concept. A level at which that lies below low cannot tell: there the gate stays shut, and
-    the others need not allow for it.
+    low keeps all but the share `false_openings` of the pictures without the concept shut at all levels together: those
+    that stand out most at some level are given up, and low lies a little above (`MARGIN`) all others at each level.
+    high lies just above, a fiftieth of the way from low to what `LEAST_SEEN` of those with the concept exceed: half of
+    the correction would leave half of the concept. A level at which that lies below low cannot tell: there the gate
+    stays shut, and the others need not allow for it.
     """
-    tail, top = lacks.quantile(0.95, 0), lacks.quantile(1 - FALSE_OPENINGS, 0)
+    tail, top = (lacks.quantile(q, 0) for q in (min(0.95, 1 - 2 * false_openings), 1 - false_openings))
     standing_out = (lacks - tail) / (top - tail).clamp(min=1e-6)
-    kept = max(1, len(lacks) - int(FALSE_OPENINGS * len(lacks)))
+    kept = max(1, len(lacks) - int(false_openings * len(lacks)))
     typical = torch.stack([x.quantile(1 - LEAST_SEEN) for x in shows])
     least = torch.full_like(tail, 1e-6) if above is None else above + MARGIN * (above - tail).clamp(min=0)
     low, shut = top, typical <= torch.maximum(top, least)
