@@ -175,6 +175,7 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
         written(tmp_path, {**GOOD, "context_pairs": [["a logo and a clock", "a clock"]]})
     ).context_pairs
     assert beside == (Pair("a logo and a clock", "a clock"),)
+    assert Concept.from_json(written(tmp_path, {**GOOD, "hard_negatives": ["a sign"]})).hard_negatives == ("a sign",)
     umlaut = {**GOOD, "name": "Bücher", "pairs": [["ein Märchen", "nichts"]]}
     assert Concept.from_json(written(tmp_path, json.dumps(umlaut, ensure_ascii=False).encode())).name == "Bücher"
     assert Concept.from_json(written(tmp_path, {k: v for k, v in GOOD.items() if k != "kind"})).kind == "other"
@@ -208,8 +209,12 @@ def test_a_concept_from_a_file(tmp_path: Path) -> None:
         {**GOOD, "pairs": [["a", "a"]]},
         {**GOOD, "context_pairs": 5},
         {**GOOD, "context_pairs": [["a and b", "a and b"]]},
+        {**GOOD, "hard_negatives": "a sign"},
+        {**GOOD, "hard_negatives": ["a sign", 5]},
+        {**GOOD, "hard_negatives": ["a sign", "a logo"]},
+        {**GOOD, "hard_negatives": ["a\x00sign"]},
     ],
-    ids=range(25),
+    ids=range(29),
 )
 def test_files_that_are_no_concept(content: Any, tmp_path: Path) -> None:
     with pytest.raises(ConceptError) as caught:

@@ -77,6 +77,8 @@ class Concept:
         pairs: Matched pairs of prompts; at least one.
         context_pairs: Further pairs in which something else stands beside the concept, and alone in the match: "a cat
             and a dog" and "a dog". The first of them are used, so they come in an order that soon has all kinds.
+        hard_negatives: Prompts that lack the concept and could be mistaken for it: the prompt gate is fitted to stay
+            shut at them. Of a cat in Van Gogh style, other things in that style and cats in others.
 
     Examples:
         >>> pairs = (Pair("a red car", "a car"), Pair("a red house", "a house"))
@@ -89,6 +91,7 @@ class Concept:
     kind: str
     pairs: tuple[Pair, ...]
     context_pairs: tuple[Pair, ...] = ()
+    hard_negatives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if error := name_error(self.name):
@@ -109,6 +112,13 @@ class Concept:
                 raise ConceptError(
                     f"concept {self.name!r}: {shown!r} is its own match; the match must lack the concept"
                 )
+        shows = {pair.positive.strip() for pair in (*self.pairs, *self.context_pairs)}
+        for prompt in self.hard_negatives:
+            if error := prompt_error(prompt):
+                raise ConceptError(f"concept {self.name!r}: {error}: change it")
+            if prompt.strip() in shows:
+                shown = printable(prompt)
+                raise ConceptError(f"concept {self.name!r}: {shown!r} shows it, and is a hard negative: leave it out")
 
     @classmethod
     def from_phrase(cls, phrase: str, kind: str | None = None, instead: str = "") -> Concept:
@@ -150,7 +160,7 @@ class Concept:
         """Read a concept from a JSON file.
 
         The file holds {"name": ..., "kind": ..., "pairs": [["with", "without"], ...]}, and "context_pairs" for pairs in
-        which something else stays.
+        which something else stays, and "hard_negatives" for prompts that lack it and could be mistaken for it.
 
         Args:
             path: The file.
@@ -180,7 +190,8 @@ class Concept:
                 '"pairs": [["a prompt that shows it", "the same without"], ...]}'
             )
         pairs, context = (tuple(Pair(*pair) for pair in data.get(name, [])) for name in ("pairs", "context_pairs"))
-        return cls(data["name"], data.get("kind", "other"), pairs, context)
+        negatives = tuple(data.get("hard_negatives", []))
+        return cls(data["name"], data.get("kind", "other"), pairs, context, negatives)
 
 
 def vocabulary_concept(vocabulary: Vocabulary, name: str, phrasings: slice = SEEN) -> Concept:
@@ -283,10 +294,13 @@ def _first_wrong(data: Any) -> str | None:
         if name in ("name", "kind"):
             if not isinstance(value, str):
                 return f"field {name} is {printable(value, 60)} and no text"
-        elif name not in ("pairs", "context_pairs"):
+        elif name not in ("pairs", "context_pairs", "hard_negatives"):
             return f"field {printable(name, 60)} is unknown"
         elif not isinstance(value, list):
             return f"field {name} is {printable(value, 60)} and no list"
+        elif name == "hard_negatives":
+            if wrong := [text for text in value if not isinstance(text, str)]:
+                return f"field {name} has {printable(wrong[0], 60)}, which is no text"
         else:
             for pair in value:
                 if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):

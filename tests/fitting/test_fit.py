@@ -90,6 +90,22 @@ def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     assert (generate(pipe, ["a x", "b"], [1, 2], SAMPLING) == base).all()
 
 
+def test_the_gate_stays_shut_at_a_hard_negative(pipe: Any, known: Reference) -> None:
+    """The same prompt opens the gate of a concept that does not name it as one."""
+    settings = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=2)
+    base = generate(pipe, ["d x", "a x"], [0, 1], SAMPLING)
+
+    def changed(concept: Concept) -> list[bool]:
+        eraser = fit(pipe, concept, settings, reference=known, sampling=SAMPLING)
+        assert set(concept.hard_negatives) <= set(eraser.header.prompts)
+        with attach(pipe, eraser):
+            made = generate(pipe, ["d x", "a x"], [0, 1], SAMPLING)
+        return [not bool((a == b).all()) for a, b in zip(made, base, strict=True)]
+
+    assert changed(CONCEPT) == [True, True]
+    assert changed(replace(CONCEPT, hard_negatives=("d x",)))[0] is False
+
+
 def test_a_fit_keeps_to_the_damage_that_it_may_do(pipe: Any, known: Reference) -> None:
     """One in five rows of a large background stands out: the bound lies above all of it, or below half of it."""
     times = -(-300 // len(known.pooled))

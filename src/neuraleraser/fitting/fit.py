@@ -48,7 +48,8 @@ def fit(
 ) -> Eraser:
     """Make an eraser of `concept` for `pipe` with a given reference.
 
-    1. Generate matched prompts with and without the concept at the same seeds, keeping every denoiser call.
+    1. Generate matched prompts with and without the concept at the same seeds, and its hard negatives, keeping how
+       features fire.
     2. Choose the features that fire with the concept and not with its neighbours; set the gate's bounds above
        everything that lacks it.
     3. Fit a low-rank correction of the text that all blocks read, in closed form: the text of a prompt with the concept
@@ -99,7 +100,7 @@ def fit(
     shows = conditional_rows(shown)[:, nearest_step]
     lacks = reference.pooled[rows_without(concept, reference.prompts, reference.labels)]
     plain_rows = branches_as_rows(plain.values)[:, nearest_step]
-    lacks = torch.cat([lacks, plain_rows])
+    lacks = torch.cat([lacks, plain_rows, *_hard_negative_rows(pipe, concept, reference, nearest_step, s, sampling)])
     detector = choose_features(shows, lacks)
     evidence, other_evidence = _evidence(shows, detector), _evidence(lacks, detector)
     low, high = gate_bounds(evidence, other_evidence, s.false_openings)
@@ -121,7 +122,7 @@ def fit(
         routes=PROMPT_ROUTES,  # the gate reads a cross-attention: what the image takes out of the prompt
         base=model_name(pipe),
         time_scale="0-1" if float(reference.times.max()) <= 1 else "0-999",
-        prompts=text.prompts,
+        prompts=tuple(dict.fromkeys((*text.prompts, *concept.hard_negatives))),
         seeds=(seeds[0], seeds[-1] + text.seeds),
         settings=s,
         sampling=sampling,
@@ -188,6 +189,19 @@ def _sample_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
     """Return `count` of the pairs in random order; where there are fewer, they come again."""
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[order[i % len(pairs)]] for i in range(count)]
+
+
+def _hard_negative_rows(
+    pipe: Any, concept: Concept, reference: Reference, steps: Tensor, settings: FitSettings, sampling: Sampling
+) -> list[Tensor]:
+    """Return the pooled features [N, T, shares, n] of the concept's hard negatives at these steps [T], if it has any:
+    those of the guidance branch that reads the prompt. Seeds are those of the pairs, again and again."""
+    prompts = concept.hard_negatives
+    if not prompts:
+        return []
+    seeds = [settings.seed + i % settings.num_pairs for i in range(len(prompts))]
+    pooled, _ = pooled_features(pipe, reference.sae, reference.site, prompts, seeds, sampling)
+    return [conditional_rows(pooled)[:, steps]]
 
 
 def _evidence(pooled: Tensor, detector: Detector) -> Tensor:
