@@ -34,11 +34,9 @@ class TrainSettings:
     learning_rate: float | None = None
     """Adam's learning rate, for data scaled to E||x||^2 = d; None: chosen from the number of
     features, width and steps (see `lr_at`)."""
-    dead_after: int = 50_000
-    """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it, while ten times
-    as many are left in the run for it to settle."""
-    k_aux: int | None = None
-    """Most dead features (and at most 1/8 of them) to explain a vector's residual; None: d / 2, 0: no revival."""
+    dead_after: int = 8192
+    """A feature that has not fired for this many vectors is dead: its bias rises until it fires again. More than the
+    run has: nothing is revived."""
     init_vectors: int = 2**15
     """Vectors from the start of the stream that set the data scale and the decoder bias."""
     architecture: str = "batchtopk"
@@ -69,8 +67,6 @@ class TrainSettings:
             check_whole(name, getattr(self, name), 1, 2**40)
         if self.k > self.n_features:
             raise SettingsError(f"k is {self.k} but there are only n = {self.n_features} features: pass k <= n")
-        if self.k_aux is not None:
-            check_whole("k_aux", self.k_aux, 0, 2**24)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, 0, 1e30, above=True)
         if self.architecture not in ARCHITECTURES:
@@ -126,8 +122,6 @@ class StepLog:
     """Activation vectors in this step's batch."""
     fvu: float
     """Fraction of variance unexplained: mean ||x - x_hat||^2 over the variance of the first vectors."""
-    aux: float
-    """||e - e_hat||^2 / ||e||^2 of the dead features' reconstruction of the residual; 0 with none dead."""
     l0: float
     """Features kept for a vector, on average."""
     dead: float
