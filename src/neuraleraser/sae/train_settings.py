@@ -85,8 +85,7 @@ class TrainSettings:
 
         Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians per step. The
         default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what lets a row
-        turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 per step; from step 50 on, when
-        features may be revived, 0.03 * sqrt(256 / n): at higher rates they spoil what others have learnt (docs/LOG.md).
+        turn by 45 radians over the run, and by no more than 0.045 per step (docs/LOG.md).
 
         Args:
             step: The step, 0 <= step < steps.
@@ -97,8 +96,7 @@ class TrainSettings:
         """
         lr = self.learning_rate
         if lr is None:
-            most = 0.045 if step < 50 else 0.03 * math.sqrt(256 / self.n_features)
-            turn = min(most, 30 * (256 / self.n_features) ** 0.25 / self.steps)
+            turn = min(0.045, 45 / self.steps)
             lr = max(2e-4 * math.sqrt(2**14 / self.n_features), turn / math.sqrt(d))
         return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
 

@@ -82,7 +82,9 @@ def train_step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSe
         checked_norm()
     state.idle = torch.where(result.counts > 0, 0, state.idle + vectors)
     dead = state.idle >= settings.dead_after
-    lift_dead(state.weights, dead, result.firing_threshold, lr)
+    bound = state.concepts if settings.fisher_features or settings.binding_weight else 0  # they answer to their labels
+    with torch.no_grad():
+        lift_dead(state.weights.b_enc[bound:], dead[bound:], result.firing_threshold, lr)
     firing_threshold = result.firing_threshold if waits else float(result.firing_threshold)
     rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when it moves
     last = max(1, min(MAX_THRESHOLD_STEPS, settings.steps // 10))
@@ -118,17 +120,17 @@ def train_step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSe
     return log
 
 
-@torch.no_grad()
-def lift_dead(w: Weights, dead: Tensor, firing_threshold: Tensor, lr: float) -> None:
-    """Raise b_enc of the features that are `dead` [n] by LIFT * lr * firing_threshold, until they fire again.
+def lift_dead(b_enc: Tensor, dead: Tensor, firing_threshold: Tensor, lr: float) -> None:
+    """Raise the biases b_enc [n] of features that are `dead` [n] by LIFT * lr * firing_threshold.
 
-    A feature that comes back fires first where it exceeds the threshold by next to nothing, for few vectors, in place
-    of another that did: so it does little harm, and learns from then on by the gradient that all learn by. An
-    auxiliary loss (AuxK, Gao et al. 2024) costs passes of its own, and here, where the residual is much smaller than
-    any activation that fires, what it taught fired too strongly and spoilt the others' work (docs/LOG.md). A bias for
-    balance is known from mixtures of experts (Wang et al. 2024, Auxiliary-loss-free load balancing).
+    Step by step, until they fire. A feature that comes back fires first where it exceeds the threshold by next to
+    nothing, for few vectors, in place of another that did: it does little harm, and learns from then on by the
+    gradient that all learn by. An auxiliary loss (AuxK, Gao et al. 2024) costs passes of its own, and where the
+    residual is much smaller than any activation that fires, what it teaches fires too strongly and spoils the others'
+    work (docs/LOG.md). Biases that keep balance are known from mixtures of experts (Wang et al. 2024,
+    Auxiliary-loss-free load balancing strategy for mixture-of-experts).
     """
-    w.b_enc.add_(dead * firing_threshold, alpha=LIFT * lr)
+    b_enc.add_(dead * firing_threshold, alpha=LIFT * lr)
 
 
 def _without_nonfinite(state: State, x: Tensor) -> Tensor:
