@@ -47,8 +47,8 @@ MAX_DEAD = 0.01
 """Share of ours that may be dead where the quality counts as reached."""
 PART = 1024
 """Vectors measured at a time: little beside what training needs."""
-TUNING = 8192
-"""Held-out vectors that learning rates are chosen by; the others are measured on."""
+TUNING = 5
+"""One in so many held-out vectors is for choosing learning rates; the others are measured on."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def work(job: Training) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     clock = time.process_time if job.threads == 1 else time.perf_counter
     x, held = load_file(job.file)["x"].split([job.vectors, job.vectors // 4])
-    held = held[:TUNING] if job.tuning else held[TUNING:]
+    tuning, test = held.tensor_split([len(held) // TUNING])
+    held = tuning if job.tuning else test
     curve: list[tuple[int, float, float, float]] = []
     snapshots: list[Snapshot] = []
     started, stood = 0.0, 0.0
@@ -194,8 +195,8 @@ def reached(curve: list[list[float]], quality: float, max_dead: float) -> float 
     return next((seconds for _, seconds, ev, dead in curve if ev >= quality and dead <= max_dead), None)
 
 
-def run_case(name: str, s: Settings, folder: Path) -> list[dict[str, Any]]:
-    """Every trainer on one bank: a row each."""
+def run_case(name: str, s: Settings, folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Every trainer on one bank: a row each, once more after each repeat."""
     case = CASES[name]
     steps, quality = s.steps or case.steps, s.quality or case.quality
     d, n = sae_training.CASES[name].d, sae_training.CASES[name].n
@@ -230,19 +231,20 @@ def run_case(name: str, s: Settings, folder: Path) -> list[dict[str, Any]]:
     tuned: dict[tuple[str, Path | None], list[dict[str, Any]]] = {}
     for entry in plan:
         if entry[1::2] not in tuned:
-            tried = [made for rate in s.rates if (made := train(entry, rate, 0, tuning=True))]
+            rates = s.rates if entry[3] != s.base else (1.0,)  # as it was
+            tried = [made for rate in rates if (made := train(entry, rate, 0, tuning=True))]
             tuned[entry[1::2]] = [{key: made[key] for key in ("rate", "seconds", "curve")} for made in tried]
         if tried := tuned[entry[1::2]]:
             best = min(tried, key=lambda made: (made["seconds"] or math.inf, -made["curve"][-1][2]))
             rows[entry[0]] = {"rate": best["rate"], "tuning": tried, "runs": []}
+    commits = {entry[0]: commit_of(entry[3]) for entry in plan if entry[1] == "neuraleraser"}
+    shape = {"case": name, "d": d, "n": n, "k": case.k, "steps": steps, "quality": quality}
     for seed in range(1, s.repeats + 1):
         for entry in plan:
             if entry[0] in rows and (made := train(entry, rows[entry[0]]["rate"], seed, tuning=False)):
                 rows[entry[0]]["runs"].append(made)
-    commits = {entry[0]: commit_of(entry[3]) for entry in plan if entry[1] == "neuraleraser"}
-    shape = {"case": name, "d": d, "n": n, "k": case.k, "steps": steps, "quality": quality}
-    done = {label: row for label, row in rows.items() if row["runs"]}
-    return [{"name": label} | shape | summary(row) | {"commit": commits.get(label)} for label, row in done.items()]
+        done = {label: row for label, row in rows.items() if row["runs"]}
+        yield [{"name": label} | shape | summary(row) | {"commit": commits.get(label)} for label, row in done.items()]
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
@@ -273,16 +275,15 @@ def main(s: Settings) -> None:
     torch.set_num_threads(s.threads)
     where = facts(["torch"]) | {"versions": versions(s.peers_python or Path(sys.executable))}
     print("; ".join(where.values()), flush=True)
+    done: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for name in s.cases for row in run_case(name, s, Path(folder))]
-    for name in s.cases:
-        here = [row for row in rows if row["case"] == name]
-        peers = [row for row in here if not ours(row["name"])]
-        if peers:
-            compare(name, here, max(row["explained_variance"] for row in peers))
-    if s.json:
-        s.json.parent.mkdir(parents=True, exist_ok=True)
-        s.json.write_text(json.dumps([where | row | {"commit": row["commit"] or where["commit"]} for row in rows]))
+        for name in s.cases:
+            for rows in run_case(name, s, Path(folder)):
+                compare(name, rows)
+                done[name] = [where | row | {"commit": row["commit"] or where["commit"]} for row in rows]
+                if s.json:
+                    s.json.parent.mkdir(parents=True, exist_ok=True)
+                    s.json.write_text(json.dumps([row for each in done.values() for row in each]))
 
 
 def ours(label: str) -> bool:
@@ -290,15 +291,16 @@ def ours(label: str) -> bool:
     return label.startswith("neuraleraser")
 
 
-def compare(name: str, rows: list[dict[str, Any]], most: float) -> None:
-    """Add to each row when it explained as much as the best peer in the end, `most`, and print what ours gains."""
+def compare(name: str, rows: list[dict[str, Any]]) -> None:
+    """Add to each row when it explained as much as the best peer in the end, and print what ours gains."""
+    most = max((row["explained_variance"] for row in rows if not ours(row["name"])), default=math.inf)
     for row in rows:
         times = [reached(made["curve"], most, MAX_DEAD if ours(row["name"]) else 1.0) for made in row["runs"]]
         row["seconds_to_best_peer"] = median(times)
-    (mine,) = (row for row in rows if row["name"] == "neuraleraser")
+    mine = next((row for row in rows if row["name"] == "neuraleraser"), {})
     for key in ("seconds_to_quality", "seconds_to_best_peer"):
         peers = {row["name"]: row[key] for row in rows if not ours(row["name"]) and row[key]}
-        if peers and mine[key]:
+        if peers and mine.get(key):
             best = min(peers, key=lambda label: peers[label])
             print(f"{name}, {key}: {mine[key]:.1f} s, {peers[best] / mine[key]:.2f} times as soon as {best}")
 

@@ -9,20 +9,21 @@ from torch.nn.functional import normalize
 from neuraleraser.sae.sparse_ops import Weights
 
 FIRST_SPREAD = 0.25  # standard deviation of every first pre-activation, of x scaled to E||x||^2 = d
+MEDIAN_SAMPLE = 4096  # vectors that the median is taken of
 SMALLEST_EIGENVALUE = 1e-3  # of the covariance, over the mean one: what is smaller is taken for it
 
 
 def first_weights(x: Tensor, n: int, seed: int) -> Weights:
     """Return the weights of n features before the first step, by the first vectors x [N, d], scaled:
 
-        S = covariance of x about its geometric median b,   g_i random of norm 1
+        S = covariance of x about its geometric median b (of a sample),   g_i random of norm 1
         W_enc_i = FIRST_SPREAD S^(-1/2) g_i,   W_dec_i = S^(1/2) g_i / |S^(1/2) g_i|,   b_enc = 0,   b_dec = b
 
     Encoder rows that are random themselves read above all the few directions along which x spreads widest: those next
     to these win everywhere, and of 2,048 features on the canvas half never fire again. Here pre-activations of all
     features spread alike, and a decoder row points to where x is on average when its encoder reads much.
     """
-    b = geometric_median(x)
+    b = geometric_median(x[:: max(1, len(x) // MEDIAN_SAMPLE)])
     values, vectors = torch.linalg.eigh((x - b).T @ (x - b) / len(x))
     root = values.clamp_min(SMALLEST_EIGENVALUE * float(values.mean())).sqrt()
     g = normalize(torch.randn(n, x.shape[1], generator=torch.Generator().manual_seed(seed)), dim=1).to(x.device)

@@ -34,7 +34,7 @@ class TrainSettings:
     learning_rate: float | None = None
     """Adam's learning rate, for data scaled to E||x||^2 = d; None: chosen from the number of
     features, width and steps (see `lr_at`)."""
-    dead_after: int = 8192
+    dead_after: int = 4096
     """A feature that has not fired for this many vectors is dead: its bias rises until it fires again. More than the
     run has: nothing is revived."""
     init_vectors: int = 2**15

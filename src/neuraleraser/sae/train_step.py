@@ -25,7 +25,7 @@ moving average lags behind one that still falls, and where many features are nea
 tenth of what fires (docs/LOG.md)."""
 THRESHOLD_SAMPLE = 2**22  # pre-activations that it is taken from, about
 CACHE_VALUES = 2**18  # values of a matrix that are worked on at a time: 1 MB
-LIFT = 2.5  # learning rates times the firing threshold that a dead feature's bias rises by in a step
+LIFT = 1.5  # learning rates times the firing threshold that a dead feature's bias rises by in a step
 
 
 @dataclass
