@@ -196,7 +196,7 @@ def reached(curve: list[list[float]], quality: float, max_dead: float) -> float 
 
 
 def run_case(name: str, s: Settings, folder: Path) -> Iterator[list[dict[str, Any]]]:
-    """Every trainer on one bank: a row each, once more after each repeat."""
+    """Every trainer on one bank: a row each, once more after each training."""
     case = CASES[name]
     steps, quality = s.steps or case.steps, s.quality or case.quality
     d, n = sae_training.CASES[name].d, sae_training.CASES[name].n
@@ -245,8 +245,8 @@ def run_case(name: str, s: Settings, folder: Path) -> Iterator[list[dict[str, An
         for entry in plan:
             if made := train(entry, rows[entry[0]]["rate"], seed, tuning=False):
                 rows[entry[0]]["runs"].append(made)
-        done = {label: row for label, row in rows.items() if row["runs"]}
-        yield [{"name": label} | shape | summary(row) | {"commit": commits.get(label)} for label, row in done.items()]
+            done = {key: row for key, row in rows.items() if row["runs"]}
+            yield [{"name": key} | shape | summary(row) | {"commit": commits.get(key)} for key, row in done.items()]
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
@@ -278,14 +278,16 @@ def main(s: Settings) -> None:
     where = facts(["torch"]) | {"versions": versions(s.peers_python or Path(sys.executable))}
     print("; ".join(where.values()), flush=True)
     done: dict[str, list[dict[str, Any]]] = {}
+    said: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in s.cases:
             for rows in run_case(name, s, Path(folder)):
-                compare(name, rows)
+                said = compare(name, rows)
                 done[name] = [where | row | {"commit": row["commit"] or where["commit"]} for row in rows]
                 if s.json:
                     s.json.parent.mkdir(parents=True, exist_ok=True)
                     s.json.write_text(json.dumps([row for each in done.values() for row in each]))
+            print(*said, sep="\n", flush=True)
 
 
 def ours(label: str) -> bool:
@@ -293,18 +295,19 @@ def ours(label: str) -> bool:
     return label.startswith("neuraleraser")
 
 
-def compare(name: str, rows: list[dict[str, Any]]) -> None:
-    """Add to each row when it explained as much as the best peer in the end, and print what ours gains."""
+def compare(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Add to each row when it explained as much as the best peer in the end; return what ours gains, in words."""
     most = max((row["explained_variance"] for row in rows if not ours(row["name"])), default=math.inf)
     for row in rows:
         times = [reached(made["curve"], most, MAX_DEAD if ours(row["name"]) else 1.0) for made in row["runs"]]
         row["seconds_to_best_peer"] = median(times)
-    mine = next((row for row in rows if row["name"] == "neuraleraser"), {})
+    mine, said = next((row for row in rows if row["name"] == "neuraleraser"), {}), []
     for key in ("seconds_to_quality", "seconds_to_best_peer"):
         peers = {row["name"]: row[key] for row in rows if not ours(row["name"]) and row[key]}
         if peers and mine.get(key):
             best = min(peers, key=lambda label: peers[label])
-            print(f"{name}, {key}: {mine[key]:.1f} s, {peers[best] / mine[key]:.2f} times as soon as {best}")
+            said.append(f"{name}, {key}: {mine[key]:.1f} s, {peers[best] / mine[key]:.2f} times as soon as {best}")
+    return said
 
 
 def median(seconds: list[float | None]) -> float | None:

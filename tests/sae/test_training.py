@@ -63,17 +63,16 @@ def test_bfloat16_learns_as_well(small):
 
 
 def test_revival_lowers_the_share_of_dead_features():
-    """Of many alike features on few directions, of which some would die; and it costs no reconstruction."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(10_000, 6, generator=g) @ torch.randn(6, 32, generator=g)
+    """And costs no reconstruction."""
+    _, x = planted(64, 32, 10_000, active=2, seed=0)
     measured = {}
     for dead_after in (10**9, 2000):
-        settings = TrainSettings(n_features=512, k=4, steps=300, dead_after=dead_after, bf16=False)
+        settings = dataclasses.replace(DICTIONARY, n_features=64, learning_rate=1e-2, steps=300, dead_after=dead_after)
         measured[dead_after] = measure_sae(train(pool_batches(x[:8000], 512), settings), x[8000:])
     control, ours = measured.values()
     assert control["dead_share"] >= 0.1, "the control must have dead features"
-    assert ours["dead_share"] <= control["dead_share"] / 4
-    assert ours["explained_variance"] >= control["explained_variance"] - 0.005
+    assert ours["dead_share"] <= control["dead_share"] / 2
+    assert ours["explained_variance"] >= control["explained_variance"]
 
 
 def test_the_dead_are_lifted_and_no_one_else():
@@ -93,7 +92,7 @@ def test_a_feature_is_dead_until_it_fires_again():
     biases, idle = [], []
     for batch, _ in zip(stream(0), range(60), strict=False):
         train_step(state, batch * state.scale, None, settings)
-        biases.append(float(state.weights.b_enc[0]))
+        biases.append(float(state.weights.b_enc[0].detach()))
         idle.append(int(state.idle[0]))
     assert biases[:2] == [-9.0, -9.0] and idle[:3] == [100, 200, 300]
     assert biases[1] < biases[2] < biases[3], "it rises once it is dead"

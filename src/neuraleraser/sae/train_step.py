@@ -20,9 +20,9 @@ from neuraleraser.sae.train_settings import StepLog, TrainSettings
 
 THRESHOLD_RATE = 0.01  # of the moving average of the firing threshold
 MAX_THRESHOLD_STEPS = 8
-"""At most so many steps, a tenth of all, whose mean firing threshold in full precision is the threshold in the end. The
-moving average lags behind one that still falls, and where many features are nearly alike one percent of it decides on a
-tenth of what fires (docs/LOG.md)."""
+"""At most so many steps, one in 25 of all, whose mean firing threshold in full precision is the threshold in the end,
+later ones weighing more. The moving average lags behind one that still falls, and where many features are nearly alike
+one percent of it decides on a tenth of what fires (docs/LOG.md)."""
 THRESHOLD_SAMPLE = 2**22  # pre-activations that it is taken from, about
 CACHE_VALUES = 2**18  # values of a matrix that are worked on at a time: 1 MB
 LIFT = 1.5  # learning rates times the firing threshold that a dead feature's bias rises by in a step
@@ -87,12 +87,13 @@ def train_step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSe
         lift_dead(state.weights.b_enc[bound:], dead[bound:], result.firing_threshold, lr)
     firing_threshold = result.firing_threshold if waits else float(result.firing_threshold)
     rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when it moves
-    last = max(1, min(MAX_THRESHOLD_STEPS, settings.steps // 10))
+    last = max(1, min(MAX_THRESHOLD_STEPS, settings.steps // 25))
     if done > settings.steps - last:
         some = x[:: max(1, len(x) * n // THRESHOLD_SAMPLE)]  # in full precision, all would take several steps' time
         final = architecture_named(settings.architecture).last_firing_threshold(state.weights, some, settings)
         if final is not None:
-            rate, firing_threshold = 1 / (done - settings.steps + last), final if waits else float(final)
+            i = done - settings.steps + last  # of `last`: the mean weighs each by i^3, as early weights still move
+            rate, firing_threshold = 4 * i / (i + 1) ** 2, final if waits else float(final)
     moved = state.threshold + rate * (firing_threshold - state.threshold)
     if isinstance(firing_threshold, Tensor):
         state.threshold = torch.where(firing_threshold > 0, moved, state.threshold)
