@@ -81,7 +81,12 @@ def neuraleraser(job: Job, best: bool) -> Codes:
         return codes
 
     training.train_step = noted
-    job.watch(lambda: codes_of(*states[0].weights, states[0].scale))
+
+    def so_far() -> Codes:
+        w = states[0].weights
+        return codes_of(w.W_enc, w.b_enc, w.W_dec, w.b_dec, states[0].scale)
+
+    job.watch(so_far)
     try:
         sae = train(job.stream, settings)
     finally:

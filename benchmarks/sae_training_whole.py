@@ -230,15 +230,13 @@ def run_case(name: str, s: Settings, folder: Path) -> Iterator[list[dict[str, An
     rows: dict[str, dict[str, Any]] = {}
     tuned: dict[tuple[str, Path | None], list[dict[str, Any]]] = {}
     for entry in plan:
-        rates = s.rates if entry[3] != s.base else (1.0,)  # as it was
-        if entry[1::2] not in tuned:
+        label, trainer, _, src = entry
+        rates = s.rates if src != s.base else (1.0,)  # as it was
+        if (trainer, src) not in tuned:
             tried = [made for rate in rates if len(rates) > 1 and (made := train(entry, rate, 0, tuning=True))]
-            tuned[entry[1::2]] = [{key: made[key] for key in ("rate", "seconds", "curve")} for made in tried]
-        tried = tuned[entry[1::2]]
-        best = min(
-            tried, key=lambda made: (made["seconds"] or math.inf, -made["curve"][-1][2]), default={"rate": rates[0]}
-        )
-        rows[entry[0]] = {"rate": best["rate"], "tuning": tried, "runs": []}
+            tuned[trainer, src] = [{key: made[key] for key in ("rate", "seconds", "curve")} for made in tried]
+        tried = sorted(tuned[trainer, src], key=lambda made: (made["seconds"] or math.inf, -made["curve"][-1][2]))
+        rows[label] = {"rate": tried[0]["rate"] if tried else rates[0], "tuning": tried, "runs": []}
     commits = {entry[0]: commit_of(entry[3]) for entry in plan if entry[1] == "neuraleraser"}
     shape = {"case": name, "d": d, "n": n, "k": case.k, "steps": steps, "quality": quality}
     for seed in range(1, s.repeats + 1):

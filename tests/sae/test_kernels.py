@@ -143,7 +143,9 @@ def test_one_pass_from_residuals_to_weights(d, segment, monkeypatch):
             into,
             select.by_feature(pairs, 20),
             -0.1,
-            *ours,
+            ours[0],
+            ours[1],
+            ours[2],
             update.Adam(0.03, i),
             clip,
         )
@@ -332,6 +334,6 @@ def test_the_plain_gradients_are_what_the_kernels_give():
     ours = [update.Moments(p.clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in w[:3]]
     e, _ = decode.residual(into, w.W_dec, pairs)
     one = torch.ones((), device=DEVICE)
-    update.update(e, into, select.by_feature(pairs, 20), -2.0, *ours, update.Adam(0.0, 1), one)
+    update.update(e, into, select.by_feature(pairs, 20), -2.0, ours[0], ours[1], ours[2], update.Adam(0.0, 1), one)
     for o, g in zip(ours[:2], want, strict=True):
         torch.testing.assert_close(o.first / 0.1, g, rtol=1e-4, atol=1e-4)
