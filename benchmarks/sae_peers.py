@@ -1,11 +1,13 @@
 """How each library trains a BatchTopK or TopK SAE on a given stream, driven as its own documentation drives it.
 
-`sae_training.py` runs one entry of `TRAINERS` per process. An entry takes a `Job` and gives back what the trained SAE
-makes of vectors: x [B, d] -> (x_hat [B, d], fired [B, n] bool), with k * B pairs or k per row, as in its training.
+`sae_training.py` and `sae_training_whole.py` run one entry of `TRAINERS` per process. An entry takes a `Job` and gives
+back what the trained SAE makes of vectors: x [B, d] -> (x_hat [B, d], fired [B, n] bool), with k * B pairs or k per
+row, as in its training. Before the first step it hands `Job.watch` a function that gives the same of the SAE as it
+then is.
 
-Every library keeps its own defaults (loss, optimiser, learning rate, initialisation) with one exception: a warm-up
-whose default is longer than the run is cut to a tenth of it. "best" is the fastest mode that keeps the model: bfloat16
-autocast.
+Every library keeps its own defaults (loss, optimiser, initialisation, and the learning rate but for `Job.rate`) with
+one exception: a warm-up whose default is longer than the run is cut to a tenth of it. "best" is the fastest mode that
+keeps the model: bfloat16 autocast.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 Codes = Callable[[Tensor], tuple[Tensor, Tensor]]
+Snapshot = Callable[[], Codes]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class Job:
     steps: int
     device: str
     stream: Callable[[int], Iterator[Tensor]]
+    rate: float = 1.0
+    """Factor of the library's own learning rate."""
+    watch: Callable[[Snapshot], None] = lambda snapshot: None
 
     def batches(self) -> Iterator[Tensor]:
         """As many batches as there are steps."""
@@ -50,18 +57,41 @@ class Job:
 
 def neuraleraser(job: Job, best: bool) -> Codes:
     """Ours: bfloat16 products are the default, so "best" is the default and the other mode is float32."""
-    from neuraleraser.sae import TrainSettings, train
+    from neuraleraser.sae import TrainSettings, train, training
 
-    sae = train(job.stream, TrainSettings(n_features=job.n, k=job.k, steps=job.steps, bf16=best))
+    settings = TrainSettings(n_features=job.n, k=job.k, steps=job.steps, bf16=best)
+    if job.rate != 1:  # of the rate that the longest part of a run has by default
+        rate = job.rate * settings.lr_at(job.steps // 2, job.d)
+        settings = replace(settings, learning_rate=rate)
+    states: list[Any] = []
+    step = training.train_step
 
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        pre = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc, sae.b_enc).relu()
-        # Training's own selection, as for the others, so that L0 is equal: after training features fire alone.
-        cut = pre.flatten().topk(job.k * len(x), sorted=False).values.min()
-        z = torch.where(pre >= cut, pre, 0.0)
-        return sae.decode(z), z > 0
+    def noted(state: Any, *rest: Any) -> Any:
+        states[:] = [state]
+        return step(state, *rest)
 
-    return codes
+    def codes_of(w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor, scale: float) -> Codes:
+        def codes(x: Tensor) -> tuple[Tensor, Tensor]:
+            pre = torch.nn.functional.linear(x * scale - b_dec, w_enc, b_enc).relu()
+            # Training's own selection, as for the others, so that L0 is equal: after training features fire alone.
+            cut = pre.flatten().topk(job.k * len(x), sorted=False).values.min()
+            z = torch.where(pre >= cut, pre, 0.0)
+            return (z @ w_dec + b_dec) / scale, z > 0
+
+        return codes
+
+    training.train_step = noted
+
+    def so_far() -> Codes:
+        w = states[0].weights
+        return codes_of(w.W_enc, w.b_enc, w.W_dec, w.b_dec, states[0].scale)
+
+    job.watch(so_far)
+    try:
+        sae = train(job.stream, settings)
+    finally:
+        training.train_step = step
+    return codes_of(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, 1.0)
 
 
 def sparsify(job: Job, best: bool) -> Codes:
@@ -73,9 +103,25 @@ def sparsify(job: Job, best: bool) -> Codes:
     sign = importlib.import_module("sparsify.sign_sgd")
     torch.manual_seed(0)
     sae = lib.SparseCoder(job.d, lib.SparseCoderConfig(num_latents=job.n, k=job.k), job.device)
-    lr = 5e-3 / (job.n / 2**14) ** 0.5
+    lr = job.rate * 5e-3 / (job.n / 2**14) ** 0.5
     optimiser = schedulefree.ScheduleFreeWrapper(sign.SignSGD(sae.parameters(), lr=lr), momentum=0.95)
+
+    def averaged() -> Codes:
+        """Of the averaged weights, which are what it keeps."""
+        optimiser.eval()
+        kept = deepcopy(sae)
+        optimiser.train()
+        kept.set_decoder_norm_to_unit_norm()
+
+        def codes(x: Tensor) -> tuple[Tensor, Tensor]:
+            out = kept(x)
+            z = torch.zeros(len(x), job.n, device=x.device).scatter(1, out.latent_indices, out.latent_acts)
+            return out.sae_out, z > 0
+
+        return codes
+
     optimiser.train()
+    job.watch(averaged)
     since = torch.zeros(job.n, dtype=torch.long, device=job.device)
     for i, x in enumerate(job.batches()):
         if i == 0:
@@ -92,15 +138,7 @@ def sparsify(job: Job, best: bool) -> Codes:
         optimiser.zero_grad()
         since += len(x)
         since[did_fire] = 0
-    optimiser.eval()
-    sae.set_decoder_norm_to_unit_norm()
-
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        out = sae(x)
-        z = torch.zeros(len(x), job.n, device=x.device).scatter(1, out.latent_indices, out.latent_acts)
-        return out.sae_out, z > 0
-
-    return codes
+    return averaged()
 
 
 def sae_lens(job: Job, best: bool) -> Codes:
@@ -116,17 +154,19 @@ def sae_lens(job: Job, best: bool) -> Codes:
     settings = config.SAETrainerConfig(
         total_training_samples=job.steps * job.batch,
         train_batch_size_samples=job.batch,
+        lr=3e-4 * job.rate,
         lr_end=3e-5,  # of schedules that are not the default; it has to be set
         device=job.device,
         autocast=best,
     )
-    trainer.SAETrainer(settings, sae, job.stream(0)).fit()
-    sae.train()
 
     def codes(x: Tensor) -> tuple[Tensor, Tensor]:
         z, _ = sae.encode_with_hidden_pre(x)
         return sae.decode(z), z > 0
 
+    job.watch(lambda: codes)
+    trainer.SAETrainer(settings, sae, job.stream(0)).fit()
+    sae.train()
     return codes
 
 
@@ -144,16 +184,18 @@ def dictionary_learning(job: Job, best: bool) -> Codes:
         warmup_steps=min(1000, job.steps // 10),
         seed=0,
         device=job.device,
+        lr=None if job.rate == 1 else job.rate * 2e-4 / (job.n / 2**14) ** 0.5,
     )
-    for step, x in enumerate(job.batches()):
-        with job.autocast(best):
-            trainer.update(step, x)
     ae = trainer.ae
 
     def codes(x: Tensor) -> tuple[Tensor, Tensor]:
         z = ae.encode(x, use_threshold=False)
         return ae.decode(z), z > 0
 
+    job.watch(lambda: codes)
+    for step, x in enumerate(job.batches()):
+        with job.autocast(best):
+            trainer.update(step, x)
     return codes
 
 
@@ -167,7 +209,12 @@ def overcomplete(job: Job, best: bool) -> Codes:
     def criterion(x: Tensor, x_hat: Tensor, pre: Tensor, z: Tensor, reference: Tensor) -> Tensor:
         return (x - x_hat).square().mean()
 
-    optimiser = torch.optim.Adam(sae.parameters(), lr=5e-4)
+    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
+        _, z, x_hat = sae(x)
+        return x_hat, z > 0
+
+    job.watch(lambda: codes)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=5e-4 * job.rate)
     with job.autocast(best):
         lib.train_sae(
             sae,
@@ -178,11 +225,6 @@ def overcomplete(job: Job, best: bool) -> Codes:
             monitoring=0 if best else 1,
             device=job.device,
         )
-
-    def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-        _, z, x_hat = sae(x)
-        return x_hat, z > 0
-
     return codes
 
 

@@ -1,13 +1,13 @@
-"""How fast SAEs train, and how well: ours and every packaged peer on the same stream.
+"""Time of a step of SAE training: ours and every packaged peer on the same stream.
 
-    python benchmarks/sae_training.py [--json FILE] [--cases canvas wide] [--threads 2]
+    python benchmarks/sae_training.py [--peers-python ENV/bin/python] [--json FILE] [--cases canvas wide] [--threads 2]
 
 Peers (eai-sparsify, sae-lens, dictionary-learning, overcomplete) that are not installed are named and skipped. Each
 trains in its default and in its best mode (bfloat16 autocast) in a process of its own, on equal batches in equal order,
-for equally many steps. A step's time is that between two requests for a batch, so it holds all that a trainer does.
+for equally many steps: few, so nothing here says how soon or how well one learns; `sae_training_whole.py` does. A
+step's time is that between two requests for a batch, so it holds all that a trainer does.
 
-- explained variance and dead share: on held-out vectors, with training's own selection, so that L0 is k for all;
-  explained variance after few steps says how fast a trainer learns, not where it ends
+- explained variance and dead share: on held-out vectors, with training's own selection, so that L0 is k for all
 - peak memory: the largest resident set of the process, batches and libraries included; on a GPU, what torch allocated
 - floor: the time in which this device, by its matrix products and memory bandwidth measured in the same run, could make
   one step: one encoder product, three gathers of B * k rows, Adam over both matrices
@@ -72,6 +72,8 @@ class Settings:
     """Where to train."""
     vectors: int = 2**16
     """Vectors to train on, repeated in a new order every epoch; a quarter more is held out."""
+    peers_python: Path | None = None
+    """The Python that has the peers; none: this one."""
     bank: Path | None = None
     """Where the canvas's activations are kept between runs (safetensors); none: they are made anew."""
     json: Path | None = None
@@ -232,14 +234,15 @@ def run_case(name: str, s: Settings, folder: Path) -> list[dict[str, Any]]:
     for trainer, (package, _) in TRAINERS.items():
         if s.only and trainer not in s.only:
             continue
-        if trainer != "neuraleraser" and installed(package) is None:
+        if trainer != "neuraleraser" and s.peers_python is None and installed(package) is None:
             print(f"{package}: not installed, skipped")
             continue
         for mode in ("default", "best"):
             label = f"{package} {mode}"
             if trainer == "neuraleraser":  # bfloat16 is our default
                 label = "neuraleraser" if mode == "best" else "neuraleraser float32"
-            made = measured(f"{name}|{trainer}|{mode}|{path}", s)
+            python = sys.executable if trainer == "neuraleraser" else str(s.peers_python or sys.executable)
+            made = measured(f"{name}|{trainer}|{mode}|{path}", s, python)
             if isinstance(made, str):
                 print(f"{label}: failed, {made}", flush=True)
                 continue
@@ -264,9 +267,9 @@ def run_case(name: str, s: Settings, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(job: str, s: Settings) -> dict[str, Any] | str:
+def measured(job: str, s: Settings, python: str) -> dict[str, Any] | str:
     """What a process of its own measured of one job, or why it failed."""
-    command = [sys.executable, __file__, "--worker", job, "--batch", str(s.batch), "--k", str(s.k)]
+    command = [python, __file__, "--worker", job, "--batch", str(s.batch), "--k", str(s.k)]
     command += ["--threads", str(s.threads), "--device", s.device, "--vectors", str(s.vectors)] + (
         ["--steps", str(s.steps)] if s.steps else []
     )

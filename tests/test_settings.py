@@ -43,7 +43,12 @@ def test_every_number_is_bounded(settings: Any, name: str):
 
 
 def test_there_are_numbers_to_look_at():
-    assert len(FIELDS) > 40 and {name for _, name in FIELDS} >= {"steps", "guidance_scale", "learning_rate", "k_aux"}
+    assert len(FIELDS) > 40 and {name for _, name in FIELDS} >= {
+        "steps",
+        "guidance_scale",
+        "learning_rate",
+        "dead_after",
+    }
 
 
 @pytest.mark.parametrize(

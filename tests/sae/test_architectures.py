@@ -35,7 +35,6 @@ SMALL = TrainSettings(
     steps=12,
     learning_rate=1e-2,
     dead_after=150,
-    k_aux=4,
     init_vectors=512,
     checkpoint_every=4,
     bf16=False,

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from helpers.planted import planted
 from neuraleraser.errors import DataError, SettingsError
-from neuraleraser.sae import SAE, StepLog, TrainSettings, labelled_batches, measure_sae, train
+from neuraleraser.sae import SAE, StepLog, TrainSettings, labelled_batches, measure_sae, train, train_step, training
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, contrast_loss, fisher_features
 
@@ -158,6 +158,21 @@ def test_a_discriminant_is_held_while_the_rest_learns():
     print(own.tolist(), measure_sae(many, x[7000:, 0])["explained_variance"])
     assert float(own.min()) > 0.95 and many.header["concepts"] == CONCEPTS
     assert measure_sae(many, x[7000:, 0])["explained_variance"] > 0.85
+
+
+def test_features_that_belong_to_labels_are_not_lifted():
+    """They answer to their labels, also where none of the last batches showed them."""
+    x, labels = concepts()
+    stream, chosen = labelled_batches(x, labels, 256), dataclasses.replace(PLAIN, fisher_features=True)
+    state = training._untrained_state(stream, chosen)
+    with torch.no_grad():
+        state.weights.b_enc[:CONCEPTS] -= 100  # they do not fire
+    state.idle += 10**6
+    before = state.weights.b_enc.detach().clone()
+    batch, shown = next(stream(0))
+    train_step.train_step(state, batch * state.scale, shown, chosen)
+    lifted = (state.weights.b_enc - before).detach() > 0
+    assert not lifted[:CONCEPTS].any() and lifted[CONCEPTS:].any()
 
 
 def test_contrast_separates_concepts():

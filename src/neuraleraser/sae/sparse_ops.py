@@ -106,7 +106,7 @@ def _values_above(pre: Callable[[slice], Tensor], b: int, n: int, floor: float) 
     step = max(1, PRE_ACTIVATIONS_AT_ONCE // n)
     flat, values = [], []
     for start in range(0, b, step):
-        block = F.threshold(pre(slice(start, min(start + step, b))).reshape(-1), floor, 0.0)
+        block = torch.threshold_(pre(slice(start, min(start + step, b))).reshape(-1), floor, 0.0)
         at, kept = _nonzero(block)
         flat.append(at + start * n)
         values.append(kept)

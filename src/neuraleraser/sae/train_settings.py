@@ -34,11 +34,9 @@ class TrainSettings:
     learning_rate: float | None = None
     """Adam's learning rate, for data scaled to E||x||^2 = d; None: chosen from the number of
     features, width and steps (see `lr_at`)."""
-    dead_after: int = 50_000
-    """A feature that has not fired for this many vectors is dead, and the auxiliary loss revives it, while ten times
-    as many are left in the run for it to settle."""
-    k_aux: int | None = None
-    """Most dead features (and at most 1/8 of them) to explain a vector's residual; None: d / 2, 0: no revival."""
+    dead_after: int = 4096
+    """A feature that has not fired for this many vectors is dead: its bias rises until it fires again. More than the
+    run has: nothing is revived."""
     init_vectors: int = 2**15
     """Vectors from the start of the stream that set the data scale and the decoder bias."""
     architecture: str = "batchtopk"
@@ -69,8 +67,6 @@ class TrainSettings:
             check_whole(name, getattr(self, name), 1, 2**40)
         if self.k > self.n_features:
             raise SettingsError(f"k is {self.k} but there are only n = {self.n_features} features: pass k <= n")
-        if self.k_aux is not None:
-            check_whole("k_aux", self.k_aux, 0, 2**24)
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, 0, 1e30, above=True)
         if self.architecture not in ARCHITECTURES:
@@ -89,8 +85,7 @@ class TrainSettings:
 
         Adam moves each coordinate by up to lr, so it turns a row of norm 1 by up to lr * sqrt(d) radians per step. The
         default is 2e-4 * sqrt(2^14 / n), known from runs of 10^5 steps (Gao et al. 2024), but at least what lets a row
-        turn by 30 * (256 / n)^(1/4) radians over the run, and by no more than 0.045 per step; from step 50 on, when
-        features may be revived, 0.03 * sqrt(256 / n): at higher rates they spoil what others have learnt (docs/LOG.md).
+        turn by 45 radians over the run, and by no more than 0.045 per step (docs/LOG.md).
 
         Args:
             step: The step, 0 <= step < steps.
@@ -101,8 +96,7 @@ class TrainSettings:
         """
         lr = self.learning_rate
         if lr is None:
-            most = 0.045 if step < 50 else 0.03 * math.sqrt(256 / self.n_features)
-            turn = min(most, 30 * (256 / self.n_features) ** 0.25 / self.steps)
+            turn = min(0.045, 45 / self.steps)
             lr = max(2e-4 * math.sqrt(2**14 / self.n_features), turn / math.sqrt(d))
         return lr * min(1.0, (self.steps - step) / (0.2 * self.steps))
 
@@ -126,8 +120,6 @@ class StepLog:
     """Activation vectors in this step's batch."""
     fvu: float
     """Fraction of variance unexplained: mean ||x - x_hat||^2 over the variance of the first vectors."""
-    aux: float
-    """||e - e_hat||^2 / ||e||^2 of the dead features' reconstruction of the residual; 0 with none dead."""
     l0: float
     """Features kept for a vector, on average."""
     dead: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +14,18 @@ from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.precision import has_bf16
 from neuraleraser.sae import kernels
 from neuraleraser.sae.architectures.architecture import architecture_named
-from neuraleraser.sae.losses import AUX_WEIGHT, bounded_revival_loss, labelled_losses, max_revived
+from neuraleraser.sae.losses import labelled_losses
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.train_settings import StepLog, TrainSettings
 
-if TYPE_CHECKING:
-    from neuraleraser.sae.kernels.fused import Watch
-
 THRESHOLD_RATE = 0.01  # of the moving average of the firing threshold
 MAX_THRESHOLD_STEPS = 8
-"""At most so many steps, a tenth of all, whose mean firing threshold in full precision is the threshold in the end. The
-moving average lags behind one that still falls, and where many features are nearly alike one percent of it decides on a
-tenth of what fires (docs/LOG.md)."""
+"""At most so many steps, one in 25 of all, whose mean firing threshold in full precision is the threshold in the end,
+later ones weighing more. The moving average lags behind one that still falls, and where many features are nearly alike
+one percent of it decides on a tenth of what fires (docs/LOG.md)."""
 THRESHOLD_SAMPLE = 2**22  # pre-activations that it is taken from, about
 CACHE_VALUES = 2**18  # values of a matrix that are worked on at a time: 1 MB
+LIFT = 1.5  # learning rates times the firing threshold that a dead feature's bias rises by in a step
 
 
 @dataclass
@@ -44,7 +42,7 @@ class State:
     concepts: int = 0  # that the labels tell apart, in labelled training
     extra_parameters: dict[str, Tensor] = field(default_factory=dict)  # what the architecture learns beside the weights
     bad: Tensor | None = None  # on a GPU: the first batch with NaN or infinity, as a scalar; -1: none yet
-    watch: Watch | None = None  # of the kernels for GPUs; in no checkpoint
+    last_norm: Tensor | None = None  # of the gradient, which the kernels for GPUs clip by; in no checkpoint
     whole: bool = True  # no step is half done
     log: Callable[[], StepLog] | None = None  # reads the last step's; raises where training has diverged
 
@@ -82,20 +80,27 @@ def train_step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSe
     bad = state.bad
     if not waits:
         checked_norm()
+    state.idle = torch.where(result.counts > 0, 0, state.idle + vectors)
+    dead = state.idle >= settings.dead_after
+    bound = state.concepts if settings.fisher_features or settings.binding_weight else 0  # they answer to their labels
+    with torch.no_grad():
+        lift_dead(state.weights.b_enc[bound:], dead[bound:], result.firing_threshold, lr)
     firing_threshold = result.firing_threshold if waits else float(result.firing_threshold)
     rate = min(1.0, max(THRESHOLD_RATE, 10 / done))  # faster at first, when it moves
-    last = max(1, min(MAX_THRESHOLD_STEPS, settings.steps // 10))
+    last = max(1, min(MAX_THRESHOLD_STEPS, settings.steps // 25))
     if done > settings.steps - last:
         some = x[:: max(1, len(x) * n // THRESHOLD_SAMPLE)]  # in full precision, all would take several steps' time
         final = architecture_named(settings.architecture).last_firing_threshold(state.weights, some, settings)
         if final is not None:
-            rate, firing_threshold = 1 / (done - settings.steps + last), final if waits else float(final)
+            i = done - settings.steps + last  # of `last`: the mean weighs each by i^3, as early weights still move
+            rate, firing_threshold = 4 * i / (i + 1) ** 2, final if waits else float(final)
     moved = state.threshold + rate * (firing_threshold - state.threshold)
     if isinstance(firing_threshold, Tensor):
         state.threshold = torch.where(firing_threshold > 0, moved, state.threshold)
     elif firing_threshold > 0:
         state.threshold = moved
     state.step, threshold = done, state.threshold
+    fired, died = result.counts.sum(), dead.sum()
 
     def log() -> StepLog:
         norm = checked_norm()
@@ -103,9 +108,8 @@ def train_step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSe
             step=done,
             vectors=vectors,
             fvu=float(result.fvu),
-            aux=float(result.aux),
-            l0=float(result.fired) / vectors,
-            dead=float(result.dead) / n,
+            l0=float(fired) / vectors,
+            dead=float(died) / n,
             threshold=float(threshold),
             learning_rate=lr,
             grad_norm=norm,
@@ -115,6 +119,19 @@ def train_step(state: State, x: Tensor, labels: Tensor | None, settings: TrainSe
 
     state.log = log
     return log
+
+
+def lift_dead(b_enc: Tensor, dead: Tensor, firing_threshold: Tensor, lr: float) -> None:
+    """Raise the biases b_enc [n] of features that are `dead` [n] by LIFT * lr * firing_threshold.
+
+    Step by step, until they fire. A feature that comes back fires first where it exceeds the threshold by next to
+    nothing, for few vectors, in place of another that did: it does little harm, and learns from then on by the
+    gradient that all learn by. An auxiliary loss (AuxK, Gao et al. 2024) costs passes of its own, and where the
+    residual is much smaller than any activation that fires, what it teaches fires too strongly and spoils the others'
+    work (docs/LOG.md). Biases that keep balance are known from mixtures of experts (Wang et al. 2024,
+    Auxiliary-loss-free load balancing strategy for mixture-of-experts).
+    """
+    b_enc.add_(dead * firing_threshold, alpha=LIFT * lr)
 
 
 def _without_nonfinite(state: State, x: Tensor) -> Tensor:
@@ -130,9 +147,7 @@ class _StepResult(NamedTuple):
 
     firing_threshold: Tensor  # 0 where nothing fired
     fvu: Tensor
-    fired: Tensor  # pairs
-    dead: Tensor | int  # features
-    aux: Tensor
+    counts: Tensor  # [n], how often each feature fired
     grad_norm: Tensor
     bind: Tensor | float = 0.0
     contrast: Tensor | float = 0.0
@@ -140,14 +155,14 @@ class _StepResult(NamedTuple):
 
 def _fused_step(state: State, x: Tensor, settings: TrainSettings, matmul_dtype: torch.dtype) -> _StepResult:
     """The step by the kernels for GPUs; without waiting for the device."""
-    from neuraleraser.sae.kernels.fused import Watch, fused_step
+    from neuraleraser.sae.kernels.fused import fused_step
 
-    if state.watch is None:
-        state.watch = Watch(x.device)
-    result, dead, aux, norm = fused_step(
-        state.weights, state.optimiser, state.idle, state.watch, x, state.variance, settings, state.step, matmul_dtype
+    if state.last_norm is None:
+        state.last_norm = torch.zeros((), device=x.device)
+    result, state.last_norm = fused_step(
+        state.weights, state.optimiser, state.last_norm, x, state.variance, settings, state.step, matmul_dtype
     )
-    return _StepResult(result.firing_threshold, result.fvu, result.counts.sum(), dead, aux, norm)
+    return _StepResult(result.firing_threshold, result.fvu, result.counts, state.last_norm)
 
 
 def plain_step(
@@ -157,12 +172,7 @@ def plain_step(
     w = state.weights
     architecture = architecture_named(settings.architecture)
     result = architecture.forward(w, state.extra_parameters, x, state.variance, settings, matmul_dtype)
-    state.idle = torch.where(result.counts > 0, 0, state.idle + len(x))
-    dead = (state.idle >= settings.dead_after).nonzero().squeeze(1)
-
-    k_aux = max_revived(settings, state.step, *x.shape)
-    aux = bounded_revival_loss(w, x, result.residual, dead, k_aux, matmul_dtype)
-    loss = result.loss + AUX_WEIGHT * aux
+    loss = result.loss
     bind = contrast = x.new_zeros(())
     if labels is not None:
         threshold = architecture.threshold(state.extra_parameters, state.threshold)
@@ -189,13 +199,4 @@ def plain_step(
             state.optimiser.step()
             for row in w.W_dec.split(rows):
                 row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True))
-    return _StepResult(
-        result.firing_threshold,
-        result.fvu,
-        result.counts.sum(),
-        len(dead),
-        aux.detach(),
-        norm,
-        bind.detach(),
-        contrast.detach(),
-    )
+    return _StepResult(result.firing_threshold, result.fvu, result.counts, norm, bind.detach(), contrast.detach())

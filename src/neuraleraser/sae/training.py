@@ -27,6 +27,7 @@ from neuraleraser.sae.batch_checks import (
     select_source,
     validate_batch,
 )
+from neuraleraser.sae.first_weights import first_weights
 from neuraleraser.sae.model import SAE
 from neuraleraser.sae.sparse_ops import Weights
 from neuraleraser.sae.supervised import concept_directions, fisher_features
@@ -77,10 +78,11 @@ def train(
 
     BatchTopK (Bussmann et al. 2024): of a batch the B * k largest pre-activations fire. The moving average of the
     smallest of them becomes the threshold of every feature, so that after training a feature fires alone. The loss is
-    ||x - x_hat||^2 over the variance, plus 1/32 of the revival loss for dead features. Training runs on data scaled to
-    E||x||^2 = d; the scale is folded into the weights that are returned. Other architectures (`settings.architecture`)
-    end in the same SAE: JumpReLU has learnt its thresholds, TopK's are set last, so that each feature fires as often on
-    the first vectors of the stream, which is read again for it.
+    ||x - x_hat||^2 over the variance. Features start out firing about equally often (`first_weights.py`), and the bias
+    of one that stops rises until it fires again. Training runs on data scaled to E||x||^2 = d; the scale is folded
+    into the weights that are returned. Other architectures (`settings.architecture`) end in the same SAE: JumpReLU has
+    learnt its thresholds, TopK's are set last, so that each feature fires as often on the first vectors of the stream,
+    which is read again for it.
 
     With `settings.fisher_features`, `binding_weight` or `contrast_weight` the stream yields (x, labels [M, C]), one row
     of labels for every B / M consecutive vectors (`supervised.py`). With the first two, feature c belongs to concept c,
@@ -231,14 +233,12 @@ def _untrained_state(batches: Stream, settings: TrainSettings) -> _State:
     if not variance > 1e-12 * power:
         raise DataError(f"the first {len(sample)} activations are all the same vector: nothing to learn")
     scale = math.sqrt(d / power)
-    g = torch.Generator().manual_seed(settings.seed)
-    rows = torch.nn.functional.normalize(torch.randn(settings.n_features, d, generator=g), dim=1).to(sample.device)
-    w = Weights(rows.clone(), rows.new_zeros(settings.n_features), rows, geometric_median(sample * scale))
+    w = first_weights(sample * scale, settings.n_features, settings.seed)
     concepts = 0 if labels is None else labels.shape[1]
     if labels is not None and settings.fisher_features:
         w.W_enc[:concepts], w.b_enc[:concepts], w.W_dec[:concepts] = fisher_features(sample * scale, labels, w)
     elif labels is not None and settings.binding_weight:
-        toward = concept_directions(sample, labels, rows[:concepts])
+        toward = concept_directions(sample, labels, w.W_dec[:concepts])
         w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
     own = architecture_named(settings.architecture).start(w, sample * scale, settings)
     idle = torch.zeros(settings.n_features, dtype=torch.int64, device=sample.device)
@@ -250,19 +250,6 @@ def _optimiser(learnt: Iterable[Tensor]) -> torch.optim.Adam:
     """Adam over what is learnt, which become leaves; the learning rate is set at every step."""
     learnt = [p.requires_grad_() for p in learnt]
     return torch.optim.Adam(learnt, lr=0.0, eps=6.25e-10, fused=True)
-
-
-def geometric_median(x: Tensor, rounds: int = 50) -> Tensor:
-    """The point [d] of least summed distance to the rows of x [N, d] (Weiszfeld's iteration)."""
-    median = x.mean(0)
-    for _ in range(rounds):
-        weight = 1 / (x - median).norm(dim=1).clamp_min(1e-8 * float(x.abs().max()) + 1e-30)
-        new = (weight @ x) / weight.sum()
-        done = float((new - median).norm()) <= 1e-6 * float(median.norm())
-        median = new
-        if done:
-            break
-    return median
 
 
 def _unscaled_sae(state: _State, settings: TrainSettings, header: Mapping[str, Any]) -> SAE:

@@ -44,15 +44,6 @@ class Adam(NamedTuple):
     eps: float = 6.25e-10
 
 
-class Extra(NamedTuple):
-    """Gradients that come from elsewhere, of the features `at` [m] alone: [m, d], [m], [m, d]."""
-
-    at: Tensor
-    w_enc: Tensor
-    b_enc: Tensor
-    w_dec: Tensor
-
-
 @triton.jit
 def _dot(head: Any, other: Any, tail: Any, other_tail: Any) -> Any:
     """Return the dot product of two rows held as two tiles each."""
@@ -158,10 +149,6 @@ def _update(
     start: Any,
     first_segment: Any,
     sums: Any,
-    extra_of: Any,
-    extra_enc: Any,
-    extra_bias: Any,
-    extra_dec: Any,
     clip: Any,
     w_enc: Any,
     m_enc: Any,
@@ -181,7 +168,6 @@ def _update(
     b1: Any,
     b2: Any,
     eps: Any,
-    EXTRA: tl.constexpr,
     SEGMENT: tl.constexpr,
     AT_ONCE: tl.constexpr,
     HEAD: tl.constexpr,
@@ -205,15 +191,7 @@ def _update(
         enc1 += tl.load(of + d + i1, mask=k1, other=0.0)
         bias += tl.load(of + 2 * d)
     dec0, dec1, enc0, enc1, bias = factor * dec0, factor * dec1, factor * enc0, factor * enc1, factor * bias
-    tl.store(to_bias + feature, bias)  # of the pairs alone: what else moves a feature does not move b_dec
-    if EXTRA:
-        extra = tl.load(extra_of + feature)  # -1 where there is nothing more
-        o0, o1 = extra * d + i0, extra * d + i1
-        dec0 += tl.load(extra_dec + o0, mask=k0 & (o0 >= 0), other=0.0)
-        dec1 += tl.load(extra_dec + o1, mask=k1 & (o1 >= 0), other=0.0)
-        enc0 += tl.load(extra_enc + o0, mask=k0 & (o0 >= 0), other=0.0)
-        enc1 += tl.load(extra_enc + o1, mask=k1 & (o1 >= 0), other=0.0)
-        bias += tl.load(extra_bias + extra, mask=extra >= 0, other=0.0)
+    tl.store(to_bias + feature, bias)
     along = _dot(dec0, w0, dec1, w1)
     dec0 -= along * w0
     dec1 -= along * w1
@@ -246,15 +224,14 @@ def update(
     w_dec: Moments,
     adam: Adam,
     clip: Tensor,
-    extra: Extra | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of W_enc [n, d], b_enc [n] and W_dec [n, d], in place, from the residual e [B, d] and into = x - b_dec
     [B, d], both in the dtype of the large products, where features fired.
 
-    The gradients are `factor` times those of -||e||^2 / 2, plus `extra`; the decoder's has the part along its row taken
+    The gradients are `factor` times those of -||e||^2 / 2; the decoder's has the part along its row taken
     out; all are multiplied by the scalar `clip` on their way into Adam, and the decoder's rows end with norm 1.
 
-    -> (gradient of b_enc [n] from the pairs alone, sum of squares of all these gradients before `clip`, a scalar).
+    -> (gradient of b_enc [n], sum of squares of all these gradients before `clip`, a scalar).
     The twin is a step of `steps.plain_step`.
     """
     n, d = w_enc.weight.shape
@@ -274,10 +251,6 @@ def update(
             e, into, fired.rows, fired.values, fired.start, w_dec.weight, feature_of, first_segment, sums, n, d, **shape
         )
     to_bias, squares = torch.empty(n, device=device), torch.empty(n, device=device)
-    extra_of = first_segment
-    if extra is not None:
-        extra_of = torch.full((n,), -1, dtype=torch.int64, device=device)
-        extra_of[extra.at] = torch.arange(len(extra.at), device=device)
     _update[(n,)](
         e,
         into,
@@ -286,8 +259,6 @@ def update(
         fired.start,
         first_segment,
         sums,
-        extra_of,
-        *((sums, sums, sums) if extra is None else (extra.w_enc, extra.b_enc, extra.w_dec)),
         clip,
         *w_enc,
         *b_enc,
@@ -301,7 +272,6 @@ def update(
         adam.beta1,
         adam.beta2,
         adam.eps,
-        EXTRA=extra is not None,
         **shape,
     )
     return to_bias, squares.sum()
