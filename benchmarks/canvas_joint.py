@@ -91,12 +91,10 @@ def main(s: Settings) -> None:
 
     def read(seen: Judgement, cells: Sequence[tuple[str, str, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Return where the style, and the object, that a cell asks for is the one that the judge sees most."""
-        asked = (
-            [list(names).index(cell[k]) for cell in cells] for k, names in enumerate((judge.styles, judge.objects))
-        )
-        p_style, p_object = (np.asarray(p) for p in (seen.p_style, seen.p_object))
-        style, obj = (p.argmax(1) == np.array(a) for p, a in zip((p_style, p_object), asked, strict=True))
-        return style, obj
+        asked_styles = np.array([list(judge.styles).index(style) for style, _, _ in cells])
+        asked_objects = np.array([list(judge.objects).index(obj) for _, obj, _ in cells])
+        styles_seen, objects_seen = (np.asarray(p).argmax(1) for p in (seen.p_style, seen.p_object))
+        return styles_seen == asked_styles, objects_seen == asked_objects
 
     for style, obj in zip(styles, objects, strict=True):
         eraser = fit(pipe, pair_concept(style, obj), FitSettings(num_pictures=0))

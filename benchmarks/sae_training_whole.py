@@ -231,7 +231,7 @@ def run_case(name: str, s: Settings, folder: Path) -> Iterator[list[dict[str, An
     tuned: dict[tuple[str, Path | None], list[dict[str, Any]]] = {}
     for entry in plan:
         label, trainer, _, src = entry
-        rates = s.rates if src != s.base else (1.0,)  # as it was
+        rates: tuple[float, ...] = s.rates if src != s.base else (1.0,)  # as it was
         if (trainer, src) not in tuned:
             tried = [made for rate in rates if len(rates) > 1 and (made := train(entry, rate, 0, tuning=True))]
             tuned[trainer, src] = [{key: made[key] for key in ("rate", "seconds", "curve")} for made in tried]
