@@ -236,7 +236,7 @@ def run_case(name: str, s: Settings, folder: Path) -> Iterator[list[dict[str, An
             tried = [made for rate in rates if len(rates) > 1 and (made := train(entry, rate, 0, tuning=True))]
             tuned[trainer, src] = [{key: made[key] for key in ("rate", "seconds", "curve")} for made in tried]
         tried = sorted(tuned[trainer, src], key=lambda made: (made["seconds"] or math.inf, -made["curve"][-1][2]))
-        rows[label] = {"rate": tried[0]["rate"] if tried else rates[0], "tuning": tried, "runs": []}
+        rows[label] = {"rate": tried[0]["rate"] if tried else next(iter(rates)), "tuning": tried, "runs": []}
     commits = {entry[0]: commit_of(entry[3]) for entry in plan if entry[1] == "neuraleraser"}
     shape = {"case": name, "d": d, "n": n, "k": case.k, "steps": steps, "quality": quality}
     for seed in range(1, s.repeats + 1):
