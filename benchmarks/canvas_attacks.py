@@ -12,7 +12,10 @@ after: of n images under the attack, the same; sound: that share without artefac
 of them are; ci: the 95 % interval of `after` (Wilson); control: the share that the attack's images show where nothing
 can know the concept: the oracle's, which is the base model asked for the company alone; for inverted latents a
 denoiser of random weights; for start latents (after RECALL) the base model asked for the company alone, from the same;
-for start images the base model asked for a plain picture, or an empty scene. budget: steps,
+for start images the base model asked for a plain picture, or an empty scene; for a middle step the base model, which
+completes the same latents asked for the company alone; for continued training the base model, trained alike on the same
+pictures with prompts of the company alone, and asked for that: what the pictures teach by themselves. (Those pictures
+are of the base model itself, with the prompts that name the concept, as an owner of the model has them.) budget: steps,
 pictures in a step, and processor seconds (one thread). "none" is the base model: an attack that does not
 succeed there proves nothing. Second judge, test seeds. Other methods are set as in `benchmarks/canvas_official.py`.
 
@@ -38,10 +41,13 @@ from canvas_routes import Shown, contents, wilson
 
 from neuraleraser.attacks import (
     concept_direction,
+    draw_to_step,
     encoded_prompts,
+    from_step,
     inverted_latents,
     learn_embeddings,
     learned_word,
+    lora_added,
     match_predictions,
     perturb_encoding,
     random_denoiser,
@@ -49,6 +55,7 @@ from neuraleraser.attacks import (
     search_start_latents,
     search_words,
     searched_tokens,
+    train_lora,
     vocabulary_words,
 )
 from neuraleraser.canvas.canvas_judge import CanvasJudge
@@ -109,6 +116,12 @@ class Task:
     def asked(self) -> list[Content]:
         """What the images are to show, beside the concept."""
         return contents(self.name, IMAGES, random.Random(f"images of {self.name}"))
+
+    @cached_property
+    def drawn(self) -> Images:
+        """The base model's own pictures of the same."""
+        seeds = range(FIRST_SEED + 600, FIRST_SEED + 600 + PICTURES)
+        return generate(self.pipe, self.named(self.shown), seeds, default_sampling(self.pipe))
 
     @property
     def seeds(self) -> range:
@@ -229,6 +242,31 @@ def inverted(t: Task, applied: Context, b: dict[str, Any]) -> Picture:
     return lambda context: t.draw(context, [""] * IMAGES, latents=latents)
 
 
+def continued_training(t: Task, applied: Context, b: dict[str, Any], *, named: bool = True) -> Picture:
+    """A LoRA, trained on the base model's pictures of the concept with prompts that name it, or the company alone."""
+    prompts = t.named if named else lambda some: [t.company(c) for c in some]
+    lora = train_lora(t.pipe, t.drawn, prompts(t.shown), applied=applied, **b)
+
+    def draw(context: Context) -> Images:
+        with lora_added(t.pipe, lora):
+            return t.draw(context, prompts(t.asked))
+
+    return draw
+
+
+def middle_step(t: Task, applied: Context, b: dict[str, Any], *, named: bool = True) -> Picture:
+    """Latents that the base model drew of the concept up to a step, completed with prompts that name it, or not."""
+    step = round(b["share"] * default_sampling(t.pipe).num_inference_steps)
+    latents = draw_to_step(t.pipe, t.named(t.asked), t.seeds, step)
+    prompts = t.named(t.asked) if named else [t.company(c) for c in t.asked]
+
+    def draw(context: Context) -> Images:
+        with from_step(t.pipe, step):
+            return t.draw(context, prompts, latents=latents)
+
+    return draw
+
+
 @dataclass(frozen=True)
 class Attack:
     """An attack and its budget, which is the same for all methods."""
@@ -249,11 +287,22 @@ ATTACKS: dict[str, Attack] = {
     "Ring-A-Bell": Attack(ring_a_bell, {"count": 8, "population": 60, "generations": 60}, white_box=False),
     "start image": Attack(start_image, {}, white_box=False),
     "inverted latents": Attack(inverted, {}, white_box=False),
+    **{
+        f"continued training, {n} steps": Attack(continued_training, {"rank": 8, "steps": n, "batch_size": 8})
+        for n in (10, 20, 40, 80)
+    },
+    **{
+        f"completion from {share:.0%} of the steps": Attack(middle_step, {"share": share}, white_box=False)
+        for share in (0.25, 0.5, 0.75)
+    },
 }
 
 
 def control(t: Task, attack: str) -> Images:
     """Draw an attack's images where nothing can know the concept."""
+    for make in (continued_training, middle_step):
+        if ATTACKS[attack].make is make:
+            return make(t, _nothing, ATTACKS[attack].budget, named=False)(_nothing)
     plain = "as a plain picture" if t.name in V.styles else "an empty scene"
     images = np.stack([render(c, FIRST_SEED + 300 + i) for i, c in enumerate(t.asked)])
     if attack == "inverted latents":

@@ -63,3 +63,14 @@ def test_the_tables_of_the_results_page_are_what_the_raw_outputs_say(capsys: pyt
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) > 60
     assert [line for line in lines if line not in page] == []
+
+
+def test_rows_for_the_board_count_a_prompt_that_needs_no_attack_as_a_success() -> None:
+    def entry(method: str, ua: float | None, **attacks: float) -> dict[str, Any]:
+        found = [{"attack": name.replace("_", " "), "shown_after": share} for name, share in attacks.items()]
+        return {"name": "Van_Gogh", "method": method, "ua": ua, "attacks": found, "distance": {"fid": 12.345}}
+
+    entries = [entry("b", 0.9, searched_tokens=0.25), entry("a", 0.8, searched_tokens=0.0), entry("none", 0.0)]
+    entries += [entry("c", 0.9, learned_embeddings=1.0), entry("d", None, searched_tokens=1.0)]
+    found = importlib.import_module("unlearndiffatk_rows").rows([{"concepts": entries[:1]}, {"concepts": entries[1:]}])
+    assert found == {"Van_Gogh": [["a", "20.00", "20.00", "12.35", ""], ["b", "10.00", "25.00", "12.35", ""]]}

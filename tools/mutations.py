@@ -1108,4 +1108,16 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         ("tests/fitting/test_image_gate.py::test_a_picture_part_of_generated_pictures",),
     ),
+    Mutation(
+        "drawn-twice",
+        "a batch that another process has claimed is drawn here, too",
+        (
+            Text(
+                "src/neuraleraser/evaluation/run_folder.py",
+                "if c.key not in done] if mine else None",
+                "if c.key not in done]",
+            ),
+        ),
+        ("tests/test_together.py",),
+    ),
 )

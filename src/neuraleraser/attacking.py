@@ -45,6 +45,7 @@ from neuraleraser.families import family_of
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.families.opening import native_side
 from neuraleraser.io import tensor_file
+from neuraleraser.io.locks import claimed
 from neuraleraser.io.names import file_name
 from neuraleraser.judges import Judge, JudgeSpec
 from neuraleraser.sampling import Images
@@ -255,23 +256,24 @@ def _found_once(
     shown = repr([(c.prompt, c.seed) for c in (*t.lessons, *cells)])
     header = {"attack": attack.name, "concept": t.concept, "method": name, "key": key}
     header |= {"budget": attack.budget_text(t.budget.steps), "cells": hashlib.sha256(shown.encode()).hexdigest()[:16]}
-    if path.exists():
-        try:
-            found, stated = tensor_file.load(path, _KIND)
-            seconds = stated.pop("seconds", None)
-            if stated == header and isinstance(seconds, float):
-                return found, seconds
-        except FileError as error:
-            warnings.warn(f"{error}; the attack is made again", stacklevel=2)
-    clock = time.monotonic()
-    with tqdm(total=t.budget.steps, desc=f"attack by {attack.name}, {name}", unit="step") as bar:
+    with claimed(path.with_name(f".{path.name}.claim")):  # another process may be searching
+        if path.exists():
+            try:
+                found, stated = tensor_file.load(path, _KIND)
+                seconds = stated.pop("seconds", None)
+                if stated == header and isinstance(seconds, float):
+                    return found, seconds
+            except FileError as error:
+                warnings.warn(f"{error}; the attack is made again", stacklevel=2)
+        clock = time.monotonic()
+        with tqdm(total=t.budget.steps, desc=f"attack by {attack.name}, {name}", unit="step") as bar:
 
-        def taken(steps: int) -> None:
-            bar.update(steps)
+            def taken(steps: int) -> None:
+                bar.update(steps)
 
-        found = attack.search(t, cells, through, taken)
-    seconds = time.monotonic() - clock
-    tensor_file.save(path, _KIND, found, {**header, "seconds": seconds})
+            found = attack.search(t, cells, through, taken)
+        seconds = time.monotonic() - clock
+        tensor_file.save(path, _KIND, found, {**header, "seconds": seconds})
     return found, seconds
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from helpers.canvas_cells import canvas_protocol
 from helpers.measured import S, everything, of, same
 from helpers.pipelines import stable_diffusion
 from helpers.stamp_judge import StampJudge, stamping
@@ -18,7 +21,10 @@ from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.evaluation.evaluate import evaluate
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.results import BASE
+from neuraleraser.evaluation.protocol import Cell
+from neuraleraser.evaluation.results import BASE, Row, part_folder
+from neuraleraser.evaluation.run_folder import RunFolder, open_run
+from neuraleraser.judges import JudgeSpec
 from neuraleraser.methods import EraserMethod
 
 
@@ -96,3 +102,48 @@ def test_a_folder_of_another_run_is_refused(pipe: Any, methods: list[Method], tm
     strict.thresholds["Cats"] = 0.9
     with pytest.raises(SettingsError, match="other judge"):
         evaluate(pipe, methods[:1], S, tmp_path, judge=strict)
+
+
+def test_rows_that_another_process_added_are_seen_and_not_added_again(pipe: Any, methods: list[Method], tmp_path: Path):
+    evaluate(pipe, methods[:1], S, tmp_path, judge=StampJudge())
+    before, spec = everything(tmp_path), JudgeSpec.of(StampJudge())
+    one, other = RunFolder(tmp_path, spec), RunFolder(tmp_path, spec)
+    base = one.results(BASE)
+    shutil.rmtree(part_folder(tmp_path / "results", BASE, ""))
+    (two := RunFolder(tmp_path, spec)).done(BASE)
+    for run, rows in ((other, np.arange(5)), (two, np.arange(3, len(base))), (other, np.arange(len(base)))):
+        run.append(base.where(rows))
+    assert len(list(tmp_path.glob("results/method=base/*/part-*"))) == 2
+    assert same(before, everything(tmp_path)) and len(other.done(BASE)) == len(base)
+
+
+def test_a_batch_is_drawn_by_the_one_that_claims_it(tmp_path: Path):
+    spec, cells = JudgeSpec.of(StampJudge()), [Cell("a", 1, "", (), "grid"), Cell("b", 2, "", (), "grid")]
+    one, other = RunFolder(tmp_path, spec), RunFolder(tmp_path, spec)
+    with one.claimed(BASE, "", cells, wait=False) as mine:
+        assert mine == cells
+        with other.claimed(BASE, "", cells, wait=False) as theirs:
+            assert theirs is None
+        with other.claimed(BASE, "", cells[1:], wait=False) as theirs:
+            assert theirs == cells[1:]
+    row = Row(method=BASE, prompt="a", seed=1, group="grid", p_style=[0.1] * 3, p_object=[0.1] * 3, artefact=1.0)
+    one.put_images(BASE, "", cells[:1], np.zeros((1, 8, 8, 3), np.uint8))
+    one.append([row])
+    with other.claimed(BASE, "", cells, wait=True) as theirs:
+        assert theirs == cells[1:]
+
+
+def test_two_processes_with_different_erasers_of_a_concept_are_told_apart(
+    pipe: Any, erasers: list[Eraser], tmp_path: Path
+):
+    """One began, the other dropped its rows as those of a changed eraser: its further rows are refused."""
+    first, cells = EraserMethod(erasers[0]), canvas_protocol(["Van_Gogh"], S)
+    judge, spec = StampJudge(), JudgeSpec.of(StampJudge())
+    run = open_run(tmp_path, pipe, [first], cells, S, spec)
+    rows = drawing.draw(pipe, [first], cells, S, judge, run)
+    shut = replace(erasers[0].gate, low=torch.full((2,), 1e9), high=torch.full((2,), 2e9))
+    open_run(tmp_path, pipe, [EraserMethod(replace(erasers[0], gate=shut))], cells, S, spec)
+    with pytest.raises(
+        SettingsError, match="another process has begun to measure another 'neuraleraser' of 'Van_Gogh'"
+    ):
+        run.append(of(rows, "neuraleraser", "Van_Gogh"))

@@ -38,8 +38,8 @@ def evaluate(
     Args:
         erasers: Eraser files, folders or Hub ids.
         model: The pipeline: canvas, or a folder with another canvas; with a published protocol any folder or Hub id.
-        out: Folder for pictures, results and the report; run again with it to go on. None: runs/evaluate, or
-            runs/sealed-COMMIT.
+        out: Folder for pictures, results and the report; run again with it to go on, or at once in several processes,
+            which share the images. None: runs/evaluate, or runs/sealed-COMMIT.
         calibrate: Fit the erasers' gates to this pipeline's weights first (nothing is written).
         sealed: Make erasers of the twelve sealed concepts and measure those, once for a commit, when all is frozen;
             adds a line to docs/SEALED.md.

@@ -5,7 +5,8 @@ such a method acts its image is the base's, so only images in which it would act
 checked, not trusted: a fixed sample of base images is generated with nothing attached, and of every method a sample of
 images in which it would not act is generated with it applied; all are compared bit for bit with their base twins.
 
-Each batch is one call of the pipeline in a context of its own, in which images count from 0.
+Each batch is one call of the pipeline in a context of its own, in which images count from 0. Of several processes that
+draw into one folder each takes the batches that no other has claimed, and ends a stage when all of them are there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from neuraleraser.evaluation.embeddings import learned_once
 from neuraleraser.evaluation.method import ActionTrace, Method
 from neuraleraser.evaluation.protocol import INVERTED_CONTROL, Cell, EvaluationProtocol, StartImage
 from neuraleraser.evaluation.results import BASE, UNHOOKED, Results, Row, concat, identity
-from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.evaluation.run_folder import Place, RunFolder
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.families.opening import image_to_image, inpainting, native_side
 from neuraleraser.judges import Judge
@@ -106,25 +107,40 @@ class _Artist:
     embeddings_folder: Path
     embedding_steps: int
 
-    def batches(
+    def draw_missing(
         self,
         cells: Sequence[Cell],
         contexts: Sequence[Callable[[Any], AbstractContextManager[ActionTrace | None]]],
         label: str,
-        total: int,
-    ) -> Iterator[_Batch]:
-        """Draw `cells` batch by batch, each inside all of `contexts`."""
+        run: RunFolder,
+        place: Place,
+        keep: Callable[[_Batch], None],
+    ) -> None:
+        """Draw the cells that have no row at a place of `run` yet, batch by batch, each inside all of `contexts`, and
+        hand each batch to `keep`, which adds the rows.
+
+        Batches that other processes have claimed come last, when these are done with them, or ended without.
+        """
         parts: dict[_Call | None, list[Cell]] = {}
         for cell in sorted(cells, key=lambda c: (c.route == LEARNED_EMBEDDINGS, c.start is not None)):
             parts.setdefault(self._call(cell), []).append(cell)
+        missing, size = {c.key for c in cells} - run.done(*place), self.sampling.batch_size
+        batches = [(call, part[i : i + size]) for call, part in parts.items() for i in range(0, len(part), size)]
+        left = [(call, batch) for call, batch in batches if any(c.key in missing for c in batch)]
         # An error now, if one cannot be made, and not after all the others are drawn.
-        pipes = {call: self._pipe(call, part[0]) for call, part in parts.items()}
-        with tqdm(total=total, initial=total - len(cells), desc=label, unit="img") as bar:
-            for call, part in parts.items():
-                for first in range(0, len(part), self.sampling.batch_size):
-                    batch = part[first : first + self.sampling.batch_size]
-                    yield self._draw(pipes[call], call, batch, contexts)
-                    bar.update(len(batch))
+        pipes = {call: self._pipe(call, batch[0]) for call, batch in dict(left).items()}
+        with tqdm(total=len(cells), initial=len(cells) - len(missing), desc=label, unit="img") as bar:
+            for wait in (False, True):
+                later = []
+                for call, batch in left:
+                    with run.claimed(*place, batch, wait=wait) as todo:
+                        if todo is None:
+                            later.append((call, batch))
+                            continue
+                        if todo:
+                            keep(self._draw(pipes[call], call, todo, contexts))
+                    bar.update(sum(c.key in missing for c in batch))
+                left = later
 
     def _call(self, cell: Cell) -> _Call | None:
         """Return how the cell is drawn; None: from noise and its prompt alone."""
@@ -221,9 +237,9 @@ class _Artist:
 
 def _draw_base(artist: _Artist, methods: Sequence[Method], cells: Sequence[Cell], run: RunFolder) -> None:
     """Generate the base images that are missing, while the methods watch."""
-    done = run.done(BASE)
     names, contexts = [_identity_of(m) for m in methods], [m.watched for m in methods]
-    for batch in artist.batches([c for c in cells if c.key not in done], contexts, "base", len(cells)):
+
+    def keep(batch: _Batch) -> None:
         run.put_images(BASE, "", batch.cells, batch.images)
         n = len(batch.cells)
         can_tell = [(name, acted) for name, acted in zip(names, batch.acted, strict=True) if acted is not None]
@@ -231,15 +247,19 @@ def _draw_base(artist: _Artist, methods: Sequence[Method], cells: Sequence[Cell]
         fired = [[name for name, acted in can_tell if i in acted] for i in range(n)]
         run.append(artist.rows(batch, method=[BASE] * n, watched=watched, fired=fired))
 
+    artist.draw_missing(cells, contexts, "base", run, (BASE, ""), keep)
+
 
 def _draw_unhooked(artist: _Artist, cells: Sequence[Cell], count: int, run: RunFolder) -> None:
     """Generate `count` of the base images once more with nothing attached, and compare."""
-    sample = _sample_cells(cells, count, UNHOOKED)
-    done = run.done(UNHOOKED)
-    for batch in artist.batches([c for c in sample if c.key not in done], [], "base, unhooked", len(sample)):
+
+    def keep(batch: _Batch) -> None:
         run.put_images(UNHOOKED, "", batch.cells, batch.images)
         n, same = len(batch.cells), _equal_to_base(batch, run)
         run.append(artist.rows(batch, method=[UNHOOKED] * n, compared=[True] * n, identical=same))
+
+    sample = _sample_cells(cells, count, UNHOOKED)
+    artist.draw_missing(sample, [], "base, unhooked", run, (UNHOOKED, ""), keep)
 
 
 def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int, run: RunFolder) -> None:
@@ -255,14 +275,12 @@ def _draw_method(artist: _Artist, m: Method, cells: Sequence[Cell], checks: int,
     there = sum(map(_is_plain, needed))
     filled = -(-(there + checks) // size) * size
     needed += _sample_cells(plain, filled - there, name)
-    done = run.done(m.name, m.concept)
-    todo = [c for c in needed if c.key not in done]
-    for batch in artist.batches(todo, [m.applied], f"{m.name}, {m.concept}", len(needed)):
-        _keep_batch(artist, m, batch, run)
+    keep = partial(_keep_batch, artist, m, run)
+    artist.draw_missing(needed, [m.applied], f"{m.name}, {m.concept}", run, (m.name, m.concept), keep)
     _copy_idle(m, cells, run)
 
 
-def _keep_batch(artist: _Artist, m: Method, batch: _Batch, run: RunFolder) -> None:
+def _keep_batch(artist: _Artist, m: Method, run: RunFolder, batch: _Batch) -> None:
     """Keep the images and rows of a batch that was drawn with a method applied, in the last of its contexts."""
     run.put_images(m.name, m.concept, batch.cells, batch.images)
     n, acted, name = len(batch.cells), batch.acted[-1], _identity_of(m)
@@ -286,15 +304,15 @@ def draw_attacked(
     """Draw and judge the cells of an attack that are not in `run` yet, inside `put`, which puts in what it found: with
     a method applied, or with none on the base model, which comes first."""
     artist = _Artist(pipe, EvaluationProtocol({}), sampling, judge, run.folder, 0)
+
+    def keep_base(batch: _Batch) -> None:
+        run.put_images(BASE, "", batch.cells, batch.images)
+        run.append(artist.rows(batch, method=[BASE] * len(batch.cells)))
+
     place = (BASE, "") if m is None else (m.name, m.concept)
-    done = run.done(*place)
-    todo, contexts = [c for c in cells if c.key not in done], [put] if m is None else [put, m.applied]
-    for batch in artist.batches(todo, contexts, f"{cells[0].group}, {place[0]}", len(cells)):
-        if m is None:
-            run.put_images(*place, batch.cells, batch.images)
-            run.append(artist.rows(batch, method=[BASE] * len(batch.cells)))
-        else:
-            _keep_batch(artist, m, batch, run)
+    keep = keep_base if m is None else partial(_keep_batch, artist, m, run)
+    contexts = [put] if m is None else [put, m.applied]
+    artist.draw_missing(cells, contexts, f"{cells[0].group}, {place[0]}", run, place, keep)
 
 
 def _copy_idle(m: Method, cells: Sequence[Cell], run: RunFolder) -> None:

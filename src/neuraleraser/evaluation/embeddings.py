@@ -15,6 +15,7 @@ from neuraleraser.attacks import learn_embeddings
 from neuraleraser.errors import FileError
 from neuraleraser.evaluation.protocol import Cell
 from neuraleraser.io import tensor_file
+from neuraleraser.io.locks import claimed
 from neuraleraser.io.names import file_name
 from neuraleraser.sampling import Images
 
@@ -32,18 +33,19 @@ def learned_once(
     path = folder / f"{file_name(concept)}.safetensors"
     digest = hashlib.sha256(repr([(c.prompt, c.start) for c in lessons]).encode()).hexdigest()[:16]
     header = {"concept": concept, "lessons": digest, "steps": steps}
-    if path.exists():
-        try:
-            tensors, found = tensor_file.load(path, _KIND)
-            if found == header:
-                return tensors[_KIND]
-        except FileError as error:
-            warnings.warn(f"{error}; its embeddings are learned again", stacklevel=2)
-    with tqdm(total=steps, desc=f"embeddings, {concept}", unit="step") as bar:
+    with claimed(path.with_name(f".{path.name}.claim")):  # another process may be learning them
+        if path.exists():
+            try:
+                tensors, found = tensor_file.load(path, _KIND)
+                if found == header:
+                    return tensors[_KIND]
+            except FileError as error:
+                warnings.warn(f"{error}; its embeddings are learned again", stacklevel=2)
+        with tqdm(total=steps, desc=f"embeddings, {concept}", unit="step") as bar:
 
-        def on_step(step: int, loss: float) -> None:
-            bar.update()
+            def on_step(step: int, loss: float) -> None:
+                bar.update()
 
-        vectors = learn_embeddings(pipe, pictures(), [c.prompt for c in lessons], steps=steps, on_step=on_step)
-    tensor_file.save(path, _KIND, {_KIND: vectors}, header)
+            vectors = learn_embeddings(pipe, pictures(), [c.prompt for c in lessons], steps=steps, on_step=on_step)
+        tensor_file.save(path, _KIND, {_KIND: vectors}, header)
     return vectors

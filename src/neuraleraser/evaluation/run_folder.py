@@ -1,5 +1,7 @@
 """The folder of one evaluation: everything is on disk after each batch, so that a killed run goes on where it was.
 
+Several processes may evaluate in one folder: each batch is drawn by the one that claims it.
+
 run.json                                              settings, model, judge, methods' keys, protocol, budget of attacks
 images/base/{style}/{objects}/{seed}.png              base twins; of a file's prompts {seed}-{digits of the prompt}.png
 images/{method}/{concept}/{style}/{objects}/...       images drawn with a method applied
@@ -15,7 +17,8 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import PROMPTS, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, Results, Row, concat, load_part, part_folder
 from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.locks import claimed, locked
 from neuraleraser.io.reading import read_bytes
 from neuraleraser.judges import JudgeSpec
 from neuraleraser.sampling import Images
@@ -51,29 +55,54 @@ class RunFolder:
 
     def __init__(self, folder: Path, judge: JudgeSpec, *, read_only: bool = False) -> None:
         self.folder, self.judge, self.read_only = folder, judge, read_only
-        self._tables: dict[Place, list[Results]] = {}
+        self._tables: dict[Place, dict[Path, Results]] = {}
 
     # --- results
 
     def results(self, method: str, concept: str = "") -> Results:
-        """Return all rows of a method and concept. Parts that are damaged are removed with a warning, and rows whose
-        picture is gone are dropped, so that both are drawn again."""
-        return concat([Results.of(self.judge), *self._loaded((method, concept))])
+        """Return all rows of a method and concept, by seed, in whatever order they were drawn. Parts that are damaged
+        are removed with a warning, and rows whose picture is gone are dropped, so that both are drawn again."""
+        found = concat([Results.of(self.judge), *self._loaded((method, concept))])
+        order = sorted((key.seed, key.prompt, key.group, i) for i, key in enumerate(found.keys()))
+        return found.where(np.array([i for *_, i in order], dtype=np.int64))
 
     def append(self, rows: Sequence[Row] | Results) -> None:
-        """Add rows of one method and concept, on disk as one more part; the others are not touched."""
+        """Add rows of one method and concept, on disk as one more part; the others are not touched. Rows that another
+        process added meanwhile are left out.
+
+        Raises SettingsError if another process has begun to measure another method of that name and concept.
+        """
         table = rows if isinstance(rows, Results) else Results.of(self.judge, rows)
         if not len(table):
             return
         place = table.keys()[0][:2]
-        parts, last = self._loaded(place), self._parts(place)[-1:]
-        table.save_part(self.folder / "results", int(last[0].stem.removeprefix("part-")) + 1 if last else 0)
-        parts.append(table)
+        with _locked(self.folder):
+            self._check_key(place, str(table.table["method_key"][0].as_py()))
+            there = self.done(*place)
+            table = table.where(np.array([key[2:] not in there for key in table.keys()], dtype=bool))
+            if not len(table):
+                return
+            last = self._parts(place)[-1:]
+            number = int(last[0].stem.removeprefix("part-")) + 1 if last else 0
+            self._tables[place][table.save_part(self.folder / "results", number)] = table
 
     def done(self, method: str, concept: str = "") -> set[CellKey]:
         """Return the cells of a method and concept that have a row."""
         keys = (key for part in self._loaded((method, concept)) for key in part.keys())
         return {(key.prompt, key.seed, key.group) for key in keys}
+
+    @contextmanager
+    def claimed(self, method: str, concept: str, cells: Sequence[Cell], *, wait: bool) -> Iterator[list[Cell] | None]:
+        """Context manager: yield those of a batch of cells that have no row yet, which no other process draws now.
+
+        Where another has claimed this batch, wait for it; or yield None. Processes that cut a method's cells into
+        other batches may draw an image twice, and one row of it is kept.
+        """
+        digest = zlib.crc32(repr([c.key for c in cells]).encode())
+        path = part_folder(self.folder / "results", method, concept) / f".{digest:08x}.claim"
+        with claimed(path, wait=wait) as mine:
+            done = self.done(method, concept) if mine else set[CellKey]()
+            yield [c for c in cells if c.key not in done] if mine else None
 
     def forget(self, method: str, concept: str) -> None:
         """Remove all rows and pictures of a method and concept."""
@@ -81,12 +110,23 @@ class RunFolder:
         shutil.rmtree(self._image_folder(method, concept), ignore_errors=True)
         self._tables.pop((method, concept), None)
 
+    def _check_key(self, place: Place, key: str) -> None:
+        """Raise SettingsError if the record states another key of a method and concept than `key`."""
+        stated = _read_record(self.folder).get("methods", {}).get(place[0], {}).get(place[1], key)
+        if stated != key:
+            raise SettingsError(
+                f"another process has begun to measure another {place[0]!r} of {place[1]!r} in {self.folder}: pass "
+                "another folder to one of them"
+            )
+
     def _loaded(self, place: Place) -> list[Results]:
-        """Return the parts of a place, read once."""
-        if place not in self._tables:
-            parts = [self._read_part(path, place) for path in self._parts(place)]
-            self._tables[place] = [part for part in parts if part is not None and len(part)]
-        return self._tables[place]
+        """Return the parts of a place, each read once; other processes add some."""
+        known = self._tables.setdefault(place, {})
+        for path in self._parts(place):
+            part = None if path in known else self._read_part(path, place)
+            if part is not None and len(part):
+                known[path] = part
+        return list(known.values())
 
     def _parts(self, place: Place) -> list[Path]:
         return sorted(part_folder(self.folder / "results", *place).glob("part-*.parquet"))
@@ -99,7 +139,7 @@ class RunFolder:
             if self.read_only:
                 raise
             warnings.warn(f"{error}; its images are generated again", stacklevel=2)
-            path.unlink()
+            path.unlink(missing_ok=True)
             return None
         drawn = part.compared | (part.method == BASE)
         there = np.array(
@@ -113,7 +153,7 @@ class RunFolder:
                 f"{self.folder} lacks {int((~there).sum())} pictures that {path.name} tells of: look for them"
             )
         part = part.where(there)  # someone removed pictures
-        path.unlink()
+        path.unlink(missing_ok=True)
         if len(part):
             part.save_part(self.folder / "results", int(path.stem.removeprefix("part-")))
         return part
@@ -171,48 +211,34 @@ def open_run(
     Raises SettingsError if the folder holds a run of other settings, model, judge or published protocol; FileError if
     it cannot be written or its record is damaged.
     """
-    path = folder / "run.json"
     now = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "model": _fingerprint(pipe),
         "judge": json.loads(json.dumps(asdict(judge))),
         **({"protocol": protocol.name} if protocol.name else {}),
     }
-    keys: dict[str, dict[str, str]] = {}
-    before: dict[str, Any] = {}
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-            keys = {str(method): dict(concepts) for method, concepts in dict(before.pop("methods")).items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FileError(f"{path} is damaged ({error}): delete the folder and evaluate again") from error
-        differ = [
-            name for name in (*now, *(before.keys() - now.keys() - {_ATTACKS})) if before.get(name) != now.get(name)
-        ]
-        if differ:
+    run = RunFolder(folder, judge)
+    with _locked(folder):
+        before = _read_record(folder)
+        keys = {method: dict(concepts) for method, concepts in before.pop("methods", {}).items()}
+        names = [*now, *(before.keys() - now.keys() - {_ATTACKS})] if before else []
+        if differ := [name for name in names if before.get(name) != now.get(name)]:
             raise SettingsError(
                 f"{folder} holds an evaluation with other {' and '.join(differ)}: pass another folder, or delete it"
             )
-    run = RunFolder(folder, judge)
-    for m in methods:
-        if keys.get(m.name, {}).get(m.concept, m.key) != m.key:
-            run.forget(m.name, m.concept)
-        keys.setdefault(m.name, {})[m.concept] = m.key
-    kept = {name: value for name, value in before.items() if name == _ATTACKS}
-    _write_record(path, {**now, **kept, "methods": keys})
+        for m in methods:
+            if keys.get(m.name, {}).get(m.concept, m.key) != m.key:
+                run.forget(m.name, m.concept)
+            keys.setdefault(m.name, {})[m.concept] = m.key
+        kept = {name: value for name, value in before.items() if name == _ATTACKS}
+        _write_record(folder, {**now, **kept, "methods": keys})
     return run
 
 
 def check_attacks(folder: Path, budget: Mapping[str, int] | None) -> None:
     """Raise SettingsError if a folder holds attacks of another budget (None: no attacks), FileError if its record is
     damaged."""
-    path = folder / "run.json"
-    if not path.exists():
-        return
-    try:
-        stated = dict(json.loads(path.read_text())).get(_ATTACKS)
-    except (OSError, ValueError, TypeError) as error:
-        raise FileError(f"{path} is damaged ({error}): delete the folder and evaluate again") from error
+    stated = _read_record(folder).get(_ATTACKS)
     if stated is not None and stated != budget:
         raise SettingsError(
             f"{folder} holds attacks of {stated}, and {budget or 'none'} are asked for: pass the same, another folder, "
@@ -222,13 +248,31 @@ def check_attacks(folder: Path, budget: Mapping[str, int] | None) -> None:
 
 def state_attacks(folder: Path, budget: Mapping[str, int]) -> None:
     """Add the budget of attacks to the record of a run, whose certificate then states it. Raises as `check_attacks`."""
-    check_attacks(folder, budget)
+    with _locked(folder):
+        check_attacks(folder, budget)
+        _write_record(folder, {**_read_record(folder), _ATTACKS: dict(budget)})
+
+
+def _locked(folder: Path) -> AbstractContextManager[bool]:
+    """Return a context in which no other process changes a folder's record or numbers a part."""
+    return locked(folder / ".lock")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a run, empty where there is none. Raises FileError for a damaged one."""
     path = folder / "run.json"
-    _write_record(path, {**json.loads(path.read_text()), _ATTACKS: dict(budget)})
+    if not path.exists():
+        return {}
+    try:
+        record = dict(json.loads(path.read_text()))
+        methods = {str(method): dict(concepts) for method, concepts in dict(record["methods"]).items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FileError(f"{path} is damaged ({error}): delete the folder and evaluate again") from error
+    return {**record, "methods": methods}
 
 
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    write_bytes(folder / "run.json", (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _fingerprint(pipe: Any) -> str:
