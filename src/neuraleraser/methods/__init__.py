@@ -13,6 +13,7 @@ from neuraleraser.methods.none import DoNothing
 from neuraleraser.methods.oracle import Oracle
 from neuraleraser.methods.patch_replacement import PatchReplacement
 from neuraleraser.methods.random_features import RandomFeatures
+from neuraleraser.methods.saemnesia import SAEmnesia, SAEmnesiaSettings
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
 from neuraleraser.methods.salun import SalUn, SalUnSettings
@@ -35,6 +36,8 @@ __all__ = [
     "Oracle",
     "PatchReplacement",
     "RandomFeatures",
+    "SAEmnesia",
+    "SAEmnesiaSettings",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
     "SalUn",
