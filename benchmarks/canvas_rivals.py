@@ -43,8 +43,10 @@ from neuraleraser.fitting import fit_saeuron
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.methods import (
     CASteer,
+    ConceptPinpointEraser,
     ConceptRemovalGuidance,
     ConceptSteerers,
+    CPESettings,
     DynamicNegativeGuidance,
     ErasedStableDiffusion,
     ESDSettings,
@@ -158,6 +160,12 @@ def _gloce(pipe: Any, name: str, numbers: Numbers) -> Method:
     return GLoCE.measure(pipe, name, _kind(name), pairs, stays, range(24), default_sampling(pipe), **numbers)
 
 
+def _cpe(pipe: Any, name: str, numbers: Numbers) -> Method:
+    pairs, others = _pairs(name, 0) + _pairs(name, 40), [n for n in (*V.open_styles, *V.open_objects) if n != name]
+    stays = [*_preserved(name), *_whole_prompts(others, 60)]
+    return ConceptPinpointEraser.train(pipe, name, _kind(name), pairs, stays, CPESettings(**numbers))
+
+
 def _labelled_sae(pipe: Any) -> SAE:
     """SAEmnesia's SAE, trained once, from SAeUron's, on 160 images of everything that is not sealed."""
     path, site = SAES / "saemnesia.safetensors", default_block_site(pipe, "style")
@@ -233,6 +241,13 @@ RIVALS: dict[str, Rival] = {
         tuple(
             {"rank": r, "gate_rank": g, "threshold": t, "untouched": u}
             for r, g, t, u in ((1, 1, 2.5, 0.2), (8, 1, 1.5, 0.2), (4, 4, 1.5, 0.0), (1, 1, 1.5, 0.0))
+        ),
+    ),
+    "cpe": Rival(
+        _cpe,
+        (
+            *({"anchor_weight": 1e4, "stages": 0}, {"anchor_weight": 1e4, "stages": 5}),
+            *({"anchor_weight": 1e5, "stages": 5}, {"anchor_weight": 1e4, "stages": 5, "beyond": 1.0}),
         ),
     ),
     "saemnesia": Rival(_saemnesia, tuple({"multiplier": m} for m in (-1.0, -5.0, -15.0, -30.0))),

@@ -1,6 +1,7 @@
 """Methods: what erases a concept, one file each. Our eraser, methods of others, and the controls beside them."""
 
 from neuraleraser.methods.casteer import CASteer
+from neuraleraser.methods.concept_pinpoint_eraser import ConceptPinpointEraser, CPESettings
 from neuraleraser.methods.concept_removal_guidance import ConceptRemovalGuidance
 from neuraleraser.methods.concept_steerers import ConceptSteerers
 from neuraleraser.methods.difference_of_means import DifferenceOfMeans
@@ -23,6 +24,8 @@ from neuraleraser.methods.unified_concept_editing import UnifiedConceptEditing
 
 __all__ = [
     "CASteer",
+    "CPESettings",
+    "ConceptPinpointEraser",
     "ConceptRemovalGuidance",
     "ConceptSteerers",
     "DifferenceOfMeans",
