@@ -13,8 +13,9 @@ images. Ours and the controls are drawn on all six concepts and all cells; other
 fewer concepts, on every second cell of the grid that does not ask for the concept, and without inpainting and inverted
 latents.
 
-"patch-replacement" has SAeUron's features; "difference-of-means" stands behind the prompt gate of our eraser, which
-sees no picture; neither was tuned. "none" does nothing; "oracle" is the base model, asked for the same without the
+"patch-replacement" has SAeUron's features, and "saemnesia" starts from SAeUron's SAE in runs/saeuron;
+"difference-of-means" stands behind the prompt gate of our eraser, which sees no picture. The first and the last were
+not tuned. "none" does nothing; "oracle" is the base model, asked for the same without the
 concept; the string filters know every phrasing, or those that methods are made with. "make_seconds" is of one core that
 others used as well.
 

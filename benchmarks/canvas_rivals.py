@@ -39,16 +39,20 @@ from neuraleraser.concepts import canvas_concept
 from neuraleraser.evaluation.method import Method
 from neuraleraser.families.defaults import default_sampling
 from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting import fit_saeuron
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.methods import (
     CASteer,
+    ConceptPinpointEraser,
     ConceptRemovalGuidance,
     ConceptSteerers,
+    CPESettings,
     DynamicNegativeGuidance,
     ErasedStableDiffusion,
     ESDSettings,
     GLoCE,
     NegativePrompt,
+    SAEmnesia,
     SafeLatentDiffusion,
     SalUn,
     SalUnSettings,
@@ -58,8 +62,12 @@ from neuraleraser.methods import (
 )
 from neuraleraser.sae import SAE
 from neuraleraser.sampling import generate
+from neuraleraser.sites import default_block_site
+from neuraleraser.vocabulary import PHRASINGS, SEEN, labelled_prompts
 
 RESULTS = Path("benchmarks/results/canvas-tuning.json")
+SAES = Path("runs/saeuron")
+"""Folder in which SAeUron's SAE is made and kept, and what SAEmnesia makes of it."""
 CONCEPTS = ("Rust", "Dogs")
 FIRST_SEED = 700
 """Of the selection seeds; what is trained takes those from 0 on."""
@@ -152,6 +160,33 @@ def _gloce(pipe: Any, name: str, numbers: Numbers) -> Method:
     return GLoCE.measure(pipe, name, _kind(name), pairs, stays, range(24), default_sampling(pipe), **numbers)
 
 
+def _cpe(pipe: Any, name: str, numbers: Numbers) -> Method:
+    pairs, others = _pairs(name, 0) + _pairs(name, 40), [n for n in (*V.open_styles, *V.open_objects) if n != name]
+    stays = [*_preserved(name), *_whole_prompts(others, 60)]
+    return ConceptPinpointEraser.train(pipe, name, _kind(name), pairs, stays, CPESettings(**numbers))
+
+
+def _labelled_sae(pipe: Any) -> SAE:
+    """SAEmnesia's SAE, trained once, from SAeUron's, on 160 images of everything that is not sealed."""
+    path, site = SAES / "saemnesia.safetensors", default_block_site(pipe, "style")
+    if not path.exists():
+        start = SAES / f"canvas-{site.path}.safetensors"
+        if not start.exists():
+            fit_saeuron(pipe, canvas_concept(CONCEPTS[0]), folder=SAES, announce=print)
+        drawn = [(prompt, shown) for prompt, shown in labelled_prompts(V, 320, 2) if not shown & V.sealed][:160]
+        prompts, shown = zip(*drawn, strict=True)
+        groups, sampling = (V.open_objects, V.open_styles), default_sampling(pipe)
+        phrasings = tuple(PHRASINGS[SEEN])
+        SAEmnesia.train_sae(
+            pipe, SAE.load(start), prompts, shown, groups, range(160), sampling, phrasings=phrasings
+        ).save(path)
+    return SAE.load(path)
+
+
+def _saemnesia(pipe: Any, name: str, numbers: Numbers) -> Method:
+    return SAEmnesia.fit(pipe, name, _kind(name), _labelled_sae(pipe), **numbers)
+
+
 @dataclass(frozen=True)
 class Rival:
     """A method and the settings that are tried."""
@@ -208,6 +243,14 @@ RIVALS: dict[str, Rival] = {
             for r, g, t, u in ((1, 1, 2.5, 0.2), (8, 1, 1.5, 0.2), (4, 4, 1.5, 0.0), (1, 1, 1.5, 0.0))
         ),
     ),
+    "cpe": Rival(
+        _cpe,
+        (
+            *({"anchor_weight": 1e4, "stages": 0}, {"anchor_weight": 1e4, "stages": 5}),
+            *({"anchor_weight": 1e5, "stages": 5}, {"anchor_weight": 1e4, "stages": 5, "beyond": 1.0}),
+        ),
+    ),
+    "saemnesia": Rival(_saemnesia, tuple({"multiplier": m} for m in (-1.0, -5.0, -15.0, -30.0))),
     "salun": Rival(_salun, tuple({"steps": 100, "learning_rate": rate} for rate in (5e-5, 2e-4))),
     "stereo": Rival(
         _stereo, ({"rounds": 2, "erase_steps": 40, "attack_steps": 60, "steps": 80, "learning_rate": 3e-4},)

@@ -287,14 +287,24 @@ def block_features(
     """Return the gate and the correction that block the chosen features [T, n] of an SAE (equation 6).
 
     At each timestep a chosen feature that exceeds its mean over all concepts becomes multiplier * mean * itself, with
-    its mean over the concept's images. The gate is wide open wherever one of the features fires, and shut at timesteps
-    at which none is chosen.
+    its mean over the concept's images.
     """
     features = chosen.any(0).nonzero()[:, 0]
+    on, often = seen.mean[seen.names.index(name)][:, features], seen.mean.mean(0)[:, features]
+    return scale_features(sae, site, seen.times, features, chosen[:, features], on, often, multiplier)
+
+
+def scale_features(
+    sae: SAE, site: Site, times: Tensor, features: Tensor, chosen: Tensor, on: Tensor, often: Tensor, multiplier: float
+) -> tuple[Gate, Scaling]:
+    """Return the gate and the correction that scale features [f] of an SAE where they exceed `often`: by multiplier *
+    `on`, at the timesteps [T] at which they are `chosen`; these three are [T, f].
+
+    The gate is wide open wherever one of the features fires, and shut at timesteps at which none is chosen.
+    """
     rows = sae.W_enc[features].float()
     bias = sae.b_enc[features].float() - rows @ sae.b_dec.float()
     threshold = sae.threshold[features].float()
-    on, often = seen.mean[seen.names.index(name)][:, features], seen.mean.mean(0)[:, features]
     shut = torch.where(chosen.any(1), 0.0, 1e9)
     gate = Gate(
         site=site,
@@ -304,18 +314,18 @@ def block_features(
         threshold=threshold.clone(),
         weight=torch.ones(len(features)),
         share=1.0,
-        times=seen.times,
+        times=times,
         low=shut,
         high=shut + torch.where(shut > 0, 1e9, OPEN),
         picture=True,
     )
     correction = Scaling(
         site,
-        times=seen.times,
+        times=times,
         rows=rows.clone(),
         bias=bias.clone(),
         threshold=torch.maximum(threshold, often),
         decoder=sae.W_dec[features].float().clone(),
-        factor=torch.where(chosen[:, features], multiplier * on, torch.ones_like(on)),
+        factor=torch.where(chosen, multiplier * on, torch.ones_like(on)),
     )
     return gate, correction

@@ -1,6 +1,7 @@
 """Methods: what erases a concept, one file each. Our eraser, methods of others, and the controls beside them."""
 
 from neuraleraser.methods.casteer import CASteer
+from neuraleraser.methods.concept_pinpoint_eraser import ConceptPinpointEraser, CPESettings
 from neuraleraser.methods.concept_removal_guidance import ConceptRemovalGuidance
 from neuraleraser.methods.concept_steerers import ConceptSteerers
 from neuraleraser.methods.difference_of_means import DifferenceOfMeans
@@ -13,6 +14,7 @@ from neuraleraser.methods.none import DoNothing
 from neuraleraser.methods.oracle import Oracle
 from neuraleraser.methods.patch_replacement import PatchReplacement
 from neuraleraser.methods.random_features import RandomFeatures
+from neuraleraser.methods.saemnesia import SAEmnesia, SAEmnesiaSettings
 from neuraleraser.methods.saeuron import SAeUronAsPublished
 from neuraleraser.methods.safe_latent_diffusion import SafeLatentDiffusion
 from neuraleraser.methods.salun import SalUn, SalUnSettings
@@ -22,6 +24,8 @@ from neuraleraser.methods.unified_concept_editing import UnifiedConceptEditing
 
 __all__ = [
     "CASteer",
+    "CPESettings",
+    "ConceptPinpointEraser",
     "ConceptRemovalGuidance",
     "ConceptSteerers",
     "DifferenceOfMeans",
@@ -35,6 +39,8 @@ __all__ = [
     "Oracle",
     "PatchReplacement",
     "RandomFeatures",
+    "SAEmnesia",
+    "SAEmnesiaSettings",
     "SAeUronAsPublished",
     "SafeLatentDiffusion",
     "SalUn",

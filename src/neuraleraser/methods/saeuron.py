@@ -139,17 +139,8 @@ class SAeUronAsPublished(Untraced):
         """
         w = {name: value.to(x) for name, value in self.sae.named_parameters()}
         pre = torch.nn.functional.linear(x - w["b_dec"], w["W_enc"], w["b_enc"]).relu()
-        top = pre.topk(min(self._k, pre.shape[-1]), -1)
+        top = pre.topk(min(features_at_once(self.sae), pre.shape[-1]), -1)
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
-
-    @property
-    def _k(self) -> int:
-        header = self.sae.header
-        settings = header.get("settings")
-        k = header.get("k") or (settings.get("k") if isinstance(settings, dict) else None)
-        if not isinstance(k, int) or k < 1:
-            raise SettingsError("the SAE does not say how many features fire at a position (k): pass one that does")
-        return k
 
     def _blocked(self, z: Tensor, step: int) -> Tensor:
         """Return the features with the chosen ones multiplied where they exceed their means."""
@@ -160,3 +151,14 @@ class SAeUronAsPublished(Untraced):
 
     def _decode(self, z: Tensor) -> Tensor:
         return z @ self.sae.W_dec.to(z) + self.sae.b_dec.to(z)
+
+
+def features_at_once(sae: SAE) -> int:
+    """Return how many of an SAE's features fire at a position, on average at least. SettingsError where it does not
+    say."""
+    header = sae.header
+    settings = header.get("settings")
+    k = header.get("k") or (settings.get("k") if isinstance(settings, dict) else None)
+    if not isinstance(k, int) or k < 1:
+        raise SettingsError("the SAE does not say how many features fire at a position (k): pass one that does")
+    return k
