@@ -15,15 +15,15 @@ from helpers.erasers import random
 from neuraleraser.errors import SettingsError, SiteError
 from neuraleraser.evaluation.method import Method
 from neuraleraser.methods import ConceptPinpointEraser, CPESettings
-from neuraleraser.methods.concept_pinpoint_eraser import (
+from neuraleraser.methods.attention_gates import (
     AttentionGate,
     GatedLayer,
-    _Lesson,
     anchor_loss,
     attack_loss,
     erase_loss,
     lipschitz_factors,
 )
+from neuraleraser.methods.concept_pinpoint_eraser import _Lesson
 from neuraleraser.methods.unified_concept_editing import text_projections
 from neuraleraser.sampling import generate
 from neuraleraser.settings import Sampling

@@ -214,7 +214,10 @@ def test_what_cannot_be_is_refused(pipe: Any, sae: SAE, labelled: SAE) -> None:
     def made(sae: SAE = sae, prompts: Any = PROMPTS, shown: Any = SHOWN, groups: Any = GROUPS, seeds: Any = SEEDS):
         return SAEmnesia.train_sae(pipe, sae, prompts, shown, groups, seeds, S, FEW)
 
-    parts = [getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")]
+    def with_header(header: dict[str, Any], first: int = N) -> SAE:
+        w_enc, b_enc, w_dec, threshold = (x[:first] for x in (sae.W_enc, sae.b_enc, sae.W_dec, sae.threshold))
+        return SAE(w_enc, b_enc, w_dec, sae.b_dec, threshold, header)
+
     with pytest.raises(SettingsError, match="4 prompts, names for 4 and 3 seeds"):
         made(seeds=SEEDS[:3])
     with pytest.raises(SettingsError, match="no name twice"):
@@ -222,13 +225,13 @@ def test_what_cannot_be_is_refused(pipe: Any, sae: SAE, labelled: SAE) -> None:
     with pytest.raises(SettingsError, match="no prompt, or every prompt, shows Z"):
         made(groups=[["X", "Z"], ["A"]])
     with pytest.raises(SettingsError, match="4 concepts, and the SAE has 3 features"):
-        made(sae=SAE(*(p[:3] if len(p) == N else p for p in parts), sae.header))
+        made(sae=with_header(dict(sae.header), 3))
     with pytest.raises(SettingsError, match="does not name its site"):
-        made(sae=SAE(*parts, {"settings": {"k": 4}}))
+        made(sae=with_header({"settings": {"k": 4}}))
     with pytest.raises(SettingsError, match="does not say how many features fire"):
-        made(sae=SAE(*parts, {"site": str(SITE)}))
+        made(sae=with_header({"site": str(SITE)}))
     with pytest.raises(SiteError, match="32"):
-        made(sae=SAE(*parts, {"site": "unet.up_blocks.1.attentions.0", "settings": {"k": 4}}))
+        made(sae=with_header({"site": "unet.up_blocks.1.attentions.0", "settings": {"k": 4}}))
     with pytest.raises(SettingsError, match="no feature of 'Z', but of X, Y, A, B"):
         SAEmnesia.fit(pipe, "Z", "style", labelled)
     with pytest.raises(SettingsError, match="no feature of 'X', but of no concept"):

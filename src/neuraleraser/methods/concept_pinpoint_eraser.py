@@ -39,11 +39,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_cosine_with_hard_restarts_schedule_with_warmup
 
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation.method import MadeWith
+from neuraleraser.methods.attention_gates import (
+    AttentionGate,
+    GatedLayer,
+    anchor_loss,
+    attack_loss,
+    erase_loss,
+    lipschitz_factors,
+)
 from neuraleraser.methods.fine_tuning import check_prompts
 from neuraleraser.methods.unified_concept_editing import text_projections
 from neuraleraser.methods.untraced import Untraced
@@ -103,24 +111,6 @@ class CPESettings:
         check_number("anchor_weight", self.anchor_weight, 0, 1e9)
         check_number("noise", self.noise, 0, 1)
         check_seed(self.seed)
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionGate:
-    """Gate of a text: E [..., tokens, d] -> s (A E), which all layers map to what they add.
-
-    query [d, g]: A = softmax((E query) (E query)'). scaler [d]: s = sigmoid(A E scaler).
-    """
-
-    query: Tensor
-    scaler: Tensor
-
-    def __call__(self, text: Tensor) -> Tensor:
-        """Return the gated text, in float32 at least."""
-        text = text.to(torch.promote_types(text.dtype, torch.float32))
-        q = text @ self.query.to(text)
-        gathered = (q @ q.mT).softmax(-1) @ text
-        return torch.sigmoid(gathered @ self.scaler.to(text))[..., None] * gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,54 +238,6 @@ def _added(down: Tensor, up: Tensor) -> Callable[[Tensor, EditContext[_Read]], T
 
 
 @dataclass
-class GatedLayer:
-    """Layer in training: its weight [out, d] and Lipschitz factor, D [d, rank] and U [rank, out]."""
-
-    name: str
-    weight: Tensor
-    factor: float
-    down: Tensor
-    up: Tensor
-
-    def plain(self, text: Tensor) -> Tensor:
-        """Return what the layer itself makes of texts: [..., tokens, d] -> [..., tokens, out]."""
-        return text @ self.weight.T
-
-    def added(self, gated: Tensor) -> Tensor:
-        """Return what is added, given the gated text: [..., tokens, d] -> [..., tokens, out]."""
-        return gated @ self.down @ self.up
-
-
-def erase_loss(
-    layers: Sequence[GatedLayer], gate: AttentionGate, texts: Tensor, shown: Tensor, instead: Tensor, beyond: float
-) -> Tensor:
-    """Return L_erase (a scalar) of texts [B, tokens, d]: the concept's, `shown` [1, tokens, d], or attacks on it."""
-    gated = gate(texts)
-
-    def apart(layer: GatedLayer) -> Tensor:
-        target = layer.plain(instead) + beyond * (layer.plain(instead) - layer.plain(shown))
-        return layer.plain(texts) + layer.added(gated) - target
-
-    return _over_layers(layers, apart)
-
-
-def anchor_loss(layers: Sequence[GatedLayer], gate: AttentionGate, anchors: Tensor) -> Tensor:
-    """Return L_anchor (a scalar) of texts [B, tokens, d] that stay."""
-    gated = gate(anchors)
-    return _over_layers(layers, lambda layer: layer.added(gated))
-
-
-def attack_loss(layers: Sequence[GatedLayer], gate: AttentionGate, texts: Tensor, shown: Tensor) -> Tensor:
-    """Return L_attack (a scalar) of attacked texts [B, tokens, d] on the concept's, `shown` [1, tokens, d]."""
-    gated = gate(texts)
-    return _over_layers(layers, lambda layer: layer.plain(texts) + layer.added(gated) - layer.plain(shown))
-
-
-def _over_layers(layers: Sequence[GatedLayer], apart: Callable[[GatedLayer], Tensor]) -> Tensor:
-    return torch.stack([layer.factor * apart(layer).square().mean() for layer in layers]).mean()
-
-
-@dataclass
 class _Lesson:
     """Training of the gates: texts [N, tokens, d] of the concept, of what stands in its place, and of what stays."""
 
@@ -321,8 +263,9 @@ class _Lesson:
     ) -> _Lesson:
         """Return a training before its first step."""
         layers, random = text_projections(pipe), torch.Generator().manual_seed(s.seed)
-        read = [_encoded(pipe, texts) for texts in ([c for c, _ in pairs], [g for _, g in pairs], stays, [""])]
-        tokens, width = read[0].shape[1:]
+        texts = ([c for c, _ in pairs], [g for _, g in pairs], stays, [""])
+        shown, instead, kept, empty = (_encoded(pipe, some) for some in texts)
+        tokens, width = shown.shape[1:]
         query = _uniform((width, s.gate_rank), 1 / math.sqrt(width * s.gate_rank) / width**2, random)
         gate = AttentionGate(query, torch.zeros(width, requires_grad=True))
         factors = lipschitz_factors(pipe.unet, layers, tokens)
@@ -336,7 +279,7 @@ class _Lesson:
             )
             for name, layer in layers.items()
         ]
-        return cls(s, made, gate, *read, random, progress)
+        return cls(s, made, gate, shown, instead, kept, empty, random, progress)
 
     def train_gates(self, steps: int, rate: float, attacks: Tensor | None, cycles: int = 1) -> None:
         """Train the gates, against attacks [N, tokens, d] where there are some."""
@@ -392,24 +335,6 @@ class _Lesson:
         texts = texts + size * torch.randn(texts.shape, generator=self.random)
         share = torch.rand(self.s.anchors, 1, 1, generator=self.random)
         return torch.cat([self.empty, share * texts[0] + (1 - share) * texts[1]])
-
-
-def lipschitz_factors(unet: nn.Module, layers: Mapping[str, nn.Linear], tokens: int) -> dict[str, float]:
-    """Return the factor k of each layer, a cross-attention's to_k or to_v, by the largest singular values of the
-    attention's weights: of keys |O V| |Q| / tokens, of values |O|."""
-    found: dict[str, float] = {}
-    for name in layers:
-        block, _, end = name.rpartition(".")
-        q, v, o = (
-            unet.get_submodule(f"{block}.{part}").weight.detach().double().cpu()  # type: ignore[union-attr]
-            for part in ("to_q", "to_v", "to_out.0")
-        )
-
-        def largest(matrix: Tensor) -> float:
-            return float(torch.linalg.matrix_norm(matrix, 2))
-
-        found[name] = largest(o @ v) * largest(q) / tokens if end == "to_k" else largest(o)
-    return found
 
 
 def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

@@ -350,5 +350,6 @@ def _means(pooled: Tensor, y: Tensor) -> Tensor:
 def _with_first(sae: SAE, first: Sequence[int]) -> SAE:
     """Return the SAE with these features first."""
     order = torch.tensor([*first, *sorted(set(range(sae.n_features)) - set(first))])
-    parts = (sae.W_enc[order], sae.b_enc[order], sae.W_dec[order], sae.b_dec, sae.threshold[order])
-    return SAE(*(v.detach().float().cpu() for v in parts), dict(sae.header))
+    rows = (v[order].detach().float().cpu() for v in (sae.W_enc, sae.b_enc, sae.W_dec, sae.threshold))
+    w_enc, b_enc, w_dec, threshold = rows
+    return SAE(w_enc, b_enc, w_dec, sae.b_dec.detach().float().cpu(), threshold, dict(sae.header))
