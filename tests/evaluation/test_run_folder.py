@@ -111,10 +111,11 @@ def test_rows_that_another_process_added_are_seen_and_not_added_again(pipe: Any,
     base = one.results(BASE)
     shutil.rmtree(part_folder(tmp_path / "results", BASE, ""))
     (two := RunFolder(tmp_path, spec)).done(BASE)
-    for run, rows in ((other, np.arange(5)), (two, np.arange(3, len(base))), (other, np.arange(len(base)))):
+    for run, rows in ((other, np.arange(5, 9)), (two, np.arange(3, len(base))), (other, np.arange(len(base)))):
         run.append(base.where(rows))
-    assert len(list(tmp_path.glob("results/method=base/*/part-*"))) == 2
+    assert len(list(tmp_path.glob("results/method=base/*/part-*"))) == 3
     assert same(before, everything(tmp_path)) and len(other.done(BASE)) == len(base)
+    assert other.results(BASE).keys() == two.results(BASE).keys() == base.keys()  # whoever added them
 
 
 def test_a_batch_is_drawn_by_the_one_that_claims_it(tmp_path: Path):
