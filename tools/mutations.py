@@ -167,7 +167,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "own-matches",
         "the concept's matched prompts are no background of its gate",
-        (Text(_FITTING, "    lacks = torch.cat([lacks, plain_rows])\n", ""),),
+        (Text(_FITTING, "torch.cat([lacks, plain_rows, *hard])", "torch.cat([lacks, *hard])"),),
         (f"{FIT}::test_the_concept_s_matched_prompts_are_background",),
     ),
     Mutation(

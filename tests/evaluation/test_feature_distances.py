@@ -68,7 +68,8 @@ def test_fid_is_the_distance_of_two_normals():
 def test_doing_nothing_scores_nothing_and_a_shift_more_the_larger_it_is():
     x = some(0, 60)
     same = feature_distance(x, x.copy())
-    assert same.kid.value == same.kid.low == same.kid.high == 0 and same.fid < 1e-6
+    # Matrix products of some processors give two equal sets sums that differ in the last bits.
+    assert max(map(abs, (same.kid.value, same.kid.low, same.kid.high))) < 1e-9 and same.fid < 1e-6
     near, far = (feature_distance(x, x + shift) for shift in (0.3, 0.9))
     assert 0 < near.kid.low < near.kid.value < near.kid.high < far.kid.value and near.fid < far.fid
     assert near == feature_distance(x, x + 0.3), "the same each time"

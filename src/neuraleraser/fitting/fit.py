@@ -100,7 +100,8 @@ def fit(
     shows = conditional_rows(shown)[:, nearest_step]
     lacks = reference.pooled[rows_without(concept, reference.prompts, reference.labels)]
     plain_rows = branches_as_rows(plain.values)[:, nearest_step]
-    lacks = torch.cat([lacks, plain_rows, *_hard_negative_rows(pipe, concept, reference, nearest_step, s, sampling)])
+    hard = _hard_negative_rows(pipe, concept, reference, nearest_step, s, sampling)
+    lacks = torch.cat([lacks, plain_rows, *hard])
     detector = choose_features(shows, lacks)
     evidence, other_evidence = _evidence(shows, detector), _evidence(lacks, detector)
     low, high = gate_bounds(evidence, other_evidence, s.false_openings)
