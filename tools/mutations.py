@@ -214,7 +214,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "lower-bound",
         "a gate's lower bound lies below half of the background",
-        (Text(_GATE, "lacks.quantile(0.995, 0, interpolation", "lacks.quantile(0.4, 0, interpolation"),),
+        (Text(_GATE, "lacks.quantile(1 - false_openings, 0, interpolation", "lacks.quantile(0.4, 0, interpolation"),),
         ("tests/fitting/test_detector.py::test_bounds_part_what_is_apart",),
     ),
     Mutation(
