@@ -111,7 +111,7 @@ def test_a_fit_keeps_to_the_damage_that_it_may_do(pipe: Any, known: Reference) -
     times = -(-300 // len(known.pooled))
     pooled = known.pooled.repeat(times, 1, 1, 1)
     pooled[::5] *= 8
-    many = replace(known, pooled=pooled, prompts=known.prompts * times, labels=known.labels * times)
+    many = replace(known, pooled=pooled, prompts=[*known.prompts] * times, labels=[*known.labels] * times)
     plain = FitSettings(num_pictures=0, num_pairs=3, rank=2, steps=2)
     strict, loose = (
         fit(pipe, CONCEPT, replace(plain, false_openings=share), reference=many, sampling=SAMPLING)
