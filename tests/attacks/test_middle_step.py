@@ -69,11 +69,12 @@ def test_nothing_stays_behind(pipe: Any) -> None:
     before, hooks = generate(pipe, PROMPTS, SEEDS, S), pipelines.left(pipe)
     kept = {name: value for name, value in vars(pipe.scheduler).items() if name != "timesteps"}
     half = draw_to_step(pipe, PROMPTS, SEEDS, 2, S)
+    assert not pipe.interrupt
     completed(pipe, 2, half)
     with pytest.raises(ZeroDivisionError), from_step(pipe, 2):
         _ = 1 / 0
     assert {name: value for name, value in vars(pipe.scheduler).items() if name != "timesteps"} == kept
-    assert len(pipe.scheduler.timesteps) == 4 and not pipe.interrupt and pipelines.left(pipe) == hooks
+    assert len(pipe.scheduler.timesteps) == 4 and pipelines.left(pipe) == hooks
     assert np.array_equal(generate(pipe, PROMPTS, SEEDS, S), before)
 
 
