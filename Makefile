@@ -2,33 +2,41 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DEV_READY := .venv/.ready-dev
 DOCS_READY := .venv/.ready-docs
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: setup test check check-full demo docs clean
 
-setup: $(READY)
+setup: $(DEV_READY)
 
 # torch comes first and by itself, because it is the large one: with the pin in constraints.txt a failure shows
 # at once. The pin has no "+cpu": where pip's index or find-links offers the CPU build of that version, that is
 # what it gets, as in CI. PyPI's own wheel for Linux is the CUDA build: larger, and just as good here. For the
 # CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+# --no-compile: Python compiles what it imports when it does, and that is a small part of what is installed.
+INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(INSTALL) torch
+	$(INSTALL) -e '.[evaluate]'
+	touch $@
+
+# Tests and checks need more than what is used.
+$(DEV_READY): $(READY)
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 # Processes that run tests, a thread each: more threads than cores slow each other down. A module's tests stay together.
 WORKERS ?= 2
 PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=15
 
-test: $(READY)
+test: $(DEV_READY)
 	$(PYTEST) -m "not slow"
 
-check: $(READY)
+check: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -40,7 +48,7 @@ demo: $(READY)
 	$(BIN)/neuraleraser demo
 
 $(DOCS_READY): $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 # Into site/. A warning, such as a link to nowhere, is an error.
