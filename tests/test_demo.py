@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.erasers import open_eraser
+from helpers import pipelines
+from helpers.erasers import SHUT, make_eraser, open_eraser
 from neuraleraser import demo as module
 from neuraleraser import families
 from neuraleraser.assessment import with_measurement
@@ -22,7 +23,7 @@ from neuraleraser.evaluation.figures import ImagePair
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.families.canvas import CANVAS
-from neuraleraser.settings import DemoSettings
+from neuraleraser.settings import DemoSettings, EvaluateSettings, Sampling
 
 
 @pytest.fixture
@@ -59,13 +60,17 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(module, "shipped_reference", lambda *args: None)
     monkeypatch.setattr(module, "fit", fit)
     monkeypatch.setattr(module, "evaluate_erasers", evaluate)
+    monkeypatch.setattr(module, "first_look", lambda *args: np.zeros((8, 8, 3), np.uint8))
     return names
 
 
-def test_five_concepts_from_phrases(fitted: list[str], tmp_path: Path):
+def test_concepts_from_phrases(fitted: list[str], tmp_path: Path):
     said: list[str] = []
-    demo(DemoSettings(folder=tmp_path), said.append)
-    assert fitted == ["Van_Gogh", "Sponge_Dabbed", "Superstring", "On_Fire", "Cats"]
+    demo(DemoSettings(folder=tmp_path, phrases=("Van Gogh style", "Fire", "cat")), said.append)
+    assert fitted == ["Van_Gogh", "On_Fire", "Cats"]
+    looks = [i for i, line in enumerate(said) if line.startswith(str(tmp_path / "erasers")) and ".png" in line]
+    assert len(looks) == 3 and looks[0] < next(i for i, line in enumerate(said) if "'Fire' ->" in line)
+    assert (tmp_path / "erasers" / "Cats.png").is_file()
     files = ["contact.png", "figures.csv", "report.html", "report.json", "tables.tex"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*files, "erasers", "run"])
     text = "\n".join(said)
@@ -98,6 +103,26 @@ def test_an_unknown_phrase_stops_the_demo_before_anything_is_made(fitted: list[s
     with pytest.raises(ConceptError, match="no concept 'unicorn'"):
         demo(DemoSettings(folder=tmp_path / "demo", phrases=("cat", "unicorn")), lambda text: None)
     assert fitted == [] and not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("acts", [False, True])
+def test_a_first_look_shows_what_an_eraser_does(acts: bool, monkeypatch: pytest.MonkeyPatch):
+    rows: list[Any] = []
+    monkeypatch.setattr(families, "FAMILIES", (replace(CANVAS, matches=lambda pipe: True),))
+    monkeypatch.setattr(module, "default_sampling", lambda pipe: Sampling(num_inference_steps=2))
+    monkeypatch.setattr(module, "grid_sheet", lambda given, heads: rows.extend(given) or np.zeros((8, 8, 3), np.uint8))
+    module.first_look(pipelines.stable_diffusion(), make_eraser(name="Van_Gogh", **({} if acts else SHUT)))
+    named = ["Van Gogh" in prompt for prompt, _ in rows]
+    assert named == [True, True, True, False] and len({prompt for prompt, _ in rows}) == 4
+    assert all(bool((before != after).any()) == acts for _, (before, after) in rows)
+
+
+def test_a_demo_measures_what_it_erases():
+    erasers = [open_eraser("On_Fire", "style"), open_eraser("Cats", "object")]
+    s = module._with_concepts(DemoSettings().evaluate, erasers)
+    assert s.styles[-1] == "On_Fire" and s.objects[-1] == "Cats" and len(s.styles) == 8
+    assert module._with_concepts(s, erasers) == s
+    assert module._with_concepts(EvaluateSettings(), erasers) == EvaluateSettings()  # none named: all
 
 
 def test_phrases_on_other_pipelines_become_templates():

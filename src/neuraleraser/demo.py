@@ -1,4 +1,4 @@
-"""The demo: five concepts taken out of the canvas, one at a time, from phrases; measured, and shown."""
+"""The demo: two concepts taken out of the canvas, one at a time, from phrases; measured, and shown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.precision import fast_dtype
 from neuraleraser.sampling import generate
-from neuraleraser.settings import TEST_SEEDS, DemoSettings
+from neuraleraser.settings import TEST_SEEDS, DemoSettings, EvaluateSettings
 
 _STARTS = "start-images.png"
 _FILES = {
@@ -47,8 +47,9 @@ _FILES = {
 def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = print) -> Report:
     """Make an eraser for each phrase, measure them all, write the report; returns it.
 
-    Files go to `settings.folder`: erasers/, run/ (pictures and results), those of `write_report`, and start-images.png:
-    a picture of each concept, as the model redraws it and as it does with the eraser.
+    Files go to `settings.folder`: erasers/, with a sheet of images beside each as soon as it is made (`first_look`);
+    run/ (pictures and results); those of `write_report`; and start-images.png: a picture of each concept, as the model
+    redraws it and as it does with the eraser.
     Raises ConceptError for a phrase that names nothing on the canvas, FileError for a folder that cannot be written,
     before anything is generated.
     """
@@ -77,11 +78,14 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {erasers[-1].header.seconds or 0:.0f} s")
         if said := separability_warning(erasers[-1]):
             say(said)
+        if family_of(pipe).vocabulary is not None:
+            write_bytes(path.with_suffix(".png"), png(first_look(pipe, erasers[-1])))
+            say(f"{path.with_suffix('.png')}  images without it and with it: open it now")
     if any(e.image_gate for e in erasers) and family_of(pipe).render is not None:
         write_bytes(s.folder / _STARTS, png(start_images(pipe, erasers)))
         say(f"{s.folder / _STARTS}  pictures of them that come in, redrawn without a word, and with the erasers")
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
-    report = evaluate_erasers(pipe, erasers, s.evaluate, run)
+    report = evaluate_erasers(pipe, erasers, _with_concepts(s.evaluate, erasers), run)
     for e in erasers:  # now with their figures
         shutil.copyfile(run / "erasers" / f"{file_name(e.name)}.safetensors", _eraser_path(s.folder, e.name))
     paths = write_report(report, s.folder)
@@ -90,6 +94,37 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         say(f"{path}  {_FILES[path.name]}")
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report
+
+
+def _with_concepts(settings: EvaluateSettings, erasers: Sequence[Eraser]) -> EvaluateSettings:
+    """Return the settings with the erased concepts among their styles and objects, where these are named."""
+    added = {
+        kind: tuple(dict.fromkeys((*named, *(e.name for e in erasers if e.header.kind == kind[:-1]))))
+        for kind, named in (("styles", settings.styles), ("objects", settings.objects))
+        if named
+    }
+    return replace(settings, **added)
+
+
+def first_look(pipe: Any, eraser: Eraser) -> NDArray[np.uint8]:
+    """Return a sheet uint8 [H, W, 3]: images of three prompts that name the concept and one that does not, as the base
+    generates them and as it does with the eraser, of the same seeds.
+
+    For a family whose vocabulary is known; in phrasings of the test.
+    """
+    v = family_of(pipe).vocabulary
+    assert v is not None
+    others = [n for n in (v.open_objects if eraser.name in v.styles else v.open_styles) if n != eraser.name]
+    rest = [n for n in (v.open_styles if eraser.name in v.styles else v.open_objects) if n != eraser.name]
+    cells = [(eraser.name, others[i]) for i in (0, len(others) // 3, 2 * len(others) // 3)] + [(rest[-1], others[0])]
+    prompts = [v.fresh_prompt((b,), a) if a in v.styles else v.fresh_prompt((a,), b) for a, b in cells]
+    seeds = range(TEST_SEEDS.start, TEST_SEEDS.start + len(prompts))
+    sampling = replace(default_sampling(pipe), batch_size=len(prompts))
+    base = generate(pipe, prompts, seeds, sampling)
+    with attach(pipe, eraser):
+        found = generate(pipe, prompts, seeds, sampling)
+    rows = [(p, [x.repeat(2, 0).repeat(2, 1) for x in pair]) for p, *pair in zip(prompts, base, found, strict=True)]
+    return grid_sheet(rows, ("without", "with the eraser"))
 
 
 def start_images(pipe: Any, erasers: Sequence[Eraser]) -> NDArray[np.uint8]:

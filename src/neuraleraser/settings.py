@@ -348,11 +348,11 @@ class AttackBudget:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Erase five concepts one at a time, from phrases, and measure it."""
+    """Erase two concepts one at a time, from phrases, and measure it."""
 
     folder: Path = Path("demo")
     """Where report.html, report.json, contact.png and the erasers go."""
-    phrases: tuple[str, ...] = ("Van Gogh style", "Sponge dabbed style", "Superstring style", "Fire", "cat")
+    phrases: tuple[str, ...] = ("Van Gogh style", "cat")
     """What to erase, in words."""
     model: str = "canvas"
     """The pipeline: 'canvas', or a folder with another canvas."""
@@ -360,24 +360,27 @@ class DemoSettings:
     """Reference to fit with: a folder or a Hub id; None: the one that ships."""
     resume: bool = False
     """Go on where an interrupted demo stopped, instead of starting anew."""
-    fit: FitSettings = field(default_factory=FitSettings)
-    """How erasers are made."""
+    fit: FitSettings = field(default_factory=lambda: FitSettings(num_pictures=400))
+    """How erasers are made: image gates from half as many pictures as elsewhere, to be done in minutes."""
     evaluate: EvaluateSettings = field(
         default_factory=lambda: EvaluateSettings(
             grid_rounds=1,
             target_rounds=2,
-            two_object_rounds=2,
+            two_object_rounds=1,
             held_out_rounds=1,
             start_image_rounds=0,
             fragment_prompts=20,
             held_out_grid_rounds=0,
+            unhooked_checks=20,
             idle_checks=0,
             timings=2,  # once in either order
-            timed_images=8,
-            sampling=Sampling(batch_size=44),  # the 42 target images of a style in one
+            timed_images=4,
+            sampling=Sampling(batch_size=20),
+            styles=("Seed_Images", "Artist_Sketch", "Cartoon", "Mosaic", "Neon_Lines", "Rust", "Winter"),
+            objects=("Dogs", "Flowers", "Fishes", "Horses", "Towers", "Trees"),
         )
     )
-    """Amount that is measured."""
+    """Amount that is measured; what is erased is added to the styles and objects."""
 
     def __post_init__(self) -> None:
         if not self.phrases:

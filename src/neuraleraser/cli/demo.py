@@ -12,7 +12,7 @@ from neuraleraser.settings import DemoSettings
 
 @verb(app, "demo")
 def demo(settings: Annotated[DemoSettings, Flat, AvoidSubcommands]) -> None:
-    """Erase five concepts from the canvas, one at a time, from phrases; measure and show it."""
+    """Erase two concepts from the canvas, one at a time, from phrases; measure and show it."""
     from neuraleraser.demo import demo as run
 
     run(settings)
