@@ -158,8 +158,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 _FITTING,
-                "[p.positive for p in pairs], seeds, sampling)",
-                "[p.positive for p in pairs], [seed + 500 for seed in seeds], sampling)",
+                "[p.positive for p in pairs], seeds, coarse)",
+                "[p.positive for p in pairs], [seed + 500 for seed in seeds], coarse)",
             ),
         ),
         (f"{FIT}::test_a_pair_is_drawn_from_the_same_noise",),

@@ -10,6 +10,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,7 @@ def generate(
     if callback_on_step_end:
         extra["callback_on_step_end"] = callback_on_step_end
     out: list[Images] = []
-    # The last batch is filled up in any case; without `pad_last_batch` no batch is larger than there are images.
-    size = s.batch_size if s.pad_last_batch else min(s.batch_size, max(len(prompts), 1))
+    size = batch_size_for(len(prompts), s)
     series = Series(len(prompts))
     for start in range(0, len(prompts), size):
         real = min(size, len(prompts) - start)
@@ -233,6 +233,15 @@ def _refused_by_the_pipeline(error: ValueError) -> bool:
     """True where diffusers' own check of a call's arguments raised `error`."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return last.name in _ARGUMENT_CHECKS and "diffusers" in Path(last.filename).parts
+
+
+def batch_size_for(count: int, sampling: Sampling) -> int:
+    """Return the size of the batches that `count` images are generated in, the last of them filled up: the sampling's
+    own, or without `pad_last_batch` as few equal ones as it allows."""
+    if sampling.pad_last_batch:
+        return sampling.batch_size
+    count = max(count, 1)
+    return ceil(count / ceil(count / sampling.batch_size))
 
 
 def _check_text(prompt: Any) -> None:

@@ -157,7 +157,7 @@ def planted(n: int, shows: bool, seed: int) -> NoisedStates:
 
 def test_features_find_a_pattern_of_neighbours() -> None:
     shows, lacks = planted(80, True, 1), planted(160, False, 2)
-    found = learn_features(shows, lacks, 1 / 16, epochs=20)
+    found = learn_features(shows, lacks, 1 / 16, steps=600)
     on, off = (evidence_of(found, planted(60, s, 3)) for s in (True, False))
     assert float((on[:, None] > off[None]).float().mean()) > 0.95
     assert found.window == 3
@@ -183,7 +183,7 @@ def test_a_gate_has_the_evidence_it_was_fitted_with() -> None:
 
 def test_what_is_mistaken_most_is_learnt_from_too() -> None:
     shows, lacks = planted(40, True, 1), planted(40, False, 2)
-    found, others = learn_features(shows, lacks, 1 / 16, epochs=10), planted(50, False, 3)
+    found, others = learn_features(shows, lacks, 1 / 16, steps=110), planted(50, False, 3)
     hard = most_mistaken(found, others, 10)
     assert hard.values.shape == (10, 3, 16, 6) and hard.grid == GRID
     of_all = evidence_of(found, others).amax(1).sort(descending=True).values  # at one level is enough
@@ -242,13 +242,13 @@ def test_corrected_states_are_those_of_the_images_an_eraser_makes(pipe: Any) -> 
 
 def test_without_a_grid_each_feature_reads_its_own_position() -> None:
     shows, lacks = (replace(planted(10, s, 4), grid=None) for s in (True, False))
-    found = learn_features(shows, lacks, 1.0, epochs=1, batch=8)
+    found = learn_features(shows, lacks, 1.0, steps=15, batch=8)
     assert found.window == 1 and found.rows.shape == (64, 6)
 
 
 def test_learning_is_deterministic() -> None:
     shows, lacks = planted(10, True, 1), planted(20, False, 2)
-    one, two = (learn_features(shows, lacks, 1.0, epochs=1, batch=8, seed=3) for _ in range(2))
+    one, two = (learn_features(shows, lacks, 1.0, steps=15, batch=8, seed=3) for _ in range(2))
     assert torch.equal(one.rows, two.rows) and torch.equal(one.weight, two.weight)
 
 

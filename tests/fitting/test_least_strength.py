@@ -58,22 +58,22 @@ def test_a_concept_that_stays_at_each_strength(pipe: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("in_doubt", "strengths"),
-    [(4, [0.6, 0.6, 0.4, 0.5, 0.5]), (5, [0.6, 0.6, 0.4, 0.4, 0.5, 0.5])],
+    [({3}, [0.6, 0.4, 0.5, 0.5]), ({5, 8}, [0.6, 0.4, 0.3, 0.3, 0.6, 0.5, 0.4])],
     ids=["base", "eraser"],
 )
 def test_both_are_asked_and_the_first_strength_at_which_both_lack_it_counts(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch, in_doubt: int, strengths: list[float]
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, in_doubt: set[int], strengths: list[float]
 ) -> None:
     gate = make_eraser("stable_diffusion").gate
     asked: list[int] = []
     plain = type(gate).evidence
 
     def evidence(self: Any, x: torch.Tensor, grid: Any = None) -> torch.Tensor:
-        """In doubt: the start images, and at 0.4 the base's answer or the eraser's images."""
+        """In doubt: the start images; the base's answer at 0.4, or the eraser's images at 0.3 and 0.4."""
         if len(x) != 4 or grid is None:
             return plain(self, x, grid)
         asked.append(1)
-        return torch.full((4,), 1.0 if len(asked) in (1, in_doubt) else -1.0)
+        return torch.full((4,), 1.0 if len(asked) in {1, *in_doubt} else -1.0)
 
     monkeypatch.setattr(type(gate), "evidence", evidence)
     least, series = measured(pipe, 0.0, monkeypatch)

@@ -24,7 +24,7 @@ from neuraleraser.attacks.latents import latents_of
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import SettingsError
 from neuraleraser.families.defaults import default_sampling
-from neuraleraser.sampling import Images, check_pictures, generate
+from neuraleraser.sampling import Images, batch_size_for, check_pictures, generate
 from neuraleraser.settings import Sampling, check_seed
 from neuraleraser.sites import DenoiserCall, denoiser, denoiser_calls, denoisers, replay, unwrap
 
@@ -62,7 +62,7 @@ def inverted_latents(pipe: Any, images: Images, sampling: Sampling | None = None
     _check_invertible(pipe)
     check_pictures("images", images)
     s = sampling or default_sampling(pipe)
-    size = s.batch_size if s.pad_last_batch else min(s.batch_size, max(len(images), 1))
+    size = batch_size_for(len(images), s)
     found: list[Tensor] = []
     with torch.no_grad():
         for first in range(0, len(images), size):

@@ -94,21 +94,25 @@ def _best_combination(on: Tensor, off: Tensor, candidates: Tensor, share: int, c
     return Detector(features, weight, share, separation)
 
 
-def logistic_weights(on: Tensor, off: Tensor, steps: int = 150, penalty: float = 1e-2) -> Tensor:
+def logistic_weights(on: Tensor, off: Tensor, penalty: float = 1e-2) -> Tensor:
     """Return the weights [f] of a logistic regression of on [N, T, f] against off [M, T, f], with an intercept for each
     timestep, both classes weighing the same, `penalty` times the squared weights (of features in units of their
-    spread). Deterministic."""
+    spread). By L-BFGS; deterministic."""
     spread = on.std((0, 1)) + off.std((0, 1)) + 1e-4
     a, b = on / spread, off / spread
     weight = torch.zeros(a.shape[-1], requires_grad=True)
     intercept = torch.zeros(a.shape[1], requires_grad=True)
-    adam = torch.optim.Adam([weight, intercept], lr=0.1)
+    solver = torch.optim.LBFGS([weight, intercept], max_iter=60, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        apart = F.softplus(-(a @ weight + intercept)).mean() + F.softplus(b @ weight + intercept).mean()
+        whole = apart + penalty * weight.square().sum()
+        whole.backward()
+        return whole
+
     with torch.enable_grad():
-        for _ in range(steps):
-            loss = F.softplus(-(a @ weight + intercept)).mean() + F.softplus(b @ weight + intercept).mean()
-            adam.zero_grad(set_to_none=True)
-            (loss + penalty * weight.square().sum()).backward()
-            adam.step()
+        solver.step(loss)  # type: ignore[arg-type]  # its stubs want a float, its code a tensor
     return weight.detach() / spread
 
 

@@ -25,6 +25,7 @@ from neuraleraser.fitting.least_strength import least_strength
 from neuraleraser.fitting.prompt_correction import fit_prompt_correction
 from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.fitting.trajectories import (
+    Pooled,
     branches_as_rows,
     conditional_rows,
     pooled_features,
@@ -34,6 +35,12 @@ from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import IMAGE_ROUTES, PROMPT_ROUTES, Site, edits_for, made_for
 
 Progress = Callable[[str, float], None]
+
+LEAST_STEPS = 10
+"""Steps below which images change too much, if the sampling has as many."""
+
+HARD_MARGIN = 0.01
+"""Distance of the bounds from the evidence of hard negatives, as a share of it: it is of features in half precision."""
 
 
 def fit(
@@ -91,19 +98,23 @@ def fit(
     edit_sites = list(edits or edits_for(pipe, reference.site))
     pairs = _sample_pairs(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
+    coarse = _coarse(sampling, len(reference.times))
     report_progress("generating without the concept", 0.0)
-    plain, _ = pooled_features(pipe, reference.sae, reference.site, [p.negative for p in pairs], seeds, sampling)
+    plain, _ = pooled_features(pipe, reference.sae, reference.site, [p.negative for p in pairs], seeds, coarse)
     report_progress("generating with the concept", 0.2)
-    shown, _ = pooled_features(pipe, reference.sae, reference.site, [p.positive for p in pairs], seeds, sampling)
+    shown, _ = pooled_features(pipe, reference.sae, reference.site, [p.positive for p in pairs], seeds, coarse)
     report_progress("choosing features", 0.4)
-    nearest_step = time_bin(shown.times.flip(0), reference.times).neg() + len(shown.times) - 1
-    shows = conditional_rows(shown)[:, nearest_step]
+    nearest = _nearest_steps(shown, reference)
+    shows = conditional_rows(shown)[:, nearest]
     lacks = reference.pooled[rows_without(concept, reference.prompts, reference.labels)]
-    plain_rows = branches_as_rows(plain.values)[:, nearest_step]
-    hard = _hard_negative_rows(pipe, concept, reference, nearest_step, s, sampling)
+    plain_rows = branches_as_rows(plain.values)[:, nearest]
+    hard = _hard_negative_rows(pipe, concept, reference, s, sampling)
     lacks = torch.cat([lacks, plain_rows, *hard])
     detector = choose_features(shows, lacks)
     evidence, other_evidence = _evidence(shows, detector), _evidence(lacks, detector)
+    if hard:
+        named = other_evidence[-sum(map(len, hard)) :]
+        named += HARD_MARGIN * named.abs()
     low, high = gate_bounds(evidence, other_evidence, s.false_openings)
     gate = build_gate(reference.sae, reference.site, detector, reference.times, low, high)
     text = fit_prompt_correction(
@@ -113,7 +124,7 @@ def fit(
         float(reference.times.mean()),
         seeds[-1] + 1,
         s,
-        sampling,
+        coarse,
         lambda share: report_progress("fitting the correction", 0.4 + 0.2 * share),
     )
     gate = dataclasses.replace(gate, text_tokens=text.tokens, holds=True)
@@ -150,8 +161,9 @@ def _with_image_part(pipe: Any, concept: Concept, eraser: Eraser, progress: Prog
     header = eraser.header
     s, sampling = header.settings, header.sampling
     assert isinstance(s, FitSettings) and sampling is not None
+    unpadded = dataclasses.replace(sampling, pad_last_batch=False)
     picture = fit_image_part(
-        pipe, concept, eraser, s, sampling, lambda share: progress("fitting the image gate", 0.6 + 0.35 * share)
+        pipe, concept, eraser, s, unpadded, lambda share: progress("fitting the image gate", 0.6 + 0.35 * share)
     )
     progress("measuring start images", 0.95)
     eraser = dataclasses.replace(eraser, image_gate=picture.gate, guided=picture.guided)
@@ -176,6 +188,13 @@ def _labels(sae: SAE, features: Tensor) -> dict[str, list[str]]:
     return {"labels": found} if found else {}
 
 
+def _coarse(sampling: Sampling, times: int) -> Sampling:
+    """Return the sampling with no more steps than a reference has timesteps, or ten, and batches that are not filled
+    up: images that are only measured need be no better."""
+    steps = min(sampling.num_inference_steps, max(times, LEAST_STEPS))
+    return dataclasses.replace(sampling, num_inference_steps=steps, pad_last_batch=False)
+
+
 def _check_width(pipe: Any, reference: Reference, sampling: Sampling) -> None:
     """Raise SettingsError where the reference's SAE has another width than its site in this pipeline."""
     width = shapes_of(pipe, [reference.site], sampling)[reference.site][1]
@@ -193,16 +212,27 @@ def _sample_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
 
 
 def _hard_negative_rows(
-    pipe: Any, concept: Concept, reference: Reference, steps: Tensor, settings: FitSettings, sampling: Sampling
+    pipe: Any, concept: Concept, reference: Reference, settings: FitSettings, sampling: Sampling
 ) -> list[Tensor]:
-    """Return the pooled features [N, T, shares, n] of the concept's hard negatives at these steps [T], if it has any:
-    those of the guidance branch that reads the prompt. Seeds are those of the pairs, again and again."""
+    """Return the pooled features [N, T, shares, n] of the hard negatives, if there are any: those of the guidance
+    branch that reads the prompt, in as many rows as bring every step, each at the reference's timestep nearest to it.
+    Seeds are those of the pairs, again and again."""
     prompts = concept.hard_negatives
     if not prompts:
         return []
     seeds = [settings.seed + i % settings.num_pairs for i in range(len(prompts))]
     pooled, _ = pooled_features(pipe, reference.sae, reference.site, prompts, seeds, sampling)
-    return [conditional_rows(pooled)[:, steps]]
+    bins = time_bin(reference.times.flip(0), pooled.times).neg() + len(reference.times) - 1
+    near = [
+        (bins == i).nonzero()[:, 0].tolist() or [int(step)] for i, step in enumerate(_nearest_steps(pooled, reference))
+    ]
+    rows = conditional_rows(pooled)
+    return [rows[:, [steps[min(k, len(steps) - 1)] for steps in near]] for k in range(max(map(len, near)))]
+
+
+def _nearest_steps(pooled: Pooled, reference: Reference) -> Tensor:
+    """Return for each of the reference's timesteps the number of the step that is nearest to it [T]."""
+    return time_bin(pooled.times.flip(0), reference.times).neg() + len(pooled.times) - 1
 
 
 def _evidence(pooled: Tensor, detector: Detector) -> Tensor:

@@ -32,8 +32,8 @@ LEVELS_EACH = 2
 """Levels of noise at which a picture is learnt from: more pictures teach more than more levels of each."""
 LEAST_SEEN = 0.2
 """Share of the concept's states that a gate must see at a level of noise: else it is shut there."""
-FIRST_EPOCHS = 4
-"""Passes over the pictures in the fit that only chooses more of them."""
+FIRST_STEPS = 250
+"""Steps of the fit that only chooses more pictures."""
 CORRECTED = 12
 """Images whose prompts name the concept and are corrected, at which the gate may not open."""
 
@@ -81,7 +81,7 @@ def fit_image_part(
 
     on, off = states(shows, LEVELS_EACH, 0.05, 0.2), states(lacks[:n], LEVELS_EACH, 0.2, 0.35)
     if searched:  # what stands somewhere is like other things that do
-        first = learn_features(on, off, share, epochs=FIRST_EPOCHS, seed=settings.seed)
+        first = learn_features(on, off, share, steps=FIRST_STEPS, seed=settings.seed)
         off = off.joined(most_mistaken(first, states(lacks[n : n + searched], LEVELS_EACH, 0.4, 0.55), searched // 2))
     bounding = states(lacks[n + searched :], None, 0.55, 0.75)
     rng = random.Random(settings.seed)

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from neuraleraser.eraser.gate import pre_activations
 from neuraleraser.fitting.noised_pictures import NoisedStates
+from neuraleraser.precision import fast_dtype
 
 COUNT = 64
 """Features that are learnt."""
+EPOCHS = 12
+"""Passes over the states, at most."""
 WINDOW = 3
 """Positions a side that each reads: one alone holds too little of an object (docs/LOG.md)."""
 
@@ -50,7 +53,7 @@ def learn_features(
     share: float,
     *,
     count: int = COUNT,
-    epochs: int = 12,
+    steps: int = 600,
     batch: int = 64,
     lr: float = 3e-3,
     seed: int = 0,
@@ -83,13 +86,13 @@ def learn_features(
         return scaled.flatten(1), offset - (scaled * mean[:, None]).sum((1, 2))
 
     batch = min(batch, len(x))
-    steps = epochs * (len(x) // batch)
+    steps = min(steps, EPOCHS * (len(x) // batch))
     with torch.enable_grad():
         for step in range(steps):
             if step % (len(x) // batch) == 0:
                 order = torch.randperm(len(x), generator=generator)
             at = order[(step % (len(x) // batch)) * batch :][:batch]
-            pre = pre_activations(x[at], *layer(), window, shows.grid)
+            pre = _responses(x[at], hidden, offset, mean, spread, shows.grid)
             logit = _pool(pre, share) @ weight + intercept[level[at]]
             loss = F.binary_cross_entropy_with_logits(logit, y[at], weight=balance[at])
             adam.zero_grad(set_to_none=True)
@@ -101,6 +104,25 @@ def learn_features(
                 on_step((step + 1) / steps)
     rows, bias = layer()
     return LearntFeatures(rows.detach(), bias.detach(), weight.detach(), share, window)
+
+
+def _responses(
+    x: Tensor, kernels: Tensor, bias: Tensor, mean: Tensor, spread: Tensor, grid: tuple[int, int] | None
+) -> Tensor:
+    """Return what features make of x [B, P, d], [B, P, f] in float32: `kernels` [f, d, window^2] of x in units of its
+    spread [d] around its mean [d].
+
+    Products are in the fast number format: twice as fast, and what is learnt is read in float32 (`evidence_of`).
+    """
+    dtype = fast_dtype(x.device)
+    if grid is None:
+        scaled = ((x.float() - mean) / spread).to(dtype)
+        return F.linear(scaled, kernels[..., 0].to(dtype), bias.to(dtype)).float()
+    side = round(kernels.shape[2] ** 0.5)  # outside its grid x counts as 0, as in a gate
+    framed = F.pad(x.float().transpose(1, 2).unflatten(2, grid), (side // 2,) * 4)
+    scaled = ((framed - mean[:, None, None]) / spread[:, None, None]).to(dtype)
+    found = F.conv2d(scaled, kernels.unflatten(2, (side, side)).to(dtype), bias.to(dtype))
+    return found.flatten(2).transpose(1, 2).float()
 
 
 def _pool(pre: Tensor, share: float) -> Tensor:

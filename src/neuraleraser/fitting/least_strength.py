@@ -64,10 +64,15 @@ def least_strength(pipe: Any, eraser: Eraser, picture: ImageFit, sampling: Sampl
             made = generate(start, prompts, seeds, replace(sampling, strength=strength), image=images)
         return float(seen(Pictures(made, [""] * len(made), seeds)).float().mean()) > REMAINS
 
+    def lacking(strength: float) -> bool:
+        return not remains(guided.prompts[0], strength, nullcontext())
+
     def erased(strength: float) -> bool:
-        asked = remains(guided.prompts[0], strength, nullcontext())
-        return not asked and not remains("", strength, attach(start, eraser))
+        return not remains("", strength, attach(start, eraser))
 
     tried = [strength for strength in STRENGTHS if sampling.num_inference_steps * strength >= 1]  # with a step to go
-    first = bisect_left(tried, True, key=erased)
+    tried = tried[bisect_left(tried, True, key=lacking) :]
+    if not tried or erased(tried[0]):  # mostly it does
+        return tried[0] if tried else 1.0
+    first = bisect_left(tried, True, lo=1, key=erased)
     return tried[first] if first < len(tried) else 1.0

@@ -15,6 +15,8 @@ from neuraleraser.sites import Site
 
 ENOUGH = 0.1
 """Share of the distance between the texts up to which the closed form is kept as it is (docs/LOG.md)."""
+LESSONS_EACH = 10
+"""Lessons in a training step: of twice as many half as many steps, which take as long, leave more (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def fit_prompt_correction(
             lessons,
             read.calls,
             steps=settings.steps,
-            batch=sampling.batch_size,
+            batch=LESSONS_EACH,
             seed=settings.seed,
             on_step=lambda step, loss: progress(0.5 + 0.5 * (step + 1) / settings.steps),
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuraleraser.activations import CONDITIONAL, ActivationBatch, collect
 from neuraleraser.concepts import Pair
 from neuraleraser.eraser import LowRank
-from neuraleraser.fitting.trajectories import calls_by_image, measure_site
+from neuraleraser.fitting.trajectories import calls_by_image
 from neuraleraser.settings import Sampling
 from neuraleraser.sites import DenoiserCall, Site
 
@@ -32,14 +34,31 @@ class ReadPrompts:
     calls: Mapping[str, DenoiserCall]
 
 
+class _BatchRead(Exception):
+    """Raised to leave a pipeline's call: the autoencoder would take as long again."""
+
+
 def read_prompts(pipe: Any, site: Site, prompts: Sequence[str], sampling: Sampling, seed: int = 0) -> ReadPrompts:
-    """Read prompts in one step of sampling each."""
+    """Read prompts in one step of sampling each, and leave before the autoencoder."""
     some = list(dict.fromkeys(prompts))
-    once = dataclasses.replace(sampling, num_inference_steps=1)
+    once = dataclasses.replace(sampling, num_inference_steps=1, pad_last_batch=False)
+    texts: dict[str, Tensor] = {}
     calls: dict[str, DenoiserCall] = {}
-    with calls_by_image(pipe, lambda image, call: calls.update({some[image]: call})):
-        texts, _, _ = measure_site(pipe, site, torch.clone, some, [seed] * len(some), once)
-    return ReadPrompts(dict(zip(some, texts[:, 0, -1].float(), strict=True)), calls)  # of the conditional branch
+    for first in range(0, len(some), sampling.batch_size):
+        part = some[first : first + sampling.batch_size]
+
+        def on_text(seen: ActivationBatch, part: list[str] = part) -> None:
+            if seen.branch == CONDITIONAL:
+                texts.update(zip(part, seen.x.float().clone(), strict=True))
+
+        def on_call(image: int, call: DenoiserCall, part: list[str] = part) -> None:
+            calls[part[image]] = call
+            if image == len(part) - 1:
+                raise _BatchRead
+
+        with suppress(_BatchRead), calls_by_image(pipe, on_call):
+            collect(pipe, part, [seed] * len(part), [site], on_text, once)
+    return ReadPrompts(texts, calls)
 
 
 @dataclass(frozen=True)
