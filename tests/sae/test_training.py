@@ -113,8 +113,9 @@ def test_the_data_scale_is_folded_into_the_weights(factor):
 
 def test_folding_is_exact():
     """The SAE on raw x is the trained one on s * x, divided by s."""
+    from neuraleraser.sae.adam import Adam
     from neuraleraser.sae.sparse_ops import Weights
-    from neuraleraser.sae.training import _optimiser, _State, _unscaled_sae
+    from neuraleraser.sae.training import _State, _unscaled_sae
 
     g = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(8, 4, generator=g), dim=1)
@@ -123,9 +124,7 @@ def test_folding_is_exact():
     scaled = SAE(*w, torch.full((8,), threshold))
     x = torch.randn(50, 4, generator=g)
     idle = torch.zeros(8, dtype=torch.int64)
-    folded = _unscaled_sae(
-        _State(w, _optimiser(w), idle, s, 1.0, threshold), TrainSettings(n_features=8, k=1, steps=1), {}
-    )
+    folded = _unscaled_sae(_State(w, Adam(w), idle, s, 1.0, threshold), TrainSettings(n_features=8, k=1, steps=1), {})
     assert torch.equal(folded.encode(x), scaled.encode(x * s) / s)
     assert torch.equal(folded(x), scaled(x * s) / s)
 

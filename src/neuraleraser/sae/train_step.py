@@ -13,6 +13,7 @@ from torch import Tensor
 from neuraleraser.errors import DataError, SettingsError
 from neuraleraser.precision import has_bf16
 from neuraleraser.sae import kernels
+from neuraleraser.sae.adam import Adam
 from neuraleraser.sae.architectures.architecture import architecture_named
 from neuraleraser.sae.losses import labelled_losses
 from neuraleraser.sae.sparse_ops import Weights
@@ -33,7 +34,7 @@ class State:
     """All that a training run is at a step: what a checkpoint holds."""
 
     weights: Weights  # for scaled data
-    optimiser: torch.optim.Adam
+    optimiser: Adam
     idle: Tensor  # [n] int64, vectors since each feature last fired
     scale: float  # raw activations are multiplied by this
     variance: float  # mean ||x - mean||^2 of the first vectors, scaled
@@ -194,9 +195,8 @@ def plain_step(
         norm = torch.nn.utils.get_total_norm(grads)
         if kernels.on_gpu(x) or norm > 1:
             torch.nn.utils.clip_grads_with_norm_(learnt, 1.0, norm)
-        state.optimiser.param_groups[0]["lr"] = lr
         if kernels.on_gpu(x) or math.isfinite(norm):
-            state.optimiser.step()
+            state.optimiser.step(lr)
             for row in w.W_dec.split(rows):
                 row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True))
     return _StepResult(result.firing_threshold, result.fvu, result.counts, norm, bind.detach(), contrast.detach())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neuraleraser.errors import DataError, FileError, NeuralEraserError, SettingsError
 from neuraleraser.io import tensor_file
+from neuraleraser.sae.adam import MOMENTS, Adam
 from neuraleraser.sae.architectures.architecture import architecture_named
 from neuraleraser.sae.batch_checks import (
     Stream,
@@ -37,7 +38,6 @@ from neuraleraser.sae.train_step import train_step
 
 _ONLY_RUN = "activations"
 _CHECKPOINT = "sae-training"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # Adam's state for each tensor
 _NUMBERS = ("scale", "variance", "threshold", "step")
 _MAY_CHANGE = ("log_every", "checkpoint_every")  # settings that a resumed run may change
 
@@ -242,14 +242,9 @@ def _untrained_state(batches: Stream, settings: TrainSettings) -> _State:
         w.W_enc[:concepts], w.W_dec[:concepts] = toward, toward
     own = architecture_named(settings.architecture).start(w, sample * scale, settings)
     idle = torch.zeros(settings.n_features, dtype=torch.int64, device=sample.device)
-    optimiser = _optimiser([*w, *own.values()])
-    return _State(w, optimiser, idle, scale, variance * scale**2, concepts=concepts, extra_parameters=own)
-
-
-def _optimiser(learnt: Iterable[Tensor]) -> torch.optim.Adam:
-    """Adam over what is learnt, which become leaves; the learning rate is set at every step."""
-    learnt = [p.requires_grad_() for p in learnt]
-    return torch.optim.Adam(learnt, lr=0.0, eps=6.25e-10, fused=True)
+    return _State(
+        w, Adam([*w, *own.values()]), idle, scale, variance * scale**2, concepts=concepts, extra_parameters=own
+    )
 
 
 def _unscaled_sae(state: _State, settings: TrainSettings, header: Mapping[str, Any]) -> SAE:
@@ -270,7 +265,7 @@ def _state_tensors(state: _State) -> dict[str, Tensor]:
     """Return every tensor of the state by name."""
     tensors = {"idle": state.idle}
     for name, p in state.parameters().items():
-        tensors |= {name: p.detach()} | {f"{name}.{m}": state.optimiser.state[p][m] for m in _MOMENTS}
+        tensors |= {name: p.detach()} | {f"{name}.{m}": state.optimiser.state[p][m] for m in MOMENTS}
     return tensors
 
 
@@ -279,9 +274,9 @@ def _state_from_tensors(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any
     weights."""
     w, own = Weights(*(tensors[name] for name in Weights._fields)), {name: tensors[name] for name in learns}
     learnt = w._asdict() | own
-    optimiser = _optimiser(learnt.values())
+    optimiser = Adam(learnt.values())
     for name, p in learnt.items():
-        optimiser.state[p] = {m: tensors[f"{name}.{m}"] for m in _MOMENTS}
+        optimiser.state[p] = {m: tensors[f"{name}.{m}"] for m in MOMENTS}
     plain = {name: numbers[name] for name in _NUMBERS} | {"concepts": numbers.get("concepts", 0)}
     return _State(w, optimiser, tensors["idle"], **plain, extra_parameters=own)
 

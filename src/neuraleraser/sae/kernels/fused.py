@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuraleraser.sae.adam import Adam as Optimiser
 from neuraleraser.sae.architectures.architecture import ForwardResult, architecture_named
 from neuraleraser.sae.kernels.decode import residual
 from neuraleraser.sae.kernels.select import by_feature, select
@@ -16,7 +17,7 @@ from neuraleraser.sae.train_settings import TrainSettings
 @torch.no_grad()
 def fused_step(
     w: Weights,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Optimiser,
     last_norm: Tensor,
     x: Tensor,
     variance: float,
@@ -43,9 +44,6 @@ def fused_step(
     adam = Adam(settings.lr_at(at, d), at + 1)
     factor = -2 / (b * variance)
     for p in w:
-        if not optimiser.state[p]:  # as the optimiser itself would start
-            optimiser.state[p] = {"step": x.new_zeros(()), "exp_avg": torch.zeros_like(p)}
-            optimiser.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         optimiser.state[p]["step"].fill_(at + 1)
     parts = [Moments(p, optimiser.state[p]["exp_avg"], optimiser.state[p]["exp_avg_sq"]) for p in w]
     to_bias, total = update(e, into, order, factor, parts[0], parts[1], parts[2], adam, clip)
