@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 (or newer)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch
-	$(INSTALL) -e '.[evaluate]'
+	$(INSTALL) -e '.[evaluate,certify]'
 	touch $@
 
 # Tests and checks need more than what is used.

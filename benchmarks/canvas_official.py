@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal
 
 import canvas_routes
 import tyro
-from canvas_rivals import NOT_DRAWN, RESULTS, RIVALS, chosen
+from canvas_rivals import RESULTS, RIVALS, chosen
 
 from neuraleraser.canvas.words import VOCABULARY as V
 from neuraleraser.concepts import canvas_concept
@@ -89,7 +89,7 @@ class Draw:
     erasers: Path
     """Folder of erasers, named after their concepts."""
     kind: Literal["style", "object"]
-    methods: tuple[str, ...] = (*SAEURON, "difference-of-means", *(r for r in RIVALS if r not in NOT_DRAWN))
+    methods: tuple[str, ...] = (*SAEURON, "difference-of-means", *RIVALS)
     """Other methods; ours and the controls come first and always."""
     concepts: tuple[str, ...] = ()
     """Other methods are measured on these; none named: the first three."""

@@ -256,8 +256,6 @@ RIVALS: dict[str, Rival] = {
         _stereo, ({"rounds": 2, "erase_steps": 40, "attack_steps": 60, "steps": 80, "learning_rate": 3e-4},)
     ),
 }
-NOT_DRAWN = ("cpe", "saemnesia")
-"""Rivals that the committed official run does not hold yet; of these CPE has not been tuned either."""
 
 
 @dataclass(frozen=True)
