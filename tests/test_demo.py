@@ -15,14 +15,15 @@ from helpers.erasers import SHUT, make_eraser, open_eraser
 from neuraleraser import demo as module
 from neuraleraser import families
 from neuraleraser.assessment import with_measurement
-from neuraleraser.concepts import Concept, concept_of
+from neuraleraser.concepts import Concept, canvas_concept, concept_of
 from neuraleraser.demo import demo
 from neuraleraser.eraser import Eraser
-from neuraleraser.errors import ConceptError
+from neuraleraser.errors import ConceptError, FileError, SettingsError
 from neuraleraser.evaluation.figures import ImagePair
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.report import ErasureReport, Report
 from neuraleraser.families.canvas import CANVAS
+from neuraleraser.io.locks import locked
 from neuraleraser.settings import DemoSettings, EvaluateSettings, Sampling
 
 
@@ -72,7 +73,7 @@ def test_concepts_from_phrases(fitted: list[str], tmp_path: Path):
     assert len(looks) == 3 and looks[0] < next(i for i, line in enumerate(said) if "'Fire' ->" in line)
     assert (tmp_path / "erasers" / "Cats.png").is_file()
     files = ["contact.png", "figures.csv", "report.html", "report.json", "tables.tex"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*files, "erasers", "run"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".lock", *files, "erasers", "run"])
     text = "\n".join(said)
     assert "erased" in text and "n=20" in text and str(tmp_path / "report.html") in text
     kept = Eraser.load(tmp_path / "erasers" / "Cats.safetensors")
@@ -118,11 +119,37 @@ def test_a_first_look_shows_what_an_eraser_does(acts: bool, monkeypatch: pytest.
 
 
 def test_a_demo_measures_what_it_erases():
-    erasers = [open_eraser("On_Fire", "style"), open_eraser("Cats", "object")]
-    s = module._with_concepts(DemoSettings().evaluate, erasers)
+    concepts = [("Fire", canvas_concept("On_Fire")), ("cat", canvas_concept("Cats"))]
+    s = module._with_concepts(DemoSettings().evaluate, concepts)
     assert s.styles[-1] == "On_Fire" and s.objects[-1] == "Cats" and len(s.styles) == 8
-    assert module._with_concepts(s, erasers) == s
-    assert module._with_concepts(EvaluateSettings(), erasers) == EvaluateSettings()  # none named: all
+    assert module._with_concepts(s, concepts) == s
+    assert module._with_concepts(EvaluateSettings(), concepts) == EvaluateSettings()  # none named: all
+
+
+@pytest.mark.parametrize(
+    ("phrases", "evaluate", "error"),
+    [
+        (("cat", "Cats"), EvaluateSettings(), "'Cats' names Cats, as 'cat' does"),
+        (("cat", "cat"), EvaluateSettings(), "'cat' names Cats, as 'cat' does"),
+        (("cat",), EvaluateSettings(styles=("Nope",)), "Nope"),
+        (("mine.json",), EvaluateSettings(), "none of the canvas's own concepts"),
+    ],
+)
+def test_what_cannot_be_shown_or_measured_stops_the_demo_before_anything_is_made(
+    fitted: list[str], tmp_path: Path, phrases: tuple[str, ...], evaluate: EvaluateSettings, error: str
+):
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"name": "my cats", "kind": "object", "pairs": [["a cat", "a scene"]]}')
+    phrases = tuple(str(mine) if phrase == mine.name else phrase for phrase in phrases)
+    with pytest.raises((ConceptError, SettingsError), match=error):
+        demo(DemoSettings(folder=tmp_path / "demo", phrases=phrases, evaluate=evaluate), lambda text: None)
+    assert fitted == [] and not (tmp_path / "demo").exists()
+
+
+def test_one_demo_at_a_time_in_a_folder(fitted: list[str], tmp_path: Path):
+    with locked(tmp_path / ".lock"), pytest.raises(FileError, match="another demo is at work"):
+        demo(DemoSettings(folder=tmp_path, phrases=("cat",)), lambda text: None)
+    assert fitted == []
 
 
 def test_phrases_on_other_pipelines_become_templates():

@@ -204,6 +204,7 @@ def test_no_gradients_are_kept_and_none_are_forbidden_afterwards(pipe: Any) -> N
         ({"seeds": [1, 2**63]}, "seed is 9223372036854775808"),
         ({"seeds": [1, 1.5]}, "seed is 1.5"),
         ({"prompts": ["a", "\ud800"]}, "is no text"),
+        ({"prompts": "ab"}, "prompts is the text 'ab': pass a list"),
         ({"prompts": ["a", b"b"]}, "is no text"),
         (
             {"sampling": Sampling(num_inference_steps=1, height=12, width=16)},

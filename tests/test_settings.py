@@ -61,6 +61,7 @@ def test_there_are_numbers_to_look_at():
         (lambda: FitSettings(seed=10_000), "tests are generated with seeds above 999"),
         (lambda: Sampling(num_inference_steps=1001), "steps is 1001"),
         (lambda: Sampling(strength=0), "strength is 0"),
+        (lambda: Sampling(pad_last_batch="no"), "pad_last_batch is 'no': pass True or False"),  # type: ignore[arg-type]
         (lambda: Sampling(num_inference_steps=2.0), "steps is 2.0"),
         (lambda: Sampling(height=64), "height is 64 and width 0: pass both"),
         (lambda: InspectSettings(num_images=0), "images is 0"),

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from neuraleraser.assessment import evaluate_erasers
-from neuraleraser.concepts import concept_of
+from neuraleraser.concepts import Concept, concept_of
 from neuraleraser.eraser import Eraser, attach
-from neuraleraser.errors import ConceptRemainsWarning
+from neuraleraser.errors import ConceptError, ConceptRemainsWarning, FileError
+from neuraleraser.evaluation.evaluate import default_protocol
 from neuraleraser.evaluation.figures import grid_sheet, png
 from neuraleraser.evaluation.report import Report, size_text
 from neuraleraser.evaluation.report_files import write_report
@@ -28,6 +29,7 @@ from neuraleraser.families.opening import image_to_image, native_side, open_pipe
 from neuraleraser.fitting import fit
 from neuraleraser.fitting.reference import Reference, shipped_reference
 from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.locks import locked
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.precision import fast_dtype
@@ -50,22 +52,35 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     Files go to `settings.folder`: erasers/, with a sheet of images beside each as soon as it is made (`first_look`);
     run/ (pictures and results); those of `write_report`; and start-images.png: a picture of each concept, as the model
     redraws it and as it does with the eraser.
-    Raises ConceptError for a phrase that names nothing on the canvas, FileError for a folder that cannot be written,
-    before anything is generated.
+    Raises ConceptError for a phrase that names nothing on the canvas or the same as another, SettingsError for what
+    cannot be measured, FileError for a folder that cannot be written or in which another demo is at work, before
+    anything is generated.
     """
     s = settings or DemoSettings()
-    started = time.monotonic()
     check_outputs(
         {name: s.folder / name for name in (*_FILES, _STARTS)},
         folders={name: s.folder / name for name in ("erasers", "run")},
     )
+    started = time.monotonic()
     pipe = open_pipeline(s.model, fast_dtype())
     concepts = [(phrase, concept_of(pipe, phrase)) for phrase in s.phrases]
+    _check_concepts(pipe, concepts, s)
+    with locked(s.folder / ".lock", wait=False) as alone:
+        if not alone:
+            raise FileError(f"another demo is at work in {s.folder}: wait for it, or pass another --folder")
+        report = _demo(pipe, concepts, s, say)
+    say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
+    return report
+
+
+def _demo(pipe: Any, concepts: Sequence[tuple[str, Concept]], s: DemoSettings, say: Callable[[str], None]) -> Report:
+    """Make, measure and show, in a folder that nobody else uses."""
     known = Reference.from_pretrained(s.reference) if s.reference else shipped_reference(pipe)
     run = s.folder / "run"
     if not s.resume and (run / "run.json").is_file():  # its own record says that the folder is ours
         shutil.rmtree(run)
-    say(f"Erasing {len(concepts)} concepts, one at a time. Step 1 of 2: making the erasers.")
+    some = "one concept" if len(concepts) == 1 else f"{len(concepts)} concepts, one at a time"
+    say(f"Erasing {some}. Step 1 of 2: making the erasers.")
     erasers = []
     for phrase, concept in concepts:
         path = _eraser_path(s.folder, concept.name)
@@ -78,28 +93,42 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
         say(f"{phrase!r} -> {path}, {size_text(path.stat().st_size)}, made in {erasers[-1].header.seconds or 0:.0f} s")
         if said := separability_warning(erasers[-1]):
             say(said)
-        if family_of(pipe).vocabulary is not None:
-            write_bytes(path.with_suffix(".png"), png(first_look(pipe, erasers[-1])))
-            say(f"{path.with_suffix('.png')}  images without it and with it: open it now")
+        write_bytes(path.with_suffix(".png"), png(first_look(pipe, erasers[-1])))
+        say(f"{path.with_suffix('.png')}  images without it and with it: open it now")
     if any(e.image_gate for e in erasers) and family_of(pipe).render is not None:
         write_bytes(s.folder / _STARTS, png(start_images(pipe, erasers)))
-        say(f"{s.folder / _STARTS}  pictures of them that come in, redrawn without a word, and with the erasers")
+        say(f"{s.folder / _STARTS}  pictures of them that come in, redrawn with and without erasers: objects may stay")
     say("Step 2 of 2: measuring them on prompts and seeds that none was made with.")
-    report = evaluate_erasers(pipe, erasers, _with_concepts(s.evaluate, erasers), run)
+    report = evaluate_erasers(pipe, erasers, _with_concepts(s.evaluate, concepts), run)
     for e in erasers:  # now with their figures
         shutil.copyfile(run / "erasers" / f"{file_name(e.name)}.safetensors", _eraser_path(s.folder, e.name))
     paths = write_report(report, s.folder)
     say("\n" + terminal_tables(report) + "\n")
     for path in paths:
         say(f"{path}  {_FILES[path.name]}")
-    say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report
 
 
-def _with_concepts(settings: EvaluateSettings, erasers: Sequence[Eraser]) -> EvaluateSettings:
-    """Return the settings with the erased concepts among their styles and objects, where these are named."""
+def _check_concepts(pipe: Any, concepts: Sequence[tuple[str, Concept]], s: DemoSettings) -> None:
+    """Raise ConceptError or SettingsError for concepts that cannot be shown and measured."""
+    vocabulary, seen = family_of(pipe).vocabulary, dict[str, str]()
+    for phrase, concept in concepts:
+        if vocabulary is None or concept.name not in vocabulary:
+            raise ConceptError(
+                f"{phrase!r} is none of the canvas's own concepts, which the demo shows: pass a phrase such as 'cat', "
+                "or use `neuraleraser erase` and `evaluate`"
+            )
+        if concept.name in seen:
+            raise ConceptError(f"{phrase!r} names {concept.name}, as {seen[concept.name]!r} does: pass one of them")
+        seen[concept.name] = phrase
+    names = [concept.name for _, concept in concepts]
+    default_protocol(family_of(pipe), names, _with_concepts(s.evaluate, concepts))
+
+
+def _with_concepts(settings: EvaluateSettings, concepts: Sequence[tuple[str, Concept]]) -> EvaluateSettings:
+    """Return the settings with the concepts among their styles and objects, where these are named."""
     added = {
-        kind: tuple(dict.fromkeys((*named, *(e.name for e in erasers if e.header.kind == kind[:-1]))))
+        kind: tuple(dict.fromkeys((*named, *(c.name for _, c in concepts if c.kind == kind[:-1]))))
         for kind, named in (("styles", settings.styles), ("objects", settings.objects))
         if named
     }

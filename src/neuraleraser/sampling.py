@@ -72,6 +72,8 @@ def generate(
         (2, 64, 64, 3)
     """
     s = sampling or default_sampling(pipe)
+    if isinstance(prompts, str):
+        raise SettingsError(f"prompts is the text {prompts[:100]!r}: pass a list of prompts")
     if latents is not None and image is not None:
         raise SettingsError("there are start images and latents: pass one of `image` and `latents`")
     _check_start(pipe, image, mask_image)

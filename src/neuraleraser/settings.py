@@ -88,6 +88,8 @@ class Sampling:
         check_whole("height", self.height, 0, 8192)
         check_whole("width", self.width, 0, 8192)
         check_number("strength", self.strength, 0, 1, above=True)
+        if not isinstance(self.pad_last_batch, bool):
+            raise SettingsError(f"pad_last_batch is {_short(self.pad_last_batch)}: pass True or False")
         if bool(self.height) != bool(self.width):  # of one alone, pipelines take no notice
             raise SettingsError(
                 f"height is {self.height} and width {self.width}: pass both, or 0 for the pipeline's own"
@@ -369,9 +371,9 @@ class DemoSettings:
             two_object_rounds=1,
             held_out_rounds=1,
             start_image_rounds=0,
-            fragment_prompts=20,
+            fragment_prompts=10,
             held_out_grid_rounds=0,
-            unhooked_checks=20,
+            unhooked_checks=10,
             idle_checks=0,
             timings=2,  # once in either order
             timed_images=4,

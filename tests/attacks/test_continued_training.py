@@ -134,6 +134,9 @@ def test_a_method_acts_on_what_it_adds(pipe: Any) -> None:
 def test_what_does_not_fit_is_refused(pipe: Any) -> None:
     with pytest.raises(SettingsError, match="2 images, 1 prompts"):
         train(pipe, prompts=["a"])
+    for prompts in ("ab", [1, 2]):
+        with pytest.raises(SettingsError, match="prompts are no list of texts: pass one for each of the 2 images"):
+            train(pipe, prompts=prompts)
     with pytest.raises(SettingsError, match="there are no images"):
         train(pipe, IMAGES[:0], [])
     with pytest.raises(SettingsError, match="rank is 0"):

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
 from helpers import pipelines
 from helpers.erasers import make_eraser
 from neuraleraser import attach
-from neuraleraser.attacks.denoising import attacked, usable_tokens
+from neuraleraser.attacks.denoising import attacked, denoising_target, usable_tokens
 from neuraleraser.attacks.encoded_text import encoded_prompts
+from neuraleraser.errors import SettingsError
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 TIMES = torch.tensor([100, 900])
@@ -71,3 +73,12 @@ def test_a_method_acts_on_what_an_attack_puts_in() -> None:
 
 def test_special_tokens_are_not_usable() -> None:
     assert usable_tokens(pipelines.stable_diffusion()).tolist() == list(range(2, 54))
+
+
+def test_a_scheduler_that_cannot_noise_to_any_timestep_is_refused() -> None:
+    pipe = pipelines.stable_diffusion()
+    pipe.scheduler = EulerDiscreteScheduler(prediction_type="v_prediction")
+    with pytest.raises(
+        SettingsError, match=r"EulerDiscreteScheduler does not noise to any timestep: set pipe\.scheduler"
+    ):
+        denoising_target(pipe, X, X, TIMES)

@@ -11,6 +11,7 @@ from helpers import pipelines
 from helpers.erasers import make_eraser, with_picture
 from neuraleraser.eraser import Eraser, EraserHeader
 from neuraleraser.eraser.sight import ROUTE_WORDS, features_text, routes_text, seen_by_noise, seen_text, sight_rows
+from neuraleraser.settings import FitSettings
 from neuraleraser.sites import IMAGE_ROUTES, PROMPT_ROUTES, ROUTES
 
 
@@ -58,12 +59,14 @@ def test_rows_of_both_parts(eraser: Eraser) -> None:
     assert rows["image gate"].endswith("windows of 3 x 3 positions") and "86%" in rows["image gate: opens at"]
     assert rows["guided correction"] == "from 'a' to 'b', weight 0.5"
     assert "two more forwards" in rows["guided correction: cost"]
-    assert "prompt gate: opens on" not in rows
-    told = replace(eraser.header, tradeoff=((0.0, 0.875, 0.0), (0.01, 1.0, 0.0125)))
-    assert dict(sight_rows(eraser.parts, told))["prompt gate: opens on"] == (
-        "87.5% with the concept and 0.0% without, for false_openings 0; "
-        "100.0% with the concept and 1.2% without, for false_openings 0.01"
+    assert not any("false_openings" in name for name in rows)
+    told = replace(eraser.header, settings=FitSettings(), tradeoff=((0.0, 0.875, 0.0), (0.01, 1.0, 0.0125)))
+    found = dict(sight_rows(eraser.parts, told))
+    assert found["prompt gate: false_openings"].startswith("0.005")
+    assert (
+        found["prompt gate: with 0"] == "would open on 87.5% of its own images with the concept, 0.0% of those without"
     )
+    assert found["prompt gate: with 0.01"].startswith("would open on 100.0%")
     assert rows["start images"] == "no strength is known at which they lose the concept"
     known = dict(sight_rows(eraser.parts, replace(eraser.header, least_strength=0.6)))
     assert "from strength 0.6 on" in known["start images"]

@@ -62,12 +62,21 @@ def frozen(pipe: Any) -> Iterator[None]:
 
 
 def denoising_target(pipe: Any, latents: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Return latents [B, c, h, w] noised to timesteps [B], in the denoiser's dtype, and what it is to predict there."""
+    """Return latents [B, c, h, w] noised to timesteps [B], in the denoiser's dtype, and what it is to predict there.
+
+    Raises SettingsError for a scheduler that cannot.
+    """
     scheduler, unet = pipe.scheduler, denoiser(pipe)
     x, e, t = (v.to(pipe.device) for v in (latents, noise, times))
     kind = scheduler.config["prediction_type"]
-    target = scheduler.get_velocity(x, e, t) if kind == "v_prediction" else x if kind == "sample" else e
-    return scheduler.add_noise(x, e, t).to(unet.dtype), target
+    try:
+        target = scheduler.get_velocity(x, e, t) if kind == "v_prediction" else x if kind == "sample" else e
+        return scheduler.add_noise(x, e, t).to(unet.dtype), target
+    except (ValueError, IndexError) as error:
+        raise SettingsError(
+            f"{type(scheduler).__name__} does not noise to any timestep: set pipe.scheduler = "
+            "DDIMScheduler.from_config(pipe.scheduler.config)"
+        ) from error
 
 
 def chosen(prompts: Sequence[str], some: Tensor) -> list[str]:
@@ -96,5 +105,7 @@ def check_lessons(images: Images, **prompts: Sequence[str]) -> None:
     if not len(images):
         raise SettingsError("there are no images: pass pictures of the concept")
     for name, some in prompts.items():
-        if isinstance(some, str) or len(images) != len(some):
+        if isinstance(some, str) or not all(isinstance(text, str) for text in some):
+            raise SettingsError(f"{name} are no list of texts: pass one for each of the {len(images)} images")
+        if len(images) != len(some):
             raise SettingsError(f"{len(images)} images, {len(some)} {name}: pass one for each")

@@ -10,6 +10,7 @@ completes the same latents with a prompt that leaves the concept out.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,11 +92,11 @@ def from_step(pipe: Any, step: int) -> Iterator[None]:
         The context.
 
     Raises:
-        SettingsError: The scheduler is another; in a call: it has no more steps than are left out.
+        SettingsError: The scheduler is another; in a call: it has no latents, or no more steps than are left out.
 
     Examples:
         >>> with from_step(pipe, 2):
-        ...     generate(pipe, ["a cat"], [0], quick)
+        ...     generate(pipe, ["a cat"], [0], quick, latents=draw_to_step(pipe, ["a cat"], [0], 1, quick))
         Traceback (most recent call last):
         neuraleraser.errors.SettingsError: 2 steps are left out, and the call has 2: pass more steps
     """
@@ -113,10 +114,19 @@ def from_step(pipe: Any, step: int) -> Iterator[None]:
             )
         scheduler.timesteps = scheduler.timesteps[step:]
 
-    scheduler.set_timesteps = later
+    prepare = pipe.prepare_latents
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **given: Any) -> Any:
+        if inspect.signature(prepare).bind(*args, **given).arguments.get("latents") is None:
+            raise SettingsError("from_step completes latents, and the call has none: pass those of draw_to_step")
+        return prepare(*args, **given)
+
+    scheduler.set_timesteps, pipe.prepare_latents = later, prepared
     try:
         yield
     finally:
+        del pipe.prepare_latents
         vars(scheduler).clear()
         vars(scheduler).update(kept)
 

@@ -8,6 +8,7 @@ from neuraleraser.eraser.gate import Gate
 from neuraleraser.eraser.header import EraserHeader
 from neuraleraser.eraser.part import Part
 from neuraleraser.eraser.plan import LOOKS
+from neuraleraser.settings import FitSettings
 from neuraleraser.sites import CONTROL_IMAGE, INPAINTING, IP_ADAPTER, NAMED, PARAPHRASED, ROUTES, START_IMAGE
 
 ROUTE_WORDS = {
@@ -82,12 +83,16 @@ def least_strength_text(header: EraserHeader) -> str:
     return f"its own pictures lost the concept, in the gate's eyes, from strength {least:g} on; below it some stays"
 
 
-def tradeoff_text(header: EraserHeader) -> str:
-    """Return what each setting of `false_openings` gives: shares of images with the concept, and without."""
-    return "; ".join(
-        f"{seen:.1%} with the concept and {other:.1%} without, for false_openings {budget:g}"
-        for budget, seen, other in header.tradeoff
-    )
+def tradeoff_rows(name: str, header: EraserHeader) -> list[tuple[str, str]]:
+    """Return (fact, value) of the `false_openings` that a prompt gate was made with, and of what others would give."""
+    made = header.settings
+    rows = []
+    if isinstance(made, FitSettings):
+        rows.append((f"{name}: false_openings", f"{made.false_openings:g}, of the images without the concept"))
+    for budget, seen, other in header.tradeoff:
+        opens = f"would open on {seen:.1%} of its own images with the concept, {other:.1%} of those without"
+        rows.append((f"{name}: with {budget:g}", opens))
+    return rows
 
 
 def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, str]]:
@@ -107,7 +112,7 @@ def sight_rows(parts: Sequence[Part], header: EraserHeader) -> list[tuple[str, s
             rows.append(("guided correction", f"from {shown!r} to {without!r}, weight {part.guided.weight:g}"))
             rows.append(("guided correction: cost", GUIDED_COST))
         elif header.tradeoff:
-            rows.append((f"{name}: opens on", tradeoff_text(header)))
+            rows += tradeoff_rows(name, header)
     return rows
 
 
