@@ -47,8 +47,11 @@ def test_lessons_are_steps_of_what_is_drawn_without_the_concept(pipe: Any) -> No
         assert torch.equal(lesson.call.prediction, call.prediction[row : row + 1])
 
 
-def test_prompts_are_read_with_their_conditioning(pipe: Any) -> None:
+def test_prompts_are_read_with_their_conditioning(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without the autoencoder, which takes as long again."""
+    monkeypatch.setattr(pipe.vae, "decode", None)
     read = read_prompts(pipe, start(pipe).site, SHOWN, SAMPLING)
+    monkeypatch.undo()
     texts = pipe.encode_prompt(SHOWN, "cpu", 1, False)[0]
     for prompt, text in zip(SHOWN, texts, strict=True):
         torch.testing.assert_close(read.texts[prompt], text)
