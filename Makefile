@@ -47,7 +47,7 @@ check-full: check
 demo: $(READY)
 	$(BIN)/neuraleraser demo
 
-$(DOCS_READY): $(READY)
+$(DOCS_READY): $(DEV_READY)  # ruff sets signatures
 	$(INSTALL) -e '.[docs]'
 	touch $@
 
