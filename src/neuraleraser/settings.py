@@ -377,7 +377,7 @@ class DemoSettings:
             idle_checks=0,
             timings=2,  # once in either order
             timed_images=4,
-            sampling=Sampling(batch_size=20),
+            sampling=Sampling(batch_size=21),  # the target images of Van Gogh in one
             styles=("Seed_Images", "Artist_Sketch", "Cartoon", "Mosaic", "Neon_Lines", "Rust", "Winter"),
             objects=("Dogs", "Flowers", "Fishes", "Horses", "Towers", "Trees"),
         )

@@ -12,6 +12,7 @@ from helpers.canvas_cells import base_cells, canvas_cells, canvas_protocol, frag
 from helpers.erasers import open_eraser
 from neuraleraser.canvas import words
 from neuraleraser.concepts import canvas_concept
+from neuraleraser.demo import _with_concepts
 from neuraleraser.diagnosis import FIRST_SEED
 from neuraleraser.eraser import Provenance
 from neuraleraser.errors import ConceptError, SplitError
@@ -335,7 +336,9 @@ def test_held_out_grid_is_a_group_of_its_own():
 
 def test_the_demo_draws_what_fits_its_batches():
     """A style's target images fill one batch: a filter that acts on them alone costs no second one."""
-    s = DemoSettings().evaluate
+    demo = DemoSettings()
+    assert demo.phrases == ("Van Gogh style", "cat")
+    s = _with_concepts(demo.evaluate, [("", canvas_concept("Van_Gogh")), ("", canvas_concept("Cats"))])
     cells = canvas_protocol(["Van_Gogh"], s).cells["Van_Gogh"]
     target = [c for c in cells if c.asks_for("Van_Gogh") and c.group in (GRID, TARGET)]
-    assert 40 <= len(target) <= s.sampling.batch_size
+    assert s.sampling is not None and len(target) == s.sampling.batch_size

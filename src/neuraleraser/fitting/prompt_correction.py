@@ -16,7 +16,7 @@ from neuraleraser.sites import Site
 ENOUGH = 0.1
 """Share of the distance between the texts up to which the closed form is kept as it is (docs/LOG.md)."""
 LESSONS_EACH = 10
-"""Lessons in a training step: of twice as many half as many steps, which take as long, leave more (docs/LOG.md)."""
+"""Lessons in a training step, at most: twice as many in half the steps take as long and leave more (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def fit_prompt_correction(
             lessons,
             read.calls,
             steps=settings.steps,
-            batch=LESSONS_EACH,
+            batch=min(LESSONS_EACH, sampling.batch_size),
             seed=settings.seed,
             on_step=lambda step, loss: progress(0.5 + 0.5 * (step + 1) / settings.steps),
         )
