@@ -88,6 +88,11 @@ def test_what_does_not_fit_is_refused() -> None:
     for begin in (generate, lambda *args: draw_to_step(*args[:3], 1, S)):  # from noise, at the wrong level
         with from_step(pipe, 1), pytest.raises(SettingsError, match="the call has none: pass those of draw_to_step"):
             begin(pipe, PROMPTS, SEEDS, S)
+    with from_step(pipe, 1):
+        with from_step(pipe, 1):  # one inside another leaves the other as it was
+            pass
+        with pytest.raises(SettingsError, match="the call has none"):
+            generate(pipe, PROMPTS, SEEDS, S)
     assert "prepare_latents" not in vars(pipe)
     assert draw_to_step(pipe, [], [], 1, S).shape == (0, 0, 0, 0)
     pipe.scheduler = EulerDiscreteScheduler()

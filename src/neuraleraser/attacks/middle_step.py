@@ -114,7 +114,7 @@ def from_step(pipe: Any, step: int) -> Iterator[None]:
             )
         scheduler.timesteps = scheduler.timesteps[step:]
 
-    prepare = pipe.prepare_latents
+    prepare, own = pipe.prepare_latents, vars(pipe).get("prepare_latents")
 
     @functools.wraps(prepare)
     def prepared(*args: Any, **given: Any) -> Any:
@@ -127,6 +127,8 @@ def from_step(pipe: Any, step: int) -> Iterator[None]:
         yield
     finally:
         del pipe.prepare_latents
+        if own is not None:  # somebody else's, in place of the class's
+            pipe.prepare_latents = own
         vars(scheduler).clear()
         vars(scheduler).update(kept)
 
