@@ -65,17 +65,23 @@ def demo(settings: DemoSettings | None = None, say: Callable[[str], None] = prin
     pipe = open_pipeline(s.model, fast_dtype())
     concepts = [(phrase, concept_of(pipe, phrase)) for phrase in s.phrases]
     _check_concepts(pipe, concepts, s)
+    known = Reference.from_pretrained(s.reference) if s.reference else shipped_reference(pipe)
     with locked(s.folder / ".lock", wait=False) as alone:
         if not alone:
             raise FileError(f"another demo is at work in {s.folder}: wait for it, or pass another --folder")
-        report = _demo(pipe, concepts, s, say)
+        report = _demo(pipe, concepts, known, s, say)
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
     return report
 
 
-def _demo(pipe: Any, concepts: Sequence[tuple[str, Concept]], s: DemoSettings, say: Callable[[str], None]) -> Report:
+def _demo(
+    pipe: Any,
+    concepts: Sequence[tuple[str, Concept]],
+    known: Reference,
+    s: DemoSettings,
+    say: Callable[[str], None],
+) -> Report:
     """Make, measure and show, in a folder that nobody else uses."""
-    known = Reference.from_pretrained(s.reference) if s.reference else shipped_reference(pipe)
     run = s.folder / "run"
     if not s.resume and (run / "run.json").is_file():  # its own record says that the folder is ours
         shutil.rmtree(run)
