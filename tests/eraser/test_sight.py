@@ -62,9 +62,9 @@ def test_rows_of_both_parts(eraser: Eraser) -> None:
     assert not any("false_openings" in name for name in rows)
     told = replace(eraser.header, settings=FitSettings(), tradeoff=((0.0, 0.875, 0.0), (0.01, 1.0, 0.0125)))
     found = dict(sight_rows(eraser.parts, told))
-    assert found["prompt gate: false_openings"].startswith("0.005")
-    assert (
-        found["prompt gate: with 0"] == "would open on 87.5% of its own images with the concept, 0.0% of those without"
+    assert found["prompt gate: false_openings"].startswith("made with 0.005")
+    assert found["prompt gate: with 0"] == (
+        "would open on 87.5% of its 24 own images with the concept, 0.0% of those without"
     )
     assert found["prompt gate: with 0.01"].startswith("would open on 100.0%")
     assert rows["start images"] == "no strength is known at which they lose the concept"

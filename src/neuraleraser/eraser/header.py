@@ -70,7 +70,7 @@ class EraserHeader:
     settings: FitSettings | SAeUronSettings | None = None
     """Settings of its fit."""
     sampling: Sampling | None = None
-    """Sampling of the images that it was fitted on."""
+    """Sampling that it was fitted for; images that were only measured for it took fewer steps."""
     separation: tuple[float, ...] = ()
     """Share of the rows with the concept above all rows without, by time bin, when its features were chosen."""
     tradeoff: tuple[tuple[float, float, float], ...] = ()

@@ -88,9 +88,11 @@ def tradeoff_rows(name: str, header: EraserHeader) -> list[tuple[str, str]]:
     made = header.settings
     rows = []
     if isinstance(made, FitSettings):
-        rows.append((f"{name}: false_openings", f"{made.false_openings:g}, of the images without the concept"))
+        text = f"made with {made.false_openings:g}, the share of images without the concept on which it may open"
+        rows.append((f"{name}: false_openings", text))
+    own = f"its {made.num_pairs} own images" if isinstance(made, FitSettings) else "its own images"
     for budget, seen, other in header.tradeoff:
-        opens = f"would open on {seen:.1%} of its own images with the concept, {other:.1%} of those without"
+        opens = f"would open on {seen:.1%} of {own} with the concept, {other:.1%} of those without"
         rows.append((f"{name}: with {budget:g}", opens))
     return rows
 
