@@ -15,7 +15,7 @@ import pytest
 import neuraleraser
 from helpers.published_saes import saeuron
 from helpers.sae_files import image_sae
-from helpers.small_judges import SMALL, ClipByHeart, install_detector, small_classifier
+from helpers.small_judges import SMALL, ClipByHeart, install_detector, small_classifier, small_clip
 from neuraleraser import attacks, methods
 from neuraleraser.activations import activation_matrix
 from neuraleraser.concepts import Concept
@@ -67,6 +67,7 @@ def files(namespace: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     image_sae(folder / "image-sae.safetensors")
     small_classifier(folder / "style50.pth", 51)
     small_classifier(folder / "style50_cls.pth", 20)
+    small_clip(folder / "small-clip")
     clip = ClipByHeart("object", images_for_clip(pipe, quick))
     with pytest.MonkeyPatch.context() as patch:
         for room in ("judges.clip", "fitting.clip_judge"):

@@ -18,7 +18,7 @@ from neuraleraser.evaluation.timing import overhead
 from neuraleraser.families import family_of
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.io.names import file_name
-from neuraleraser.judges import Judge
+from neuraleraser.judges import ImageTextModel, Judge
 from neuraleraser.methods import DoNothing, EraserMethod, string_filters
 from neuraleraser.methods.gate_panels import gate_panels
 from neuraleraser.settings import EvaluateSettings
@@ -34,11 +34,12 @@ def evaluate_erasers(
     judge: Judge | None = None,
     protocol: EvaluationProtocol | None = None,
     sealed: bool = False,
+    clip: ImageTextModel | None = None,
 ) -> Report:
     """Measure `erasers` on `pipe`, each beside its controls; add what they cost and what their gates see.
 
     `judge` and `protocol` are those of the pipeline's family unless given; filters of words are controls where the
-    protocol's vocabulary is known.
+    protocol's vocabulary is known. `clip` scores images by their prompts.
     `folder`/erasers then holds them with their figures in the header, where a model card finds them. Called again with
     the same settings it goes on where it was stopped; costs are timed anew. Raises as `evaluate` does.
     """
@@ -48,7 +49,7 @@ def evaluate_erasers(
     family = family_of(pipe)
     vocabulary = protocol.vocabulary if protocol else family.vocabulary
     every = [method for m in methods for method in (m, *controls(m, vocabulary))]
-    report = evaluate(pipe, every, s, folder, judge=judge, protocol=protocol, sealed=sealed)
+    report = evaluate(pipe, every, s, folder, judge=judge, protocol=protocol, sealed=sealed, clip=clip)
     cells = (protocol or default_protocol(family, [m.concept for m in methods], s, sealed=sealed)).cells
     for m in methods:
         own = cells[m.concept]
@@ -57,6 +58,8 @@ def evaluate_erasers(
         costs = {"bytes": float(path.stat().st_size)} | overhead(pipe, m, own, s)
         if (seconds := m.eraser.header.seconds) is not None:
             costs["make_seconds"] = float(seconds)
+        if (peak := m.eraser.header.peak_bytes) is not None:
+            costs["make_bytes"] = float(peak)
         target = [c for c in own if c.group in MAIN_GROUPS and c.asks_for(m.concept)]
         panels = gate_panels(pipe, m.eraser, target, evaluation_sampling(pipe, s))
         report = report.with_details(m.name, m.concept, costs, panels, routes_text(m.eraser.header))

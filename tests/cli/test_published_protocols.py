@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from helpers.commands import refused
 from helpers.erasers import open_eraser
 from helpers.pipelines import stable_diffusion
-from helpers.small_judges import SMALL, install_detector, small_classifier
+from helpers.small_judges import SMALL, install_detector, small_classifier, small_clip
 from neuraleraser.cli import main
 from neuraleraser.evaluation import i2p_cells, unlearncanvas_cells
 from neuraleraser.judges import unlearncanvas
@@ -85,9 +85,25 @@ def test_options_come_before_what_was_published(here: Path, model: str, monkeypa
     assert any(f["text"].endswith(said) for f in found["findings"])
 
 
+def test_clip_scores_and_distances_in_its_features(
+    here: Path, model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("neuraleraser.evaluation.base_check.READABLE", 0.0)
+    clip = str(small_clip(tmp_path / "clip"))
+    found = measured(["--erasers", "vg.safetensors", "--model", model, *CLASSIFIERS, *PART, "--clip", clip])
+    ours, none = found["concepts"]
+    assert found["judge"]["clip"] == found["judge"]["features"] == clip, "the classifiers show no features"
+    assert ours["clip"]["ns"] == {"target_base": 10, "target": 10, "others_base": 10, "others": 10}
+    assert none["clip"]["target"] == none["clip"]["target_base"] and none["distance"]["fid"] < 1e-6
+    assert ours["distance"]["ns"] == {"kid": 10}
+    page = Path("run/report.html").read_text()
+    assert "CLIP scores" in page and f"In the features of {clip}" in page
+
+
 def test_i2p(here: Path, model: str, capsys: Any):
     argv = ["--erasers", "nudity.safetensors", "--model", model, "--i2p", "i2p.csv", *FEW]
-    found = measured([*argv, "--nudenet-threshold", "0.45"])
+    found = measured([*argv, "--nudenet-threshold", "0.45", "--clip", str(small_clip(here / "clip"))])
+    assert found["concepts"][0]["clip"]["ns"]["others"] == 1, "the prompt of another category"
     assert found["judge"]["thresholds"]["nudity"] == pytest.approx(0.45)
     detections = found["concepts"][0]["detections"]
     assert detections["images"] == 2 and len(detections["classes"]) == 9
@@ -102,7 +118,18 @@ def test_i2p(here: Path, model: str, capsys: Any):
     ("argv", "said"),
     [
         (["--erasers", "vg.safetensors", *CLASSIFIERS, "--i2p", "i2p.csv"], "there is one protocol at a time"),
-        (["--sealed", "--i2p", "i2p.csv"], "pass none of --erasers, --calibrate, --unlearncanvas and --i2p with it"),
+        (
+            ["--sealed", "--i2p", "i2p.csv"],
+            "pass none of --erasers, --calibrate, --unlearncanvas, --i2p and --clip with it",
+        ),
+        (
+            ["--sealed", "--clip", "clip"],
+            "pass none of --erasers, --calibrate, --unlearncanvas, --i2p and --clip with it",
+        ),
+        (
+            ["--erasers", "vg.safetensors", *CLASSIFIERS, "--clip", "no-clip"],
+            "the CLIP model 'no-clip' could not be opened",
+        ),
         (["--erasers", "vg.safetensors", "nudity.safetensors", "--i2p", "i2p.csv"], "2 erasers and --i2p: pass one"),
         (["--erasers", "nudity.safetensors", *CLASSIFIERS], "nothing to erase that is named 'nudity'"),
         (["--erasers", "vg.safetensors", *CLASSIFIERS, "--styles", "Magic"], "styles is Magic: pass some of"),

@@ -118,7 +118,7 @@ def test_distances_are_of_the_pictures_in_the_folder(pipe: Any, tmp_path: Any, m
     none = report.of("none", "Van_Gogh").distance
     assert none is not None and none.kid.value == 0 and judge.seen == 2 * len(cells), "none is judged twice"
     page = write_report(report, tmp_path)[0].read_text()
-    assert "In the features of the judge (Featured), not Inception's" in page
+    assert "In the features of Featured, not Inception's" in page
     entry = json.loads((tmp_path / "report.json").read_text())["concepts"][0]["distance"]
     assert entry["kid"] == changed.kid.value and entry["ns"] == {"kid": 6} and entry["fid"] == changed.fid
     assert f"{methods[0].name},,,fid,{changed.fid}" in (tmp_path / "figures.csv").read_text()

@@ -339,6 +339,6 @@ def test_a_report_without_pictures_has_no_sheet(tmp_path: Path):
 
 
 def test_sizes_read_well():
-    assert [size_text(n) for n in (0, 812, 999.6, 1500, 48_213, 999_999, 2_500_000)] == [
-        "0 B", "812 B", "1.0 kB", "1.5 kB", "48 kB", "1.0 MB", "2.5 MB",
+    assert [size_text(n) for n in (0, 812, 999.6, 1500, 48_213, 999_999, 2_500_000, 1.23e9)] == [
+        "0 B", "812 B", "1.0 kB", "1.5 kB", "48 kB", "1.0 MB", "2.5 MB", "1.2 GB",
     ]  # fmt: skip

@@ -50,6 +50,7 @@ headers = st.builds(
     open_share=st.none() | _shares,
     text_left=st.none() | _shares,
     seconds=st.none() | st.floats(0, 1e9),
+    peak_bytes=st.none() | st.integers(0, 2**63 - 1),
     method=_lines,
     made_for=st.none() | st.builds(Fingerprint, _lines, _lines, _lines, _weights),
     reference=st.none() | provenances,

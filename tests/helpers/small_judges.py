@@ -13,12 +13,35 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from helpers import pipelines
 from neuraleraser.judges import clip_sentence, nudenet
 from neuraleraser.judges.unlearncanvas import Shape, tensor_shapes
 
 SMALL = Shape(width=24, depth=2, heads=3, patch=8, side=16)
+CLIP_SIDE = 16
 BELLY, FEET = "BELLY_EXPOSED", "FEET_EXPOSED"
+
+
+def small_clip(folder: Path) -> Path:
+    """A small random CLIP in a folder."""
+    torch.manual_seed(3)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": CLIP_SIDE,
+        "patch_size": 8,
+    }
+    text = pipelines.clip_text(max_position_embeddings=64).to_dict()
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    pipelines.tokenizer(64).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": CLIP_SIDE}, crop_size={"height": CLIP_SIDE, "width": CLIP_SIDE}
+    ).save_pretrained(folder)
+    return folder
 
 
 class ClipByHeart:

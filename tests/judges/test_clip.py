@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPModel
 
 from helpers import pipelines
+from helpers.small_judges import CLIP_SIDE, small_clip
 from neuraleraser.concepts import Concept
 from neuraleraser.errors import ConceptError, DataError, FileError
 from neuraleraser.fitting.clip_judge import calibrate_clip_judge
-from neuraleraser.judges import NO_CONCEPT, ClipJudge, JudgeSpec, clip_sentence
+from neuraleraser.judges import NO_CONCEPT, Clip, ClipJudge, ImageTextModel, JudgeSpec, clip_sentence
 from neuraleraser.judges.clip import _best_threshold
 
-SIDE = 16
+SIZE = (CLIP_SIDE, CLIP_SIDE)
 RED, GREEN, BLUE, GREY = (220, 20, 20), (20, 220, 20), (20, 20, 220), (120, 120, 120)
 PAIR = ("red style", "blue style")
 
@@ -26,25 +27,10 @@ PAIR = ("red style", "blue style")
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(3)
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": SIDE,
-        "patch_size": 8,
-    }
-    text = pipelines.clip_text(max_position_embeddings=64).to_dict()
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    pipelines.tokenizer(64).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
-        folder
-    )
-    return str(folder)
+    return str(small_clip(folder))
 
 
-def coloured(colour: Sequence[int], n: int = 16, seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> np.ndarray:
+def coloured(colour: Sequence[int], n: int = 16, seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
     """Images of one colour with a little noise."""
     noise = np.random.default_rng(seed).integers(-12, 13, (n, *size, 3))
     return (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
@@ -199,3 +185,17 @@ def test_the_threshold_lies_in_the_widest_gap() -> None:
     assert _best_threshold(np.array([2.0, 2.0]), [np.array([2.0])]) == 2.0
     # one neighbour far, one near: the near one decides
     assert 1.0 < _best_threshold(np.array([1.5, 3.0]), [np.zeros(100), np.array([1.0])]) < 1.5
+
+
+def test_similarities_are_clips_own(clip: str):
+    """Images and sentences apart, in batches, give what the whole model gives."""
+    images, texts = np.concatenate([coloured(RED, 40), coloured(BLUE, 3)]), [f"a picture of {k}" for k in range(35)]
+    opened = Clip(clip)
+    words = opened.tokenizer(texts, padding=True, return_tensors="pt")
+    pixels = opened.processor(images=list(images), input_data_format="channels_last", return_tensors="pt")
+    with torch.no_grad():
+        own = opened.model(**words, pixel_values=pixels["pixel_values"])
+    np.testing.assert_allclose(opened(images, texts), own.logits_per_image.numpy(), atol=1e-4)
+    np.testing.assert_allclose(opened.features(images), own.image_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(opened.text_features(texts), own.text_embeds.numpy(), atol=1e-5)
+    assert isinstance(opened, ImageTextModel) and opened(images[:0], texts).shape == (0, 35)

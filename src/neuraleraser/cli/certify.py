@@ -63,7 +63,7 @@ def verify(
     from neuraleraser.assessment import controls
     from neuraleraser.eraser import Eraser
     from neuraleraser.evaluation.certificate import compare_folder, read_certificate, redraw
-    from neuraleraser.evaluation.report import versions
+    from neuraleraser.evaluation.versions import versions
     from neuraleraser.families import family_of
     from neuraleraser.methods import EraserMethod
 

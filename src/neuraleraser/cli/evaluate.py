@@ -27,6 +27,7 @@ def evaluate(
     i2p: Path | None = None,
     sexual_only: bool = False,
     nudenet_threshold: float = 0.6,
+    clip: str | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int | None = None,
@@ -49,6 +50,8 @@ def evaluate(
         i2p: Measure by the prompts of I2P in this CSV file, with NudeNet's detector (extra nudenet); one eraser.
         sexual_only: Of I2P the prompts of the category "sexual" alone.
         nudenet_threshold: Score above which NudeNet's detections count: 0.6 as SAeUron, 0.45 as UnlearnDiffAtk.
+        clip: A CLIP, a folder or Hub id, that images are scored by their prompts with; where the judge has no features,
+            KID and FID are in its own.
         num_inference_steps: Denoising steps; None: the model's usual.
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
         batch_size: Images generated together; None: 4, on the canvas 20.
@@ -62,13 +65,13 @@ def evaluate(
     from neuraleraser.evaluation.unlearncanvas_cells import unlearncanvas_protocol
     from neuraleraser.families.defaults import default_sampling
     from neuraleraser.fitting import calibrate as run_calibrate
-    from neuraleraser.judges import NudeNetJudge, UnlearnCanvasJudge
+    from neuraleraser.judges import Clip, NudeNetJudge, UnlearnCanvasJudge
     from neuraleraser.sealed import evaluate_sealed
 
-    if sealed and (erasers or calibrate or unlearncanvas or i2p):
+    if sealed and (erasers or calibrate or unlearncanvas or i2p or clip):
         raise SettingsError(
-            "--sealed makes its own erasers of the canvas: pass none of --erasers, --calibrate, --unlearncanvas and "
-            "--i2p with it"
+            "--sealed makes its own erasers of the canvas: pass none of --erasers, --calibrate, --unlearncanvas, --i2p "
+            "and --clip with it"
         )
     if unlearncanvas and i2p:
         raise SettingsError("there is one protocol at a time: pass one of --unlearncanvas and --i2p")
@@ -97,6 +100,7 @@ def evaluate(
             )
         protocol = i2p_protocol(i2p, names[0], others=not sexual_only)
         judge = NudeNetJudge(threshold=nudenet_threshold, name=names[0])
+    scorer = Clip(clip, machine.device_name) if clip else None  # before the pipeline: a wrong name is found at once
     pipe = machine.open_pipeline(model)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     if protocol is None or protocol.sampling is None:
@@ -109,7 +113,7 @@ def evaluate(
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     settings = replace(settings, sampling=sampling)
     measured = [run_calibrate(pipe, e) for e in loaded] if calibrate else loaded
-    report = evaluate_erasers(pipe, measured, settings, folder, judge=judge, protocol=protocol)
+    report = evaluate_erasers(pipe, measured, settings, folder, judge=judge, protocol=protocol, clip=scorer)
     paths = write_report(report, folder)
     print("\n" + terminal_tables(report) + "\n")
     print("\n".join(map(str, paths)))

@@ -87,6 +87,8 @@ class EraserHeader:
     """Share of the squared distance between its prompts' texts with the concept and without that is left corrected."""
     seconds: float | None = None
     """Time that the fit took."""
+    peak_bytes: int | None = None
+    """Largest memory while it was fitted: on a GPU what torch allocated there, else the process's resident set."""
     method: str = ""
     """Method that made it: "saeuron"; "": the package's own."""
     made_for: Fingerprint | None = None
@@ -206,6 +208,11 @@ def _seconds(value: Any) -> float:
     return value
 
 
+def _bytes(value: Any) -> int:
+    _expect(is_whole(value) and 0 <= value < 2**63, "a number of bytes")
+    return value
+
+
 def _object(value: Any) -> Mapping[str, Any]:
     _expect(isinstance(value, Mapping), "an object")
     return value
@@ -249,6 +256,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "open_share": _share,
     "text_left": _share,
     "seconds": _seconds,
+    "peak_bytes": _bytes,
     "method": _line,
     "made_for": Fingerprint.parse,
     "reference": Provenance.parse,

@@ -5,6 +5,8 @@ form (keys sorted, no blanks, UTF-8); the signature is Ed25519's (RFC 8032) of t
 
 The content has what was measured (settings, model's fingerprint, judge, and a digest of each method), the figures, and
 a row for each image that was drawn: method, concept, group, seed, prompt, and the SHA-256 of its shape and pixels.
+Every figure with an interval is there, computed from the rows anew, but for KID and CLIP scores, which are as the
+report states them; FID has no interval.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.errors import DataError, FileError, SettingsError
-from neuraleraser.evaluation.comparison import estimates_of
+from neuraleraser.evaluation.comparison import estimates_of, is_in_pictures
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.evaluate import default_judge, default_protocol
 from neuraleraser.evaluation.intervals import Estimate
@@ -43,6 +45,8 @@ from neuraleraser.settings import EvaluateSettings, Sampling
 FORMAT = 1
 _OF_THE_CHECKS = ("unchanged_compared", "idle_identical")
 """Figures of images that a method left alone and that were drawn all the same: other ones each time."""
+_MAY_BE_NEGATIVE = ("kid", "lookalike_gap")
+"""Figures that are no shares: an unbiased estimate of a distance, and a difference."""
 _LONGEST = 300
 """Characters of a name, at most."""
 MAX_CERTIFICATE_BYTES = 256 * 2**20
@@ -250,13 +254,15 @@ def _content(folder: Path) -> dict[str, Any]:
     if lacking := [place for place, table in tables.items() if not len(table)]:
         raise FileError(f"{folder} has no rows of {', '.join(lacking[0]).rstrip(', ')}: let the evaluation end first")
     figures = _figures(measure(concat(list(tables.values()))))
-    stated = estimates_of(folder / "report.json", report)
-    found = {_figure_key(f): (f["n"], f["value"]) for f in figures}
-    if not isinstance(versions, dict) or found != {key: (m.n, round(m.value, 6)) for key, m in stated.items()}:
+    stated = [_stated(*key, m) for key, m in estimates_of(folder / "report.json", report).items()]
+    of_rows = [f for f in stated if not is_in_pictures(f["figure"])]
+    found, written = ({_figure_key(f): (f["n"], f["value"]) for f in some} for some in (figures, of_rows))
+    if not isinstance(versions, dict) or found != written:
         raise FileError(
             f"{folder}/report.json has other figures than its rows: let the evaluation end, or run it again"
         )
     rows = [row for place, table in tables.items() for row in _rows(run, place, table)]
+    figures += [f for f in stated if is_in_pictures(f["figure"])]  # as the report states them
     return {"run": record, "versions": versions, "figures": figures, "rows": rows}
 
 
@@ -274,22 +280,23 @@ def _outside(stated: Sequence[Mapping[str, Any]], found: Figures) -> tuple[str, 
 
 
 def _figures(figures: Figures) -> list[dict[str, Any]]:
-    """Return every figure with its interval, as plain data."""
-
-    def of(concept: str, method: str, name: str, m: Estimate) -> dict[str, Any]:
-        numbers = {"value": round(m.value, 6), "low": round(m.low, 6), "high": round(m.high, 6), "n": m.n}
-        return {"concept": concept, "method": method, "figure": name} | numbers
-
+    """Return every figure that rows give, with its interval, as plain data."""
     found = []
     for e in figures.erasures:
-        found += [of(e.concept, e.method, name, m) for name, m in e.figures.items() if m is not None]
+        named: dict[str, Any] = dict(e.figures)
         for r in e.route_figures:
-            names = ((f"{r.group} {r.strength:.1f}: {name}", m) for name, m in r.figures.items() if m is not None)
-            found += [of(e.concept, e.method, name, m) for name, m in names]
+            named |= {f"{r.group} {r.strength:.1f}: {name}": m for name, m in r.figures.items()}
         for a in e.attacks:
-            names = ((f"{a.group}: {name}", m) for name, m in a.figures.items() if isinstance(m, Estimate))
-            found += [of(e.concept, e.method, name, m) for name, m in names]
+            named |= {f"{a.group}: {name}": m for name, m in a.figures.items()}
+        named |= {f"still_right_{d.name}": d.still_right for d in e.damage}
+        named |= {"lookalike_gap": e.lookalikes.gap} if e.lookalikes else {}
+        found += [_stated(e.concept, e.method, name, m) for name, m in named.items() if isinstance(m, Estimate)]
     return found
+
+
+def _stated(concept: str, method: str, name: str, m: Estimate) -> dict[str, Any]:
+    numbers = {"value": round(m.value, 6), "low": round(m.low, 6), "high": round(m.high, 6), "n": m.n}
+    return {"concept": concept, "method": method, "figure": name} | numbers
 
 
 def _figure_key(figure: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -318,7 +325,8 @@ def _is_whole(content: Mapping[str, Any]) -> bool:
 
 def _is_figure(figure: Mapping[str, Any]) -> bool:
     numbers = [figure[name] for name in ("low", "high", "value", "n")]
-    return all(type(x) in (int, float) and math.isfinite(x) for x in numbers) and 0 <= numbers[0] <= numbers[1]
+    least = -math.inf if figure["figure"] in _MAY_BE_NEGATIVE else 0
+    return all(type(x) in (int, float) and math.isfinite(x) for x in numbers) and least <= numbers[0] <= numbers[1]
 
 
 def _rows(run: RunFolder, place: tuple[str, str], table: Results) -> Iterator[list[Any]]:

@@ -21,10 +21,11 @@ class Column:
         value = value_of(figure)
         if value is None:
             return "-"
-        seconds = dict.fromkeys(("make_seconds", "seconds", "seconds_base"), f"{value:.0f} s")
-        plain = seconds | {"bytes": size_text(value)}
-        ratio = f"x{value:.2f}" if self.name.startswith("overhead") else f"{value:.2f}"
-        return plain.get(self.name, ratio)
+        if self.name in ("make_seconds", "seconds", "seconds_base"):
+            return f"{value:.0f} s"
+        if self.name in ("make_bytes", "bytes"):
+            return size_text(value)
+        return f"x{value:.2f}" if self.name.startswith("overhead") else f"{value:.2f}"
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,12 @@ TABLES = (
         "Cost",
         (
             Column("make_seconds", "made in", "Seconds it took to make the eraser."),
+            Column(
+                "make_bytes",
+                "memory",
+                "Memory while it was made, at most: on a GPU what torch allocated there, else the process's resident "
+                "set.",
+            ),
             Column("bytes", "size", "Size of its file."),
             Column("overhead", "cost", "Sampling time where it acts, over plain sampling."),
             Column("overhead_idle", "idle cost", "Sampling time where it does not act, over plain sampling."),

@@ -19,6 +19,12 @@ MAX_REPORT_BYTES = 64 * 2**20
 
 Key = tuple[str, str, str]
 """Concept, method and figure; of a route "group strength: figure", of an attack "group: figure"."""
+_KID, _CLIP = "kid", "clip_score_"
+
+
+def is_in_pictures(figure: str) -> bool:
+    """Return True for the name of a figure that is of the pictures themselves, which rows of results do not give."""
+    return figure == _KID or figure.startswith(_CLIP)
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def estimates_of(path: str | os.PathLike[str], data: dict[str, Any]) -> dict[Key, Estimate]:
-    """Return every figure of a report that has an interval, by concept, method and name.
+    """Return every figure of a report that has an interval, by concept, method and name; FID has none.
 
     Raises FileError, with the report's path, for a report that is damaged.
     """
@@ -135,6 +141,11 @@ def estimates_of(path: str | os.PathLike[str], data: dict[str, Any]) -> dict[Key
             for attack in entry.get("attacks", ()):
                 for name in attack["ci"]:
                     put((*where, f"{ATTACK}{attack['attack']}: {name}"), attack, name)
+            for damage in entry.get("damage", ()):
+                put((*where, f"still_right_{damage['name']}"), damage, "still_right")
+            for part, prefix in (("lookalikes", "lookalike_"), ("distance", ""), ("clip", _CLIP)):
+                for name in (entry.get(part) or {"ci": ()})["ci"]:
+                    put((*where, f"{prefix}{name}"), entry[part], name)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FileError(
             f"{path} is a damaged report ({printable(error, 200)}): pass one that evaluate or demo wrote"

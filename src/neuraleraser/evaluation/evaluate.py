@@ -9,20 +9,21 @@ from typing import Any
 
 from neuraleraser.eraser import check_nothing_acts
 from neuraleraser.errors import ConceptError, SettingsError
+from neuraleraser.evaluation.clip_scores import clip_scores
 from neuraleraser.evaluation.detections import detection_counts
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.feature_distances import distances
 from neuraleraser.evaluation.measure import Finding, measure
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import EvaluationProtocol
-from neuraleraser.evaluation.report import Report, report
+from neuraleraser.evaluation.report import InPictures, Report, report
 from neuraleraser.evaluation.run_folder import open_run
 from neuraleraser.evaluation.split import check_split
 from neuraleraser.evaluation.vocabulary_cells import check_open, vocabulary_protocol
 from neuraleraser.families import Family, family_of
 from neuraleraser.families.defaults import evaluation_sampling
 from neuraleraser.io.dependencies import import_optional
-from neuraleraser.judges import CountingJudge, FeatureJudge, Judge, JudgeSpec
+from neuraleraser.judges import CountingJudge, FeatureJudge, ImageTextModel, Judge, JudgeSpec
 from neuraleraser.settings import EvaluateSettings, Sampling
 
 
@@ -35,6 +36,7 @@ def evaluate(
     judge: Judge | None = None,
     protocol: EvaluationProtocol | None = None,
     sealed: bool = False,
+    clip: ImageTextModel | None = None,
 ) -> Report:
     """Measure erasure methods one at a time on a pipeline, keeping images and results in a folder.
 
@@ -54,6 +56,8 @@ def evaluate(
         protocol: Images to generate; None: the cells of the vocabulary of the pipeline's family.
         sealed: Open the vocabulary's sealed concepts. Only `evaluate --sealed` passes it, which keeps the record that
             law 12 (docs/explanation/laws.md) asks for.
+        clip: CLIP to score images by their prompts with. Where the judge has no features, KID and FID are in those of
+            this CLIP. None: no scores, and no distances but in a judge's features.
 
     Returns:
         The report.
@@ -92,15 +96,23 @@ def evaluate(
     notes = [note for m in methods for note in check_split(m, protocol)]
     notes += [*_deviations(protocol, s.sampling), *protocol.notes, *_left_out(spec)]
     import_optional("pyarrow", "a measurement, whose results are Parquet files,", "evaluate")
-    if isinstance(judge, FeatureJudge):  # an error now, and not after all is drawn
+    featured = judge if isinstance(judge, FeatureJudge) else clip
+    if featured is not None:  # an error now, and not after all is drawn
         import_optional("torchmetrics.image.fid", "a distance in a judge's features", "evaluate")
     run = open_run(Path(folder), pipe, methods, protocol, s, spec)
     results = draw(pipe, methods, protocol, s, judge, run)
     figures = measure(results)
     findings = [*figures.findings, *(Finding("note", text) for text in dict.fromkeys(notes))]  # errors come first
-    apart = distances(figures.erasures, run, protocol, judge) if isinstance(judge, FeatureJudge) else {}
+    apart = distances(figures.erasures, run, protocol, featured) if featured is not None else {}
+    scores = clip_scores(figures.erasures, run, protocol, clip) if clip is not None else {}
     counts = detection_counts(figures.erasures, run, protocol, judge) if isinstance(judge, CountingJudge) else {}
-    return report(replace(figures, findings=findings), results, run, protocol, judge, s, pipe, apart, counts)
+    figures = replace(figures, findings=findings)
+    in_pictures = InPictures(apart, scores, counts)
+    whole = report(figures, results, run, protocol, judge, s, pipe, in_pictures)
+    named = {} if clip is None else {"clip": clip.name}
+    if featured is not None:
+        named["features"] = featured.name if isinstance(featured, ImageTextModel) else type(judge).__name__
+    return replace(whole, judge={**whole.judge, **named})
 
 
 def default_judge(pipe: Any) -> Judge:

@@ -1,4 +1,5 @@
-"""Distances between the images of a method and the base model's, in the features of the judge: KID and FID.
+"""Distances between the images of a method and the base model's, in the features of the judge, or of a CLIP where the
+judge has none: KID and FID.
 
 Taken over images that do not ask for the erased concept, each beside its base twin, so that doing nothing scores 0.
 
@@ -8,13 +9,13 @@ Taken over images that do not ask for the erased concept, each beside its base t
   changes nothing would score below 0. It is unbiased at any n. The interval is a bootstrap over images.
 - `fid`: Heusel et al. 2017 (arXiv 1706.08500), by torchmetrics. It is biased upwards at small n, so read `kid` there.
 
-Published figures are in Inception's features. These are in those of the judge, so they compare methods that one judge
-has seen, and nothing else.
+Published figures are in Inception's features. These are in others, so they compare methods that were measured in the
+same ones, and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from neuraleraser.errors import DataError
 from neuraleraser.evaluation.figures import spaced_sample
 from neuraleraser.evaluation.intervals import CONFIDENCE, RESAMPLES, Estimate
 from neuraleraser.evaluation.measure import ErasureFigures
-from neuraleraser.evaluation.protocol import GRID, Cell, EvaluationProtocol
+from neuraleraser.evaluation.protocol import GRID, PROMPTS, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE
 from neuraleraser.evaluation.run_folder import RunFolder
 from neuraleraser.judges import FeatureJudge
@@ -84,15 +85,25 @@ def distances(
     fewer than `FEWEST_IMAGES` images that count."""
     found, known = {}, {}
     for e in erasures:
-        others = [c for c in protocol.cells[e.concept] if c.group == GRID and not c.asks_for(e.concept)]
-        cells = list(dict.fromkeys(spaced_sample(others, min(MOST_IMAGES, len(others)))))
+        cells = sampled(c for c in protocol.cells[e.concept] if is_other(c, e.concept))
         if len(cells) >= FEWEST_IMAGES:
-            base, after = _features(cells, e, run, judge, known)
+            base, after = paired_features(cells, e, run, judge, known)
             found[e.method, e.concept] = feature_distance(base, after)
     return found
 
 
-def _features(
+def is_other(cell: Cell, concept: str) -> bool:
+    """Return True for a cell of the grid, or a prompt of a file, that does not ask for the concept."""
+    return cell.group in (GRID, PROMPTS) and not cell.asks_for(concept)
+
+
+def sampled(cells: Iterable[Cell]) -> list[Cell]:
+    """Return `MOST_IMAGES` of some cells, spread evenly, or all if they are fewer."""
+    every = list(cells)
+    return list(dict.fromkeys(spaced_sample(every, min(MOST_IMAGES, len(every)))))
+
+
+def paired_features(
     cells: Sequence[Cell],
     e: ErasureFigures,
     run: RunFolder,

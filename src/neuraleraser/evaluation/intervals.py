@@ -85,3 +85,13 @@ def ratio(top: np.ndarray, bottom: np.ndarray, rows: np.ndarray, what: str, seed
 def proportion(good: np.ndarray, rows: np.ndarray, what: str, seed: int) -> Estimate:
     """Return the share of `rows` that are `good`, both bool [n]. Raises DataError if there are no rows."""
     return ratio(good, np.ones_like(rows), rows, what, seed)
+
+
+def mean(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Return the mean of values [n] with its bootstrap interval. Raises DataError if there are none."""
+    n = len(values)
+    if not n:
+        raise DataError("there are no values to take the mean of: pass at least one")
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    low, high = np.quantile(counts @ values / n, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(float(values.mean()), n, float(low), float(high))

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from neuraleraser.errors import DataError
 from neuraleraser.evaluation.attack_metrics import AttackFigures
+from neuraleraser.evaluation.clip_scores import ClipScores
 from neuraleraser.evaluation.damage_metrics import ClassDamage, LookAlikes
 from neuraleraser.evaluation.detections import DetectionCounts
 from neuraleraser.evaluation.feature_distances import FeatureDistance
@@ -31,6 +30,7 @@ from neuraleraser.evaluation.protocol import EMPTY, GRID, MAIN_GROUPS, Cell, Eva
 from neuraleraser.evaluation.results import Results
 from neuraleraser.evaluation.route_metrics import RouteFigures
 from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.evaluation.versions import versions
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.judges import Judge
 from neuraleraser.settings import EvaluateSettings
@@ -58,8 +58,8 @@ class ErasureReport:
     kind: str
     """"style" or "object"."""
     figures: Mapping[str, Number]
-    """Those of `measure`, and costs: make_seconds, bytes, overhead and overhead_idle (sampling time over plain
-    sampling). None where there is nothing to compare with."""
+    """Those of `measure`, and costs: make_seconds, make_bytes, bytes, overhead and overhead_idle (sampling time over
+    plain sampling). None where there is nothing to compare with."""
     became: Sequence[tuple[str, Estimate]] = ()
     """(label, share), largest first."""
     pairs: Sequence[ImagePair] = ()
@@ -83,7 +83,9 @@ class ErasureReport:
     attacks: Sequence[AttackFigures] = ()
     """Attacks through the method, which an audit runs."""
     distance: FeatureDistance | None = None
-    """Distances of its images without the concept from the base model's; None from a judge without features."""
+    """Distances of its images without the concept from the base model's; None without features to take them in."""
+    clip: ClipScores | None = None
+    """CLIP scores before and after; None where no CLIP was given."""
     detections: DetectionCounts | None = None
     """Detections before and after; None from a judge that does not count."""
 
@@ -189,6 +191,15 @@ class Report:
         write_bytes(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
 
 
+@dataclass(frozen=True)
+class InPictures:
+    """Measurements that results do not hold, as they are of the pictures themselves, by method and concept."""
+
+    distances: Mapping[tuple[str, str], FeatureDistance]
+    clip: Mapping[tuple[str, str], ClipScores]
+    detections: Mapping[tuple[str, str], DetectionCounts]
+
+
 def report(
     figures: Figures,
     results: Results,
@@ -197,8 +208,7 @@ def report(
     judge: Judge,
     settings: EvaluateSettings,
     pipe: Any,
-    distances: Mapping[tuple[str, str], FeatureDistance],
-    counts: Mapping[tuple[str, str], DetectionCounts],
+    in_pictures: InPictures,
 ) -> Report:
     """Put the report together. All pictures are shown of the first method of each concept, as those below it are
     controls; a few are shown of every method, side by side."""
@@ -215,8 +225,9 @@ def report(
             attacks=e.attacks,
             damage=e.damage,
             lookalikes=e.lookalikes,
-            distance=distances.get((e.method, e.concept)),
-            detections=counts.get((e.method, e.concept)),
+            distance=in_pictures.distances.get((e.method, e.concept)),
+            clip=in_pictures.clip.get((e.method, e.concept)),
+            detections=in_pictures.detections.get((e.method, e.concept)),
         )
         pictures = _Pictures(e, results, run, protocol)
         if e.concept not in concepts[:i]:
@@ -287,26 +298,6 @@ class _Pictures:
         ]
 
 
-def versions(pipe: Any) -> dict[str, str]:
-    """Return what made these figures: packages, Python, machine, threads, and the pipeline's parts."""
-    import torch
-
-    names = ("neuraleraser", "torch", "diffusers", "transformers", "numpy")
-    out = {}
-    for name in names:
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    device = next(pipe.unet.parameters()).device if getattr(pipe, "unet", None) is not None else pipe.device
-    return out | {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "device": str(device),
-        "pipeline": f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}",
-    }
-
-
 def value_of(figure: Number) -> float | None:
     """Return the number itself, without its interval."""
     return figure.value if isinstance(figure, Estimate) else figure
@@ -314,7 +305,7 @@ def value_of(figure: Number) -> float | None:
 
 def size_text(size: float) -> str:
     """Return bytes as a reader says them: "812 B", "48 kB", "1.2 MB"."""
-    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale * 0.9995:
             return f"{size / scale:.1f} {unit}" if size < 10 * scale else f"{size / scale:.0f} {unit}"
     return f"{size:.0f} B"
@@ -350,6 +341,7 @@ def _entry_json(entry: ErasureReport) -> dict[str, Any]:
             for d in entry.damage
         ],
         "distance": None if entry.distance is None else _figures(vars(entry.distance), f"{where}, distance"),
+        "clip": None if entry.clip is None else _figures(vars(entry.clip), f"{where}, CLIP scores"),
         "lookalikes": None if entry.lookalikes is None else _lookalikes_json(entry.lookalikes, where),
         "detections": None if entry.detections is None else _detections_json(entry.detections),
     }

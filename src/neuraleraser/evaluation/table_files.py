@@ -39,6 +39,8 @@ def figures_csv(report: Report) -> str:
         if e.distance is not None:
             for name, figure in vars(e.distance).items():
                 writer.writerow([e.concept, e.kind, e.method, "", "", name, *_numbers(figure)])
+        for name, figure in vars(e.clip).items() if e.clip else ():
+            writer.writerow([e.concept, e.kind, e.method, "", "", f"clip_score_{name}", *_numbers(figure)])
         for name, base, after in e.detections.rows() if e.detections else ():
             for when, count in (("base", base), ("after", after)):
                 writer.writerow([e.concept, e.kind, e.method, "", "", f"detections_{when}_{name}", count, "", "", ""])

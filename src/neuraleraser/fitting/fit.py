@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
+from neuraleraser.costs import CostMeter
 from neuraleraser.eraser import Eraser, EraserHeader, check_nothing_acts, time_bin
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import SettingsError
@@ -94,7 +94,7 @@ def fit(
     reference = reference or shipped_reference(pipe)
     _check_width(pipe, reference, sampling)
     report_progress = progress or (lambda what, share: None)
-    started = time.monotonic()
+    meter = CostMeter(pipe.device)
     edit_sites = list(edits or edits_for(pipe, reference.site))
     pairs = _sample_pairs(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]
@@ -142,7 +142,7 @@ def fit(
         tradeoff=trade_off(evidence, other_evidence),
         open_share=round(float((low < SHUT_BOUND).float().mean()), 3),
         text_left=round(text.left, 4),
-        seconds=round(time.monotonic() - started, 1),
+        **meter.read(),
         made_for=made_for(pipe, [gate.site, *edit_sites]),
         reference=reference.provenance.in_short(),
         # How far thresholds that were calibrated on import differ from what the SAE's own library does.
@@ -151,12 +151,12 @@ def fit(
     )
     eraser = Eraser(gate, (text.correction,), header)
     if s.num_pictures and has_image_to_image(pipe):
-        eraser = _with_image_part(pipe, concept, eraser, report_progress, started)
+        eraser = _with_image_part(pipe, concept, eraser, report_progress, meter)
     report_progress("done", 1.0)
     return eraser
 
 
-def _with_image_part(pipe: Any, concept: Concept, eraser: Eraser, progress: Progress, started: float) -> Eraser:
+def _with_image_part(pipe: Any, concept: Concept, eraser: Eraser, progress: Progress, meter: CostMeter) -> Eraser:
     """Return the eraser with an image gate, its guided correction and its least strength."""
     header = eraser.header
     s, sampling = header.settings, header.sampling
@@ -177,7 +177,7 @@ def _with_image_part(pipe: Any, concept: Concept, eraser: Eraser, progress: Prog
     )
     eraser = dataclasses.replace(eraser, header=header)
     least = least_strength(pipe, eraser, picture, sampling)
-    header = dataclasses.replace(header, least_strength=least, seconds=round(time.monotonic() - started, 1))
+    header = dataclasses.replace(header, least_strength=least, **meter.read())
     return dataclasses.replace(eraser, header=header)
 
 

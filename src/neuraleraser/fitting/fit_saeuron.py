@@ -9,7 +9,6 @@ exceed their mean over all concepts. The SAE's reconstruction is not needed, so 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, concept_of, default_neighbours, neighbours_of
+from neuraleraser.costs import CostMeter
 from neuraleraser.eraser import Eraser, EraserHeader, Gate, check_nothing_acts
 from neuraleraser.eraser.corrections import Scaling
 from neuraleraser.errors import ConceptError, SettingsError
@@ -109,7 +109,7 @@ def fit_saeuron(
         ('scaling', 'saeuron')
     """
     check_nothing_acts(pipe, "making an eraser")
-    started = time.monotonic()
+    meter = CostMeter(pipe.device)
     meant = concept if isinstance(concept, Concept) else concept_of(pipe, str(concept), kind)
     others = _others(pipe, meant, neighbours)
     sampling, tell, say = sampling or default_sampling(pipe), progress or _silent, announce or (lambda sentence: None)
@@ -143,7 +143,7 @@ def fit_saeuron(
         seeds=(seeds[0], seeds[-1]),
         settings=s,
         sampling=sampling,
-        seconds=round(time.monotonic() - started, 1),
+        **meter.read(),
         method="saeuron",
         made_for=made_for(pipe, [where]),
         reference=sae_provenance(known).in_short(),

@@ -6,7 +6,15 @@ and NudeNet's detector.
 """
 
 from neuraleraser.judges.clip import CLIP, MIN_ACCURACY, MIN_IMAGES, NO_CONCEPT, Clip, ClipJudge, clip_sentence
-from neuraleraser.judges.judgement import CountingJudge, FeatureJudge, Judge, Judgement, JudgeSpec, check
+from neuraleraser.judges.judgement import (
+    CountingJudge,
+    FeatureJudge,
+    ImageTextModel,
+    Judge,
+    Judgement,
+    JudgeSpec,
+    check,
+)
 from neuraleraser.judges.nudenet import NUDENET_CLASSES, NUDENET_EXPOSED, NudeNetJudge
 from neuraleraser.judges.unlearncanvas import UNLEARNCANVAS_OBJECTS, UNLEARNCANVAS_STYLES, UnlearnCanvasJudge
 
@@ -23,6 +31,7 @@ __all__ = [
     "ClipJudge",
     "CountingJudge",
     "FeatureJudge",
+    "ImageTextModel",
     "Judge",
     "JudgeSpec",
     "Judgement",

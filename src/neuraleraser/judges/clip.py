@@ -17,6 +17,7 @@ MIN_IMAGES = 8
 """Images of each name that a calibration needs: half of them set the threshold, half test it."""
 MIN_ACCURACY = 0.8
 """Balanced accuracy against the most confusable neighbour below which CLIP cannot tell the concept."""
+_BATCH = 32
 NO_CONCEPT = ""
 """The name, in a calibration, of images that show neither the concept nor a neighbour."""
 
@@ -163,9 +164,23 @@ def clip_sentence(name: str, kind: str) -> str:
 
 
 class Clip:
-    """A CLIP checkpoint that is open: images and sentences to similarities. Raises FileError if it cannot be opened."""
+    """A CLIP checkpoint that is open.
 
-    def __init__(self, name: str, device: str) -> None:
+    Args:
+        name: A folder or a Hub id.
+        device: Device to open it on.
+
+    Raises:
+        FileError: It cannot be opened.
+
+    Examples:
+        >>> from neuraleraser.judges import Clip
+        >>> model = Clip("small-clip")  # a folder
+        >>> model(images, ["a cat", "a dog"]).shape
+        (2, 2)
+    """
+
+    def __init__(self, name: str = CLIP, device: str = "cpu") -> None:
         import transformers
 
         # transformers 5 has two; the one here needs no torchvision, as the only one of transformers 4
@@ -182,18 +197,63 @@ class Clip:
         self.model: Any = model.to(device).eval()  # pyright: ignore[reportArgumentType]
         self.name, self.device = name, device
 
+    def __call__(self, images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return CLIP's scaled cosines.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3].
+            texts: Sentences.
+
+        Returns:
+            Scaled cosines, [N, sentences].
+        """
+        scale = float(self.model.logit_scale.detach().double().exp())
+        return scale * self.features(images).astype(np.float64) @ self.text_features(texts).astype(np.float64).T
+
     @torch.no_grad()
-    def __call__(self, images: NDArray[np.uint8], texts: Sequence[str], batch: int = 32) -> NDArray[np.float64]:
-        """uint8 [N, H, W, 3], sentences -> CLIP's scaled cosines [N, sentences]."""
-        longest = self.model.config.text_config.max_position_embeddings
-        words = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        out = [np.zeros((0, len(texts)))]
-        for start in range(0, len(images), batch):
-            part = list(images[start : start + batch])
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return images as vectors of length 1.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3]; N may be 0.
+
+        Returns:
+            Vectors, [N, D].
+
+        Raises:
+            DataError: `images` is anything else.
+        """
+        check(images)
+        found = [np.zeros((0, self.model.config.projection_dim), np.float32)]
+        for start in range(0, len(images), _BATCH):
+            part = list(images[start : start + _BATCH])
             pixels = self.processor(images=part, input_data_format="channels_last", return_tensors="pt")
-            seen = self.model(**words.to(self.device), pixel_values=pixels["pixel_values"].to(self.device))
-            out.append(seen.logits_per_image.double().cpu().numpy())
-        return np.concatenate(out)
+            seen = self.model.vision_model(pixel_values=pixels["pixel_values"].to(self.device))
+            found.append(_unit(self.model.visual_projection(seen.pooler_output)))
+        return np.concatenate(found)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return sentences as vectors of length 1.
+
+        Args:
+            texts: Sentences; what is longer than CLIP's context is cut off.
+
+        Returns:
+            Vectors, [N, D].
+        """
+        longest = self.model.config.text_config.max_position_embeddings
+        found = [np.zeros((0, self.model.config.projection_dim), np.float32)]
+        for start in range(0, len(texts), _BATCH):
+            part = list(texts[start : start + _BATCH])
+            words = self.tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            read = self.model.text_model(**words.to(self.device))
+            found.append(_unit(self.model.text_projection(read.pooler_output)))
+        return np.concatenate(found)
+
+
+def _unit(x: torch.Tensor) -> NDArray[np.float32]:
+    return (x / x.norm(dim=-1, keepdim=True)).float().cpu().numpy()
 
 
 def _best_threshold(own: NDArray[np.float64], others: Sequence[NDArray[np.float64]]) -> float:

@@ -95,6 +95,46 @@ class FeatureJudge(Protocol):
 
 
 @runtime_checkable
+class ImageTextModel(Protocol):
+    """A model that puts images and sentences into one space, as CLIP does: how well they agree is the cosine.
+
+    Attributes:
+        name: Its checkpoint.
+
+    Examples:
+        >>> from neuraleraser.judges import Clip, ImageTextModel
+        >>> model: ImageTextModel = Clip("small-clip")  # a folder
+        >>> model.features(images).shape[1] == model.text_features(["a cat"]).shape[1]
+        True
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def features(self, images: NDArray[np.uint8], /) -> NDArray[np.float32]:
+        """Return images as vectors of length 1.
+
+        Args:
+            images: RGB images, uint8 [N, H, W, 3].
+
+        Returns:
+            Vectors, [N, D].
+        """
+        ...
+
+    def text_features(self, texts: Sequence[str], /) -> NDArray[np.float32]:
+        """Return sentences as vectors of length 1.
+
+        Args:
+            texts: Sentences; what is longer than the model's context is cut off.
+
+        Returns:
+            Vectors, [N, D].
+        """
+        ...
+
+
+@runtime_checkable
 class CountingJudge(Protocol):
     """A judge that also counts: how often each of its classes is in an image, above its threshold.
 
