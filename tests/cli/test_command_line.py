@@ -91,7 +91,7 @@ def test_wrong_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixtur
         (["train", "unet", "mid", "--out", "one.safetensors"], "2 SAEs do not fit into one file one.safetensors"),
         (["train", "unet", "--activations", "nowhere"], "nowhere/index.safetensors does not exist"),
         (["train", "unet", "--prompts", "no.txt"], "'no.txt' cannot be read"),
-        (["inspect", "no.safetensors"], "there is no SAE 'no.safetensors'"),
+        (["inspect", "no.safetensors"], "there is no file 'no.safetensors': pass that of an SAE or an eraser"),
         (["inspect", "--num-images", "0"], "images is 0"),
         (["profile", "--sae", "no.safetensors"], "no concept was named"),
         (["profile", "cat", "--sae", "no.safetensors"], "there is no SAE 'no.safetensors'"),

@@ -21,7 +21,7 @@ from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.evaluation.evaluate import evaluate
 from neuraleraser.evaluation.method import Method
-from neuraleraser.evaluation.protocol import Cell
+from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, Row, part_folder
 from neuraleraser.evaluation.run_folder import RunFolder, open_run
 from neuraleraser.judges import JudgeSpec
@@ -102,6 +102,25 @@ def test_a_folder_of_another_run_is_refused(pipe: Any, methods: list[Method], tm
     strict.thresholds["Cats"] = 0.9
     with pytest.raises(SettingsError, match="other judge"):
         evaluate(pipe, methods[:1], S, tmp_path, judge=strict)
+
+
+def test_a_run_goes_on_with_fewer_timings(pipe: Any, methods: list[Method], tmp_path: Path):
+    evaluate(pipe, methods[:1], S, tmp_path, judge=StampJudge())
+    judge = StampJudge()
+    evaluate(pipe, methods[:1], replace(S, timings=3), tmp_path, judge=judge)
+    assert judge.calls == 0, "no image depends on them"
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pipeline_of_which_one_weight_differs_is_another(part: str, methods: list[Method], tmp_path: Path):
+    pipe = stable_diffusion()
+    protocol = EvaluationProtocol({})
+    open_run(tmp_path, pipe, methods[:1], protocol, S, JudgeSpec.of(StampJudge()))
+    weight = next(getattr(pipe, part).parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
+    with pytest.raises(SettingsError, match="other model"):
+        open_run(tmp_path, pipe, methods[:1], protocol, S, JudgeSpec.of(StampJudge()))
 
 
 def test_rows_that_another_process_added_are_seen_and_not_added_again(pipe: Any, methods: list[Method], tmp_path: Path):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from neuraleraser.cli.verbs import AUTOMATIC, Flat, Machine, MachineOptions, app, bars, verb
-from neuraleraser.errors import DataError, SettingsError
+from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.io.names import printable
 from neuraleraser.io.outputs import check_outputs, save_or_keep
 from neuraleraser.io.tables import text_table
@@ -57,6 +57,8 @@ def inspect(
         {"--comparison-png": settings.comparison_png},
         {"the SAE": source, "--prompts": settings.prompts, "--model": model},
     )
+    if source.endswith(".safetensors") and not Path(source).exists():
+        raise FileError(f"there is no file {source!r}: pass that of an SAE or an eraser, a folder, or an SAE's Hub id")
     loaded = SAE.from_pretrained(source)
     said = str(loaded.header.get("model") or ("canvas" if said_source is None else ""))
     named = model or ("canvas" if said == "canvas" else None)  # no file decides what is downloaded

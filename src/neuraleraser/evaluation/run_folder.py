@@ -12,6 +12,7 @@ attacks/{method}/{concept}, {attack}.safetensors      what attacks found, if the
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import torch
 
 from neuraleraser.errors import FileError, SettingsError
 from neuraleraser.evaluation.figures import png
@@ -37,11 +39,12 @@ from neuraleraser.io.reading import read_bytes
 from neuraleraser.judges import JudgeSpec
 from neuraleraser.sampling import Images
 from neuraleraser.settings import EvaluateSettings
-from neuraleraser.sites import denoiser
 
 _MAX_PICTURE_BYTES = 64 * 2**20
 _ATTACKS = "attacks"
 """Name in the record of the budget of attacks."""
+_FREE = ("timings", "timed_images")
+"""Settings that a run may go on with others of."""
 CellKey = tuple[str, int, str]
 Place = tuple[str, str]
 """(method, concept); the concept of the base is ""."""
@@ -222,7 +225,7 @@ def open_run(
         before = _read_record(folder)
         keys = {method: dict(concepts) for method, concepts in before.pop("methods", {}).items()}
         names = [*now, *(before.keys() - now.keys() - {_ATTACKS})] if before else []
-        if differ := [name for name in names if before.get(name) != now.get(name)]:
+        if differ := [name for name in names if _deciding(before.get(name)) != _deciding(now.get(name))]:
             raise SettingsError(
                 f"{folder} holds an evaluation with other {' and '.join(differ)}: pass another folder, or delete it"
             )
@@ -233,6 +236,11 @@ def open_run(
         kept = {name: value for name, value in before.items() if name == _ATTACKS}
         _write_record(folder, {**now, **kept, "methods": keys})
     return run
+
+
+def _deciding(part: Any) -> Any:
+    """Return a part of a record without the settings that no image depends on, so that a run can go on with others."""
+    return {k: v for k, v in part.items() if k not in _FREE} if isinstance(part, dict) else part
 
 
 def check_attacks(folder: Path, budget: Mapping[str, int] | None) -> None:
@@ -276,9 +284,12 @@ def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _fingerprint(pipe: Any) -> str:
-    """Return a digest of the denoiser's weights and the sampler's settings."""
+    """Return a digest of the weights of all parts of a pipeline, in their own number format, and of the sampler's
+    settings."""
     schedule = sorted((k, str(v)) for k, v in pipe.scheduler.config.items() if not k.startswith("_"))
-    code = zlib.crc32(repr(schedule).encode())
-    for name, value in sorted(denoiser(pipe).state_dict().items()):
-        code = zlib.crc32(value.detach().float().cpu().numpy().tobytes(), zlib.crc32(name.encode(), code))
-    return f"{type(pipe).__name__} {code:08x}"
+    digest = hashlib.sha256(repr(schedule).encode())
+    for part, module in sorted(pipe.components.items()):
+        for name, value in sorted(module.state_dict().items()) if isinstance(module, torch.nn.Module) else ():
+            digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"{type(pipe).__name__} {digest.hexdigest()[:32]}"
