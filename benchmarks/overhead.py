@@ -5,7 +5,8 @@
 
 Denoisers have the published sizes and random weights (the canvas its own). An eraser has a gate of 64 features (on
 the canvas of one, as those that are made there) and low-rank corrections of rank 32 of what later blocks read of the
-prompt; "eraser" is timed with every gate open, "eraser-shut" with every gate shut. "full-sae-hook" is SAeUron's shape:
+prompt; "eraser" is timed with every gate open, "eraser-shut" with every gate shut; "eraser-shut, image gate shut" has
+an image gate, too, that is read and stays shut. "full-sae-hook" is SAeUron's shape:
 16 features a dimension, the 32 largest kept, at the gate's site alone: three dense products, as its published code has
 them.
 
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,17 +36,20 @@ from machine import facts
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from neuraleraser.eraser import Eraser, EraserHeader, Gate, LowRank, Trace
+from neuraleraser.eraser import Eraser, EraserHeader, Gate, Guided, LowRank, Trace
 from neuraleraser.eraser.runtime import ErasureRuntime
 from neuraleraser.eraser.traces import OneTrace
-from neuraleraser.families.canvas import GATE
+from neuraleraser.families.canvas import CANVAS, GATE
 from neuraleraser.families.opening import open_pipeline
+from neuraleraser.fitting.image_gate import LOCAL_SHARE
+from neuraleraser.fitting.learnt_features import COUNT, WINDOW
 from neuraleraser.sites import (
     EditContext,
     HookedEdits,
     Site,
     candidate_sites,
     cross_attention_sites,
+    default_image_site,
     denoiser,
     edit,
     edits_for,
@@ -55,7 +59,7 @@ from neuraleraser.sites.edits import no_state
 from neuraleraser.sites.guard import Observer, Unobserved
 from neuraleraser.sites.modules import resolve
 
-RANK, BINS = 32, 13
+RANK, BINS, LEVELS = 32, 13, 6
 NEVER_REACHED = 1e8
 """Lower bound of a shut gate: evidence is looked at, and stays below."""
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
@@ -93,6 +97,9 @@ class Bench:
     run: Callable[[], Any]
     gate: Site
     edits: tuple[Site, ...]
+    image_gate: Site
+    text: tuple[int, int]
+    """Tokens of a prompt, and how wide they are."""
     factor: float = 1.0
     features: int = 64
 
@@ -124,7 +131,10 @@ def build(size: str, batch: int, s: Settings) -> Bench:
     at = {"sd15": "up_blocks.1.attentions.1", "sdxl": "up_blocks.0.attentions.1"}.get(size)
     gate = GATE if size == "canvas" else Site(f"unet.{at}") if at else cross_attention_sites(pipe)[0]
     run = lambda: unet(state, t, text, return_dict=False, **more)  # noqa: E731
-    return Bench(pipe, run, gate, edits_for(pipe, gate), features=1 if size == "canvas" else 64)
+    image_gate = CANVAS.image_site if size == "canvas" else default_image_site(pipe)
+    assert image_gate is not None
+    edits = edits_for(pipe, gate)
+    return Bench(pipe, run, gate, edits, image_gate, (words, width), features=1 if size == "canvas" else 64)
 
 
 def _unet(size: str) -> nn.Module:
@@ -174,7 +184,8 @@ def _flux(batch: int, s: Settings, device: torch.device, dtype: torch.dtype, ran
     gate = sites[double - 1]  # the last of the double blocks, as in sdxl-unbox
     # Blocks are nearly all of a step, and a token meets as much arithmetic in a single block as in a double one.
     factor = (19 + 38) / (double + single)
-    return Bench(pipe, lambda: model(**call, return_dict=False), gate, edits_for(pipe, gate), factor)
+    run, edits = lambda: model(**call, return_dict=False), edits_for(pipe, gate)
+    return Bench(pipe, run, gate, edits, default_image_site(pipe), (512, 4096), factor)
 
 
 def _made(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
@@ -204,14 +215,14 @@ def _pipe(**parts: nn.Module) -> Any:
     return Bare(**parts)
 
 
-def widths(bench: Bench) -> dict[Site, tuple[int, int]]:
-    """(positions, width) of each site."""
+def widths(bench: Bench, *more: Site) -> dict[Site, tuple[int, int]]:
+    """(positions, width) of the gate's site, of the first that is edited, and of `more`."""
     seen: dict[Site, tuple[int, int]] = {}
 
     def note(site: Site) -> Callable[[Tensor, EditContext[None]], None]:
         return lambda x, call: seen.update({site: (x.shape[1], x.shape[2])})
 
-    with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, bench.edits[0]}}):
+    with torch.no_grad(), edit(bench.pipe, {site: note(site) for site in {bench.gate, bench.edits[0], *more}}):
         bench.run()
     return seen
 
@@ -235,6 +246,27 @@ def make_eraser(bench: Bench, shapes: dict[Site, tuple[int, int]], seed: int, sh
     down, up, bias = random(1, w, RANK) / w**0.5, 1e-4 * random(1, RANK, w), 1e-4 * random(1, w)
     correction = LowRank(site, times[:1], down, up, bias, tuple(also))
     return Eraser(gate, (correction,), EraserHeader(str(seed)))
+
+
+def with_image_gate(
+    eraser: Eraser,
+    bench: Bench,
+    site: Site,
+    width: int,
+    *,
+    low: float,
+    share: float = LOCAL_SHARE,
+    window: int = WINDOW,
+) -> Eraser:
+    """The eraser with an image gate whose lower bound is `low`, and a guided correction."""
+    rows, times = torch.randn(COUNT, width * window**2), eraser.gate.times[:LEVELS]
+    bound = torch.full((len(times),), low)
+    gate = Gate(
+        site, torch.arange(COUNT), rows, torch.zeros(COUNT), torch.zeros(COUNT), torch.ones(COUNT),
+        share, times, bound, 2 * bound + 1e-3, picture=True, window=window,
+    )  # fmt: skip
+    without, shown = ({"encoder_hidden_states": words} for words in torch.randn(2, 1, *bench.text))
+    return replace(eraser, image_gate=gate, guided=Guided(1e-3, without, shown))
 
 
 class FullSAE:
@@ -331,7 +363,7 @@ def step(bench: Bench, device: str) -> float:
 def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
     bench = build(size, batch, s)
     device = torch.device(s.device)
-    shapes = widths(bench)
+    shapes = widths(bench, bench.image_gate)
     positions, d = shapes[bench.gate]
     rows = batch * (1 if size == "flux" else 2)
     dtype = next(iter(bench.pipe.components.values())).dtype
@@ -383,6 +415,15 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
             add("eraser-shut" if shut else "eraser", count, dict(runtime.edits), runtime, flops, bytes_, file)
             del runtime, erasers, tensors
             gc.collect()
+    site = bench.image_gate
+    where, wide = shapes[site]
+    window = 1 if size == "flux" else WINDOW  # FLUX's latents are a sequence, of no known grid
+    made = make_eraser(bench, shapes, 0, shut=True)
+    eraser = with_image_gate(made, bench, site, wide, low=NEVER_REACHED, window=window)
+    runtime = ErasureRuntime([eraser], torch.ones(1, 1), device, OneTrace(Trace([eraser])), ["erase"])
+    flops = 2.0 * rows * (positions * d * bench.features + where * wide * COUNT * window**2)
+    bytes_ = sum(t.numel() * t.element_size() for t in _tensors(eraser))
+    add("eraser-shut, image gate shut", 1, dict(runtime.edits), runtime, flops, bytes_, None)
     if s.full_sae:
         sae = FullSAE(d, device, dtype)
         flops = 3 * 2.0 * rows * positions * d * EXPANSION * d
@@ -392,7 +433,8 @@ def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
 
 
 def _tensors(e: Eraser) -> list[Tensor]:
-    return [*e.gate.tensors().values(), *(t for c in e.corrections for t in c.tensors().values())]
+    gates = [part.gate for part in e.parts]
+    return [t for part in (*gates, *e.corrections) for t in part.tensors().values()]
 
 
 def main(s: Settings) -> None:

@@ -38,23 +38,19 @@ import tyro
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from machine import facts
-from overhead import NEVER_REACHED, Bench, hooked, make_eraser, widths
+from overhead import NEVER_REACHED, Bench, hooked, make_eraser, widths, with_image_gate
 from torch import Tensor
 
-from neuraleraser.eraser import Eraser, Gate, Guided, Trace
+from neuraleraser.eraser import Eraser, Trace
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.eraser.runtime import ErasureCall, ErasureRuntime
 from neuraleraser.eraser.traces import OneTrace
-from neuraleraser.families.canvas import CANVAS
 from neuraleraser.fitting.image_gate import LOCAL_SHARE, SHARE_OF_KIND
-from neuraleraser.fitting.learnt_features import COUNT, WINDOW
-from neuraleraser.sites import Call, HookedEdits, Site, default_image_site
+from neuraleraser.sites import Call, HookedEdits
 
 STEPS = {"canvas": 25, "sd15": 50}
 """Default number of steps of a call."""
-WORDS = {"canvas": 32, "sd15": 77}
 STRENGTH = 0.5
-LEVELS = (69.0, 219.0, 399.0, 599.0, 799.0, 999.0)
 
 
 @dataclass(frozen=True)
@@ -138,20 +134,18 @@ def timed(run: Callable[[], Any]) -> Seconds:
     return since(started)
 
 
-def build(size: str, batch: int, s: Settings) -> tuple[Bench, Site]:
-    """Return the denoiser in a loop of one step, and where its image gates look."""
+def build(size: str, batch: int, s: Settings) -> Bench:
+    """Return the denoiser in a loop of one step."""
     plain = overhead.build(size, batch, overhead.Settings(dtype=s.dtype))
     unet = plain.pipe.components["unet"]
     pipe, dtype = Loop(unet, DDIMScheduler()), unet.dtype
     pipe.scheduler.set_timesteps(STEPS[size])
-    site = CANVAS.image_site if size == "canvas" else default_image_site(plain.pipe)
-    assert site is not None
     side, channels = unet.config.sample_size, unet.config.in_channels
     latents = torch.randn(batch, channels, side, side, dtype=dtype)
-    text = torch.randn(2 * batch, WORDS[size], unet.config.cross_attention_dim, dtype=dtype)
+    text = torch.randn(2 * batch, *plain.text, dtype=dtype)
     negative = text[:batch].clone()
     run = lambda: pipe(latents.clone(), text, negative)  # noqa: E731  # each a step of its own
-    return replace(plain, pipe=pipe, run=run), site
+    return replace(plain, pipe=pipe, run=run)
 
 
 def runtime_of(eraser: Eraser, kind: type[ErasureRuntime] = ErasureRuntime) -> ErasureRuntime:
@@ -187,20 +181,13 @@ def in_turn(bench: Bench, runtime: ErasureRuntime, repeats: int, first: bool = F
 
 
 def measure(size: str, batch: int, s: Settings) -> list[dict[str, Any]]:
-    bench, site = build(size, batch, s)
-    shapes = widths(replace(bench, edits=[*bench.edits, (site,)]))
+    bench = build(size, batch, s)
+    site = bench.image_gate
+    shapes = widths(bench, site)
     eraser = make_eraser(bench, shapes, 0, shut=True)
 
     def with_picture(low: float, share: float = LOCAL_SHARE) -> Eraser:
-        """Return the eraser with an image gate whose lower bound is `low`, and a guided correction."""
-        rows, bound = torch.randn(COUNT, shapes[site][1] * WINDOW**2), torch.full((len(LEVELS),), low)
-        gate = Gate(
-            site, torch.arange(COUNT), rows, torch.zeros(COUNT), torch.zeros(COUNT), torch.ones(COUNT),
-            share, torch.tensor(LEVELS), bound, 2 * bound + 1e-3, picture=True, window=WINDOW,
-        )  # fmt: skip
-        text = torch.randn(2, 1, WORDS[size], bench.pipe.unet.config.cross_attention_dim)
-        without, shown = ({"encoder_hidden_states": words} for words in text)
-        return replace(eraser, image_gate=gate, guided=Guided(1e-3, without, shown))
+        return with_image_gate(eraser, bench, site, shapes[site][1], low=low, share=share)
 
     shared = {"size": size, "batch": batch, "dtype": s.dtype, "site": str(site), "repeats": s.repeats, **facts()}
     rows: list[dict[str, Any]] = []

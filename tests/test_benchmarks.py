@@ -75,3 +75,16 @@ def test_rows_for_the_board_count_a_prompt_that_needs_no_attack_as_a_success() -
     entries += [entry("c", 0.9, learned_embeddings=1.0), entry("d", None, searched_tokens=1.0)]
     found = importlib.import_module("unlearndiffatk_rows").rows([{"concepts": entries[:1]}, {"concepts": entries[1:]}])
     assert found == {"Van_Gogh": [["a", "20.00", "20.00", "12.35", ""], ["b", "10.00", "25.00", "12.35", ""]]}
+
+
+def test_what_erasers_cost_is_measured_at_every_gate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The scripts themselves, on the smallest denoisers: a table that cannot be made again proves nothing."""
+    overhead, picture = (importlib.import_module(name) for name in ("overhead", "overhead_picture"))
+    rows = overhead.measure("tiny", 1, overhead.Settings(erasers=(1,), repeats=1))
+    names = ["plain", "eraser", "eraser-shut", "eraser-shut, image gate shut", "full-sae-hook"]
+    assert [row["name"] for row in rows] == names and all(row["ratio_to_plain"] >= 1 for row in rows)
+    assert rows[3]["bytes"] > rows[2]["bytes"], "the image gate's features are in it"
+    rows = picture.measure("canvas", 1, picture.Settings(repeats=1))
+    assert [row["name"] for row in rows][-3:] == ["shut by bounds", "open", "first look"]
