@@ -183,7 +183,7 @@ def join(s: Join) -> None:
             whole.setdefault("command", "python benchmarks/canvas_official.py draw; … join")
             for key in ("judge", "settings", "versions"):
                 whole.setdefault(key, report[key])
-            whole.setdefault("base", {}).update(base)
+            whole["base"] = base | whole.get("base", {})  # the controls' run, which comes first, has the whole grid
             whole.setdefault("findings", []).extend(f for f in report["findings"] if f not in whole["findings"])
             whole.setdefault("concepts", []).extend(report["concepts"])
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
