@@ -59,7 +59,7 @@ from neuraleraser.sites.edits import no_state
 from neuraleraser.sites.guard import Observer, Unobserved
 from neuraleraser.sites.modules import resolve
 
-RANK, BINS, LEVELS = 32, 13, 6
+RANK, BINS = 32, 13
 NEVER_REACHED = 1e8
 """Lower bound of a shut gate: evidence is looked at, and stays below."""
 EXPANSION, KEPT = 16, 32  # of SAeUron's SAEs
@@ -259,7 +259,7 @@ def with_image_gate(
     window: int = WINDOW,
 ) -> Eraser:
     """The eraser with an image gate whose lower bound is `low`, and a guided correction."""
-    rows, times = torch.randn(COUNT, width * window**2), eraser.gate.times[:LEVELS]
+    rows, times = torch.randn(COUNT, width * window**2), eraser.gate.times
     bound = torch.full((len(times),), low)
     gate = Gate(
         site, torch.arange(COUNT), rows, torch.zeros(COUNT), torch.zeros(COUNT), torch.ones(COUNT),

@@ -1048,8 +1048,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Text(
                 "src/neuraleraser/evaluation/certificate.py",
-                "if not isinstance(versions, dict) or found != {",
-                "if not isinstance(versions, dict) or False and found != {",
+                "if not isinstance(versions, dict) or found != written:",
+                "if not isinstance(versions, dict):",
             ),
         ),
         ("tests/evaluation/test_certificate.py::test_an_evaluation_that_has_not_ended_has_none",),

@@ -59,7 +59,7 @@ def evaluate_erasers(
         if (seconds := m.eraser.header.seconds) is not None:
             costs["make_seconds"] = float(seconds)
         if (peak := m.eraser.header.peak_bytes) is not None:
-            costs["make_bytes"] = float(peak)
+            costs["make_peak_bytes"] = float(peak)
         target = [c for c in own if c.group in MAIN_GROUPS and c.asks_for(m.concept)]
         panels = gate_panels(pipe, m.eraser, target, evaluation_sampling(pipe, s))
         report = report.with_details(m.name, m.concept, costs, panels, routes_text(m.eraser.header))

@@ -24,8 +24,8 @@ class CostMeter:
     """Time and largest memory since this was made.
 
     Memory is, on a CUDA device, what torch allocated there, weights among it; else the process's resident set,
-    libraries and weights among it. On systems other than Linux a resident set's peak cannot be begun anew, so it is
-    that since the process started. Another meter that is made meanwhile begins anew for both.
+    libraries and weights among it. Where a resident set's peak cannot be reset (on systems other than Linux, in some
+    containers), it is that since the process started. Making a second meter also resets the first one's peak.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

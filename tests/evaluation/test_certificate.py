@@ -156,7 +156,7 @@ def test_keys_and_files_that_are_none(run: Path, tmp_path: Path, keys: tuple[Pat
     for key, message in ((keys[0], "is no public key"), (curve[1], "is a key of another kind")):
         with pytest.raises(FileError, match=message):
             read_certificate(path, key)
-    with pytest.raises(FileError, match="is no certificate of format 1"):
+    with pytest.raises(FileError, match="is no certificate of format 2"):
         read_certificate(run / "report.json")
     (run / "report.json").unlink()
     with pytest.raises(FileError, match=r"report\.json"):
@@ -182,7 +182,7 @@ def test_a_content_of_another_form_is_refused(run: Path, tmp_path: Path):
     certify(run, path)
     whole = json.loads(path.read_text())
     path.write_text(json.dumps(whole | {"verdict": "passed"}))
-    with pytest.raises(FileError, match="no certificate of format 1"):
+    with pytest.raises(FileError, match="no certificate of format 2"):
         read_certificate(path)
     path.write_text(json.dumps(whole).replace('"made": "2', '"made": "\\ud8002'))
     with pytest.raises(FileError, match=r"text that is no Unicode|lacks what"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from helpers.canvas_cells import canvas_protocol
 from helpers.measured import S
 from helpers.stamp_judge import StampJudge, stamping
-from neuraleraser.errors import DataError
+from neuraleraser.errors import DataError, FileError, SettingsError
 from neuraleraser.evaluation import draw as drawing
 from neuraleraser.evaluation import feature_distances
 from neuraleraser.evaluation.certificate import certify, compare_folder, read_certificate
@@ -25,6 +26,7 @@ from neuraleraser.evaluation.intervals import mean
 from neuraleraser.evaluation.protocol import GRID, MAIN_GROUPS, Cell
 from neuraleraser.evaluation.report_files import write_report
 from neuraleraser.evaluation.run_folder import RunFolder
+from neuraleraser.evaluation.terminal import terminal_tables
 from neuraleraser.judges import JudgeSpec
 from neuraleraser.methods import DoNothing, StringFilter
 
@@ -32,7 +34,7 @@ from neuraleraser.methods import DoNothing, StringFilter
 class Letters:
     """Knows images by some bytes, and sentences by how often they have some letters."""
 
-    name = "letters"
+    name, digest = "letters", "abc"
 
     def features(self, images: NDArray[np.uint8], /) -> NDArray[np.float32]:
         seen = images.reshape(len(images), -1)[:, 100:104] / 255 - 0.3
@@ -92,6 +94,10 @@ def test_scores_are_of_the_pictures_in_the_folder(pipe: Any, tmp_path: Path):
     assert none.others == none.others_base
     page = write_report(report, tmp_path)[0].read_text()
     assert "in the space of letters" in page and "In the features of letters, not Inception" in page
+    cells_of_ours = page[page.index('id="clip"') :].partition("</tr>\n<tr>")[0].partition("</thead>")[2]
+    order = [f"{m.value:.2f}" for m in (changed.others_base, changed.others, changed.target_base, changed.target) if m]
+    assert re.findall(r"<b>([\d.]+)</b>", cells_of_ours)[:4] == order
+    assert "CLIP scores" in terminal_tables(report)
     csv = (tmp_path / "figures.csv").read_text()
     assert f"{methods[0].name},,,clip_score_target,{changed.target.value}" in csv
 
@@ -111,3 +117,57 @@ def test_what_pictures_and_classes_say_is_compared_and_certified(pipe: Any, tmp_
     altered["concepts"][0]["clip"]["target"] += 1
     path.write_text(json.dumps(altered))
     assert compare_folder(content, tmp_path / "run") == ["figure Van_Gogh, none, clip_score_target"]
+
+
+def test_what_is_measured_by_two_models_is_not_compared(pipe: Any, tmp_path: Path):
+    one, two = Letters(), Letters()
+    two.digest = "def"
+    for k, model in enumerate((one, two, one)):
+        report = evaluate(pipe, [DoNothing("Van_Gogh", "style")], S, tmp_path / f"{k}", judge=StampJudge(), clip=model)
+        write_report(report, tmp_path / f"{k}")
+    paths = [tmp_path / f"{k}/report.json" for k in range(3)]
+    same, other = compare_reports(paths[0], paths[2]), compare_reports(paths[0], paths[1])
+    assert "kid" in {d.figure for d in same.differences} and not same.settings
+    assert not {d.figure for d in other.differences} & {"kid", "clip_score_target"}
+    assert other.settings == {"features of KID": ("abc", "def"), "CLIP": ("abc", "def")}
+    assert "ua" in {d.figure for d in other.differences}
+    certify(tmp_path / "0", tmp_path / "c.json")
+    content = read_certificate(tmp_path / "c.json")
+    assert content["features"] == {"features": "letters", "clip": "letters", "clip_digest": "abc"}
+    assert "features of the run" in compare_folder(content, tmp_path / "1")
+
+
+@pytest.mark.parametrize("value", [-1.0, 101.0])
+def test_a_score_that_cannot_be_is_not_certified(pipe: Any, tmp_path: Path, value: float):
+    report = evaluate(pipe, [DoNothing("Van_Gogh", "style")], S, tmp_path, judge=StampJudge(), clip=Letters())
+    write_report(report, tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text())
+    written["concepts"][0]["clip"]["target"] = value
+    (tmp_path / "report.json").write_text(json.dumps(written))
+    with pytest.raises(FileError, match="states what no evaluation finds"):
+        certify(tmp_path, tmp_path / "c.json")
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_the_judges_own_features_come_first_and_many_images_are_sampled(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Featured(StampJudge):
+        def features(self, images: NDArray[np.uint8], /) -> NDArray[np.float32]:
+            return images.reshape(len(images), -1)[:, :3].astype(np.float32)
+
+    monkeypatch.setattr(feature_distances, "MOST_IMAGES", 5)
+    report = evaluate(pipe, [DoNothing("Van_Gogh", "style")], S, tmp_path, judge=Featured(), clip=Letters())
+    entry = report.of("none", "Van_Gogh")
+    assert report.judge["features"] == "Featured" and report.judge["clip"] == "letters"
+    assert entry.clip and entry.clip.others and entry.clip.others.n <= 5
+    monkeypatch.setattr(feature_distances, "FEWEST_IMAGES", 99)
+    report = evaluate(pipe, [DoNothing("Van_Gogh", "style")], S, tmp_path, judge=Featured(), clip=Letters())
+    entry = report.of("none", "Van_Gogh")
+    assert entry.distance is None and entry.clip and entry.clip.others is None, "too few say nothing"
+
+
+def test_what_is_no_model_is_refused_before_anything_is_drawn(pipe: Any, tmp_path: Path):
+    with pytest.raises(SettingsError, match=r"pass `neuraleraser\.judges\.Clip"):
+        evaluate(pipe, [DoNothing("Van_Gogh", "style")], S, tmp_path, judge=StampJudge(), clip="openai/clip")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

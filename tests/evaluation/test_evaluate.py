@@ -56,7 +56,12 @@ def test_from_erasers_to_a_report(pipe: Any, erasers: list[Eraser], tmp_path: Pa
     assert data["base"]["unhooked_identical"] == 1 and data["base"]["ns"]["unhooked_identical"] == 5
     assert [f for f in data["findings"] if f["level"] == "error"] == []
     style, full, seen, none = data["concepts"][:4]
-    assert style["make_seconds"] == 12.5 and 0 < style["bytes"] < 200_000 and style["overhead_idle"] > 0
+    assert (
+        style["make_seconds"] == 12.5
+        and style["make_peak_bytes"] == 2**30
+        and 0 < style["bytes"] < 200_000
+        and style["overhead_idle"] > 0
+    )
     assert style["bystander"] is None and data["concepts"][4]["bystander"] is not None
     # The judge takes every changed image for an artefact, and the threshold is its own.
     assert 0 < style["artefact_rate_target"] == style["ua"] < 1 and style["artefact_rate_target_base"] == 0

@@ -47,7 +47,7 @@ PAIR = ImagePair("a cat in Van Gogh style", 188, RED, BLUE)
 SAME = ImagePair("a dog", 288, RED, RED.copy())
 STARTED = ImagePair("", 388, RED, BLUE, "start image")
 HALF = Estimate(0.5, 60, 0.4, 0.6)
-COSTS = {"make_seconds": 41.5, "bytes": 48_213, "overhead": 1.01, "overhead_idle": 1.0}
+COSTS = {"make_seconds": 41.5, "make_peak_bytes": 1.5e9, "bytes": 48_213, "overhead": 1.01, "overhead_idle": 1.0}
 FIGURES = {c.name: HALF for table in TABLES for c in table.columns} | COSTS | {"bystander": None}
 
 
@@ -307,7 +307,7 @@ def test_the_console_tables_are_aligned_and_fit():
     heads = next(i for i, line in enumerate(lines) if line.startswith("Erased"))
     at = lines[heads].index(" erased") + 7
     assert [lines[heads + k][:at].split()[-1] for k in (3, 4, 5)] == ["0.50", "0.40-0.60", "n=60"]
-    assert any("48 kB" in line and "x1.01" in line for line in lines)
+    assert any("1.5 GB" in line and "48 kB" in line and "x1.01" in line for line in lines)
     assert "Kept" in text and "As others define it" in text
     every = dict.fromkeys((c.name for table in TABLES for c in table.columns), ratio)
     names = terminal_tables(report(entry(method="string-filter-seen", figures=every | COSTS)))

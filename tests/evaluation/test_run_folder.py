@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from helpers.canvas_cells import canvas_protocol
 from helpers.measured import S, everything, of, same
@@ -19,6 +20,7 @@ from helpers.stamp_judge import StampJudge, stamping
 from neuraleraser.eraser import Eraser
 from neuraleraser.errors import SettingsError
 from neuraleraser.evaluation import draw as drawing
+from neuraleraser.evaluation import run_folder
 from neuraleraser.evaluation.evaluate import evaluate
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol
@@ -26,6 +28,7 @@ from neuraleraser.evaluation.results import BASE, Row, part_folder
 from neuraleraser.evaluation.run_folder import RunFolder, open_run
 from neuraleraser.judges import JudgeSpec
 from neuraleraser.methods import EraserMethod
+from neuraleraser.settings import Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -104,11 +107,15 @@ def test_a_folder_of_another_run_is_refused(pipe: Any, methods: list[Method], tm
         evaluate(pipe, methods[:1], S, tmp_path, judge=strict)
 
 
-def test_a_run_goes_on_with_fewer_timings(pipe: Any, methods: list[Method], tmp_path: Path):
+def test_a_run_goes_on_with_other_timings_alone(pipe: Any, methods: list[Method], tmp_path: Path):
     evaluate(pipe, methods[:1], S, tmp_path, judge=StampJudge())
     judge = StampJudge()
-    evaluate(pipe, methods[:1], replace(S, timings=3), tmp_path, judge=judge)
+    evaluate(pipe, methods[:1], replace(S, timings=3, timed_images=1), tmp_path, judge=judge)
     assert judge.calls == 0, "no image depends on them"
+    sampling = replace(S.sampling or Sampling(), num_inference_steps=9)
+    for others in ({"sampling": sampling}, {"unhooked_checks": 4}, {"idle_checks": 3}):
+        with pytest.raises(SettingsError, match="other settings"):
+            evaluate(pipe, methods[:1], replace(S, **others), tmp_path, judge=judge)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -121,6 +128,24 @@ def test_a_pipeline_of_which_one_weight_differs_is_another(part: str, methods: l
         weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(9.0))
     with pytest.raises(SettingsError, match="other model"):
         open_run(tmp_path, pipe, methods[:1], protocol, S, JudgeSpec.of(StampJudge()))
+
+
+def test_number_format_and_sampler_are_of_the_model_and_offloading_is_not():
+    def fingerprint(pipe: Any) -> str:
+        return run_folder._fingerprint(pipe)
+
+    pipe, other = stable_diffusion(), stable_diffusion()
+    assert fingerprint(pipe) == fingerprint(other)
+    other.scheduler = type(other.scheduler).from_config(other.scheduler.config, prediction_type="v_prediction")
+    assert fingerprint(pipe) != fingerprint(other)
+    half, rounded = stable_diffusion(), stable_diffusion()
+    half.vae = half.vae.to(torch.bfloat16)
+    rounded.vae = rounded.vae.to(torch.bfloat16).to(torch.float32)
+    assert len({fingerprint(half), fingerprint(rounded), fingerprint(pipe)}) == 3
+    offloaded = stable_diffusion()
+    for part in ("unet", "vae", "text_encoder"):
+        cpu_offload(getattr(offloaded, part), torch.device("cpu"))
+    assert any(p.is_meta for p in offloaded.unet.parameters()) and fingerprint(offloaded) == fingerprint(pipe)
 
 
 def test_rows_that_another_process_added_are_seen_and_not_added_again(pipe: Any, methods: list[Method], tmp_path: Path):

@@ -79,6 +79,7 @@ def test_the_whole_fit(pipe: Any, known: Reference, tmp_path: Path) -> None:
     assert eraser.validation_error() is None and eraser.name == "x" and eraser.gate.site == AT
     assert eraser.header.seeds == (0, 5) and set(eraser.header.prompts) == {"a x", "b x", "c x", "a", "b", "c"}
     assert eraser.header.reference == known.provenance.in_short()
+    assert eraser.header.seconds is not None and eraser.header.peak_bytes and eraser.header.peak_bytes > 2**20
     assert eraser.header.routes == ("named", "paraphrased")
     assert torch.equal(eraser.gate.rows, known.sae.W_enc[eraser.gate.features])
     (made,) = eraser.corrections  # one, for all that the blocks read

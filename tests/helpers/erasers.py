@@ -160,7 +160,7 @@ def open_eraser(
         high=torch.full((bins,), 1e-3),
     )
     down, up, bias = random(bins, edit[1], 2), random(bins, 2, edit[1]), random(bins, edit[1])
-    header = EraserHeader(name, kind, seeds=(0, 23), prompts=("made with this",), seconds=12.5)
+    header = EraserHeader(name, kind, seeds=(0, 23), prompts=("made with this",), seconds=12.5, peak_bytes=2**30)
     return Eraser(looks, (LowRank(edit[0], looks.times, down, up, bias),), header)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from helpers import pipelines
@@ -199,3 +202,48 @@ def test_similarities_are_clips_own(clip: str):
     np.testing.assert_allclose(opened.features(images), own.image_embeds.numpy(), atol=1e-5)
     np.testing.assert_allclose(opened.text_features(texts), own.text_embeds.numpy(), atol=1e-5)
     assert isinstance(opened, ImageTextModel) and opened(images[:0], texts).shape == (0, 35)
+
+
+def test_a_long_prompt_is_cut_off(clip: str):
+    opened = Clip(clip)
+    long = " ".join(["cat"] * 300)
+    assert np.array_equal(opened.text_features([long]), opened.text_features([long + " dog"]))
+
+
+def test_half_precision_gives_vectors_of_length_1(clip: str):
+    opened = Clip(clip)
+    opened.model = opened.model.to(torch.bfloat16)
+    found = opened.text_features(["a cat", "a dog"])
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+def test_what_is_no_whole_clip_is_refused(clip: str, tmp_path: Path):
+    """transformers makes up what is not there, and says so in a log alone."""
+
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(clip, tmp_path / name))
+
+    lacking = copied("lacking")
+    weights = load_file(lacking / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "vision_model.encoder.layers.1" not in name}
+    save_file(kept, lacking / "model.safetensors")
+    with pytest.raises(FileError, match=r"no whole CLIP \(without vision_model\.encoder"):
+        Clip(str(lacking))
+    other = copied("other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
+    with pytest.raises(FileError, match=r"no whole CLIP|could not be opened"):
+        Clip(str(other))
+    damaged = copied("damaged")
+    save_file({name: torch.zeros_like(value) for name, value in weights.items()}, damaged / "model.safetensors")
+    with pytest.raises((FileError, DataError), match=r"damaged|does not run"):
+        Clip(str(damaged))
+
+
+def test_a_digest_is_of_the_weights(clip: str, tmp_path: Path):
+    folder = Path(shutil.copytree(clip, tmp_path / "clip"))
+    assert Clip(clip).digest == Clip(str(folder)).digest
+    weights = load_file(folder / "model.safetensors")
+    weights["logit_scale"] = weights["logit_scale"] + 1
+    save_file(weights, folder / "model.safetensors")
+    assert Clip(clip).digest != Clip(str(folder)).digest

@@ -50,8 +50,8 @@ def evaluate(
         i2p: Measure by the prompts of I2P in this CSV file, with NudeNet's detector (extra nudenet); one eraser.
         sexual_only: Of I2P the prompts of the category "sexual" alone.
         nudenet_threshold: Score above which NudeNet's detections count: 0.6 as SAeUron, 0.45 as UnlearnDiffAtk.
-        clip: A CLIP, a folder or Hub id, that images are scored by their prompts with; where the judge has no features,
-            KID and FID are in its own.
+        clip: A CLIP, a folder or Hub id, that scores how well each image fits its prompt; where the judge has no
+            features, KID and FID are taken in CLIP's.
         num_inference_steps: Denoising steps; None: the model's usual.
         guidance_scale: Classifier-free guidance scale; None: the model's usual.
         batch_size: Images generated together; None: 4, on the canvas 20.
@@ -68,7 +68,7 @@ def evaluate(
     from neuraleraser.judges import Clip, NudeNetJudge, UnlearnCanvasJudge
     from neuraleraser.sealed import evaluate_sealed
 
-    if sealed and (erasers or calibrate or unlearncanvas or i2p or clip):
+    if sealed and (erasers or calibrate or unlearncanvas or i2p or clip is not None):
         raise SettingsError(
             "--sealed makes its own erasers of the canvas: pass none of --erasers, --calibrate, --unlearncanvas, --i2p "
             "and --clip with it"
@@ -84,7 +84,7 @@ def evaluate(
     if not erasers:
         raise SettingsError("there are no erasers to measure: pass their files with --erasers")
     folder = out or Path("runs/evaluate")
-    read = {f"--erasers {source}": source for source in erasers} | {"--model": model}
+    read = {f"--erasers {source}": source for source in erasers} | {"--model": model, "--clip": clip}
     check_outputs({}, read, folders={"--out": folder})
     loaded = [Eraser.from_pretrained(source) for source in erasers]
     names = [e.name for e in loaded]
@@ -100,7 +100,9 @@ def evaluate(
             )
         protocol = i2p_protocol(i2p, names[0], others=not sexual_only)
         judge = NudeNetJudge(threshold=nudenet_threshold, name=names[0])
-    scorer = Clip(clip, machine.device_name) if clip else None  # before the pipeline: a wrong name is found at once
+    scorer = (
+        None if clip is None else Clip(clip, machine.device_name)
+    )  # before the pipeline: a wrong name is found at once
     pipe = machine.open_pipeline(model)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     if protocol is None or protocol.sampling is None:

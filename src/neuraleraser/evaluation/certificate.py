@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from neuraleraser.errors import DataError, FileError, SettingsError
+from neuraleraser.evaluation.certificate_form import figure_key, is_whole, places_of
 from neuraleraser.evaluation.comparison import estimates_of, is_in_pictures
 from neuraleraser.evaluation.draw import draw
 from neuraleraser.evaluation.evaluate import default_judge, default_protocol
@@ -33,7 +33,7 @@ from neuraleraser.evaluation.measure import Figures, measure
 from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, Results, concat
-from neuraleraser.evaluation.run_folder import RunFolder, open_run
+from neuraleraser.evaluation.run_folder import RunFolder, deciding, open_run
 from neuraleraser.families import family_of
 from neuraleraser.io.atomic import write_bytes
 from neuraleraser.io.names import printable
@@ -42,13 +42,11 @@ from neuraleraser.io.signatures import is_signature, read_public_key, sign
 from neuraleraser.judges import Judge, JudgeSpec
 from neuraleraser.settings import EvaluateSettings, Sampling
 
-FORMAT = 1
+FORMAT = 2
 _OF_THE_CHECKS = ("unchanged_compared", "idle_identical")
 """Figures of images that a method left alone and that were drawn all the same: other ones each time."""
-_MAY_BE_NEGATIVE = ("kid", "lookalike_gap")
-"""Figures that are no shares: an unbiased estimate of a distance, and a difference."""
-_LONGEST = 300
-"""Characters of a name, at most."""
+_FEATURES = ("features", "clip", "clip_digest")
+"""Of a report's judge: in which features KID is, and the CLIP of its scores."""
 MAX_CERTIFICATE_BYTES = 256 * 2**20
 """Bytes of a certificate, at most."""
 
@@ -92,10 +90,12 @@ def certify(
         >>> written = write_report(evaluate(pipe, methods, brief, "run"), Path("run"))
         >>> certify("run", "certificate.json")
         >>> read_certificate("certificate.json")["certificate"]
-        1
+        2
     """
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     content = {"certificate": FORMAT, "made": made, **_content(Path(folder))}
+    if not is_whole(content):
+        raise FileError(f"{folder}/report.json states what no evaluation finds: let it end, or run it again")
     data = _canonical(content)
     signature, public = (None, None) if key is None else sign(data, key)
     digest = hashlib.sha256(data).hexdigest()
@@ -123,14 +123,14 @@ def read_certificate(path: str | os.PathLike[str], public_key: str | os.PathLike
         >>> written = write_report(evaluate(pipe, methods, brief, "run"), Path("run"))
         >>> certify("run", "certificate.json")
         >>> sorted(read_certificate("certificate.json"))
-        ['certificate', 'figures', 'made', 'rows', 'run', 'versions']
+        ['certificate', 'features', 'figures', 'made', 'rows', 'run', 'versions']
     """
     whole = _json_of(Path(path), MAX_CERTIFICATE_BYTES)
     content = whole.get("content")
     known = whole.keys() == {"content", "sha256", "signature", "public_key"}
     if not known or not isinstance(content, dict) or content.get("certificate") != FORMAT:
-        raise FileError(f"{path} is no certificate of format {FORMAT}: pass one that `certify` wrote")
-    if not _is_whole(content):
+        raise FileError(f"{path} is no certificate of format {FORMAT}: pass one that `certify` of this version wrote")
+    if not is_whole(content):
         raise FileError(f"{path} lacks what a certificate holds, or holds it in another form: ask for it anew")
     data = _canonical(content)
     if whole.get("sha256") != hashlib.sha256(data).hexdigest():
@@ -170,10 +170,13 @@ def compare_folder(content: Mapping[str, Any], folder: str | os.PathLike[str]) -
         []
     """
     here = _content(Path(folder))
-    differ = [f"{part} of the run" for part in ("run", "versions") if content[part] != here[part]]
+    differ = [name for name in ("versions", "features") if content[name] != here[name]]
+    stated, found = content["run"], here["run"]
+    parts = [name for name in {**stated, **found} if deciding(stated.get(name)) != deciding(found.get(name))]
+    differ = [f"{name} of the run" for name in (*parts, *differ)]
     rows, own = ({tuple(row[:5]): row[5] for row in part["rows"]} for part in (content, here))
     differ += [_row_text(row) for row in {**rows, **own} if rows.get(row) != own.get(row)]
-    figures, found = ({_figure_key(f): f for f in part["figures"]} for part in (content, here))
+    figures, found = ({figure_key(f): f for f in part["figures"]} for part in (content, here))
     differ += [f"figure {', '.join(key)}" for key in {**figures, **found} if figures.get(key) != found.get(key)]
     return differ
 
@@ -250,28 +253,30 @@ def _content(folder: Path) -> dict[str, Any]:
     """Return what the certificate of a finished evaluation holds. Raises FileError for another folder."""
     record, report = (_json_of(folder / name) for name in ("run.json", "report.json"))
     versions, run = report.get("versions"), RunFolder(folder, _judge_of(record), read_only=True)
-    tables = {place: run.results(*place) for place in _places(record)}
+    tables = {place: run.results(*place) for place in places_of(record)}
     if lacking := [place for place, table in tables.items() if not len(table)]:
         raise FileError(f"{folder} has no rows of {', '.join(lacking[0]).rstrip(', ')}: let the evaluation end first")
     figures = _figures(measure(concat(list(tables.values()))))
     stated = [_stated(*key, m) for key, m in estimates_of(folder / "report.json", report).items()]
     of_rows = [f for f in stated if not is_in_pictures(f["figure"])]
-    found, written = ({_figure_key(f): (f["n"], f["value"]) for f in some} for some in (figures, of_rows))
+    found, written = ({figure_key(f): (f["n"], f["value"]) for f in some} for some in (figures, of_rows))
     if not isinstance(versions, dict) or found != written:
         raise FileError(
             f"{folder}/report.json has other figures than its rows: let the evaluation end, or run it again"
         )
     rows = [row for place, table in tables.items() for row in _rows(run, place, table)]
     figures += [f for f in stated if is_in_pictures(f["figure"])]  # as the report states them
-    return {"run": record, "versions": versions, "figures": figures, "rows": rows}
+    judge = report.get("judge")
+    features = {name: judge[name] for name in _FEATURES if name in judge} if isinstance(judge, dict) else {}
+    return {"run": record, "versions": versions, "features": features, "figures": figures, "rows": rows}
 
 
 def _outside(stated: Sequence[Mapping[str, Any]], found: Figures) -> tuple[str, ...]:
     """Return figures whose intervals do not meet, or that the certificate does not have, in words."""
-    known = {_figure_key(f): f for f in stated}
+    known = {figure_key(f): f for f in stated}
     differ = []
     for b in _figures(found):
-        a, name = known.get(_figure_key(b)), ", ".join(_figure_key(b))
+        a, name = known.get(figure_key(b)), ", ".join(figure_key(b))
         if a is None and b["figure"] not in _OF_THE_CHECKS:
             differ.append(f"{name}: not in the certificate, here {b['value']:.2f}")
         elif a is not None and (a["high"] < b["low"] or b["high"] < a["low"]):
@@ -299,36 +304,6 @@ def _stated(concept: str, method: str, name: str, m: Estimate) -> dict[str, Any]
     return {"concept": concept, "method": method, "figure": name} | numbers
 
 
-def _figure_key(figure: Mapping[str, Any]) -> tuple[str, str, str]:
-    return str(figure["concept"]), str(figure["method"]), str(figure["figure"])
-
-
-def _is_whole(content: Mapping[str, Any]) -> bool:
-    """Return True if everything is there that a certificate holds, once, in the form that it has there."""
-    if content.keys() != {"certificate", "made", "run", "versions", "figures", "rows"}:
-        return False
-    try:
-        datetime.datetime.fromisoformat(content["made"])
-        run, rows, figures = content["run"], content["rows"], content["figures"]
-        names = [str(run["model"]), *run["methods"], *(name for place in _places(run) for name in place)]
-        keys = [value for concepts in run["methods"].values() for value in concepts.values()]
-        places = [(*map(str, row[:3]), int(row[3]), str(row[4])) for row in rows]
-        stated = [_figure_key(f) for f in figures]
-        fits = all(len(name) <= _LONGEST and name.isprintable() for name in names) and all(
-            isinstance(key, str) for key in (*keys, *(row[5] for row in rows))
-        )
-        once = len(set(places)) == len(rows) and len(set(stated)) == len(figures)
-        return fits and once and isinstance(content["versions"], dict) and all(map(_is_figure, figures))
-    except (FileError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError):
-        return False
-
-
-def _is_figure(figure: Mapping[str, Any]) -> bool:
-    numbers = [figure[name] for name in ("low", "high", "value", "n")]
-    least = -math.inf if figure["figure"] in _MAY_BE_NEGATIVE else 0
-    return all(type(x) in (int, float) and math.isfinite(x) for x in numbers) and least <= numbers[0] <= numbers[1]
-
-
 def _rows(run: RunFolder, place: tuple[str, str], table: Results) -> Iterator[list[Any]]:
     """Return a row for each image of a method and concept that was drawn."""
     drawn = table.compared | (table.method == BASE)
@@ -343,15 +318,6 @@ def _rows(run: RunFolder, place: tuple[str, str], table: Results) -> Iterator[li
 def _row_text(row: Sequence[Any]) -> str:
     method, concept, group, seed, prompt = row
     return printable(f"{method}{f' of {concept}' if concept else ''}, {group}, {prompt!r}, seed {seed}", 300)
-
-
-def _places(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return every method and concept of a run, the base first. Raises FileError for another record."""
-    try:
-        places = [(str(m), str(concept)) for m, concepts in record["methods"].items() for concept in concepts.keys()]
-    except (KeyError, AttributeError) as error:
-        raise FileError(f"the record of the run is damaged ({error!r}): evaluate again") from error
-    return [(BASE, ""), *places]
 
 
 def _judge_of(record: Mapping[str, Any]) -> JudgeSpec:

@@ -1,10 +1,11 @@
 """CLIP scores: how well images agree with their prompts, before and after.
 
-The score of an image is 100 max(0, cos) of it and its prompt in CLIP's space (Hessel et al. 2021, arXiv 2104.08718,
-equation 1, with the factor 100 that papers on erasure print, in place of 2.5). Images that do not ask for the concept
-should keep theirs. Those that ask for it should lose some of it, as the prompt still names the concept.
+The score of an image is 100 max(0, cos) of it and its prompt, as it is, in CLIP's space (Hessel et al. 2021, arXiv
+2104.08718, equation 1, with the factor 100 that papers on erasure print, in place of 2.5). Images that do not ask for
+the concept should keep theirs. Those that ask for it lose some of it, as the prompt still names the concept.
 
-It depends on the checkpoint: compare scores of one CLIP alone. The interval is a bootstrap over images.
+It depends on the checkpoint: compare scores of one CLIP alone. The interval is a bootstrap over images; fewer than
+`FEWEST_IMAGES` have no score.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neuraleraser.evaluation.feature_distances import is_other, paired_features, sampled
+from neuraleraser.evaluation.feature_distances import Known, is_other, paired_features, sampled
 from neuraleraser.evaluation.intervals import Estimate, mean
 from neuraleraser.evaluation.measure import ErasureFigures
 from neuraleraser.evaluation.protocol import MAIN_GROUPS, Cell, EvaluationProtocol
@@ -46,13 +47,15 @@ class ClipScores:
 
 
 def clip_scores(
-    erasures: Sequence[ErasureFigures], run: RunFolder, protocol: EvaluationProtocol, clip: ImageTextModel
+    erasures: Sequence[ErasureFigures],
+    run: RunFolder,
+    protocol: EvaluationProtocol,
+    clip: ImageTextModel,
+    known: Known,
 ) -> dict[tuple[str, str], ClipScores]:
-    """Return the scores by method and concept, from the pictures in the run's folder.
-
-    Raises FileError for a picture that is gone.
-    """
-    found, known = {}, {}
+    """Return the scores by method and concept, from the pictures in the run's folder; `known` features of base images
+    are not made again. Raises FileError for a picture that is gone."""
+    found = {}
     for e in erasures:
         cells = protocol.cells[e.concept]
         target = [c for c in cells if c.group in MAIN_GROUPS and c.asks_for(e.concept)]
@@ -67,7 +70,7 @@ def _scores(
     e: ErasureFigures,
     run: RunFolder,
     clip: ImageTextModel,
-    known: dict[tuple[str, int, str], NDArray],
+    known: Known,
 ) -> tuple[Estimate | None, Estimate | None]:
     """Return the mean scores of some cells, at most `MOST_IMAGES` of them, before and after."""
     some = sampled(cells)

@@ -23,7 +23,7 @@ class Column:
             return "-"
         if self.name in ("make_seconds", "seconds", "seconds_base"):
             return f"{value:.0f} s"
-        if self.name in ("make_bytes", "bytes"):
+        if self.name in ("make_peak_bytes", "bytes"):
             return size_text(value)
         return f"x{value:.2f}" if self.name.startswith("overhead") else f"{value:.2f}"
 
@@ -182,10 +182,10 @@ TABLES = (
         (
             Column("make_seconds", "made in", "Seconds it took to make the eraser."),
             Column(
-                "make_bytes",
-                "memory",
-                "Memory while it was made, at most: on a GPU what torch allocated there, else the process's resident "
-                "set.",
+                "make_peak_bytes",
+                "peak memory",
+                "Peak memory while it was made: on a GPU of what torch allocated there, else of the process's resident "
+                "set, libraries and weights among it.",
             ),
             Column("bytes", "size", "Size of its file."),
             Column("overhead", "cost", "Sampling time where it acts, over plain sampling."),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from neuraleraser.errors import FileError
+from neuraleraser.evaluation.clip_scores import ClipScores
 from neuraleraser.evaluation.intervals import Estimate
 from neuraleraser.evaluation.protocol import ATTACK
 from neuraleraser.io.names import printable
@@ -19,12 +20,12 @@ MAX_REPORT_BYTES = 64 * 2**20
 
 Key = tuple[str, str, str]
 """Concept, method and figure; of a route "group strength: figure", of an attack "group: figure"."""
-_KID, _CLIP = "kid", "clip_score_"
+KID, CLIP_SCORES = "kid", tuple(f"clip_score_{field.name}" for field in fields(ClipScores))
 
 
 def is_in_pictures(figure: str) -> bool:
     """Return True for the name of a figure that is of the pictures themselves, which rows of results do not give."""
-    return figure == _KID or figure.startswith(_CLIP)
+    return figure == KID or figure in CLIP_SCORES
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Comparison:
     """Two reports.
 
     Attributes:
-        differences: Figures that both have.
+        differences: Figures that both have, but KID and CLIP scores that were measured in other features.
         only_first: Figures that the first alone has.
         only_second: Figures that the second alone has.
         settings: Settings that differ, with their values in both.
@@ -94,8 +95,12 @@ def compare_reports(first: str | os.PathLike[str], second: str | os.PathLike[str
     """
     a, b = _read(first), _read(second)
     mine, theirs = estimates_of(first, a), estimates_of(second, b)
-    both = tuple(Difference(*key, mine[key], theirs[key]) for key in mine if key in theirs)
-    settings = a.get("settings", {}), b.get("settings", {})
+    spaces = tuple(_spaces(report.get("judge")) for report in (a, b))
+    unlike = [kind for kind in spaces[0] if spaces[0][kind] != spaces[1][kind]]
+    alike = [key for key in mine if key in theirs and _space_of(key[2]) not in unlike]
+    both = tuple(Difference(*key, mine[key], theirs[key]) for key in alike)
+    measured_in = tuple({kind: of[kind] for kind in unlike} for of in spaces)
+    settings = a.get("settings", {}) | measured_in[0], b.get("settings", {}) | measured_in[1]
     names = [name for name in {**settings[0], **settings[1]} if settings[0].get(name) != settings[1].get(name)]
     return Comparison(
         both,
@@ -103,6 +108,17 @@ def compare_reports(first: str | os.PathLike[str], second: str | os.PathLike[str
         tuple(key for key in theirs if key not in mine),
         {name: (settings[0].get(name), settings[1].get(name)) for name in names},
     )
+
+
+def _spaces(judge: Any) -> dict[str, Any]:
+    """Return what a report's KID and its CLIP scores are measured in: neither compares with that of another model."""
+    judge = judge if isinstance(judge, dict) else {}
+    clip, features = judge.get("clip_digest"), judge.get("features")
+    return {"features of KID": clip if clip and features == judge.get("clip") else features, "CLIP": clip}
+
+
+def _space_of(figure: str) -> str:
+    return "features of KID" if figure == KID else "CLIP" if figure in CLIP_SCORES else ""
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -143,7 +159,7 @@ def estimates_of(path: str | os.PathLike[str], data: dict[str, Any]) -> dict[Key
                     put((*where, f"{ATTACK}{attack['attack']}: {name}"), attack, name)
             for damage in entry.get("damage", ()):
                 put((*where, f"still_right_{damage['name']}"), damage, "still_right")
-            for part, prefix in (("lookalikes", "lookalike_"), ("distance", ""), ("clip", _CLIP)):
+            for part, prefix in (("lookalikes", "lookalike_"), ("distance", ""), ("clip", "clip_score_")):
                 for name in (entry.get(part) or {"ci": ()})["ci"]:
                     put((*where, f"{prefix}{name}"), entry[part], name)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

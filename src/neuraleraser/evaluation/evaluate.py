@@ -96,6 +96,8 @@ def evaluate(
     notes = [note for m in methods for note in check_split(m, protocol)]
     notes += [*_deviations(protocol, s.sampling), *protocol.notes, *_left_out(spec)]
     import_optional("pyarrow", "a measurement, whose results are Parquet files,", "evaluate")
+    if clip is not None and not isinstance(clip, ImageTextModel):
+        raise SettingsError(f"clip is {clip!r}, and no model: pass `neuraleraser.judges.Clip(name)`")
     featured = judge if isinstance(judge, FeatureJudge) else clip
     if featured is not None:  # an error now, and not after all is drawn
         import_optional("torchmetrics.image.fid", "a distance in a judge's features", "evaluate")
@@ -103,15 +105,21 @@ def evaluate(
     results = draw(pipe, methods, protocol, s, judge, run)
     figures = measure(results)
     findings = [*figures.findings, *(Finding("note", text) for text in dict.fromkeys(notes))]  # errors come first
-    apart = distances(figures.erasures, run, protocol, featured) if featured is not None else {}
-    scores = clip_scores(figures.erasures, run, protocol, clip) if clip is not None else {}
+    known = {}  # CLIP's features of base images
+    apart, scores = {}, {}
+    if featured is clip and clip is not None:
+        apart = distances(figures.erasures, run, protocol, clip, unit_length=True, known=known)
+    elif featured is not None:
+        apart = distances(figures.erasures, run, protocol, featured)
+    if clip is not None:
+        scores = clip_scores(figures.erasures, run, protocol, clip, known)
     counts = detection_counts(figures.erasures, run, protocol, judge) if isinstance(judge, CountingJudge) else {}
     figures = replace(figures, findings=findings)
     in_pictures = InPictures(apart, scores, counts)
     whole = report(figures, results, run, protocol, judge, s, pipe, in_pictures)
-    named = {} if clip is None else {"clip": clip.name}
+    named = {} if clip is None else {"clip": clip.name, "clip_digest": clip.digest}
     if featured is not None:
-        named["features"] = featured.name if isinstance(featured, ImageTextModel) else type(judge).__name__
+        named["features"] = clip.name if clip is not None and featured is clip else type(judge).__name__
     return replace(whole, judge={**whole.judge, **named})
 
 

@@ -34,7 +34,9 @@ from neuraleraser.judges import FeatureJudge
 MOST_IMAGES = 500
 """Images of a method that are read again for their features, at most."""
 FEWEST_IMAGES = 10
-"""Images below which no distance is given."""
+"""Images below which no distance and no mean score is given."""
+Known = dict[tuple[str, int, str], NDArray]
+"""Features of base images by cell."""
 _BATCH = 32
 
 
@@ -79,16 +81,27 @@ def feature_distance(base: NDArray, after: NDArray, *, seed: int = 0) -> Feature
 
 
 def distances(
-    erasures: Sequence[ErasureFigures], run: RunFolder, protocol: EvaluationProtocol, judge: FeatureJudge
+    erasures: Sequence[ErasureFigures],
+    run: RunFolder,
+    protocol: EvaluationProtocol,
+    judge: FeatureJudge,
+    *,
+    unit_length: bool = False,
+    known: Known | None = None,
 ) -> dict[tuple[str, str], FeatureDistance]:
     """Return the distances by method and concept, from the pictures in the run's folder; none where a concept has
-    fewer than `FEWEST_IMAGES` images that count."""
-    found, known = {}, {}
+    fewer than `FEWEST_IMAGES` images that count.
+
+    unit_length: features have length 1, as CLIP's have; they are given the length sqrt(d), of features with a spread of
+    1, as KID's kernel would be next to constant else. known: features of base images, which others add to, too.
+    """
+    found, known = {}, {} if known is None else known
     for e in erasures:
         cells = sampled(c for c in protocol.cells[e.concept] if is_other(c, e.concept))
-        if len(cells) >= FEWEST_IMAGES:
+        if cells:
             base, after = paired_features(cells, e, run, judge, known)
-            found[e.method, e.concept] = feature_distance(base, after)
+            length = base.shape[1] ** 0.5 if unit_length else 1.0
+            found[e.method, e.concept] = feature_distance(length * base, length * after)
     return found
 
 
@@ -98,9 +111,10 @@ def is_other(cell: Cell, concept: str) -> bool:
 
 
 def sampled(cells: Iterable[Cell]) -> list[Cell]:
-    """Return `MOST_IMAGES` of some cells, spread evenly, or all if they are fewer."""
+    """Return `MOST_IMAGES` of some cells, spread evenly, or all if they are fewer; none below `FEWEST_IMAGES`."""
     every = list(cells)
-    return list(dict.fromkeys(spaced_sample(every, min(MOST_IMAGES, len(every)))))
+    some = list(dict.fromkeys(spaced_sample(every, min(MOST_IMAGES, len(every)))))
+    return some if len(some) >= FEWEST_IMAGES else []
 
 
 def paired_features(
@@ -108,7 +122,7 @@ def paired_features(
     e: ErasureFigures,
     run: RunFolder,
     judge: FeatureJudge,
-    known: dict[tuple[str, int, str], NDArray],
+    known: Known,
 ) -> tuple[NDArray, NDArray]:
     """Return features of the base's and the method's images, [n, d] each; those of the base are kept in `known`."""
     rows = []

@@ -10,6 +10,8 @@ u = 1 - (alpha / 2)^(1 / n):
 - a proportion (every image counts below) that is 1 lies in [1 - u, 1], one that is 0 in [0, u];
 - a ratio to the base's images, b of n, from which no image deviates lies in 1 -+ u n / b, one that is 0 in
   [0, u n / b].
+
+A mean of values has the bootstrap's interval, whatever they are: of few, or of equal ones, it says little.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class ErasureReport:
     kind: str
     """"style" or "object"."""
     figures: Mapping[str, Number]
-    """Those of `measure`, and costs: make_seconds, make_bytes, bytes, overhead and overhead_idle (sampling time over
-    plain sampling). None where there is nothing to compare with."""
+    """Those of `measure`, and costs: make_seconds, make_peak_bytes, bytes, overhead and overhead_idle (sampling time
+    over plain sampling). None where there is nothing to compare with."""
     became: Sequence[tuple[str, Estimate]] = ()
     """(label, share), largest first."""
     pairs: Sequence[ImagePair] = ()

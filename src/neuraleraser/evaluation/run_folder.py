@@ -34,6 +34,7 @@ from neuraleraser.evaluation.method import Method
 from neuraleraser.evaluation.protocol import PROMPTS, Cell, EvaluationProtocol
 from neuraleraser.evaluation.results import BASE, Results, Row, concat, load_part, part_folder
 from neuraleraser.io.atomic import write_bytes
+from neuraleraser.io.digests import weights_digest
 from neuraleraser.io.locks import claimed, locked
 from neuraleraser.io.reading import read_bytes
 from neuraleraser.judges import JudgeSpec
@@ -225,7 +226,7 @@ def open_run(
         before = _read_record(folder)
         keys = {method: dict(concepts) for method, concepts in before.pop("methods", {}).items()}
         names = [*now, *(before.keys() - now.keys() - {_ATTACKS})] if before else []
-        if differ := [name for name in names if _deciding(before.get(name)) != _deciding(now.get(name))]:
+        if differ := [name for name in names if deciding(before.get(name)) != deciding(now.get(name))]:
             raise SettingsError(
                 f"{folder} holds an evaluation with other {' and '.join(differ)}: pass another folder, or delete it"
             )
@@ -238,7 +239,7 @@ def open_run(
     return run
 
 
-def _deciding(part: Any) -> Any:
+def deciding(part: Any) -> Any:
     """Return a part of a record without the settings that no image depends on, so that a run can go on with others."""
     return {k: v for k, v in part.items() if k not in _FREE} if isinstance(part, dict) else part
 
@@ -289,7 +290,16 @@ def _fingerprint(pipe: Any) -> str:
     schedule = sorted((k, str(v)) for k, v in pipe.scheduler.config.items() if not k.startswith("_"))
     digest = hashlib.sha256(repr(schedule).encode())
     for part, module in sorted(pipe.components.items()):
-        for name, value in sorted(module.state_dict().items()) if isinstance(module, torch.nn.Module) else ():
-            digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(module, torch.nn.Module):
+            digest.update(f"{part} {weights_digest(_state_of(module))}".encode())
     return f"{type(pipe).__name__} {digest.hexdigest()[:32]}"
+
+
+def _state_of(module: torch.nn.Module) -> Mapping[str, Any]:
+    """Return a module's state dict, with the weights that offloading keeps elsewhere."""
+    state = module.state_dict()
+    if not any(isinstance(value, torch.Tensor) and value.is_meta for value in state.values()):
+        return state
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return get_state_dict_offloaded_model(module)

@@ -20,7 +20,8 @@ def terminal_tables(report: Report) -> str:
     """
     parts = [f"{finding.level.upper()}: {finding.text}" for finding in report.findings]
     parts += [text for table in TABLES if (text := _table(table, report.erasures))]
-    more = (_routes(report.erasures), _attacks(report.erasures), _detections(report.erasures))
+    apart = _in_pictures(report.erasures)
+    more = (apart, _routes(report.erasures), _attacks(report.erasures), _detections(report.erasures))
     return "\n\n".join(part for part in (*parts, *more) if part)
 
 
@@ -64,6 +65,20 @@ def _routes(entries: Sequence[ErasureReport]) -> str:
             strength = f" {r.strength:.1f}" if r.strength else ""
             rows.append([f"  {_shorten(r.group, _ROUTE_LABEL - 6)}{strength}", *values])
     return text_table(rows, [ROUTES.title, *(c.head for c in ROUTES.columns)], width=120) if rows else ""
+
+
+def _in_pictures(entries: Sequence[ErasureReport]) -> str:
+    """Return CLIP scores, with the distances from the base's images, as text, a line a method; "" if no CLIP was
+    given."""
+    rows: list[list[str]] = []
+    for e in entries:
+        if e.clip:
+            scores = (e.clip.others_base, e.clip.others, e.clip.target_base, e.clip.target)
+            values = ["-" if m is None else f"{m.value:.2f} {m.low:.2f}-{m.high:.2f}" for m in scores]
+            apart = ("-", "-") if e.distance is None else (f"{e.distance.kid.value:.3f}", f"{e.distance.fid:.3f}")
+            rows.append([_shorten(f"{e.concept}, {e.method}", _ROUTE_LABEL), *values, *apart])
+    heads = ["CLIP scores", "others, base", "others", "concept, base", "concept", "KID", "FID"]
+    return text_table(rows, heads, width=120) if rows else ""
 
 
 def _detections(entries: Sequence[ErasureReport]) -> str:

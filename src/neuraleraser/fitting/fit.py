@@ -94,7 +94,7 @@ def fit(
     reference = reference or shipped_reference(pipe)
     _check_width(pipe, reference, sampling)
     report_progress = progress or (lambda what, share: None)
-    meter = CostMeter(pipe.device)
+    meter = CostMeter(pipe._execution_device)
     edit_sites = list(edits or edits_for(pipe, reference.site))
     pairs = _sample_pairs(concept.pairs, s.num_pairs, s.seed)
     seeds = [s.seed + i for i in range(len(pairs))]

@@ -109,7 +109,7 @@ def fit_saeuron(
         ('scaling', 'saeuron')
     """
     check_nothing_acts(pipe, "making an eraser")
-    meter = CostMeter(pipe.device)
+    meter = CostMeter(pipe._execution_device)
     meant = concept if isinstance(concept, Concept) else concept_of(pipe, str(concept), kind)
     others = _others(pipe, meant, neighbours)
     sampling, tell, say = sampling or default_sampling(pipe), progress or _silent, announce or (lambda sentence: None)

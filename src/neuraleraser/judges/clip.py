@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from neuraleraser.errors import ConceptError, DataError, FileError
+from neuraleraser.io.digests import weights_digest
+from neuraleraser.io.names import printable
 from neuraleraser.judges.judgement import Judgement, check
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -170,8 +173,12 @@ class Clip:
         name: A folder or a Hub id.
         device: Device to open it on.
 
+    Attributes:
+        name: As it was given.
+        digest: SHA-256 of its weights.
+
     Raises:
-        FileError: It cannot be opened.
+        FileError: It cannot be opened, or is no whole CLIP.
 
     Examples:
         >>> from neuraleraser.judges import Clip
@@ -185,17 +192,34 @@ class Clip:
 
         # transformers 5 has two; the one here needs no torchvision, as the only one of transformers 4
         processor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        if Path(name).is_file():
+            raise FileError(f"the CLIP model {name!r} is a file: pass the folder that it lies in, or a Hub id")
         try:
-            model = transformers.CLIPModel.from_pretrained(name, use_safetensors=True)
+            kind = transformers.AutoConfig.from_pretrained(name).model_type
+            found: Any = transformers.CLIPModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+            model, loaded = found
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name)
             self.processor = processor.from_pretrained(name)
         except Exception as error:  # transformers and the Hub's client each raise kinds of their own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise FileError(
-                f"the CLIP model {name!r} could not be opened ({reason}): pass a folder, or a Hub id such as {CLIP!r}"
+                f"the CLIP model {name!r} could not be opened ({printable(reason, 200)}): pass a folder, or a Hub id "
+                f"such as {CLIP!r}"
             ) from error
-        self.model: Any = model.to(device).eval()  # pyright: ignore[reportArgumentType]
+        lacking = sorted(loaded["missing_keys"]) + [str(key) for key in loaded["mismatched_keys"]]
+        if kind != "clip" or lacking:  # transformers makes up at random what a checkpoint lacks
+            what = f"a model of type {kind!r}" if kind != "clip" else f"without {printable(', '.join(lacking), 120)}"
+            raise FileError(f"{name!r} is no whole CLIP ({what}): pass a folder, or a Hub id such as {CLIP!r}")
+        self.model: Any = model.to(device).eval()
         self.name, self.device = name, device
+        self.digest = weights_digest(self.model.state_dict())
+        try:  # an error now, and not after everything is drawn
+            self.features(np.zeros((1, 8, 8, 3), np.uint8))
+            words = self.text_features(["a cat", "a dog on a boat"])
+        except (ValueError, RuntimeError) as error:
+            raise FileError(f"the CLIP model {name!r} does not run ({printable(error, 200)}): pass another") from error
+        if np.array_equal(words[0], words[1]):
+            raise FileError(f"the CLIP model {name!r} reads every sentence alike: its tokenizer's files are missing")
 
     def __call__(self, images: NDArray[np.uint8], texts: Sequence[str]) -> NDArray[np.float64]:
         """Return CLIP's scaled cosines.
@@ -253,7 +277,11 @@ class Clip:
 
 
 def _unit(x: torch.Tensor) -> NDArray[np.float32]:
-    return (x / x.norm(dim=-1, keepdim=True)).float().cpu().numpy()
+    x = x.float()
+    found = (x / x.norm(dim=-1, keepdim=True)).cpu().numpy()
+    if not np.isfinite(found).all():
+        raise DataError("CLIP gives vectors of length 0, or that are not finite: its weights are damaged")
+    return found
 
 
 def _best_threshold(own: NDArray[np.float64], others: Sequence[NDArray[np.float64]]) -> float:

@@ -100,6 +100,7 @@ class ImageTextModel(Protocol):
 
     Attributes:
         name: Its checkpoint.
+        digest: Digest of its weights: figures of two digests do not compare.
 
     Examples:
         >>> from neuraleraser.judges import Clip, ImageTextModel
@@ -110,6 +111,8 @@ class ImageTextModel(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
 
     def features(self, images: NDArray[np.uint8], /) -> NDArray[np.float32]:
         """Return images as vectors of length 1.
