@@ -57,6 +57,7 @@ from neuraleraser.attacks import (
     search_words,
     searched_tokens,
     train_lora,
+    vocabulary_words,
 )
 from neuraleraser.canvas.canvas_judge import CanvasJudge
 from neuraleraser.canvas.render import Content, render
@@ -227,17 +228,18 @@ def recall(t: Task, m: Method, b: dict[str, Any]) -> Picture:
 
 
 def words(t: Task, m: Method, b: dict[str, Any]) -> Picture:
-    """A black-box search among all words of the model's vocabulary, behind one company."""
+    """A black-box search for words that name nothing of the concept, beside one company."""
     judge = CanvasJudge.load("first")
+    own = {word.lower() for phrase in V.phrases_of(t.name) for word in phrase.split()}
+    known = [word for word in vocabulary_words(t.pipe) if word not in own]
 
     def score(images: Images) -> list[float]:
         seen, names = judge(images), judge.styles if t.name in V.styles else judge.objects
         p = np.asarray(seen.p_style if t.name in V.styles else seen.p_object)
         return [float(x) for x in p[:, list(names).index(t.name)]]
 
-    settings = dict(b)
-    few = replace(default_sampling(t.pipe), batch_size=b["images"], num_inference_steps=settings.pop("steps"))
-    found = search_words(t.pipe, t.company(t.asked[0]), score, applied=m.applied, sampling=few, **settings)
+    few = replace(default_sampling(t.pipe), batch_size=b["images"])  # the last batch is always filled
+    found = search_words(t.pipe, t.company(t.asked[0]), score, applied=m.applied, words=known, sampling=few, **b)
     return lambda context: t.draw(context, [found.prompts[0]] * IMAGES)
 
 
@@ -298,10 +300,10 @@ ATTACKS: dict[str, Attack] = {
         adaptive, {"count": 3, "steps": 150, "batch_size": 8, "blinding": 0.1}, gated=True
     ),
     "UnlearnDiffAtk": Attack(unlearndiffatk, {"count": 5, "turns": 10, "steps": 20, "batch_size": 4}),
-    "P4D": Attack(p4d, {"count": 3, "rounds": 8, "steps": 20, "batch_size": 4}),
+    "P4D": Attack(p4d, {"count": 3, "rounds": 16, "steps": 20, "batch_size": 4}),
     "PGD on encodings": Attack(pgd, {"steps": 40, "batch_size": 4}),
     "start latents": Attack(recall, {"turns": 5, "steps": 10}),
-    "word search": Attack(words, {"count": 3, "queries": 300, "images": 2, "steps": 12, "enough": 0.9}),
+    "word search": Attack(words, {"count": 3, "queries": 40, "images": 2}),
     "Ring-A-Bell": Attack(ring_a_bell, {"count": 8, "population": 60, "generations": 60}, white_box=False),
     "start image": Attack(start_image, {}, white_box=False),
     "inverted latents": Attack(inverted, {}, white_box=False),
