@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # From the top: a room may import from those before it.
 ORDER = (
-    "errors precision costs io settings vocabulary site judges canvas families prompts sites sae concepts eraser "
+    "errors precision io settings vocabulary site judges canvas families prompts sites sae concepts eraser "
     "sampling activations fitting attacks evaluation methods assessment attacking auditing sealed atlas diagnosis "
     "demo cli studio __main__"
 ).split()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, Pair
-from neuraleraser.costs import CostMeter
 from neuraleraser.eraser import Eraser, EraserHeader, check_nothing_acts, time_bin
 from neuraleraser.eraser.gate import SHUT_BOUND
 from neuraleraser.errors import SettingsError
@@ -30,6 +29,7 @@ from neuraleraser.fitting.trajectories import (
     conditional_rows,
     pooled_features,
 )
+from neuraleraser.io.costs import CostMeter
 from neuraleraser.sae import SAE
 from neuraleraser.settings import FitSettings, Sampling
 from neuraleraser.sites import IMAGE_ROUTES, PROMPT_ROUTES, Site, edits_for, made_for

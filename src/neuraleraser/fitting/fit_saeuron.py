@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from neuraleraser.concepts import Concept, concept_of, default_neighbours, neighbours_of
-from neuraleraser.costs import CostMeter
 from neuraleraser.eraser import Eraser, EraserHeader, Gate, check_nothing_acts
 from neuraleraser.eraser.corrections import Scaling
 from neuraleraser.errors import ConceptError, SettingsError
@@ -27,6 +26,7 @@ from neuraleraser.families import family_of
 from neuraleraser.families.defaults import default_sampling, model_name
 from neuraleraser.fitting.trajectories import measure_site
 from neuraleraser.fitting.unlabelled_sae import check_sae, sae_provenance, train_unlabelled_sae
+from neuraleraser.io.costs import CostMeter
 from neuraleraser.io.names import file_name
 from neuraleraser.io.outputs import check_outputs
 from neuraleraser.sae import SAE

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from neuraleraser.costs import CostMeter
+from neuraleraser.io.costs import CostMeter
 
 MB = 2**20
 
