@@ -100,9 +100,8 @@ def evaluate(
             )
         protocol = i2p_protocol(i2p, names[0], others=not sexual_only)
         judge = NudeNetJudge(threshold=nudenet_threshold, name=names[0])
-    scorer = (
-        None if clip is None else Clip(clip, machine.device_name)
-    )  # before the pipeline: a wrong name is found at once
+    # Before the pipeline: a wrong name is found at once.
+    scorer = None if clip is None else Clip(clip, machine.device_name)
     pipe = machine.open_pipeline(model)
     given = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     if protocol is None or protocol.sampling is None:

@@ -172,7 +172,7 @@ def compare_folder(content: Mapping[str, Any], folder: str | os.PathLike[str]) -
     here = _content(Path(folder))
     differ = [name for name in ("versions", "features") if content[name] != here[name]]
     stated, found = content["run"], here["run"]
-    parts = [name for name in {**stated, **found} if deciding(stated.get(name)) != deciding(found.get(name))]
+    parts = [name for name in {**stated, **found} if deciding(name, stated) != deciding(name, found)]
     differ = [f"{name} of the run" for name in (*parts, *differ)]
     rows, own = ({tuple(row[:5]): row[5] for row in part["rows"]} for part in (content, here))
     differ += [_row_text(row) for row in {**rows, **own} if rows.get(row) != own.get(row)]

@@ -18,6 +18,7 @@ _LONGEST = 300
 
 
 def figure_key(figure: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the concept, the method and the name of a figure."""
     return str(figure["concept"]), str(figure["method"]), str(figure["figure"])
 
 

@@ -92,8 +92,8 @@ def distances(
     """Return the distances by method and concept, from the pictures in the run's folder; none where a concept has
     fewer than `FEWEST_IMAGES` images that count.
 
-    unit_length: features have length 1, as CLIP's have; they are given the length sqrt(d), of features with a spread of
-    1, as KID's kernel would be next to constant else. known: features of base images, which others add to, too.
+    unit_length: True for features of length 1, as CLIP's are. They are made sqrt(d) long, as KID's kernel divides by d
+    and would hardly tell them apart. known: features of base images that others made already, or will use.
     """
     found, known = {}, {} if known is None else known
     for e in erasures:

@@ -226,7 +226,7 @@ def open_run(
         before = _read_record(folder)
         keys = {method: dict(concepts) for method, concepts in before.pop("methods", {}).items()}
         names = [*now, *(before.keys() - now.keys() - {_ATTACKS})] if before else []
-        if differ := [name for name in names if deciding(before.get(name)) != deciding(now.get(name))]:
+        if differ := [name for name in names if deciding(name, before) != deciding(name, now)]:
             raise SettingsError(
                 f"{folder} holds an evaluation with other {' and '.join(differ)}: pass another folder, or delete it"
             )
@@ -239,9 +239,12 @@ def open_run(
     return run
 
 
-def deciding(part: Any) -> Any:
-    """Return a part of a record without the settings that no image depends on, so that a run can go on with others."""
-    return {k: v for k, v in part.items() if k not in _FREE} if isinstance(part, dict) else part
+def deciding(name: str, record: Mapping[str, Any]) -> Any:
+    """Return a part of a record, None where it has none; of its settings those that some image depends on."""
+    part = record.get(name)
+    if name != "settings" or not isinstance(part, dict):
+        return part
+    return {setting: value for setting, value in part.items() if setting not in _FREE}
 
 
 def check_attacks(folder: Path, budget: Mapping[str, int] | None) -> None:
