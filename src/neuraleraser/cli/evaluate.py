@@ -84,7 +84,7 @@ def evaluate(
     if not erasers:
         raise SettingsError("there are no erasers to measure: pass their files with --erasers")
     folder = out or Path("runs/evaluate")
-    read = {f"--erasers {source}": source for source in erasers} | {"--model": model, "--clip": clip}
+    read = {f"--erasers {source}": source for source in erasers} | {"--model": model}
     check_outputs({}, read, folders={"--out": folder})
     loaded = [Eraser.from_pretrained(source) for source in erasers]
     names = [e.name for e in loaded]
